@@ -1,0 +1,28 @@
+"""Recurrent layers for PyTorch: torch.nn's RNN, LSTM and GRU with lengths, resets, all states and full autodiff.
+
+Replace `nn.LSTM` by `rnnkit.LSTM`, or call `rnnkit.convert(model)`; everything else stays as it is.
+"""
+
+from . import functional, ops
+from .backends import use_backend
+from .convert import convert, patch_torch, revert
+from .explain import explain
+from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "convert",
+    "explain",
+    "functional",
+    "ops",
+    "patch_torch",
+    "revert",
+    "use_backend",
+]

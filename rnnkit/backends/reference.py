@@ -1,0 +1,72 @@
+"""Backend `reference`: the specification itself, in torch operators, on any device and in any floating dtype.
+
+It also serves vmap, torch.func, forward mode and derivatives beyond the first, whatever backend is named. States
+are carried and gates computed in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import masks
+from ..cells import Cell, compute_dtype
+from ..reference import STEPS, State, Weights, scan
+from ..reference.scan import ScanGradients
+from .problem import Options, Outputs, Problem, Result, Tensors
+from .products import Gradient, KernelBackend, bias_inside
+
+
+def _weights(cell: Cell, t: Tensors) -> Weights:
+    return Weights(t.w_hh, bias_inside(cell, t), t.w_hr)
+
+
+def _cuts(t: Tensors) -> scan.Cuts:
+    return scan.Cuts(t.lengths, t.reset, t.h_r, t.c_r)
+
+
+class Reference(KernelBackend):
+    name = "reference"
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        return []
+
+    def scan_forward(
+        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        y, last, c_all, gates = scan.forward(
+            STEPS[cell.name][0], gx, State(h, c), _weights(cell, t), _cuts(t), t0=t0, reverse=reverse
+        )
+        if gates is None and cell.saved:  # no step was made
+            gates = gx.new_zeros((0, gx.shape[1], cell.saved * t.w_hh.shape[0] // cell.gates))
+        return y, last.h, last.c, c_all, gates
+
+    def scan_backward(
+        self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
+    ) -> ScanGradients:
+        return scan.backward(
+            STEPS[cell.name][1],
+            *grads,
+            y,
+            c_all,
+            gates,
+            State(t.h_0, t.c_0),
+            _weights(cell, t),
+            _cuts(t),
+            reverse=o.reverse,
+        )
+
+    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
+        alive = masks.live(t.lengths, t.x.shape[0], t.x.device)
+        if alive is not None:  # also for torch's own derivatives of this function
+            t = t._replace(x=t.x.masked_fill(~alive, 0))
+        wide = compute_dtype(t.x.dtype)
+        outputs, saved, _ = super().forward(cell, t.cast(wide), o, train=train)
+        return Result(Outputs(*(None if v is None else v.to(t.x.dtype) for v in outputs)), saved)  # type: ignore[arg-type]
+
+    def backward(
+        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+    ) -> list[Gradient]:
+        wide = compute_dtype(t.x.dtype)
+        upcast = Outputs(*(None if g is None else g.to(wide) for g in grads))  # type: ignore[arg-type]
+        every = super().backward(cell, t.cast(wide), o, y.to(wide), result, upcast, needs)
+        return [None if g is None else g.to(t.x.dtype) for g in every]

@@ -1,0 +1,284 @@
+"""Every check of shapes, dtypes, devices and values, in one voice: what was got, what was expected, the way out.
+
+Sizes, ranks and values raise ValueError, types and dtypes TypeError. `BadInput` marks the mistakes that torch.nn's
+layers know too: the modules let torch speak first there, so that a program sees the exception it saw before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import Options, Tensors
+from .cells import CELLS, Cell
+
+
+class BadInput(Exception):
+    """A mistake in what torch.nn's layers take too: input, initial states, weights."""
+
+
+class BadValue(BadInput, ValueError):
+    """A size, a rank or a value."""
+
+
+class BadType(BadInput, TypeError):
+    """A type or a dtype."""
+
+
+class BadDevice(BadInput, RuntimeError):
+    """Tensors on different devices; torch raises RuntimeError too."""
+
+
+def shape(v: Tensor) -> list[int]:
+    return list(v.shape)
+
+
+def visible(v: Tensor) -> bool:
+    """Whether values can be looked at without a copy to the host or a break in a graph."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(v) is Tensor and v.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0
+
+
+def expect_tensor(v: object, name: str, form: str) -> None:
+    if not isinstance(v, Tensor):
+        raise BadType(f"{name} must be a tensor {form}, got {type(v).__name__}")
+
+
+def expect_shape(v: object, name: str, form: str, wanted: tuple[int, ...], kind: type[Exception] = BadValue) -> None:
+    """`form` names the dimensions, such as [B, H]; `wanted` are their sizes."""
+    if not isinstance(v, Tensor):
+        raise (BadType if issubclass(kind, BadInput) else TypeError)(
+            f"{name} must be a tensor {form}, got {type(v).__name__}"
+        )
+    if tuple(v.shape) != wanted:
+        raise kind(f"{name} must be {form} = {list(wanted)}, got {shape(v)}")
+
+
+def cell_named(name: str) -> Cell:
+    if name not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}; got {name!r}")
+    return CELLS[name]
+
+
+def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> Tensor:
+    """`lengths` as int64 [B] on the device, within [0, T]."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(
+            f"lengths must be a tensor of integers [B={rows}], got {type(lengths).__name__}; "
+            "pass torch.as_tensor(lengths)"
+        )
+    if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
+        raise TypeError(
+            f"lengths must hold integers, got {lengths.dtype}; for a mask of valid steps pass mask.sum over time"
+        )
+    if tuple(lengths.shape) != (rows,):
+        raise ValueError(f"lengths must be [B] = [{rows}], got {shape(lengths)}")
+    if visible(lengths) and lengths.numel():
+        wrong = (lengths < 0) | (lengths > steps)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(f"lengths must lie in [0, T={steps}], got {int(lengths[row])} at row {row}")
+        return lengths.to(device=device, dtype=torch.int64)
+    return lengths.to(device=device, dtype=torch.int64).clamp(0, steps)
+
+
+def reset_of(reset: object, steps: int, rows: int, device: torch.device) -> Tensor:
+    """`reset` as bool [T, B] on the device."""
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset must be a tensor [T={steps}, B={rows}] of 0 and 1, got {type(reset).__name__}")
+    if reset.is_complex():
+        raise TypeError(f"reset must hold 0 and 1 in a real dtype, got {reset.dtype}")
+    if reset.dim() == 3 and reset.shape[-1] == 1:
+        reset = reset.squeeze(-1)
+    if tuple(reset.shape) != (steps, rows):
+        raise ValueError(f"reset must be [T, B] = [{steps}, {rows}], got {shape(reset)}")
+    if reset.dtype == torch.bool:
+        return reset.to(device=device)
+    if visible(reset) and reset.numel():
+        wrong = (reset != 0) & (reset != 1)
+        if bool(wrong.any()):
+            t, b = (int(i) for i in wrong.nonzero()[0])
+            raise ValueError(f"reset must hold 0 and 1, got {reset[t, b].item()} at step {t}, row {b}")
+    return (reset != 0).to(device=device)
+
+
+def states_of(cell: Cell, state: object, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """A state in hx's form as (h, c): a tensor, or a pair for an LSTM, or None."""
+    if state is None:
+        return None, None
+    bad: type[Exception] = BadType if name == "hx" else TypeError
+    if not cell.has_c:
+        if not isinstance(state, Tensor):
+            raise bad(f"{name} must be one tensor for {cell.name}, got {type(state).__name__}")
+        return state, None
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        got = f"{len(state)} items" if isinstance(state, tuple | list) else type(state).__name__
+        raise bad(f"{name} must be a pair (h, c) for {cell.name}, got {got}")
+    h, c = state
+    return h, c
+
+
+def _weights(cell: Cell, weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """w_ih, w_hh, b_ih, b_hh, w_hr with None for what is absent, each of a size that fits the others."""
+    n = len(weights)
+    if n not in (2, 3, 4, 5) or (n in (3, 5) and not cell.has_c):
+        most = "2 or 4 weights (3 or 5 with a projection)" if cell.has_c else "2 or 4 weights"
+        raise BadValue(f"a layer of {cell.name} has {most}: w_ih, w_hh[, b_ih, b_hh]; got {n}")
+    for k, w in enumerate(weights):
+        expect_tensor(w, f"weight {k} of {cell.name}", "")
+    w_ih, w_hh, *others = weights
+    w_hr = others.pop() if n in (3, 5) else None
+    b_ih, b_hh = others or (None, None)
+    if w_ih.dim() != 2 or w_hh.dim() != 2 or w_hh.shape[0] % cell.gates:
+        raise BadValue(
+            f"w_ih must be [{cell.gates}·H, I] and w_hh [{cell.gates}·H, H], got {shape(w_ih)} and {shape(w_hh)}"
+        )
+    rows = w_hh.shape[0]
+    hidden = rows // cell.gates
+    expect_shape(w_ih, "w_ih", f"[{cell.gates}·H, I]", (rows, w_ih.shape[1]))
+    if w_hr is not None:
+        expect_shape(w_hr, "w_hr", "[P, H]", (w_hh.shape[1], hidden))
+    else:
+        expect_shape(w_hh, "w_hh", f"[{cell.gates}·H, H]", (rows, hidden))
+    if b_ih is not None and b_hh is not None:
+        expect_shape(b_ih, "b_ih", f"[{cell.gates}·H]", (rows,))
+        expect_shape(b_hh, "b_hh", f"[{cell.gates}·H]", (rows,))
+    return w_ih, w_hh, b_ih, b_hh, w_hr
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: Tensor | Sequence[Tensor] | None = None,
+    reverse: bool = False,
+    all_states: bool = False,
+    recompute: bool = False,
+) -> tuple[Tensors, Options]:
+    """The arguments of `ops.layer`, checked, with zeros for missing initial states."""
+    kind = cell_named(cell)
+    expect_tensor(x, "x", "[T, B, I]")
+    if x.dim() != 3:
+        raise BadValue(f"x must be [T, B, I], got {x.dim()} dimensions: {shape(x)}")
+    w_ih, w_hh, b_ih, b_hh, w_hr = _weights(kind, weights)
+    assert w_ih is not None and w_hh is not None  # two weights at least, checked above
+    steps, rows, features = x.shape
+    hidden, size = w_ih.shape[0] // kind.gates, w_hh.shape[1]
+    if features != w_ih.shape[1]:
+        raise BadValue(f"x must have I = {w_ih.shape[1]} features as w_ih has, got {features}")
+    if c_0 is not None and not kind.has_c:
+        raise BadValue(f"{cell} has no cell state, so c_0 must be None")
+    if h_0 is not None:
+        expect_shape(h_0, "h_0", "[B, P]" if w_hr is not None else "[B, H]", (rows, size))
+    if c_0 is not None:
+        expect_shape(c_0, "c_0", "[B, H]", (rows, hidden))
+    if lengths is not None:
+        lengths = lengths_of(lengths, rows, steps, x.device)
+    h_r = c_r = None
+    if reset_state is not None:
+        if reset is None:
+            raise ValueError("reset_state says what a reset puts in place, so it needs reset; got reset=None")
+        h_r, c_r = states_of(kind, reset_state, "reset_state")
+        expect_shape(h_r, "reset_state", "[B, P]" if w_hr is not None else "[B, H]", (rows, size), ValueError)
+        if kind.has_c:
+            expect_shape(c_r, "reset_state[1]", "[B, H]", (rows, hidden), ValueError)
+    if reset is not None:
+        reset = reset_of(reset, steps, rows, x.device)
+    _same(x, dict(w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, h_0=h_0, c_0=c_0, reset_state=h_r))
+    if h_0 is None:
+        h_0 = x.new_zeros((rows, size))
+    if c_0 is None and kind.has_c:
+        c_0 = x.new_zeros((rows, hidden))
+    t = Tensors(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r)
+    return t, Options(bool(reverse), bool(all_states), bool(recompute))
+
+
+def _same(x: Tensor, others: dict[str, Tensor | None]) -> None:
+    """One floating dtype (any under autocast) and one device."""
+    if not x.is_floating_point():
+        raise BadType(f"x must be of a floating dtype, got {x.dtype}; pass x.to({others['w_ih'].dtype})")  # type: ignore[union-attr]
+    mixed = torch.is_autocast_enabled(x.device.type)
+    for name, v in others.items():
+        if v is None:
+            continue
+        if v.device != x.device:
+            raise BadDevice(f"x is on {x.device} and {name} on {v.device}; move one of them")
+        if v.dtype != x.dtype and not mixed:
+            raise BadType(f"x is {x.dtype} and {name} {v.dtype}; convert one of them, or use torch.autocast")
+
+
+def sequence(
+    cell: str,
+    dims: int,
+    packed: bool,
+    features: int,
+    steps: int,
+    rows: int,
+    hx: tuple[Tensor | None, Tensor | None],
+    weights: Sequence[Tensor],
+    layers: int,
+    directions: int,
+    proj_size: int,
+    name: str = "hx",
+) -> None:
+    """Sizes of a stack's input and of a state in hx's form (`name`), as the caller laid them out."""
+    kind = cell_named(cell)
+    hidden = weights[0].shape[0] // kind.gates
+    own = name == "hx"
+    if own and not packed and steps == 0:
+        raise BadValue("the sequence must have at least one step, got T = 0")
+    if own and features != weights[0].shape[1]:
+        raise BadValue(f"input must have input_size = {weights[0].shape[1]} features, got {features}")
+    count = layers * directions
+    batched = packed or dims == 3
+    forms = ("[L·D, B, P]" if proj_size else "[L·D, B, H]", "[L·D, B, H]")
+    for k, (v, size) in enumerate(zip(hx, (proj_size or hidden, hidden), strict=True)):
+        if v is None:
+            continue
+        label = f"{name}[{k}]" if kind.has_c else name
+        form = forms[k] if batched else forms[k].replace(" B,", "")
+        expect_shape(
+            v, label, form, (count, rows, size) if batched else (count, size), BadValue if own else ValueError
+        )
+
+
+def stack(
+    cell: str, weights: Sequence[Tensor], layers: int, directions: int, proj_size: int
+) -> list[Sequence[Tensor]]:
+    """The flat list of weights, cut into one piece for each layer and direction."""
+    kind = cell_named(cell)
+    count = layers * directions
+    each, rest = divmod(len(weights), count) if count > 0 else (0, 1)
+    expected = (3, 5) if proj_size else (2, 4)
+    if rest or each not in expected:
+        raise ValueError(
+            f"{kind.name} with {layers} layers, {directions} direction(s) and proj_size={proj_size} has "
+            f"{count * expected[0]} weights, or {count * expected[1]} with biases; got {len(weights)}"
+        )
+    for k, w in enumerate(weights):
+        if not isinstance(w, Tensor):
+            raise TypeError(f"weights[{k}] must be a tensor, got {type(w).__name__}")
+    return [weights[k * each : (k + 1) * each] for k in range(count)]
+
+
+def cell_rows(input: object, hx: object, name: str) -> tuple[Tensor, object]:
+    """A cell's input and state with a batch dimension: [I] -> [1, I]."""
+    if not isinstance(input, Tensor) or input.dim() not in (1, 2):
+        got = f"{input.dim()} dimensions" if isinstance(input, Tensor) else type(input).__name__
+        raise BadValue(f"{name}: input must be a tensor [B, I] or [I], got {got}")
+    if input.dim() == 2 or hx is None:
+        return input if input.dim() == 2 else input.unsqueeze(0), hx
+    pair = hx if isinstance(hx, tuple | list) else [hx]
+    for v in pair:
+        if not isinstance(v, Tensor) or v.dim() != 1:
+            got = f"{v.dim()} dimensions" if isinstance(v, Tensor) else type(v).__name__
+            raise BadValue(f"{name}: with an unbatched input, hx must be [H], got {got}")
+    rows = [v.unsqueeze(0) for v in pair]
+    return input.unsqueeze(0), tuple(rows) if isinstance(hx, tuple | list) else rows[0]

@@ -1,0 +1,291 @@
+"""Stateless recurrent layers: the stack of layers and directions over `ops.layer`, in any of torch.nn's layouts.
+
+`lstm`, `gru` and `rnn` take weights as torch.nn's `_flat_weights` orders them; `lstm_cell`, `gru_cell` and
+`rnn_cell` make one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import checks, ops
+from .cells import CELLS
+from .layouts import Layout
+
+State = Tensor | tuple[Tensor, Tensor]
+
+
+def rnn(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_state: Tensor | None = None,
+    return_all_states: bool = False,
+    backend: str = "auto",
+    recompute: bool = False,
+) -> Any:
+    """Vanilla RNN, tanh or relu. Arguments, results and errors as for `lstm`, with h alone for a state."""
+    return _stack(
+        _nonlinearity(nonlinearity),
+        input,
+        hx,
+        weights,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        training,
+        0,
+        lengths,
+        reset,
+        reset_state,
+        return_all_states,
+        backend,
+        recompute,
+    )
+
+
+def lstm(
+    input: Tensor | PackedSequence,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    proj_size: int = 0,
+    lengths: Tensor | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_state: Sequence[Tensor] | None = None,
+    return_all_states: bool = False,
+    backend: str = "auto",
+    recompute: bool = False,
+) -> Any:
+    """LSTM over a whole sequence.
+
+    T steps, B rows, I input size, H hidden size, P projection size, L layers, D directions; N is P with a projection,
+    else H.
+
+    Args:
+        input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+        hx: (h_0 [L·D, B, N], c_0 [L·D, B, H]), without B when unbatched; zeros where None.
+        weights: as torch.nn's `_flat_weights`: for each layer and direction w_ih [4H, I or D·N], w_hh [4H, N],
+            then b_ih, b_hh [4H] or neither, then w_hr [P, H] with a projection.
+        dropout: probability with which each output of every layer but the last is zeroed, when `training`.
+        lengths: [B] integers in [0, T], any order; row b is processed for its first lengths[b] steps, its output
+            is 0 beyond, its final state is that after its last valid step. 0-d or [1] when unbatched. Values are
+            checked on the CPU in eager mode; elsewhere they are clamped. Not with a PackedSequence.
+        reset: 0 and 1 in the input's leading layout, [T, B] or [B, T] or [T] (a trailing 1 is accepted), or a
+            PackedSequence with the input's batch_sizes. Where 1, the row's state is replaced before the step; in
+            the backward direction the cut lies between the same two steps. This is `episode_starts` in recurrent
+            PPO and `is_init` in TorchRL.
+        reset_state: what a reset puts in place, in hx's form; zeros where None.
+        return_all_states: also return every layer's states after every step.
+        backend: a backend's name, or `auto`.
+        recompute: keep no gates for the backward; compute them again there.
+
+    Returns:
+        output [T, B, D·N] in the input's layout; (h_n [L·D, B, N], c_n [L·D, B, H]); and with return_all_states
+        (h_all [L·D, T, B, N], c_all [L·D, T, B, H]), [L·D, B, T, ·] with batch_first, without B when unbatched.
+
+    Raises:
+        ValueError: sizes, ranks, values. TypeError: types, dtypes. NotImplementedError: a named backend that cannot
+            run this problem, with its reasons.
+    """
+    return _stack(
+        "lstm",
+        input,
+        hx,
+        weights,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        training,
+        proj_size,
+        lengths,
+        reset,
+        reset_state,
+        return_all_states,
+        backend,
+        recompute,
+    )
+
+
+def gru(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    reset_after: bool = True,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_state: Tensor | None = None,
+    return_all_states: bool = False,
+    backend: str = "auto",
+    recompute: bool = False,
+) -> Any:
+    """GRU. `reset_after=True` is torch.nn's; False is the original, whose reset gate acts on h before the product.
+
+    Arguments, results and errors as for `lstm`, with h alone for a state.
+    """
+    return _stack(
+        _gru(reset_after),
+        input,
+        hx,
+        weights,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        training,
+        0,
+        lengths,
+        reset,
+        reset_state,
+        return_all_states,
+        backend,
+        recompute,
+    )
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    backend: str = "auto",
+) -> Tensor:
+    """One step of a vanilla RNN: input [B, I], hx [B, H] or None, weights w_ih, w_hh[, b_ih, b_hh] -> [B, H]."""
+    return ops.step(_nonlinearity(nonlinearity), input, hx, None, weights, backend=backend)[0]
+
+
+def lstm_cell(
+    input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor], *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM: input [B, I], hx (h [B, H], c [B, H]) or None -> h, c."""
+    h, c = checks.states_of(CELLS["lstm"], hx, "hx")
+    return ops.step("lstm", input, h, c, weights, backend=backend)  # type: ignore[return-value]
+
+
+def gru_cell(
+    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *, reset_after: bool = True, backend: str = "auto"
+) -> Tensor:
+    """One step of a GRU: input [B, I], hx [B, H] or None -> [B, H]."""
+    return ops.step(_gru(reset_after), input, hx, None, weights, backend=backend)[0]
+
+
+def _nonlinearity(name: str) -> str:
+    if name not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {name!r}")
+    return f"rnn_{name}"
+
+
+def _gru(reset_after: bool) -> str:
+    return "gru" if reset_after else "gru_reset_before"
+
+
+def _stack(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx: Any,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    proj_size: int,
+    lengths: Tensor | None,
+    reset: Tensor | PackedSequence | None,
+    reset_state: Any,
+    return_all_states: bool,
+    backend: str,
+    recompute: bool,
+) -> Any:
+    kind = CELLS[cell]
+    directions = 2 if bidirectional else 1
+    pieces = checks.stack(cell, weights, num_layers, directions, proj_size)
+    packed = isinstance(input, PackedSequence)
+    data = input.data if packed else input
+    checks.expect_tensor(data, "input", "[T, B, I]")
+    if data.dim() != 2 and (packed or data.dim() != 3):
+        expected = "2 dimensions of data in a PackedSequence" if packed else "2 or 3 dimensions"
+        raise checks.BadValue(f"input must have {expected}, got {data.dim()}: {list(data.shape)}")
+
+    layout = Layout(input, batch_first)
+    sizes = (layout.dims, packed, data.shape[-1], layout.steps, layout.rows)
+    h_0, c_0 = checks.states_of(kind, hx, "hx")
+    checks.sequence(cell, *sizes, (h_0, c_0), weights, num_layers, directions, proj_size)
+    h_r, c_r = checks.states_of(kind, reset_state, "reset_state")
+    checks.sequence(cell, *sizes, (h_r, c_r), weights, num_layers, directions, proj_size, "reset_state")
+    if lengths is not None:
+        if packed:
+            raise ValueError("lengths must be None with a PackedSequence, which brings its own")
+        if layout.dims == 2 and isinstance(lengths, Tensor) and lengths.dim() == 0:
+            lengths = lengths[None]
+    marks = None if reset is None else layout.marks(reset)
+    starts = [layout.rows_in(v) for v in (h_0, c_0)]
+    resets = [layout.rows_in(v) for v in (h_r, c_r)]
+
+    x, finals, everything = layout.x, [], []
+    for k in range(num_layers):
+        outputs = []
+        for d in range(directions):
+            i = k * directions + d
+            h, c = (None if v is None else v[i] for v in starts)
+            again = [v[i] for v in resets if v is not None]
+            y, h_n, c_n, c_all = ops.layer(
+                cell,
+                x,
+                h,
+                c,
+                pieces[i],
+                lengths=lengths if layout.lengths is None else layout.lengths,
+                reset=marks,
+                reset_state=None if not again else tuple(again) if kind.has_c else again[0],
+                reverse=d == 1,
+                all_states=return_all_states,
+                recompute=recompute,
+                backend=backend,
+            )
+            outputs.append(y)
+            finals.append((h_n, c_n))
+            if return_all_states:
+                everything.append((y, c_all))
+        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        if dropout > 0 and training and k < num_layers - 1:
+            x = layout.dropout(x, dropout)
+
+    result = [layout.output(x), _pair(kind.has_c, finals, layout.rows_out)]
+    if return_all_states:
+        result.append(_pair(kind.has_c, everything, layout.all_states))
+    return tuple(result)
+
+
+def _pair(has_c: bool, parts: list[tuple[Tensor, Tensor | None]], restore: Any) -> State:
+    """Per-layer states as one tensor, or a pair of them, in the caller's layout."""
+    h = restore(torch.stack([h for h, _ in parts]))
+    return (h, restore(torch.stack([c for _, c in parts if c is not None]))) if has_c else h

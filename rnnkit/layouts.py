@@ -1,0 +1,117 @@
+"""The layouts in which a sequence may come, and the way to time-major and back.
+
+Time-major [T, B, I], batch_first [B, T, I], unbatched [T, I], and PackedSequence. Inside, everything is time-major;
+a packed sequence becomes a padded one with lengths, its rows in the packed (sorted) order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+
+class Layout:
+    """How one input was laid out. `x` is [T, B, I]; `lengths` [B] where the input itself brought them."""
+
+    def __init__(self, input: Tensor | PackedSequence, batch_first: bool) -> None:
+        self.batch_first = batch_first
+        self.packed = isinstance(input, PackedSequence)
+        self.lengths: Tensor | None = None
+        self.index: Tensor | None = None
+        if isinstance(input, PackedSequence):
+            self.source = input
+            sizes = input.batch_sizes
+            self.steps, self.rows = len(sizes), int(sizes[0])
+            self.dims = 2
+            if int(sizes[-1]) != self.rows:
+                there = torch.arange(self.rows) < sizes[:, None]
+                self.index = there.flatten().nonzero().squeeze(1).to(input.data.device)
+                self.lengths = there.sum(0).to(input.data.device)
+            self.x = self._pad(input.data)
+        else:
+            self.dims = input.dim()
+            if self.dims == 2:
+                self.x = input.unsqueeze(1)
+            else:
+                self.x = input.transpose(0, 1) if batch_first else input
+            self.steps, self.rows = self.x.shape[:2]
+
+    def _pad(self, data: Tensor) -> Tensor:
+        """[sum of lengths, ...] -> [T, B, ...], zeros beyond each row's length."""
+        if self.index is not None:
+            blank = data.new_zeros((self.steps * self.rows, *data.shape[1:]))
+            data = blank.index_copy(0, self.index, data)
+        return data.view(self.steps, self.rows, *data.shape[1:])
+
+    def _pack(self, y: Tensor) -> Tensor:
+        y = y.flatten(0, 1)
+        return y if self.index is None else y.index_select(0, self.index)
+
+    def dropout(self, y: Tensor, p: float) -> Tensor:
+        """Dropout between layers, drawn over the same elements in the same order as torch.nn draws it."""
+        return self._pad(F.dropout(self._pack(y), p)) if self.packed else F.dropout(y, p)
+
+    def marks(self, reset: Tensor | PackedSequence) -> Tensor:
+        """`reset` in the input's layout as [T, B]."""
+        if self.packed:
+            if not isinstance(reset, PackedSequence):
+                raise TypeError(f"with a PackedSequence, reset must be one too, got {type(reset).__name__}")
+            if not torch.equal(reset.batch_sizes, self.source.batch_sizes):
+                raise ValueError("reset must be packed with the input's lengths: its batch_sizes differ")
+            ours, theirs = self.source.sorted_indices, reset.sorted_indices
+            if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):
+                raise ValueError("reset must be packed in the input's order of rows: its sorted_indices differ")
+            data = reset.data
+            return self._pad(data.squeeze(-1) if data.dim() == 2 and data.shape[-1] == 1 else data)
+        if not isinstance(reset, Tensor):
+            raise TypeError(f"reset must be a tensor of 0 and 1 in the input's layout, got {type(reset).__name__}")
+        lead = 1 if self.dims == 2 else 2
+        if reset.dim() == lead + 1 and reset.shape[-1] == 1:
+            reset = reset.squeeze(-1)
+        if self.dims == 2:
+            wanted, form = (self.steps,), "[T]"
+        elif self.batch_first:
+            wanted, form = (self.rows, self.steps), "[B, T]"
+        else:
+            wanted, form = (self.steps, self.rows), "[T, B]"
+        if tuple(reset.shape) != wanted:
+            raise ValueError(f"reset must be {form} = {list(wanted)} as the input, got {list(reset.shape)}")
+        if self.dims == 2:
+            return reset.unsqueeze(1)
+        return reset.transpose(0, 1) if self.batch_first else reset
+
+    def rows_in(self, state: Tensor | None) -> Tensor | None:
+        """A state as the caller holds it -> [L·D, B, N] in our order of rows."""
+        if state is None:
+            return None
+        if self.packed:
+            order = self.source.sorted_indices
+            return state if order is None else state.index_select(1, order)
+        return state.unsqueeze(1) if self.dims == 2 else state
+
+    def rows_out(self, state: Tensor) -> Tensor:
+        """[L·D, B, N] in our order of rows -> as the caller holds it."""
+        if self.packed:
+            order = self.source.unsorted_indices
+            return state if order is None else state.index_select(1, order)
+        return state.squeeze(1) if self.dims == 2 else state
+
+    def output(self, y: Tensor) -> Tensor | PackedSequence:
+        """[T, B, N] -> the input's layout."""
+        if self.packed:
+            return PackedSequence(
+                self._pack(y), self.source.batch_sizes, self.source.sorted_indices, self.source.unsorted_indices
+            )
+        if self.dims == 2:
+            return y.squeeze(1)
+        return y.transpose(0, 1) if self.batch_first else y
+
+    def all_states(self, states: Tensor) -> Tensor:
+        """[L·D, T, B, N] -> [L·D, B, T, N] with batch_first, [L·D, T, N] unbatched; packed: the caller's rows."""
+        if self.dims == 2 and not self.packed:
+            return states.squeeze(2)
+        if self.packed and self.source.unsorted_indices is not None:
+            states = states.index_select(2, self.source.unsorted_indices)
+        return states.transpose(1, 2) if self.batch_first else states

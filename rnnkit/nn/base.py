@@ -1,0 +1,188 @@
+"""What the layers and the cells share: parameters that pass for torch.nn's, and calls that end in `functional`.
+
+Layers derive from `nn.RNNBase` and cells from `nn.RNNCellBase`, so initialisation, names, `state_dict`, pickling
+and printing are torch's own. Nothing is cached: weights are read at every call. Where torch itself has to take
+over (tracing, ONNX export, scripting, the words of an exception that a program may expect), a torch layer that
+holds the same parameters does; `as_torch` makes it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import rnn as torch_rnn
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import checks
+from ..backends import check_name
+
+# torch's classes as they were before `patch_torch` put ours in their place.
+TORCH: dict[str, type[nn.Module]] = {
+    name: getattr(torch_rnn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+}
+OURS = ("backend", "recompute", "reset_after")
+
+
+class Recurrent(nn.Module):
+    """What every layer and cell has beside torch's parameters."""
+
+    TORCH_NAME = ""
+    backend = "auto"
+    reset_after = True
+
+    def _set_backend(self, backend: str) -> None:
+        check_name(backend)
+        if backend != "auto":
+            self.backend = backend
+
+    def _like_torch(self) -> bool:
+        """Whether torch has a layer that computes the same."""
+        return self.reset_after
+
+    def extra_repr(self) -> str:
+        extra = super().extra_repr()
+        if not self.reset_after:
+            extra += ", reset_after=False"
+        if self.backend != "auto":
+            extra += f", backend={self.backend!r}"
+        return extra
+
+    def _shadow(self) -> nn.Module:
+        """A torch layer that computes with this one's weights of this moment, for one call."""
+        twin = TORCH[self.TORCH_NAME].__new__(TORCH[self.TORCH_NAME])
+        twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in OURS})
+        return twin
+
+    def _through_torch(self, *plain: object) -> bool:
+        """Whether this call goes to torch's own operator, so that a trace or an ONNX graph is the one it makes."""
+        if not (torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()):
+            return False
+        return self._like_torch() and not any(value is not None and value is not False for value in plain)
+
+    def _speak(self, error: Exception, *args: Any) -> None:
+        """Raise what torch raises for these arguments, or else `error`."""
+        self._shadow().forward(*args)
+        raise error
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        if not self._like_torch():
+            raise NotImplementedError(
+                f"torch.jit.script needs a layer that torch knows, and {self.TORCH_NAME}(reset_after=False) is not "
+                "one; use torch.jit.trace or torch.export"
+            )
+        warnings.warn(
+            f"torch.jit.script replaces rnnkit.{self.TORCH_NAME} by torch.nn.{self.TORCH_NAME} with the same "
+            "parameters, in the eager model too; rnnkit.convert(model) puts it back",
+            stacklevel=2,
+        )
+        return as_torch(self)
+
+
+def as_torch(module: Recurrent) -> nn.Module:
+    """A torch.nn layer that holds the same Parameters, hooks and mode."""
+    twin = module._shadow()
+    for key in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[key] = dict(module.__dict__[key])
+    if isinstance(twin, nn.RNNBase):
+        twin._init_flat_weights()
+    return twin
+
+
+class RecurrentLayer(Recurrent, nn.RNNBase):
+    """What RNN, LSTM and GRU share."""
+
+    recompute = False
+
+    def _set_up(self, backend: str, recompute: bool) -> None:
+        self._set_backend(backend)
+        if recompute:
+            self.recompute = True
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+        """The weights of this moment, in torch's order."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Tensor | None]) -> None:
+        """torch writes its cache here; there is none."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
+
+    def _shadow(self) -> nn.Module:
+        twin = super()._shadow()
+        twin.__dict__["_flat_weights"] = list(self._flat_weights)
+        twin.__dict__["_flat_weight_refs"] = [None] * len(self._flat_weights_names)
+        return twin
+
+    def _run(
+        self,
+        function: Callable[..., Any],
+        input: Tensor | PackedSequence,
+        hx: Any,
+        lengths: Tensor | None,
+        reset: Tensor | PackedSequence | None,
+        reset_state: Any,
+        return_all_states: bool,
+        **options: Any,
+    ) -> Any:
+        if self._through_torch(lengths, reset, reset_state, return_all_states):
+            return self._shadow().forward(input, hx)
+        try:
+            return function(
+                input,
+                hx,
+                self._flat_weights,
+                num_layers=self.num_layers,
+                bidirectional=self.bidirectional,
+                batch_first=self.batch_first,
+                dropout=self.dropout,
+                training=self.training,
+                lengths=lengths,
+                reset=reset,
+                reset_state=reset_state,
+                return_all_states=return_all_states,
+                backend=self.backend,
+                recompute=self.recompute,
+                **options,
+            )
+        except checks.BadInput as mistake:
+            error = mistake
+        return self._speak(error, input, hx)
+
+
+class RecurrentCell(Recurrent, nn.RNNCellBase):
+    """What RNNCell, LSTMCell and GRUCell share."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+
+    def _shadow(self) -> nn.Module:
+        twin = super()._shadow()
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):  # also those that a parametrization computes
+            twin.__dict__[name] = getattr(self, name)
+        return twin
+
+    def _run(self, function: Callable[..., Any], input: Tensor, hx: Any, **options: Any) -> Any:
+        if self._through_torch():
+            return self._shadow().forward(input, hx)
+        weights = [self.weight_ih, self.weight_hh]
+        if self.bias_ih is not None and self.bias_hh is not None:
+            weights += [self.bias_ih, self.bias_hh]
+        try:
+            rows, state = checks.cell_rows(input, hx, self.TORCH_NAME)
+            new = function(rows, state, weights, backend=self.backend, **options)
+        except checks.BadInput as mistake:
+            error = mistake
+        else:
+            if input.dim() == 2:
+                return new
+            return tuple(v.squeeze(0) for v in new) if isinstance(new, tuple) else new.squeeze(0)
+        return self._speak(error, input, hx)

@@ -1,0 +1,138 @@
+"""The gated recurrent unit, as a layer and as a cell, with the reset gate after the product or before it."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import functional
+from .base import RecurrentCell, RecurrentLayer
+
+
+class GRU(RecurrentLayer):
+    r"""Multi-layer GRU, a drop-in for :class:`torch.nn.GRU`.
+
+    .. math::
+        r = \sigma(\cdot) \quad z = \sigma(\cdot) \quad h_t = (1 - z) \odot n + z \odot h_{t-1}
+
+    with :math:`n = \tanh(W_{in} x_t + b_{in} + r \odot (W_{hn} h_{t-1} + b_{hn}))` as in torch and cuDNN
+    (``reset_after=True``), or :math:`n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r \odot h_{t-1}) + b_{hn})` as in the
+    original (``reset_after=False``; Keras calls it the same, ONNX ``linear_before_reset=0``). Textbooks that write
+    :math:`h_t = (1 - z) h_{t-1} + z \tilde h` have the z block's weights and biases negated.
+
+    T steps, B rows, I = input_size, H = hidden_size, L = num_layers, D = 2 if bidirectional else 1.
+
+    Args:
+        input_size, hidden_size: I and H.
+        num_layers: L, layers stacked on one another.
+        bias: whether there are b_ih and b_hh.
+        batch_first: input and output are [B, T, ·] instead of [T, B, ·]; states are not concerned.
+        dropout: probability with which each output of every layer but the last is zeroed in training.
+        bidirectional: a second set of weights runs from the end.
+        device, dtype: of the parameters.
+        reset_after: where the reset gate acts, see above.
+        backend: ``'auto'`` or a backend's name; a named one runs or raises with its reasons.
+        recompute: keep no gates for the backward, compute them again there.
+
+    Inputs: ``input, hx, *, lengths, reset, reset_state, return_all_states``
+        as in :func:`rnnkit.functional.lstm`, with h alone for a state: hx is [L·D, B, H].
+
+    Outputs: ``output [T, B, D·H], h_n [L·D, B, H]``, and with return_all_states ``h_all [L·D, T, B, H]``.
+
+    Errors: those of torch.nn.GRU for its own arguments; ValueError, TypeError and NotImplementedError as in
+    :func:`rnnkit.functional.lstm` for the others.
+
+    Source: Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine
+    translation", EMNLP 2014.
+    """
+
+    TORCH_NAME = "GRU"
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        backend: str = "auto",
+        recompute: bool = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self, *args: Any, reset_after: bool = True, backend: str = "auto", recompute: bool = False, **kwargs: Any
+    ) -> None: ...
+
+    def __init__(
+        self, *args: Any, reset_after: bool = True, backend: str = "auto", recompute: bool = False, **kwargs: Any
+    ) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+        self._set_up(backend, recompute)
+        if not reset_after:
+            self.reset_after = False
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_state: Tensor | None = None,
+        return_all_states: bool = False,
+    ) -> Any:
+        """Run the sequence; see the class."""
+        how = {"reset_after": self.reset_after}
+        return self._run(functional.gru, input, hx, lengths, reset, reset_state, return_all_states, **how)
+
+
+class GRUCell(RecurrentCell):
+    r"""One step of a GRU, a drop-in for :class:`torch.nn.GRUCell`.
+
+    .. math:: h' = (1 - z) \odot n + z \odot h
+
+    with n as in :class:`GRU` for the same ``reset_after``.
+
+    Args: input_size I, hidden_size H, bias, device, dtype; reset_after, backend.
+
+    Inputs: input [B, I] or [I]; hx [B, H] or [H], zeros where missing. Output: h' [B, H] or [H].
+
+    Errors: those of torch.nn.GRUCell; NotImplementedError where a named backend cannot run it.
+
+    Source: as :class:`GRU`.
+    """
+
+    TORCH_NAME = "GRUCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        self._set_backend(backend)
+        if not reset_after:
+            self.reset_after = False
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step; see the class."""
+        return self._run(functional.gru_cell, input, hx, reset_after=self.reset_after)

@@ -1,0 +1,202 @@
+"""How a backend is run: directly in eager mode, as one opaque operator under compile, export and dispatch modes.
+
+`rnnkit::layer_forward` and `rnnkit::layer_backward` stand for a whole layer, so T is never unrolled and any backend
+passes through torch.compile and torch.export. Their results are a fixed tuple: y, h_n, c_n, c_all, gates, cells;
+what a cell or an option does not give is an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import BY_NAME, REFERENCE, Options, Outputs, Result, Tensors
+from .backends.products import Gradient
+from .cells import CELLS, compute_dtype
+
+_ARGUMENTS = (
+    "str cell, str backend, bool reverse, bool all_states, bool recompute, Tensor x, Tensor h_0, Tensor? c_0, "
+    "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths, Tensor? reset, "
+    "Tensor? h_r, Tensor? c_r"
+)
+_LIBRARY = torch.library.Library("rnnkit", "FRAGMENT")
+_LIBRARY.define(
+    f"layer_forward({_ARGUMENTS}, bool train) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    f"layer_backward({_ARGUMENTS}, bool[] needs, Tensor y, Tensor gates, Tensor cells, Tensor? gy, Tensor? gh_n, "
+    "Tensor? gc_n, Tensor? gc_all) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class no_autocast:
+    """Autocast off where it is on: a layer has cast what it wanted to."""
+
+    def __init__(self, device: str) -> None:
+        self._off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
+
+    def __enter__(self) -> None:
+        if self._off is not None:
+            self._off.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._off is not None:
+            self._off.__exit__(*error)
+
+
+def run_forward(backend: str, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool) -> Result:
+    """A backend's forward, directly."""
+    with no_autocast(t.x.device.type):
+        return BY_NAME[backend].forward(cell, t, o, train=train, graph=graph)
+
+
+def run_backward(
+    backend: str, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+) -> list[Gradient]:
+    """A backend's backward, directly."""
+    with no_autocast(t.x.device.type):
+        return BY_NAME[backend].backward(cell, t, o, y, result, grads, needs)
+
+
+def second_backward(cell: str, t: Tensors, o: Options, grads: Outputs, needs: list[bool]) -> list[Gradient]:
+    """The same gradients as a function that torch can differentiate again: the reference's formulas on live inputs."""
+    o = o._replace(recompute=False)
+    with no_autocast(t.x.device.type):
+        result = REFERENCE.forward(cell, t, o, train=True)
+        return REFERENCE.backward(cell, t, o, result.outputs.y, result, grads, needs)
+
+
+# The opaque operators.
+
+_Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _some(v: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if v is None else v
+
+
+def _forward(
+    cell: str, backend: str, reverse: bool, all_states: bool, recompute: bool, *rest: Tensor | bool | None
+) -> _Six:
+    *tensors, train = rest
+    t = Tensors(*tensors)  # type: ignore[arg-type]
+    options = Options(reverse, all_states, recompute)
+    outputs, saved, _ = run_forward(backend, cell, t, options, train=bool(train), graph=False)
+    gates, cells = _split(cell, saved)
+    every = (*outputs, gates, cells)
+    if outputs.c_all is not None and cells is outputs.c_all:  # an operator's results may not be one tensor
+        every = (*outputs, gates, cells.clone())
+    return tuple(_some(v, t.x) for v in every)  # type: ignore[return-value]
+
+
+def _split(cell: str, saved: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    kind = CELLS[cell]
+    if not saved or not kind.saved:
+        return None, None
+    return saved[0], saved[1] if kind.has_c else None
+
+
+def _backward(
+    cell: str,
+    backend: str,
+    reverse: bool,
+    all_states: bool,
+    recompute: bool,
+    *rest: Tensor | list[bool] | None,
+) -> list[Tensor]:
+    tensors, (needs, y, gates, cells), grads = rest[:12], rest[12:16], rest[16:]
+    t = Tensors(*tensors)  # type: ignore[arg-type]
+    kind = CELLS[cell]
+    saved = (gates, cells)[: 2 if kind.has_c else 1] if keeps(cell, backend, recompute) else ()
+    found = run_backward(
+        backend,
+        cell,
+        t,
+        Options(reverse, all_states, recompute),
+        y,  # type: ignore[arg-type]
+        Result(Outputs(y, t.h_0, None, None), saved),  # type: ignore[arg-type]
+        Outputs(*grads),  # type: ignore[arg-type]
+        needs,  # type: ignore[arg-type]
+    )
+    given: list[Tensor] = []
+    for v in found:
+        if v is not None:
+            given.append(v.clone() if any(v is other for other in given) else v)
+    return given
+
+
+def keeps(cell: str, backend: str, recompute: bool) -> bool:
+    """Whether the operator's forward returns gates: not for backend `torch`, whose workspace has no stated size."""
+    return backend != "torch" and not recompute and CELLS[cell].saved > 0
+
+
+_LIBRARY.impl("layer_forward", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("layer_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rnnkit::layer_forward", lib=_LIBRARY)
+def _fake_forward(
+    cell: str, backend: str, reverse: bool, all_states: bool, recompute: bool, *rest: Tensor | bool | None
+) -> _Six:
+    *tensors, train = rest
+    t = Tensors(*tensors)  # type: ignore[arg-type]
+    kind = CELLS[cell]
+    steps, rows = t.x.shape[0], t.x.shape[1]
+    hidden = t.w_hh.shape[0] // kind.gates
+    wide = compute_dtype(t.x.dtype)
+    y = t.x.new_empty((steps, rows, t.h_0.shape[1]))
+    h_n = t.x.new_empty((rows, t.h_0.shape[1]))
+    c_n = t.x.new_empty((rows, hidden) if kind.has_c else (0,))
+    c_all = t.x.new_empty((steps, rows, hidden) if kind.has_c and all_states else (0,))
+    kept = bool(train) and keeps(cell, backend, recompute)
+    gates = t.x.new_empty((steps, rows, kind.saved * hidden), dtype=wide) if kept else t.x.new_empty(0)
+    cells = t.x.new_empty((steps, rows, hidden), dtype=wide) if kept and kind.has_c else t.x.new_empty(0)
+    return y, h_n, c_n, c_all, gates, cells
+
+
+@torch.library.register_fake("rnnkit::layer_backward", lib=_LIBRARY)
+def _fake_backward(
+    cell: str,
+    backend: str,
+    reverse: bool,
+    all_states: bool,
+    recompute: bool,
+    *rest: Tensor | list[bool] | None,
+) -> list[Tensor]:
+    tensors, needs = rest[:12], rest[12]
+    wanted = zip(tensors, needs, strict=True)  # type: ignore[arg-type]
+    return [v.new_empty(v.shape) for v, need in wanted if need and v is not None]  # type: ignore[union-attr]
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: _Six) -> None:
+    cell, backend, reverse, all_states, recompute, *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, output[0], output[4], output[5])
+    ctx.how = (cell, backend, Options(reverse, all_states, recompute))  # type: ignore[attr-defined]
+    ctx.set_materialize_grads(False)
+
+
+def _derivative(ctx: torch.autograd.function.FunctionCtx, *grads: Gradient) -> tuple:
+    cell, backend, o = ctx.how  # type: ignore[attr-defined]
+    *tensors, y, gates, cells = ctx.saved_tensors  # type: ignore[attr-defined]
+    t = Tensors(*tensors)
+    needs = list(ctx.needs_input_grad[5:17])  # type: ignore[attr-defined]
+    given = Outputs(grads[0], grads[1], *(g if o else None for g, o in zip(grads[2:4], states_of(cell, o), strict=True)))  # type: ignore[arg-type]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        every = second_backward(cell, t, o, given, needs)
+    else:
+        found = iter(torch.ops.rnnkit.layer_backward(cell, backend, *o, *t, needs, y, gates, cells, *given))
+        every = [next(found) if need else None for need in needs]
+    return (None,) * 5 + tuple(every) + (None,)
+
+
+def states_of(cell: str, o: Options) -> tuple[bool, bool]:
+    """Whether there is a c_n, and a c_all."""
+    has_c = CELLS[cell].has_c
+    return has_c, has_c and o.all_states
+
+
+torch.library.register_autograd("rnnkit::layer_forward", _derivative, setup_context=_setup_context, lib=_LIBRARY)
