@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .autocast import autocasting
 from .backends import Options, Tensors
 from .cells import CELLS, Cell
 
@@ -204,7 +205,7 @@ def _same(x: Tensor, others: dict[str, Tensor | None]) -> None:
     """One floating dtype (any under autocast) and one device."""
     if not x.is_floating_point():
         raise BadType(f"x must be of a floating dtype, got {x.dtype}; pass x.to({others['w_ih'].dtype})")  # type: ignore[union-attr]
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = autocasting(x.device.type)
     for name, v in others.items():
         if v is None:
             continue
