@@ -52,9 +52,7 @@ def extension() -> dict[str, Any]:
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        without_extension(
-            f"torch cannot be imported where the build runs ({error}); use --no-build-isolation"
-        )
+        without_extension(f"torch cannot be imported where the build runs ({error}); use --no-build-isolation")
         return {}
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:

@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from torch import nn
 import rnnkit
 
 SHAPES = [(1, 1, 64, 64), (1, 128, 64, 64), (32, 100, 128, 128), (128, 64, 64, 256)]  # B, T, I, H
+COLUMNS = [
+    *("cell", "what", "mode", "B", "T", "I", "H", "backend", "torch_ms", "rnnkit_ms"),
+    *("ratio_p20", "ratio_p50", "ratio_p80", "threads", "torch", "commit", "processor"),
+]
 BAND = 2e-6  # a few float32 roundings, relative to the largest element
 
 
@@ -54,10 +59,10 @@ def plain(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module(x)[0]
 
 
-def by_steps(cell: nn.Module, x: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
+def by_steps(cell: nn.RNNCellBase, x: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
     """A sequence with resets as a loop over torch's cell."""
     pair = isinstance(cell, nn.LSTMCell)
-    h = x.new_zeros(x.shape[1], cell.hidden_size)  # type: ignore[arg-type]
+    h = x.new_zeros((x.shape[1], cell.hidden_size))
     state: Any = (h, h) if pair else h
     ys = []
     for x_t, keep in zip(x, (1 - reset).unsqueeze(-1), strict=True):
@@ -107,7 +112,7 @@ def main() -> int:
             print(f"{name} {what} B={b} T={t} I={i} H={h}: WRONG, not timed", file=sys.stderr)
             continue
         for mode in ("inference", "training"):
-            work = [lambda m=m, r=r: step(m, x, r, mode) for m, r in ((theirs, run_theirs), (ours, run_ours))]
+            work = [partial(step, m, x, r, mode) for m, r in ((theirs, run_theirs), (ours, run_ours))]
             ratios, times = alternate(work, options.seconds)
             low, middle, high = (statistics.quantiles(ratios, n=10)[k] for k in (1, 4, 7))
             row = [name, what, mode, b, t, i, h, backend(ours, x), times[0] * 1e3, times[1] * 1e3, low, middle, high]
@@ -120,10 +125,7 @@ def main() -> int:
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(
-                "cell what mode B T I H backend torch_ms rnnkit_ms ratio_p20 ratio_p50 ratio_p80 threads torch "
-                "commit processor".split()
-            )
+            writer.writerow(COLUMNS)
             about = [options.threads, torch.__version__, commit(), processor()]
             writer.writerows([*row, *about] for row in rows)
     return 1 if wrong else 0
@@ -137,10 +139,11 @@ def step(module: nn.Module, x: torch.Tensor, run: Callable[..., torch.Tensor], m
         run(module, x).sum().backward()
 
 
-def alternate(work: list[Callable[[], None]], seconds: float) -> tuple[list[float], list[float]]:
+def alternate(work: Sequence[Callable[[], None]], seconds: float) -> tuple[list[float], list[float]]:
     """Ratios of paired times, first over second, and the median time of each, after a warm-up."""
     repeats = max(1, int(0.01 / max(max(clock(w, 2) for w in work), 1e-7)))
-    pairs, start = [], time.perf_counter()
+    pairs: list[list[float]] = []
+    start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(pairs) < 9:
         pairs.append([clock(w, repeats) for w in work])
     return [a / b for a, b in pairs], [statistics.median(column) for column in zip(*pairs, strict=True)]

@@ -41,9 +41,7 @@ class Case:
     def cut(self, t: int, b: int) -> bool:
         """The state is replaced before step t: by its own reset forwards, by that of t + 1 backwards."""
         at = t + 1 if self.reverse else t
-        return (
-            self.reset is not None and at < len(self.reset) and self.live(at, b) and bool(self.reset[at, b])
-        )
+        return self.reset is not None and at < len(self.reset) and self.live(at, b) and bool(self.reset[at, b])
 
     def times(self) -> list[int]:
         steps = list(range(len(self.gx)))
@@ -89,14 +87,10 @@ def wide(c: Case, grad: bool = False) -> Case:
     return replace(c, **{n: v.double().requires_grad_(grad) for n, v in tensors.items() if v is not None})
 
 
-def forward(
-    c: Case, first: int = 0, last: int | None = None, h: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(c: Case, first: int = 0, last: int | None = None, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
     gx = c.gx[first:last]
     start = c.h if h is None else h
-    return torch.ops.rnnkit.rnn_scan_forward(
-        gx, c.w_hh, start, c.lengths, c.reset, c.h_r, first, c.relu, c.reverse
-    )
+    return torch.ops.rnnkit.rnn_scan_forward(gx, c.w_hh, start, c.lengths, c.reset, c.h_r, first, c.relu, c.reverse)
 
 
 def backward(c: Case, gy: Tensor, gh_n: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,9 +251,7 @@ def test_messages_of_times():
     with pytest.raises(RuntimeError, match="t0 must not be negative, got -1"):
         torch.ops.rnnkit.rnn_scan_forward(case.gx, case.w_hh, case.h, None, None, None, -1, False, False)
     with pytest.raises(RuntimeError, match=r"t0 \+ n = 8, got \[7, 5\]"):
-        torch.ops.rnnkit.rnn_scan_forward(
-            case.gx, case.w_hh, case.h, case.lengths, case.reset, None, 1, False, False
-        )
+        torch.ops.rnnkit.rnn_scan_forward(case.gx, case.w_hh, case.h, case.lengths, case.reset, None, 1, False, False)
     y, h_n = forward(case)
     with pytest.raises(RuntimeError, match=r"y must be Float \[7, 5, 13\], got Float \[6, 5, 13\]"):
         backward(case, y, h_n, y[1:])

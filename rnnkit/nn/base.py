@@ -112,7 +112,7 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
             self.recompute = True
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+    def _flat_weights(self) -> list[Tensor | None]:
         """The weights of this moment, in torch's order."""
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
@@ -175,11 +175,6 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
 
 class RecurrentCell(Recurrent, nn.RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share."""
-
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
 
     def _shadow(self) -> nn.Module:
         twin = super()._shadow()

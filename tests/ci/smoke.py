@@ -36,9 +36,7 @@ def main(wanted: str) -> None:
     place = Path(rnnkit.__file__).parent
     check("site-packages" in place.parts, f"rnnkit comes from {place}, not from an installed wheel")
     check(importlib.resources.files("rnnkit").joinpath("py.typed").is_file(), "py.typed is missing")
-    check(
-        extension.available() == (wanted == "with"), f"wanted {wanted} the extension: {extension.reason()!r}"
-    )
+    check(extension.available() == (wanted == "with"), f"wanted {wanted} the extension: {extension.reason()!r}")
     for layer in (rnnkit.RNN(5, 6, bidirectional=True), rnnkit.LSTM(5, 6, num_layers=2), rnnkit.GRU(5, 6)):
         train(layer)
     subprocess.run([sys.executable, "-m", "rnnkit", "info"], check=True)
