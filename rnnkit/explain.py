@@ -48,7 +48,7 @@ class Explanation:
     choices: tuple[Choice, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons": {backend: [reason, ...]}}, ...], "note"}"""
+        """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons": {backend: [...]}}, ...], "note"}."""
         return {"layers": [choice.to_dict() for choice in self.choices], "note": NOTE}
 
     def __str__(self) -> str:
