@@ -30,7 +30,7 @@ def choice(name: str) -> str | None:
     """The value of an environment variable that may be 0, 1 or unset."""
     value = os.environ.get(name) or None
     if value not in (None, "0", "1"):
-        raise SystemExit(f"{name} must be 0, 1 or unset, got {value!r}")
+        raise SystemExit(f"rnnkit: {name} must be 0, 1 or unset, got {value!r}")
     return value
 
 
@@ -54,23 +54,30 @@ def extension() -> dict[str, Any]:
     except ImportError as error:
         without_extension(f"torch cannot be imported where the build runs ({error}); use --no-build-isolation")
         return {}
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
-        without_extension(f"there is no C++ compiler {compiler!r}; install one (Debian: g++) or set CXX")
-        return {}
 
     class BuildOptional(cpp_extension.BuildExtension):
         """torch's build, which gives up with a reason instead of an error."""
 
         def run(self) -> None:
+            compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+            if shutil.which(compiler) is None:
+                self.give_up(f"there is no C++ compiler {compiler!r}; install one (Debian: g++) or set CXX")
+                return
             try:
                 super().run()
             except Exception as error:
-                without_extension(f"the compiler failed, see its messages above ({error})")
-                for built in self.get_outputs():  # of an earlier build
-                    Path(built).unlink(missing_ok=True)
-                self.extensions = self.distribution.ext_modules = []
-                self.get_finalized_command("bdist_wheel").root_is_pure = True
+                self.give_up(f"the build failed, what the compiler said stands above ({error})")
+
+        def give_up(self, reason: str) -> None:
+            """Go on as a pure package, and leave nothing of an earlier build in it."""
+            without_extension(reason)
+            earlier = [*self.get_outputs()]
+            if self.editable_mode:
+                earlier += map(str, ROOT.glob("rnnkit/_C*.so"))
+            for path in earlier:
+                Path(path).unlink(missing_ok=True)
+            self.extensions = self.distribution.ext_modules = []
+            self.get_finalized_command("bdist_wheel").root_is_pure = True
 
     sources = ["csrc/ops.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))]
     depends = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_HOW = "build it in a source tree with `pip install --no-build-isolation -e .`; it needs a C++ compiler"
+_HOW = "`pip install -v --no-build-isolation -e .` in a source tree builds it, or says what is missing"
 
 
 def _rnn_scan_forward(
@@ -47,13 +47,13 @@ def _load(folder: Path) -> str:
     """Load the library in `folder`. Returns why it is not available, empty where it is."""
     library = next(iter(sorted(folder.glob("_C*.so"))), None)
     if library is None:
-        return f"the C++ extension is not built: {_HOW}"
+        return f"the C++ extension is not built; {_HOW}"
     try:
         torch.ops.load_library(str(library))
         torch.library.register_fake("rnnkit::rnn_scan_forward", _rnn_scan_forward)
         torch.library.register_fake("rnnkit::rnn_scan_backward", _rnn_scan_backward)
     except (OSError, RuntimeError) as error:
-        return f"the C++ extension {library.name} does not load ({error}): {_HOW}"
+        return f"the C++ extension {library.name} does not load ({error}); {_HOW}"
     return ""
 
 
