@@ -305,7 +305,7 @@ def truth(case: Case, dtype: torch.dtype) -> Results:
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    return float((got.detach().double() - exact).abs().max()) if got.numel() else 0.0
+    return float((got.detach().double() - exact.detach()).abs().max()) if got.numel() else 0.0
 
 
 def compare(got: Results, exact: Results, rounded: Results | None = None) -> None:
