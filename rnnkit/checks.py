@@ -78,13 +78,14 @@ def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> 
         )
     if tuple(lengths.shape) != (rows,):
         raise ValueError(f"lengths must be [B] = [{rows}], got {shape(lengths)}")
+    whole = lengths.to(torch.int64)  # before T is compared: an int8 would wrap it, unsigned types know no order
     if visible(lengths) and lengths.numel():
-        wrong = (lengths < 0) | (lengths > steps)
+        wrong = (whole < 0) | (whole > steps)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
-            raise ValueError(f"lengths must lie in [0, T={steps}], got {int(lengths[row])} at row {row}")
-        return lengths.to(device=device, dtype=torch.int64)
-    return lengths.to(device=device, dtype=torch.int64).clamp(0, steps)
+            raise ValueError(f"lengths must lie in [0, T={steps}], got {int(whole[row])} at row {row}")
+        return whole.to(device)
+    return whole.to(device).clamp(0, steps)
 
 
 def reset_of(reset: object, steps: int, rows: int, device: torch.device) -> Tensor:

@@ -65,6 +65,8 @@ class Layout:
             if len(known) == 1 or (len(known) == 2 and not torch.equal(*known)):
                 raise ValueError("reset must be packed in the input's order of rows: its sorted_indices differ")
             data = reset.data
+            if data.dtype != torch.bool and not data.is_complex():
+                data = data.float()  # it holds 0 and 1, and unlike float8 and uint16 every operator knows it
             return self._pad(data.squeeze(-1) if data.dim() == 2 and data.shape[-1] == 1 else data)
         if not isinstance(reset, Tensor):
             raise TypeError(f"reset must be a tensor of 0 and 1 in the input's layout, got {type(reset).__name__}")

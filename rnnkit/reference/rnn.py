@@ -25,5 +25,5 @@ def relu_step(gx: Tensor, s: State, w: Weights) -> Step:
 
 
 def relu_step_vjp(dh: Tensor, dc: Tensor | None, s: State, new: Step, w: Weights) -> Gradients:
-    da = torch.where(new.h > 0, dh, 0)
+    da = torch.where(new.h <= 0, 0, dh)  # NaN passes the gradient on, as in torch
     return Gradients(dgx=da, dgh=da, dh=da @ w.w_hh, dc=None)
