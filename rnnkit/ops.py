@@ -146,7 +146,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell, backend, o = ctx.how
-        t, kept = Tensors(*ctx.saved_tensors[:12]), ctx.saved_tensors[12:]
+        saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second look
+        t, kept = Tensors(*saved[:12]), saved[12:]
         needs = list(ctx.needs_input_grad[3:])
         given = iter(grads)
         has_c_n, has_c_all = states_of(cell, o)
