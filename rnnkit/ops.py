@@ -123,7 +123,7 @@ def _autocast_dtype(cell: str, t: Tensors, *, fused: bool) -> torch.dtype:
     """
     device = t.x.device.type
     dtype = torch.get_autocast_dtype(device)
-    onednn = fused and cell == "lstm" and t.w_hr is None and dtype == torch.bfloat16 and torch._C._get_mkldnn_enabled()
+    onednn = fused and cell == "lstm" and t.w_hr is None and dtype == torch.bfloat16 and torch.backends.mkldnn.enabled
     if device != "cpu" or cell.startswith("rnn_") or onednn:
         return dtype
     return torch.promote_types(t.h_0.dtype, dtype)
