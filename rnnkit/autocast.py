@@ -12,11 +12,6 @@ def autocasting(device: str) -> bool:
     return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
-@torch.compiler.assume_constant_result
-def _onednn() -> bool:
-    return torch._C._get_mkldnn_enabled()
-
-
 def layer_dtype(cell: str, device: str, state: torch.dtype, *, projected: bool, fused: bool) -> torch.dtype:
     """What torch.nn computes in, and returns, under autocast.
 
@@ -27,7 +22,9 @@ def layer_dtype(cell: str, device: str, state: torch.dtype, *, projected: bool, 
     dtype = torch.get_autocast_dtype(device)
     if device != "cpu" or cell.startswith("rnn_"):
         return dtype
-    if cell == "lstm" and fused and not projected and dtype == torch.bfloat16 and _onednn():
+    if (
+        cell == "lstm" and fused and not projected and dtype == torch.bfloat16 and torch.backends.mkldnn.enabled
+    ):  # Dynamo guards on it
         return dtype
     return torch.promote_types(state, dtype)
 

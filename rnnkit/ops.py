@@ -145,7 +145,7 @@ class _Layer(torch.autograd.Function):
         )
         if all(g is None for g in some):
             return (None,) * 15
-        if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
+        if torch.is_grad_enabled() or _transforming():  # create_graph, batched gradients: torch's own operators
             every = second_backward(cell, t, o, some, needs)
         else:
             y = kept[0] if kept else t.x
