@@ -285,7 +285,10 @@ def with_gradients(case: Case, results: Results, leaves: dict[str, Tensor]) -> R
     """The results and, as `d name`, the gradient of every leaf, for a loss that weighs each number differently."""
     g = torch.Generator().manual_seed(case.seed + 1)
     loss = sum((r * torch.randn(r.shape, generator=g).to(r.dtype)).sum() for _, r in sorted(results.items()))
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    else:  # no row has a step, nor an initial state
+        found = [torch.zeros_like(v) for v in leaves.values()]
     return {**results, **{f"d {name}": v for name, v in zip(leaves, found, strict=True)}}
 
 

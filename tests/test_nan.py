@@ -175,3 +175,49 @@ def test_a_plain_problem_behaves_as_torch(case, backend, dtype, where, poison):
         torch.testing.assert_close(
             a[name], v, rtol=1e-13, atol=1e-13, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def further(case, backend, poison, after):
+    """Derivatives beyond the plain backward, of a loss that sees neither padding nor rows without a step: by
+    torch.func, and the second derivatives; with resets, those of the steps from `after` on."""
+    given = draw(case, F64)
+    layer = put(build(case, dtype=F64, backend=backend), given.weights)
+    with torch.no_grad():
+        for b, valid in enumerate(case.lengths or ()):
+            given.leaves["x"][valid:, b] = poison
+            for name in {"h_0", "c_0"} & given.leaves.keys():
+                given.leaves[name][:, b] = given.leaves[name][:, b] if valid else poison
+        given.leaves["x"][:after] = poison
+    leaves, names = {**given.leaves, **dict(layer.named_parameters())}, list(given.leaves)
+
+    def loss(every):
+        weights = {name: v for name, v in every.items() if name not in names}
+        given_now = replace(given, leaves={name: every[name] for name in names})
+
+        def run(x, hx, **how):
+            return torch.func.functional_call(layer, weights, (x, hx), how)
+
+        return call(case, run, given_now)["y"][after:].square().sum()
+
+    first = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True)
+    if after:
+        return dict(zip(leaves, first, strict=True))
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values()))
+    functional = torch.func.grad(loss)({name: v.detach() for name, v in leaves.items()})
+    return {**{f"d² {n}": v for n, v in zip(leaves, second, strict=True)}, **functional}
+
+
+@POISON
+@ways([Case(kind, **DEEP, lengths=(4, 0, 6)) for kind in KINDS], dtypes=(F64,))
+def test_nor_any_other_derivative_sees_padding_and_rows_without_a_step(case, backend, dtype, poison):
+    clean, got = (further(case, backend, v, after=0) for v in (0.5, poison))
+    for name, v in clean.items():
+        assert v.isfinite().all() and torch.equal(got[name], v), name
+
+
+@POISON
+@ways([Case(kind, layers=2, resets=((3, 0), (3, 1), (3, 2))) for kind in KINDS], dtypes=(F64,))
+def test_nor_does_a_gradient_with_a_graph_see_what_lies_before_a_reset(case, backend, dtype, poison):
+    clean, got = (further(case, backend, v, after=3) for v in (0.5, poison))
+    for name, v in clean.items():
+        assert v.isfinite().all() and torch.equal(got[name], v), name
