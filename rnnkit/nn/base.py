@@ -82,15 +82,6 @@ class Recurrent(nn.Module):
         return as_torch(self)
 
 
-def _default(value: Any) -> bool:
-    """None, or False as a tracer shows it."""
-    if value is None or not isinstance(value, Tensor):
-        return value is None
-    with warnings.catch_warnings():  # the tracer warns of every value that Python looks at
-        warnings.simplefilter("ignore")
-        return value.dtype == torch.bool and value.dim() == 0 and not bool(value)
-
-
 def as_torch(module: Recurrent) -> nn.Module:
     """A torch.nn layer that holds the same Parameters, hooks and mode."""
     twin = module._shadow()
@@ -128,14 +119,6 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
         twin.__dict__["_flat_weights"] = list(self._flat_weights)
         twin.__dict__["_flat_weight_refs"] = [None] * len(self._flat_weights_names)
         return twin
-
-    def _only_defaults(self, values: tuple[Any, ...]) -> None:
-        """Refuse a third positional argument; torch's first ONNX exporter alone passes every default by position."""
-        if values and not (torch.onnx.is_in_onnx_export() and all(_default(v) for v in values)):
-            raise TypeError(
-                f"{type(self).__name__}.forward() takes input and hx by position, got {len(values)} more; name the "
-                "others: lengths=, reset=, reset_state=, return_all_states="
-            )
 
     def _run(
         self,

@@ -88,14 +88,13 @@ class GRU(RecurrentLayer):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *defaults: Any,
+        *,
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         reset_state: Tensor | None = None,
         return_all_states: bool = False,
     ) -> Any:
         """Run the sequence; see the class."""
-        self._only_defaults(defaults)
         how = {"reset_after": self.reset_after}
         return self._run(functional.gru, input, hx, lengths, reset, reset_state, return_all_states, **how)
 

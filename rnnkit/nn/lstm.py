@@ -86,14 +86,13 @@ class LSTM(RecurrentLayer):
         self,
         input: Tensor | PackedSequence,
         hx: Sequence[Tensor] | None = None,
-        *defaults: Any,
+        *,
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         reset_state: Sequence[Tensor] | None = None,
         return_all_states: bool = False,
     ) -> Any:
         """Run the sequence; see the class."""
-        self._only_defaults(defaults)
         how = {"proj_size": self.proj_size}
         return self._run(functional.lstm, input, hx, lengths, reset, reset_state, return_all_states, **how)
 

@@ -84,14 +84,13 @@ class RNN(RecurrentLayer):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *defaults: Any,
+        *,
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         reset_state: Tensor | None = None,
         return_all_states: bool = False,
     ) -> Any:
         """Run the sequence; see the class."""
-        self._only_defaults(defaults)
         how = {"nonlinearity": "relu" if self.mode == "RNN_RELU" else "tanh"}
         return self._run(functional.rnn, input, hx, lengths, reset, reset_state, return_all_states, **how)
 
