@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import Options, Tensors
+from .backends.problem import autocast_on
 from .cells import CELLS, Cell
 
 
@@ -211,7 +212,7 @@ def _same(x: Tensor, others: dict[str, Tensor | None]) -> None:
     """One floating dtype (any under autocast) and one device."""
     if not x.is_floating_point():
         raise BadType(f"x must be of a floating dtype, got {x.dtype}; pass x.to({others['w_ih'].dtype})")  # type: ignore[union-attr]
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = autocast_on(x.device.type)
     for name, v in others.items():
         if v is None:
             continue

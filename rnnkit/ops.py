@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .backends import REFERENCE, Options, Outputs, Result, Tensors, describe, resolve
+from .backends.problem import autocast_on
 from .cells import CELLS
 from .registry import no_autocast, run_backward, run_forward, second_backward, states_of
 
@@ -86,7 +87,7 @@ def _layer(
     cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     device = t.x.device.type
-    if torch.is_autocast_enabled(device):
+    if autocast_on(device):
         t = t.cast(_autocast_dtype(cell, t, fused=fused))
     train = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in t)
     chosen = resolve(backend, describe(cell, t, o, train=train)).name

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import BY_NAME, REFERENCE, Options, Outputs, Result, Tensors
+from .backends.problem import autocast_on
 from .backends.products import Gradient
 from .cells import CELLS, compute_dtype
 
@@ -37,7 +38,7 @@ class no_autocast:
     """Autocast off where it is on: a layer has cast what it wanted to."""
 
     def __init__(self, device: str) -> None:
-        self._off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
+        self._off = torch.autocast(device, enabled=False) if autocast_on(device) else None
 
     def __enter__(self) -> None:
         if self._off is not None:

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def autocast_on(device: str) -> bool:
+    """Whether torch.autocast is on for this type of device; torch itself raises for one that cannot have it (meta)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class Tensors(NamedTuple):
     """What a layer reads, in the order of every argument list. T steps, B rows, I inputs, H hidden, P projected."""
 
