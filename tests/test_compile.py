@@ -17,7 +17,7 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import rnnkit
 
-I, H = 3, 5
+I, H = 3, 5  # noqa: E741
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "RNN": lambda: rnnkit.RNN(I, H),
     "RNN-relu": lambda: rnnkit.RNN(I, H, nonlinearity="relu", bias=False),
@@ -61,7 +61,7 @@ def gradients(outputs: Any, *inputs: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum(v.square().sum() for v in flat(outputs) if v.requires_grad), inputs)
 
 
-def both_ways(eager: Callable[..., Any], compiled: Callable[..., Any], module: nn.Module, x: Tensor, **how: Any) -> None:
+def both_ways(eager: Callable[..., Any], compiled: Any, module: nn.Module, x: Tensor, **how: Any) -> None:
     """Same results and same gradients, of the input and of every weight."""
     x = x.requires_grad_()
     expected, got = eager(x, **how), compiled(x, **how)
@@ -90,7 +90,7 @@ def test_full_graph_with_lengths_resets_and_all_states(make: Callable[[], nn.Mod
     how = {
         "lengths": torch.arange(rows) % 4,
         "reset": torch.rand(4, 6) < 0.3,
-        "reset_state": tuple(torch.randn_like(v) for v in state) if isinstance(state, tuple) else torch.randn_like(state),
+        "reset_state": tuple(map(torch.randn_like, state)) if isinstance(state, tuple) else torch.randn_like(state),
         "return_all_states": True,
     }
     both_ways(module, compiled, module, x, **how)
@@ -319,7 +319,7 @@ def test_dropout_between_layers() -> None:
 
 def test_mistakes_still_speak() -> None:
     compiled = torch.compile(rnnkit.GRU(I, H), backend="aot_eager")
-    with pytest.raises(Exception, match="input.size"):
+    with pytest.raises(Exception, match=r"input\.size"):
         compiled(torch.randn(4, 2, I + 1))
     with pytest.raises(Exception, match=r"lengths must be \[B\] = \[2\]"):
         compiled(torch.randn(4, 2, I), lengths=torch.tensor([1, 2, 3]))

@@ -19,7 +19,7 @@ from rnnkit import ops
 from rnnkit.backends import BACKENDS, BY_NAME, Options, Tensors, describe
 from rnnkit.cells import CELLS
 
-T, B, I, H, P = 3, 3, 2, 2, 1
+T, B, I, H, P = 3, 3, 2, 2, 1  # noqa: E741
 VARIANTS: dict[str, dict[str, bool]] = {
     "plain": {},
     "no_bias": {"unbiased": True},
@@ -183,7 +183,7 @@ def test_operators_are_well_formed(cell: str, variant: str, reverse: bool, backe
 
 def backward_arguments(cell: str, backend: str, t: Tensors, o: Options) -> tuple[Any, ...]:
     plain = Tensors(*(None if v is None else v.detach() for v in t))
-    y, h_n, c_n, c_all, gates, cells = torch.ops.rnnkit.layer_forward(cell, backend, *o, *plain, True)
+    y, _, c_n, c_all, gates, cells = torch.ops.rnnkit.layer_forward(cell, backend, *o, *plain, True)
     kind = CELLS[cell]
     given = (
         torch.ones_like(y),

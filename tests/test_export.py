@@ -20,7 +20,7 @@ from torch.export import Dim
 
 import rnnkit
 
-I, H, B = 3, 4, 3
+I, H, B = 3, 4, 3  # noqa: E741
 KINDS = ["RNN", "LSTM", "GRU"]
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning:torch.*")
 
@@ -64,9 +64,7 @@ def flat(value: Any) -> list[Tensor]:
 
 def exported(model: nn.Module, strict: bool) -> torch.export.ExportedProgram:
     steps = Dim("steps", min=2)
-    return torch.export.export(
-        model, problem(6), dynamic_shapes=({0: steps}, None, {0: steps}), strict=strict
-    )
+    return torch.export.export(model, problem(6), dynamic_shapes=({0: steps}, None, {0: steps}), strict=strict)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])

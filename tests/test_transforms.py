@@ -212,9 +212,11 @@ def test_functional_call(make: Callable[..., nn.Module]) -> None:
     before = {k: v.clone() for k, v in module.state_dict().items()}
     close(functional_call(module, dict(other.named_parameters()), (x,)), other(x))
     close(list(before.values()), list(module.state_dict().values()))
-    only = {"weight_hh" if isinstance(module, nn.RNNCellBase) else "weight_hh_l0": next(
-        v for k, v in other.named_parameters() if k.startswith("weight_hh")
-    )}
+    only = {
+        "weight_hh" if isinstance(module, nn.RNNCellBase) else "weight_hh_l0": next(
+            v for k, v in other.named_parameters() if k.startswith("weight_hh")
+        )
+    }
     mixed = copy.deepcopy(module)
     mixed.load_state_dict(only, strict=False)
     close(functional_call(module, only, (x,)), mixed(x))
