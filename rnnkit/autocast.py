@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "privateuseone")  # others raise when asked
-
 
 def autocasting(device: str) -> bool:
-    """Whether autocast is on for this type of device."""
-    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+    """Whether autocast is on for this type of device; torch itself raises for one that cannot have it (meta)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def layer_dtype(cell: str, device: str, state: torch.dtype, *, projected: bool, fused: bool) -> torch.dtype:

@@ -49,6 +49,12 @@ def expect_tensor(v: object, name: str, form: str) -> None:
         raise BadType(f"{name} must be a tensor {form}, got {type(v).__name__}")
 
 
+def expect_rows(x: object) -> None:
+    expect_tensor(x, "x", "[B, I]")
+    if x.dim() != 2:  # type: ignore[attr-defined]
+        raise BadValue(f"x must be [B, I], got {x.dim()} dimensions: {shape(x)}")  # type: ignore[attr-defined,arg-type]
+
+
 def expect_shape(v: object, name: str, form: str, wanted: tuple[int, ...], kind: type[Exception] = BadValue) -> None:
     """`form` names the dimensions, such as [B, H]; `wanted` are their sizes."""
     if not isinstance(v, Tensor):
@@ -194,7 +200,8 @@ def layer(
             expect_shape(c_r, "reset_state[1]", "[B, H]", (rows, hidden), ValueError)
     if reset is not None:
         reset = reset_of(reset, steps, rows, x.device)
-    _same(x, dict(w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, h_0=h_0, c_0=c_0, reset_state=h_r))
+    _same(x, dict(w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, h_0=h_0, c_0=c_0))
+    _same(x, {"reset_state": h_r, "reset_state[1]": c_r})
     if h_0 is None:
         h_0 = x.new_zeros((rows, size))
     if c_0 is None and kind.has_c:
@@ -265,6 +272,16 @@ def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, pr
         if not isinstance(w, Tensor):
             raise TypeError(f"weights[{k}] must be a tensor, got {type(w).__name__}")
     return [weights[k * each : (k + 1) * each] for k in range(count)]
+
+
+def weights_before_dropout(cell: str, x: Tensor, pieces: Sequence[Sequence[Tensor]], directions: int) -> None:
+    """Every layer's weights, before the first random number is drawn; without dropout each layer's own turn does."""
+    for k, piece in enumerate(pieces):
+        w_ih, w_hh, b_ih, b_hh, w_hr = _weights(cell_named(cell), piece)
+        assert w_ih is not None and w_hh is not None  # two weights at least, checked above
+        width = x.shape[-1] if k < directions else directions * w_hh.shape[1]
+        expect_shape(w_ih, f"w_ih of layer {k // directions}", "[G·H, I]", (w_ih.shape[0], width))
+        _same(x, dict(w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr))
 
 
 def cell_rows(input: object, hx: object, name: str) -> tuple[Tensor, object]:

@@ -29,6 +29,7 @@ class Choice:
     reasons: dict[str, list[str]]
 
     def to_dict(self) -> dict[str, Any]:
+        """The same as plain values, the dtype by its name."""
         problem = asdict(self.problem)
         problem["dtype"] = str(self.problem.dtype).removeprefix("torch.")
         return {

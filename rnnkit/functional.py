@@ -250,6 +250,10 @@ def _stack(
     starts = [layout.rows_in(v) for v in (h_0, c_0)]
     resets = [layout.rows_in(v) for v in (h_r, c_r)]
 
+    drops = dropout > 0 and training and num_layers > 1
+    if drops:
+        checks.weights_before_dropout(cell, layout.x, pieces, directions)
+
     x, finals, everything = layout.x, [], []
     for k in range(num_layers):
         outputs = []
@@ -276,7 +280,7 @@ def _stack(
             if return_all_states:
                 everything.append((y, c_all))
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if dropout > 0 and training and k < num_layers - 1:
+        if drops and k < num_layers - 1:
             x = layout.dropout(x, dropout)
 
     result = [layout.output(x), _pair(kind.has_c, finals, layout.rows_out)]

@@ -76,6 +76,7 @@ def step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
     """One step of a cell: x [B, I], h and c [B, H] (zeros where None), weights as for `layer`. Returns h, c."""
+    checks.expect_rows(x)
     t, options = checks.layer(cell, x.unsqueeze(0), h, c, weights)
     _, h_n, c_n, _ = _layer(cell, t, options, backend, fused=False)
     return h_n, c_n

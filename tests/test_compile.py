@@ -61,9 +61,7 @@ def gradients(outputs: Any, *inputs: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum(v.square().sum() for v in flat(outputs) if v.requires_grad), inputs)
 
 
-def both_ways(
-    eager: Callable[..., Any], compiled: Callable[..., Any], module: nn.Module, x: Tensor, **how: Any
-) -> None:
+def both_ways(eager: Callable[..., Any], compiled: Any, module: nn.Module, x: Tensor, **how: Any) -> None:
     """Same results and same gradients, of the input and of every weight."""
     x = x.requires_grad_()
     expected, got = eager(x, **how), compiled(x, **how)
@@ -92,9 +90,7 @@ def test_full_graph_with_lengths_resets_and_all_states(make: Callable[[], nn.Mod
     how = {
         "lengths": torch.arange(rows) % 4,
         "reset": torch.rand(4, 6) < 0.3,
-        "reset_state": tuple(torch.randn_like(v) for v in state)
-        if isinstance(state, tuple)
-        else torch.randn_like(state),
+        "reset_state": tuple(map(torch.randn_like, state)) if isinstance(state, tuple) else torch.randn_like(state),
         "return_all_states": True,
     }
     both_ways(module, compiled, module, x, **how)

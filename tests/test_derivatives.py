@@ -183,7 +183,7 @@ def test_operators_are_well_formed(cell: str, variant: str, reverse: bool, backe
 
 def backward_arguments(cell: str, backend: str, t: Tensors, o: Options) -> tuple[Any, ...]:
     plain = Tensors(*(None if v is None else v.detach() for v in t))
-    y, _h_n, c_n, c_all, gates, cells = torch.ops.rnnkit.layer_forward(cell, backend, *o, *plain, True)
+    y, _, c_n, c_all, gates, cells = torch.ops.rnnkit.layer_forward(cell, backend, *o, *plain, True)
     kind = CELLS[cell]
     given = (
         torch.ones_like(y),

@@ -43,14 +43,13 @@ class use_backend:
         self.name = name
 
     def __enter__(self) -> use_backend:
-        self._outside = getattr(_thread, "override", None)
-        _thread.override = self.name
+        _thread.override = (self.name, getattr(_thread, "override", None))  # the thread's own: one object may nest
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _thread.override = self._outside
+        _thread.override = _thread.override[1]
 
 
 class record:
@@ -84,7 +83,7 @@ def resolve(name: str, problem: Problem) -> Backend:
     Raises NotImplementedError with the reasons where a named backend cannot.
     """
     override = getattr(_thread, "override", None)
-    asked = name if override is None else override
+    asked = name if override is None else override[0]
     if asked == "auto":
         chosen = next(backend for backend in preference(problem) if not backend.unsupported(problem))
     else:

@@ -39,9 +39,7 @@ def bias_inside(cell: Cell, t: Tensors) -> Tensor | None:
 
 def outer(gradient: Tensor, value: Tensor) -> Tensor:
     """Σ over time and rows of gradientᵀ value: [T, B, M], [T, B, N] -> [M, N]."""
-    count = (
-        gradient.shape[0] * gradient.shape[1]
-    )  # not flatten: autograd.grad(is_grads_batched=True) has no rule for it
+    count = gradient.shape[0] * gradient.shape[1]  # flatten has no rule for autograd.grad(is_grads_batched=True)
     return gradient.reshape(count, gradient.shape[2]).T @ value.reshape(count, value.shape[2])
 
 

@@ -1,0 +1,303 @@
+"""Bad input, case by case: the type of the exception, what its message says, and that nothing was changed.
+
+Where torch.nn knows the mistake too, its own exception is what must come out, so those cases run torch.nn and
+compare. The others must say what was got and what was expected.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+
+import rnnkit
+from rnnkit import functional, ops
+
+T, B, I, H = 5, 2, 3, 4
+x = torch.linspace(-1, 1, T * B * I).view(T, B, I)
+state = torch.zeros(1, B, H)
+ones = torch.ones(T, B)
+
+
+def gru(**how: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return rnnkit.GRU(I, H, **how)
+
+
+def lstm(**how: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return rnnkit.LSTM(I, H, **how)
+
+
+def weights_of(gates: int = 3) -> list[Tensor]:
+    return [torch.zeros(gates * H, I), torch.zeros(gates * H, H), torch.zeros(gates * H), torch.zeros(gates * H)]
+
+
+def packed(lengths: tuple[int, ...] = (5, 3), features: int = I) -> PackedSequence:
+    return pack_padded_sequence(torch.zeros(T, B, features), torch.tensor(lengths))
+
+
+# What is called, the exception, and fragments that its message must hold.
+Case = tuple[str, Callable[[], Any], type[Exception], list[str]]
+LENGTHS: list[Case] = [
+    ("list", lambda: gru()(x, lengths=[5, 3]), TypeError, ["lengths", "tensor", "got list", "torch.as_tensor"]),
+    ("float", lambda: gru()(x, lengths=torch.tensor([5.0, 3.0])), TypeError, ["integers", "torch.float32"]),
+    ("mask", lambda: gru()(x, lengths=torch.ones(T, B, dtype=torch.bool)), TypeError, ["torch.bool", "mask"]),
+    ("complex", lambda: gru()(x, lengths=torch.zeros(B, dtype=torch.cfloat)), TypeError, ["torch.complex64"]),
+    ("count", lambda: gru()(x, lengths=torch.tensor([5, 3, 1])), ValueError, ["[B] = [2]", "got [3]"]),
+    ("rank", lambda: gru()(x, lengths=torch.tensor([[5, 3]])), ValueError, ["[B] = [2]", "got [1, 2]"]),
+    ("scalar", lambda: gru()(x, lengths=torch.tensor(5)), ValueError, ["[B] = [2]", "got []"]),
+    ("above", lambda: gru()(x, lengths=torch.tensor([5, 57])), ValueError, ["[0, T=5]", "got 57 at row 1"]),
+    ("below", lambda: gru()(x, lengths=torch.tensor([-1, 5])), ValueError, ["[0, T=5]", "got -1 at row 0"]),
+    ("unbatched", lambda: gru()(x[:, 0], lengths=torch.tensor([5, 5])), ValueError, ["[B] = [1]", "got [2]"]),
+    ("packed", lambda: gru()(packed(), lengths=torch.tensor([5, 3])), ValueError, ["lengths", "PackedSequence"]),
+    ("small", lambda: gru()(x, lengths=torch.tensor([6, 1], dtype=torch.uint8)), ValueError, ["[0, T=5]", "got 6"]),
+]
+RESETS: list[Case] = [
+    ("list", lambda: gru()(x, reset=[0, 1]), TypeError, ["reset", "tensor", "got list"]),
+    ("value", lambda: gru()(x, reset=ones * 2), ValueError, ["0 and 1", "got 2.0 at step 0, row 0"]),
+    ("nan", lambda: gru()(x, reset=ones * torch.nan), ValueError, ["0 and 1", "got nan"]),
+    ("integer", lambda: gru()(x, reset=-ones.long()), ValueError, ["0 and 1", "got -1"]),
+    ("complex", lambda: gru()(x, reset=ones.cfloat()), TypeError, ["0 and 1", "torch.complex64"]),
+    ("layout", lambda: gru()(x, reset=ones.T), ValueError, ["[T, B] = [5, 2]", "got [2, 5]"]),
+    (
+        "batch_first",
+        lambda: gru(batch_first=True)(x.transpose(0, 1), reset=ones),
+        ValueError,
+        ["[B, T] = [2, 5]", "got [5, 2]"],
+    ),
+    ("unbatched", lambda: gru()(x[:, 0], reset=ones), ValueError, ["[T] = [5]", "got [5, 2]"]),
+    ("rank", lambda: gru()(x, reset=ones[..., None, None]), ValueError, ["[T, B] = [5, 2]", "got [5, 2, 1, 1]"]),
+    ("tensor for packed", lambda: gru()(packed(), reset=ones), TypeError, ["PackedSequence", "got Tensor"]),
+    (
+        "packed otherwise",
+        lambda: gru()(packed(), reset=packed((4, 4), 1)),
+        ValueError,
+        ["packed with the input's lengths", "batch_sizes"],
+    ),
+    (
+        "packed in another order",
+        lambda: gru()(
+            pack_sequence([x[:, 0], x[:3, 0]], enforce_sorted=False),
+            reset=pack_sequence([ones[:3, 0], ones[:, 0]], enforce_sorted=False),
+        ),
+        ValueError,
+        ["order of rows", "sorted_indices"],
+    ),
+    ("packed for tensor", lambda: gru()(x, reset=packed((5, 5), 1)), TypeError, ["reset", "got PackedSequence"]),
+]
+STATES: list[Case] = [
+    ("without reset", lambda: gru()(x, reset_state=state), ValueError, ["reset_state", "needs reset"]),
+    ("rows", lambda: gru()(x, reset=ones, reset_state=torch.zeros(1, 3, H)), ValueError, ["reset_state", "[1, 3, 4]"]),
+    ("layers", lambda: gru()(x, reset=ones, reset_state=torch.zeros(2, B, H)), ValueError, ["reset_state", "[2, 2,"]),
+    ("rank", lambda: gru()(x, reset=ones, reset_state=torch.zeros(B, H)), ValueError, ["reset_state"]),
+    ("pair for one", lambda: gru()(x, reset=ones, reset_state=(state, state)), TypeError, ["reset_state", "got tuple"]),
+    ("one for a pair", lambda: lstm()(x, reset=ones, reset_state=state), TypeError, ["pair (h, c)", "got Tensor"]),
+    ("three", lambda: lstm()(x, reset=ones, reset_state=(state,) * 3), TypeError, ["pair (h, c)", "got 3 items"]),
+    ("c", lambda: lstm()(x, reset=ones, reset_state=(state, state[..., :2])), ValueError, ["reset_state", "[1, 2, 2]"]),
+    ("dtype", lambda: gru()(x, reset=ones, reset_state=state.double()), TypeError, ["reset_state", "torch.float64"]),
+    ("c's dtype", lambda: lstm()(x, reset=ones, reset_state=(state, state.double())), TypeError, ["torch.float64"]),
+    ("number", lambda: gru()(x, reset=ones, reset_state=0.0), TypeError, ["reset_state", "got float"]),
+    ("numbers", lambda: lstm()(x, reset=ones, reset_state=(0.0, 0.0)), TypeError, ["reset_state", "got float"]),
+]
+NAMES: list[Case] = [
+    ("layer", lambda: rnnkit.GRU(I, H, backend="cudnn"), ValueError, ["auto, cuda, triton", "got 'cudnn'"]),
+    ("cell", lambda: rnnkit.LSTMCell(I, H, backend="CPU"), ValueError, ["backend must be one of", "got 'CPU'"]),
+    ("None", lambda: rnnkit.RNN(I, H, backend=None), ValueError, ["backend must be one of", "got None"]),
+    ("use_backend", lambda: rnnkit.use_backend("fast"), ValueError, ["backend must be one of", "got 'fast'"]),
+    ("functional", lambda: functional.gru(x, None, weights_of(), backend="x"), ValueError, ["got 'x'"]),
+    ("ops", lambda: ops.layer("gru", x, None, None, weights_of(), backend="x"), ValueError, ["got 'x'"]),
+    ("convert", lambda: rnnkit.convert(nn.GRU(I, H), backend="x"), ValueError, ["got 'x'"]),
+    ("cuda", lambda: gru(backend="cuda")(x), NotImplementedError, ["backend 'cuda' cannot run", "can: ", "reference"]),
+    ("triton", lambda: lstm(backend="triton")(x), NotImplementedError, ["backend 'triton' cannot run", "lstm", "cpu"]),
+    (
+        "torch with lengths",
+        lambda: gru(backend="torch")(x, lengths=torch.tensor([5, 3])),
+        NotImplementedError,
+        ["backend 'torch' cannot run", "do not know lengths", "backend='auto'"],
+    ),
+    (
+        "torch with two more",
+        lambda: rnnkit.GRU(I, H, reset_after=False, backend="torch")(x, reset=ones),
+        NotImplementedError,
+        ["do not know reset", "before the product"],
+    ),
+]
+FUNCTIONS: list[Case] = [
+    ("cell", lambda: ops.layer("elman", x, None, None, weights_of()), ValueError, ["rnn_tanh", "lstm", "got 'elman'"]),
+    ("x's type", lambda: ops.layer("gru", [1.0], None, None, weights_of()), TypeError, ["x must be", "got list"]),
+    ("x's rank", lambda: ops.layer("gru", x[0], None, None, weights_of()), ValueError, ["[T, B, I]", "2 dimensions"]),
+    ("x's size", lambda: ops.layer("gru", x[..., :2], None, None, weights_of()), ValueError, ["I = 3", "got 2"]),
+    ("x's dtype", lambda: ops.layer("gru", x.long(), None, None, weights_of()), TypeError, ["torch.int64", "float32"]),
+    ("dtypes", lambda: ops.layer("gru", x.double(), None, None, weights_of()), TypeError, ["float64", "float32"]),
+    ("h_0's size", lambda: ops.layer("gru", x, state, None, weights_of()), ValueError, ["h_0", "[B, H] = [2, 4]"]),
+    ("c_0 for gru", lambda: ops.layer("gru", x, None, state[0], weights_of()), ValueError, ["no cell state", "c_0"]),
+    ("weights", lambda: ops.layer("gru", x, None, None, weights_of()[:3]), ValueError, ["2 or 4 weights", "got 3"]),
+    ("one weight", lambda: ops.layer("lstm", x, None, None, weights_of()[:1]), ValueError, ["weights", "got 1"]),
+    ("gates", lambda: ops.layer("lstm", x, None, None, [torch.zeros(9, I)] * 2), ValueError, ["4·H", "[9, 3]"]),
+    ("w_hh", lambda: ops.layer("gru", x, None, None, [torch.zeros(12, I)] * 2), ValueError, ["w_hh", "[12, 4]"]),
+    (
+        "bias",
+        lambda: ops.layer("gru", x, None, None, [*weights_of()[:3], torch.zeros(3)]),
+        ValueError,
+        ["b_hh", "[12]", "got [3]"],
+    ),
+    ("a number", lambda: ops.layer("gru", x, None, None, [1, 2]), TypeError, ["weight 0", "got int"]),
+    ("count", lambda: functional.lstm(x, None, weights_of(4), num_layers=3), ValueError, ["3 layers", "got 4"]),
+    ("layers", lambda: functional.gru(x, None, weights_of(), num_layers=0), ValueError, ["0 layers"]),
+    ("not weights", lambda: functional.gru(x, None, [1, 2, 3, 4]), TypeError, ["weights[0]", "got int"]),
+    ("rank", lambda: functional.gru(x[0, 0], None, weights_of()), ValueError, ["2 or 3 dimensions", "got 1"]),
+    ("input", lambda: functional.gru("text", None, weights_of()), TypeError, ["input", "got str"]),
+    ("hx", lambda: functional.lstm(x, state, weights_of(4)), TypeError, ["hx", "pair (h, c)", "got Tensor"]),
+    ("nonlinearity", lambda: functional.rnn(x, None, weights_of(1), nonlinearity="s"), ValueError, ["'relu'", "'s'"]),
+    ("cell's", lambda: functional.rnn_cell(x[0], None, weights_of(1), nonlinearity="x"), ValueError, ["'tanh'", "'x'"]),
+    ("cell's hx", lambda: functional.lstm_cell(x[0], state[0], weights_of(4)), TypeError, ["hx", "pair (h, c)"]),
+    ("cell's rank", lambda: functional.gru_cell(x[0, 0], None, weights_of()), ValueError, ["[B, I]", "got 1"]),
+    ("cell's text", lambda: functional.gru_cell("text", None, weights_of()), TypeError, ["a tensor", "got str"]),
+    ("convert", lambda: rnnkit.convert([nn.GRU(I, H)]), TypeError, ["rnnkit.convert takes an nn.Module", "got list"]),
+    ("convert a class", lambda: rnnkit.convert(nn.GRU), TypeError, ["an nn.Module", "got type"]),
+    ("revert", lambda: rnnkit.revert("model"), TypeError, ["rnnkit.revert takes an nn.Module", "got str"]),
+    ("revert GRU", lambda: rnnkit.revert(gru(reset_after=False)), ValueError, ["changed nothing", "reset_after=False"]),
+    ("explain", lambda: rnnkit.explain(torch.tanh, x), TypeError, ["rnnkit.explain takes an nn.Module", "got"]),
+]
+OURS = {
+    f"{group}: {case[0]}": case
+    for group, cases in dict(
+        lengths=LENGTHS, reset=RESETS, reset_state=STATES, backend=NAMES, function=FUNCTIONS
+    ).items()
+    for case in cases
+}
+
+
+@pytest.mark.parametrize("case", OURS.values(), ids=OURS)
+def test_message(case: Case) -> None:
+    _, call, kind, fragments = case
+    inputs = [v.clone() for v in (x, state, ones)]
+    torch.rand(1)
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert isinstance(caught.value, kind) and not isinstance(caught.value, AssertionError)
+    missing = [fragment for fragment in fragments if fragment not in message]
+    assert not missing, message
+    for v, before in zip((x, state, ones), inputs, strict=True):
+        assert torch.equal(v, before)
+
+
+def test_there_are_enough_cases() -> None:
+    assert len(OURS) == sum(map(len, (LENGTHS, RESETS, STATES, NAMES, FUNCTIONS))) >= 40
+
+
+@pytest.mark.parametrize("how", [{"lengths": torch.tensor([9, 9])}, {"reset": ones * 3}, {"reset_state": state}])
+def test_a_mistake_changes_nothing(how: dict[str, Tensor]) -> None:
+    """Neither parameters, mode, buffers nor random state: a mistake is found before dropout draws."""
+    module = rnnkit.GRU(I, H, 2, dropout=0.5)
+    before, mode = copy.deepcopy(module.state_dict()), module.training
+    keys = set(module.__dict__)
+    random = torch.get_rng_state()
+    with pytest.raises(ValueError):
+        module(x, **how)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert module.training is mode and set(module.__dict__) == keys
+    for name, v in module.state_dict().items():
+        assert torch.equal(v, before[name])
+    assert all(p.grad is None for p in module.parameters())
+    module(x)  # and it works afterwards
+
+
+def test_a_mistake_in_a_later_layer_is_found_before_the_first_runs() -> None:
+    weights = [*weights_of(), *(torch.zeros(12, 4), torch.zeros(12, 4), torch.zeros(12), torch.zeros(5))]
+    random = torch.get_rng_state()
+    with pytest.raises(ValueError, match="b_hh"):
+        functional.gru(x, None, weights, num_layers=2, dropout=0.5, training=True)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+# Mistakes that torch.nn knows. Each gets the module that `nn` or `rnnkit` makes.
+Mistake = Callable[[Any], Any]
+MAKING: dict[str, Mistake] = {
+    "hidden_size 0": lambda p: p.GRU(I, 0),
+    "hidden_size float": lambda p: p.LSTM(I, 4.0),
+    "num_layers 0": lambda p: p.RNN(I, H, 0),
+    "dropout 2": lambda p: p.GRU(I, H, dropout=2.0),
+    "dropout True": lambda p: p.GRU(I, H, 2, dropout=True),
+    "dropout text": lambda p: p.GRU(I, H, 2, dropout="x"),
+    "batch_first 1": lambda p: p.GRU(I, H, batch_first=1),
+    "proj_size for GRU": lambda p: p.GRU(I, H, proj_size=2),
+    "proj_size for RNN": lambda p: p.RNN(I, H, proj_size=2),
+    "proj_size negative": lambda p: p.LSTM(I, H, proj_size=-1),
+    "proj_size too large": lambda p: p.LSTM(I, H, proj_size=H),
+    "nonlinearity": lambda p: p.RNN(I, H, nonlinearity="sin"),
+    "nothing": lambda p: p.LSTM(),
+    "one size": lambda p: p.GRU(I),
+    "dtype": lambda p: p.GRU(I, H, dtype=torch.int64),
+    "cell: one size": lambda p: p.LSTMCell(I),
+    "cell: nonlinearity": lambda p: p.RNNCell(I, H, nonlinearity="sin")(x[0]),
+}
+CALLING: dict[str, Mistake] = {
+    "features": lambda p: p.GRU(I, H)(x[..., :2]),
+    "rank 1": lambda p: p.GRU(I, H)(x[0, 0]),
+    "rank 4": lambda p: p.LSTM(I, H)(x[None]),
+    "dtype": lambda p: p.GRU(I, H)(x.double()),
+    "integers": lambda p: p.RNN(I, H)(x.long()),
+    "hx rank": lambda p: p.GRU(I, H)(x, state[0]),
+    "hx rank unbatched": lambda p: p.GRU(I, H)(x[:, 0], state),
+    "hx rows": lambda p: p.GRU(I, H)(x, torch.zeros(1, 3, H)),
+    "hx layers": lambda p: p.GRU(I, H)(x, torch.zeros(2, B, H)),
+    "hx size": lambda p: p.RNN(I, H)(x, torch.zeros(1, B, 3)),
+    "hx dtype": lambda p: p.GRU(I, H)(x, state.double()),
+    "LSTM hx rows": lambda p: p.LSTM(I, H)(x, (torch.zeros(1, 3, H), state)),
+    "LSTM cx rows": lambda p: p.LSTM(I, H)(x, (state, torch.zeros(1, 3, H))),
+    "LSTM hx rank": lambda p: p.LSTM(I, H)(x, (state[0], state[0])),
+    "LSTM hx rank unbatched": lambda p: p.LSTM(I, H)(x[:, 0], (state, state)),
+    "LSTM projected hx": lambda p: p.LSTM(I, H, proj_size=2)(x, (state, state)),
+    "T is 0": lambda p: p.GRU(I, H)(x[:0]),
+    "packed features": lambda p: p.GRU(I, H)(packed(features=2)),
+    "packed hx": lambda p: p.GRU(I, H)(packed(), torch.zeros(1, 3, H)),
+    "missing input": lambda p: p.GRU(I, H)(),
+    "cell: features": lambda p: p.LSTMCell(I, H)(x[0, :, :2]),
+    "cell: rank 3": lambda p: p.RNNCell(I, H)(x),
+    "cell: hx rows": lambda p: p.GRUCell(I, H)(x[0], torch.zeros(3, H)),
+    "cell: hx size": lambda p: p.GRUCell(I, H)(x[0], torch.zeros(B, 3)),
+    "cell: hx rank": lambda p: p.GRUCell(I, H)(x[0], state[0, 0]),
+    "cell: dtype": lambda p: p.GRUCell(I, H)(x[0].double()),
+    "cell: LSTM hx": lambda p: p.LSTMCell(I, H)(x[0], (torch.zeros(3, H), torch.zeros(3, H))),
+}
+
+
+def raised(call: Mistake, place: Any) -> Exception:
+    with pytest.raises(Exception) as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        call(place)
+    return caught.value
+
+
+@pytest.mark.parametrize("call", [*MAKING.values(), *CALLING.values()], ids=[*MAKING, *CALLING])
+def test_the_exception_is_torchs(call: Mistake) -> None:
+    theirs, ours = raised(call, nn), raised(call, rnnkit)
+    assert type(ours) is type(theirs)
+    assert str(ours) == str(theirs)
+
+
+def test_the_warning_is_torchs() -> None:
+    """Dropout on a single layer does nothing, and torch says so."""
+    texts = []
+    for place in (nn, rnnkit):
+        with pytest.warns(UserWarning) as caught:
+            place.GRU(I, H, dropout=0.5)
+        texts.append([str(w.message) for w in caught])
+    assert texts[0] == texts[1]
+
+
+def test_devices_that_differ() -> None:
+    with pytest.raises(RuntimeError):
+        rnnkit.GRU(I, H)(x.to("meta"))
+    with pytest.raises(RuntimeError, match="x is on cpu and h_0 on meta"):
+        ops.layer("gru", x, torch.zeros(B, H, device="meta"), None, weights_of())
