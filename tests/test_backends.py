@@ -212,12 +212,17 @@ def test_explain_a_model(capfd: pytest.CaptureFixture[str]) -> None:
     assert json.loads(json.dumps(report)) == report
     for name in NAMES[1:]:
         assert table.count(f"{name} ") >= len(layers)
-    for fragment in ("encoder: lstm, reverse, T=5 B=2 I=3 H=4", "as backend='reference' asks", "vmap", report["note"]):
+    for fragment in (
+        "encoder, layer 0, reverse: lstm T=5 B=2 I=3 H=4",
+        "as backend='reference' asks",
+        "vmap",
+        report["note"],
+    ):
         assert fragment in table
 
 
 def test_explain_a_layer_a_cell_and_nothing() -> None:
-    assert "(the layer): rnn_tanh" in str(rnnkit.explain(rnnkit.RNN(I, H), x))
+    assert "(the module), layer 0, forward: rnn_tanh" in str(rnnkit.explain(rnnkit.RNN(I, H), x))
     assert "P=2" in str(rnnkit.explain(rnnkit.LSTM(I, H, proj_size=2), x))
     assert chosen(rnnkit.LSTMCell(I, H), x[0], (torch.zeros(2, H), torch.zeros(2, H)))
     nothing = rnnkit.explain(nn.LSTM(I, H), x)
