@@ -7,10 +7,12 @@ layers know too: the modules let torch speak first there, so that a program sees
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .autocast import autocasting
 from .backends import Options, Tensors
 from .cells import CELLS, Cell
 
@@ -205,7 +207,7 @@ def _same(x: Tensor, others: dict[str, Tensor | None]) -> None:
     """One floating dtype (any under autocast) and one device."""
     if not x.is_floating_point():
         raise BadType(f"x must be of a floating dtype, got {x.dtype}; pass x.to({others['w_ih'].dtype})")  # type: ignore[union-attr]
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = autocasting(x.device.type)
     for name, v in others.items():
         if v is None:
             continue
@@ -245,14 +247,10 @@ def sequence(
             continue
         label = f"{name}[{k}]" if kind.has_c else name
         form = forms[k] if batched else forms[k].replace(" B,", "")
-        expect_shape(
-            v, label, form, (count, rows, size) if batched else (count, size), BadValue if own else ValueError
-        )
+        expect_shape(v, label, form, (count, rows, size) if batched else (count, size), BadValue if own else ValueError)
 
 
-def stack(
-    cell: str, weights: Sequence[Tensor], layers: int, directions: int, proj_size: int
-) -> list[Sequence[Tensor]]:
+def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, proj_size: int) -> list[Sequence[Tensor]]:
     """The flat list of weights, cut into one piece for each layer and direction."""
     kind = cell_named(cell)
     count = layers * directions
@@ -276,7 +274,7 @@ def cell_rows(input: object, hx: object, name: str) -> tuple[Tensor, object]:
         raise BadValue(f"{name}: input must be a tensor [B, I] or [I], got {got}")
     if input.dim() == 2 or hx is None:
         return input if input.dim() == 2 else input.unsqueeze(0), hx
-    pair = hx if isinstance(hx, tuple | list) else [hx]
+    pair: list[Any] = list(hx) if isinstance(hx, tuple | list) else [hx]
     for v in pair:
         if not isinstance(v, Tensor) or v.dim() != 1:
             got = f"{v.dim()} dimensions" if isinstance(v, Tensor) else type(v).__name__

@@ -1,4 +1,4 @@
-"""`convert` and `revert` turn torch.nn's recurrent layers into ours and back, in place; `patch_torch` for whole programs.
+"""`convert` and `revert` turn torch.nn's recurrent layers into ours and back; `patch_torch` does so for a program.
 
 An object keeps its identity, its Parameters, hooks, mode and name; only its class changes.
 """
@@ -11,7 +11,6 @@ import types
 import warnings
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -52,7 +51,7 @@ def convert(module: ModuleType, *, backend: str = "auto", subclasses: bool = Fal
         base = _base(child)
         if base in _TO_OURS:
             plan.append((child, _rebased(child, _TO_OURS[base])))
-        elif isinstance(child, tuple(TORCH.values())):
+        elif any(isinstance(child, cls) for cls in TORCH.values()):
             if subclasses:
                 plan.append((child, _above(type(child))))
             else:
@@ -160,7 +159,7 @@ def _above(cls: type[nn.Module]) -> type[nn.Module]:
         "__doc__": cls.__doc__,
         "__reduce_ex__": _reduce,
     }
-    return _Above(cls.__name__, (cls,), namespace)
+    return _Above(cls.__name__, (cls,), namespace)  # type: ignore[return-value]
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple:

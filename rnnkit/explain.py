@@ -22,6 +22,7 @@ class Choice:
     """One layer, in one direction: the backend that runs it and what speaks against each other one."""
 
     name: str
+    layer: int
     problem: Problem
     asked: str
     backend: str
@@ -32,6 +33,7 @@ class Choice:
         problem["dtype"] = str(self.problem.dtype).removeprefix("torch.")
         return {
             "name": self.name,
+            "layer": self.layer,
             "problem": problem,
             "asked": self.asked,
             "backend": self.backend,
@@ -46,7 +48,7 @@ class Explanation:
     choices: tuple[Choice, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """{"layers": [{"name", "problem", "asked", "backend", "reasons": {backend: [reason, ...]}}, ...], "note"}"""
+        """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons": {backend: [...]}}, ...], "note"}."""
         return {"layers": [choice.to_dict() for choice in self.choices], "note": NOTE}
 
     def __str__(self) -> str:
@@ -55,11 +57,11 @@ class Explanation:
         lines = []
         for choice in self.choices:
             p = choice.problem
-            direction = "reverse" if p.reverse else "forward"
+            where = f"layer {choice.layer}, {'reverse' if p.reverse else 'forward'}"
             size = f"T={p.steps} B={p.batch} I={p.input_size} H={p.hidden_size}"
             size += f" P={p.proj_size}" if p.proj_size else ""
-            kind = f"{p.cell}, {direction}, {size}, {str(p.dtype).removeprefix('torch.')} on {p.device}"
-            lines.append(f"{choice.name or '(the layer)'}: {kind}")
+            kind = f"{p.cell} {size} {str(p.dtype).removeprefix('torch.')} on {p.device}"
+            lines.append(f"{choice.name or '(the module)'}, {where}: {kind}")
             for backend in preference(p):
                 if backend.name == choice.backend:
                     how = "chosen" if choice.asked == "auto" else f"chosen, as backend={choice.asked!r} asks"
@@ -113,8 +115,10 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
     choices = []
     start = 0
     for name, end in met:
+        layer = -1
         for problem, asked, backend in problems[start:end]:
-            choices.append(Choice(name, problem, asked, backend, _reasons(problem, asked, backend)))
+            layer += not problem.reverse  # each layer's forward direction comes first
+            choices.append(Choice(name, layer, problem, asked, backend, _reasons(problem, asked, backend)))
         start = end
     return Explanation(tuple(choices))
 

@@ -229,7 +229,7 @@ def _stack(
     directions = 2 if bidirectional else 1
     pieces = checks.stack(cell, weights, num_layers, directions, proj_size)
     packed = isinstance(input, PackedSequence)
-    data = input.data if packed else input
+    data: Tensor = input.data if isinstance(input, PackedSequence) else input
     checks.expect_tensor(data, "input", "[T, B, I]")
     if data.dim() != 2 and (packed or data.dim() != 3):
         expected = "2 dimensions of data in a PackedSequence" if packed else "2 or 3 dimensions"

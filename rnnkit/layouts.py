@@ -60,8 +60,9 @@ class Layout:
                 raise TypeError(f"with a PackedSequence, reset must be one too, got {type(reset).__name__}")
             if not torch.equal(reset.batch_sizes, self.source.batch_sizes):
                 raise ValueError("reset must be packed with the input's lengths: its batch_sizes differ")
-            ours, theirs = self.source.sorted_indices, reset.sorted_indices
-            if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):
+            orders = [s.sorted_indices for s in (self.source, reset)]
+            known = [order for order in orders if order is not None]
+            if len(known) == 1 or (len(known) == 2 and not torch.equal(*known)):
                 raise ValueError("reset must be packed in the input's order of rows: its sorted_indices differ")
             data = reset.data
             if data.dtype != torch.bool and not data.is_complex():
@@ -70,6 +71,7 @@ class Layout:
         if not isinstance(reset, Tensor):
             raise TypeError(f"reset must be a tensor of 0 and 1 in the input's layout, got {type(reset).__name__}")
         lead = 1 if self.dims == 2 else 2
+        wanted: tuple[int, ...]
         if reset.dim() == lead + 1 and reset.shape[-1] == 1:
             reset = reset.squeeze(-1)
         if self.dims == 2:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import checks
+from .autocast import autocasting, layer_dtype, no_autocast
 from .backends import REFERENCE, Options, Outputs, Result, Tensors, describe, resolve
-from .cells import CELLS
-from .registry import no_autocast, run_backward, run_forward, second_backward, states_of
+from .registry import run_backward, run_forward, second_backward, states_of
 
 _transforming = torch._C._are_functorch_transforms_active
 
@@ -85,8 +85,8 @@ def _layer(
     cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     device = t.x.device.type
-    if torch.is_autocast_enabled(device):
-        t = t.cast(_autocast_dtype(cell, t, fused=fused))
+    if autocasting(device):
+        t = t.cast(layer_dtype(cell, device, t.h_0.dtype, projected=t.w_hr is not None, fused=fused))
     train = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in t)
     chosen = resolve(backend, describe(cell, t, o, train=train)).name
     if torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export():
@@ -115,20 +115,6 @@ def _eager(t: Tensors) -> bool:
     return plain and t.x.device.type != "meta" and torch._C._len_torch_dispatch_stack() == 0
 
 
-def _autocast_dtype(cell: str, t: Tensors, *, fused: bool) -> torch.dtype:
-    """What torch.nn computes in, and returns, under autocast.
-
-    On a GPU everything is cast. On a CPU the vanilla RNN and oneDNN's LSTM are; where torch runs a chain of small
-    operators instead, the products are cast and the state's dtype promotes the result, which we compute throughout.
-    """
-    device = t.x.device.type
-    dtype = torch.get_autocast_dtype(device)
-    onednn = fused and cell == "lstm" and t.w_hr is None and dtype == torch.bfloat16 and torch._C._get_mkldnn_enabled()
-    if device != "cpu" or cell.startswith("rnn_") or onednn:
-        return dtype
-    return torch.promote_types(t.h_0.dtype, dtype)
-
-
 class _Layer(torch.autograd.Function):
     """A backend's forward and backward as one node of torch's graph."""
 
@@ -146,7 +132,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell, backend, o = ctx.how
-        t, kept = Tensors(*ctx.saved_tensors[:12]), ctx.saved_tensors[12:]
+        saved = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
+        t, kept = Tensors(*saved[: len(Tensors._fields)]), saved[len(Tensors._fields) :]
         needs = list(ctx.needs_input_grad[3:])
         given = iter(grads)
         has_c_n, has_c_all = states_of(cell, o)
@@ -158,15 +145,10 @@ class _Layer(torch.autograd.Function):
         )
         if all(g is None for g in some):
             return (None,) * 15
-        if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
+        if torch.is_grad_enabled() or _transforming():  # create_graph, batched gradients: torch's own operators
             every = second_backward(cell, t, o, some, needs)
         else:
             y = kept[0] if kept else t.x
             result = Result(some, tuple(kept[1:]), ctx.graph)
             every = run_backward(backend, cell, t, o, y, result, some, needs)
         return (None, None, None, *every)
-
-
-def states(cell: str) -> int:
-    """How many states the cell carries: 2 for an LSTM (h and c), else 1."""
-    return CELLS[cell].states

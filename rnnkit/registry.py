@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .autocast import no_autocast
 from .backends import BY_NAME, REFERENCE, Options, Outputs, Result, Tensors
 from .backends.products import Gradient
 from .cells import CELLS, compute_dtype
@@ -31,21 +32,6 @@ _LIBRARY.define(
     "Tensor? gc_n, Tensor? gc_all) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-class no_autocast:
-    """Autocast off where it is on: a layer has cast what it wanted to."""
-
-    def __init__(self, device: str) -> None:
-        self._off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
-
-    def __enter__(self) -> None:
-        if self._off is not None:
-            self._off.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        if self._off is not None:
-            self._off.__exit__(*error)
 
 
 def run_forward(backend: str, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool) -> Result:
@@ -184,7 +170,8 @@ def _derivative(ctx: torch.autograd.function.FunctionCtx, *grads: Gradient) -> t
     *tensors, y, gates, cells = ctx.saved_tensors  # type: ignore[attr-defined]
     t = Tensors(*tensors)
     needs = list(ctx.needs_input_grad[5:17])  # type: ignore[attr-defined]
-    given = Outputs(grads[0], grads[1], *(g if o else None for g, o in zip(grads[2:4], states_of(cell, o), strict=True)))  # type: ignore[arg-type]
+    has_c_n, has_c_all = states_of(cell, o)
+    given = Outputs(grads[0], grads[1], grads[2] if has_c_n else None, grads[3] if has_c_all else None)  # type: ignore[arg-type]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         every = second_backward(cell, t, o, given, needs)
     else:

@@ -39,7 +39,10 @@ def bias_inside(cell: Cell, t: Tensors) -> Tensor | None:
 
 def outer(gradient: Tensor, value: Tensor) -> Tensor:
     """Σ over time and rows of gradientᵀ value: [T, B, M], [T, B, N] -> [M, N]."""
-    return gradient.flatten(0, 1).T @ value.flatten(0, 1)
+    count = (
+        gradient.shape[0] * gradient.shape[1]
+    )  # not flatten: autograd.grad(is_grads_batched=True) has no rule for it
+    return gradient.reshape(count, gradient.shape[2]).T @ value.reshape(count, value.shape[2])
 
 
 def weight_gradients(

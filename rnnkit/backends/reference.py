@@ -6,7 +6,6 @@ are carried and gates computed in float32 or wider.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import masks
@@ -23,14 +22,6 @@ def _weights(cell: Cell, t: Tensors) -> Weights:
 
 def _cuts(t: Tensors) -> scan.Cuts:
     return scan.Cuts(t.lengths, t.reset, t.h_r, t.c_r)
-
-
-def _without_empty(t: Tensors) -> Tensors:
-    """Zeros for the initial state of rows without a step, so that NaN there reaches no derivative of any order."""
-    if t.lengths is None:
-        return t
-    empty = (t.lengths == 0).unsqueeze(-1)
-    return t._replace(h_0=t.h_0.masked_fill(empty, 0), c_0=None if t.c_0 is None else t.c_0.masked_fill(empty, 0))
 
 
 class Reference(KernelBackend):
@@ -66,15 +57,10 @@ class Reference(KernelBackend):
 
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
         alive = masks.live(t.lengths, t.x.shape[0], t.x.device)
-        h_0, c_0 = t.h_0, t.c_0
         if alive is not None:  # also for torch's own derivatives of this function
-            t = _without_empty(t._replace(x=t.x.masked_fill(~alive, 0)))
+            t = t._replace(x=t.x.masked_fill(~alive, 0))
         wide = compute_dtype(t.x.dtype)
         outputs, saved, _ = super().forward(cell, t.cast(wide), o, train=train)
-        if t.lengths is not None:
-            empty = (t.lengths == 0).unsqueeze(-1)
-            c_n = None if c_0 is None or outputs.c_n is None else torch.where(empty, c_0, outputs.c_n)
-            outputs = outputs._replace(h_n=torch.where(empty, h_0, outputs.h_n), c_n=c_n)
         return Result(Outputs(*(None if v is None else v.to(t.x.dtype) for v in outputs)), saved)  # type: ignore[arg-type]
 
     def backward(
@@ -82,5 +68,5 @@ class Reference(KernelBackend):
     ) -> list[Gradient]:
         wide = compute_dtype(t.x.dtype)
         upcast = Outputs(*(None if g is None else g.to(wide) for g in grads))  # type: ignore[arg-type]
-        every = super().backward(cell, _without_empty(t).cast(wide), o, y.to(wide), result, upcast, needs)
+        every = super().backward(cell, t.cast(wide), o, y.to(wide), result, upcast, needs)
         return [None if g is None else g.to(t.x.dtype) for g in every]

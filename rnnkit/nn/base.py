@@ -25,6 +25,7 @@ TORCH: dict[str, type[nn.Module]] = {
     name: getattr(torch_rnn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 }
 OURS = ("backend", "recompute", "reset_after")
+KEYWORDS = ("lengths", "reset", "reset_state", "return_all_states")
 
 
 class Recurrent(nn.Module):
@@ -103,7 +104,7 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
             self.recompute = True
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+    def _flat_weights(self) -> list[Tensor | None]:
         """The weights of this moment, in torch's order."""
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
@@ -113,6 +114,14 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
+
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        """How torch calls `forward` while it traces. Its older ONNX exporter fills in keyword-only defaults by place,
+        and makes a tensor of a bool."""
+        named = dict(zip(KEYWORDS, input[2:], strict=False))
+        if isinstance(named.get("return_all_states"), Tensor):
+            named["return_all_states"] = named["return_all_states"].tolist()
+        return super()._slow_forward(*input[:2], **named, **kwargs)
 
     def _shadow(self) -> nn.Module:
         twin = super()._shadow()
@@ -158,11 +167,6 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
 
 class RecurrentCell(Recurrent, nn.RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share."""
-
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
 
     def _shadow(self) -> nn.Module:
         twin = super()._shadow()

@@ -78,9 +78,9 @@ class LSTM(RecurrentLayer):
         self._set_up(backend, recompute)
 
     # torch.nn.LSTM has these beside RNNBase; they read nothing that we do not have.
-    get_expected_cell_size = TORCH["LSTM"].get_expected_cell_size
-    check_forward_args = TORCH["LSTM"].check_forward_args
-    permute_hidden = TORCH["LSTM"].permute_hidden
+    get_expected_cell_size = TORCH["LSTM"].get_expected_cell_size  # type: ignore[attr-defined]
+    check_forward_args = TORCH["LSTM"].check_forward_args  # type: ignore[attr-defined]
+    permute_hidden = TORCH["LSTM"].permute_hidden  # type: ignore[attr-defined]
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
-from .base import RecurrentCell, RecurrentLayer
+from .base import TORCH, RecurrentCell, RecurrentLayer
 
 
 class RNN(RecurrentLayer):
@@ -110,7 +110,7 @@ class RNNCell(RecurrentCell):
     """
 
     TORCH_NAME = "RNNCell"
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
+    __constants__ = TORCH["RNNCell"].__constants__  # type: ignore[attr-defined]
     nonlinearity: str
 
     def __init__(

@@ -57,7 +57,9 @@ def forward(
             h = masks.replace(state.h, cut[t], cuts.h_r)
             c = None if state.c is None else masks.replace(state.c, cut[t], cuts.c_r)
             state = State(h, c)
-        new = step(inputs[k], state, w)
+        # a row that does not live steps from zeros: NaN in its state must not reach a derivative of any order
+        entering = state if alive is None else _masked(state, ~alive[t])
+        new = step(inputs[k], entering, w)
         ys[k], cs[k], gates[k] = new.h, new.c, new.gates
         if alive is None:
             state = State(new.h, new.c)
@@ -74,6 +76,10 @@ def forward(
     c_all = None if start.c is None else _stack([c for c in cs if c is not None], start.c)
     width = [g for g in gates if g is not None]
     return _stack(ys, start.h), state, c_all, torch.stack(width) if width else None
+
+
+def _masked(state: State, where: Tensor) -> State:
+    return State(state.h.masked_fill(where, 0), None if state.c is None else state.c.masked_fill(where, 0))
 
 
 class ScanGradients(NamedTuple):
@@ -127,6 +133,7 @@ def backward(
     dp: list[Tensor] = [y] * steps
     for t in range(steps) if reverse else reversed(range(steps)):
         state = State(h_before[t], None if c_before is None else c_before[t])
+        state = state if alive is None else _masked(state, ~alive[t])
         new = Step(y[t], None if c_all is None else c_all[t], None if gates is None else gates[t])
         dh_new = dh if gy is None else dh + gy[t]
         dc_new = dc if gc_all is None or dc is None else dc + gc_all[t]

@@ -1,0 +1,38 @@
+"""What holds for every test: memory that nobody wrote is poison, one thread, fixed seeds.
+
+With deterministic algorithms on, torch itself fills what `empty`, `new_empty` and `empty_like` return, NaN for
+floating dtypes and the largest value for integers, wherever they are called: Python, torch's operators, an
+extension. A kernel that forgets an element, or reads one too early, gives NaN in every run and not one in a hundred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("rnnkit", derandomize=True, deadline=None, database=None, print_blob=False)
+settings.load_profile("rnnkit")
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """NaN in uninitialised memory, for as long as the test runs."""
+    fill, mode = torch.utils.deterministic.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.set_deterministic_debug_mode(mode)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def steady() -> Iterator[None]:
+    """One thread, so that sums come in one order, and the same random numbers in every run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(20260)
+    yield
+    torch.set_num_threads(threads)
