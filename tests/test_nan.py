@@ -153,7 +153,7 @@ def test_where_a_row_does_depend_on_it_it_is_seen(case, backend, dtype):
 
 @POISON
 @pytest.mark.parametrize("where", ["x", "h_0", "c_0"])
-@ways([Case(kind, **shape) for kind in KNOWN_TO_TORCH for shape in ({}, DEEP)], dtypes=(F64,))
+@ways([Case(kind, **shape) for kind in KNOWN_TO_TORCH for shape in ({}, DEEP)])
 def test_a_plain_problem_behaves_as_torch(case, backend, dtype, where, poison):
     """Outputs and gradients have their NaN and inf in the same places, and the same numbers elsewhere."""
     given = draw(replace(case, hx=True), dtype)
@@ -172,9 +172,9 @@ def test_a_plain_problem_behaves_as_torch(case, backend, dtype, where, poison):
         for results, by in ((call(case, layer, given), layer), (expected, theirs))
     )
     for name, v in b.items():
-        torch.testing.assert_close(
-            a[name], v, rtol=1e-13, atol=1e-13, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert torch.equal(a[name].isnan(), v.isnan()), name
+        close = 1e-13 if dtype == F64 else 1e-5  # what is at stake is where NaN and inf stand; numbers: test_lengths
+        torch.testing.assert_close(a[name], v, rtol=close, atol=close, equal_nan=True)
 
 
 def further(case, backend, poison, after):

@@ -30,7 +30,7 @@ struct RnnRelu {
 
   template <class T>
   static T step_vjp(T dh, T h) {
-    return h > T(0) ? dh : T(0);
+    return h <= T(0) ? T(0) : dh;  // a NaN passes the gradient on, as in torch.relu
   }
 };
 
