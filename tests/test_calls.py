@@ -1,8 +1,8 @@
 """What a call does to the world: memory of inputs, gradients and who gets them, graphs kept and recomputed, modes and
 layouts of memory, dropout, empty batches. On every backend that can run the problem.
 
-Exact equality is asked where both sides run the same backend on the same numbers; elsewhere torch.nn in float64
-is the answer, in double precision, where the default of `assert_close` is far above rounding.
+torch.nn in the same dtype is the answer, float64 wherever the backend can. How accurate the numbers are is the
+business of test_parity; here two results are the same or they are not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rnnkit.backends import BACKENDS
 
-T, B, I, H = 4, 3, 3, 5  # noqa: E741
+T, B, I, H = 4, 3, 3, 5
 KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "rnn_tanh": (nn.RNN, {"nonlinearity": "tanh"}),
     "rnn_relu": (nn.RNN, {"nonlinearity": "relu"}),
@@ -33,29 +33,31 @@ KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 layers = pytest.mark.parametrize("kind", [k for k in KINDS if "Cell" not in k])
-EXACT = {"rtol": 1e-12, "atol": 1e-13}
-"""For float64 against float64: some hundred roundings of numbers near 1."""
+ROUNDINGS = 256
+"""What two orders of the same few sums of numbers near 1 may differ by, in units of the dtype's resolution."""
 
 
-def twins(kind: str, dtype: torch.dtype = torch.float64, **extra: Any) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """torch.nn's module, and ours on one backend after the other."""
+def twins(kind: str, *dtypes: torch.dtype, **extra: Any) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """torch.nn's module, and ours on one backend after the other, in the first of `dtypes` that it can compute in."""
     cls, kwargs = KINDS[kind]
     for backend in BACKENDS:
-        torch.manual_seed(5)
-        theirs = cls(I, H, **kwargs, **extra).to(dtype)
-        mine = ours(theirs, backend=backend.name)
-        x, hx = arguments(kind, dtype, mine)
-        try:
-            mine(x, hx)
-        except NotImplementedError as reason:  # this backend cannot, and says so
-            assert backend.name in str(reason)
-        else:
-            yield theirs, mine
+        for dtype in dtypes or (torch.float64, torch.float32):
+            torch.manual_seed(5)
+            theirs = cls(I, H, **kwargs, **extra).to(dtype)
+            mine = ours(theirs, backend=backend.name)
+            try:
+                mine(*arguments(kind, mine))
+            except NotImplementedError as reason:  # this backend cannot, and says so
+                assert backend.name in str(reason)
+            else:
+                yield theirs, mine
+                break
 
 
-def arguments(kind: str, dtype: torch.dtype = torch.float64, module: nn.Module | None = None) -> tuple[Tensor, Any]:
-    """input and hx, without gradients."""
+def arguments(kind: str, module: nn.Module) -> tuple[Tensor, Any]:
+    """input and hx in the module's dtype, without gradients."""
     generator = torch.Generator().manual_seed(9)
+    dtype = next(module.parameters()).dtype
     lead, state = ((B,), (B,)) if "Cell" in kind else ((T, B), (1, B))
     if isinstance(module, nn.RNNBase):
         state = (module.num_layers * (2 if module.bidirectional else 1), B)
@@ -79,7 +81,8 @@ def all_close(a: Any, b: Any) -> None:
     for u, v in zip(a, b, strict=True):
         assert (u is None) == (v is None)
         if u is not None:
-            torch.testing.assert_close(u, v, **EXACT)
+            off = ROUNDINGS * torch.finfo(v.dtype).eps
+            torch.testing.assert_close(u, v, rtol=off, atol=off)
 
 
 # Inputs: unchanged, and in any memory.
@@ -88,7 +91,7 @@ def all_close(a: Any, b: Any) -> None:
 @kinds
 def test_arguments_are_unchanged(kind: str) -> None:
     for _, mine in twins(kind):
-        x, hx = arguments(kind)
+        x, hx = arguments(kind, mine)
         every = [x, *parts(hx), *mine.parameters()]
         before = [(v.detach().clone(), v._version) for v in every]
         loss(mine(x.requires_grad_(), hx)).backward()
@@ -100,7 +103,7 @@ def test_arguments_are_unchanged(kind: str) -> None:
 def test_outputs_are_memory_of_their_own(kind: str) -> None:
     """Writing to a result changes no argument, no weight, and no second result."""
     for _, mine in twins(kind):
-        x, hx = arguments(kind)
+        x, hx = arguments(kind, mine)
         kept = [v.clone() for v in (x, *parts(hx), *mine.parameters())]
         with torch.no_grad():
             expected = flat(mine(x, hx))
@@ -141,7 +144,7 @@ def from_offset(v: Tensor) -> Tensor:
 def test_any_memory(kind: str, change: Callable[[Tensor], Tensor]) -> None:
     """Strided, expanded, overlapping inputs, states and weights give what contiguous copies of them give."""
     for _, mine in twins(kind):
-        x, hx = arguments(kind)
+        x, hx = arguments(kind, mine)
         views = [change(v).detach().requires_grad_() for v in (x, *parts(hx))]
         copies = [v.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for v in views]
         results = []
@@ -152,10 +155,10 @@ def test_any_memory(kind: str, change: Callable[[Tensor], Tensor]) -> None:
         all_close(*results)
         for p in mine.parameters():
             p.data = change(p.data)
-        outputs = mine(*arguments(kind))
+        outputs = mine(*arguments(kind, mine))
         for p in mine.parameters():
             p.data = p.data.contiguous().clone()
-        all_close(flat(outputs), flat(mine(*arguments(kind))))
+        all_close(flat(outputs), flat(mine(*arguments(kind, mine))))
 
 
 # Gradients: who gets them, and when.
@@ -168,7 +171,7 @@ def test_only_what_requires_a_gradient_gets_one(kind: str) -> None:
         for chosen in (["x"], ["hx"], [names[0]], [names[1]], [names[-1], "x"], names, []):
             results = []
             for module in (theirs, mine):
-                x, hx = arguments(kind)
+                x, hx = arguments(kind, mine)
                 x.requires_grad_("x" in chosen)
                 for v in parts(hx):
                     v.requires_grad_("hx" in chosen)
@@ -188,7 +191,7 @@ def test_backward_in_both_modes(kind: str, change: str) -> None:
     for theirs, mine in twins(kind):
         grads = []
         for module in (theirs.train(), mine.train(change == "train")):
-            x, hx = arguments(kind)
+            x, hx = arguments(kind, mine)
             grads.append(torch.autograd.grad(loss(module(x.requires_grad_(), hx)), [x, *module.parameters()]))
         all_close(*grads)
 
@@ -196,7 +199,7 @@ def test_backward_in_both_modes(kind: str, change: str) -> None:
 @kinds
 def test_a_graph_kept_and_freed(kind: str) -> None:
     for _, mine in twins(kind):
-        x, hx = arguments(kind)
+        x, hx = arguments(kind, mine)
         total = loss(mine(x.requires_grad_(), hx))
         wanted = [x, *mine.parameters()]
         first = torch.autograd.grad(total, wanted, retain_graph=True)
@@ -213,7 +216,7 @@ def test_two_calls_and_a_chain(kind: str) -> None:
     for theirs, mine in twins(kind):
         grads = []
         for module in (theirs, mine):
-            x, hx = arguments(kind)
+            x, hx = arguments(kind, mine)
             first = module(x, hx)
             state = first if "Cell" in kind else first[1]
             total = loss(module(2 * x, state)) + loss(first)
@@ -227,7 +230,7 @@ def test_checkpoint(kind: str, reentrant: bool) -> None:
     for _, mine in twins(kind):
         results = []
         for through in (False, True):
-            x, hx = arguments(kind)
+            x, hx = arguments(kind, mine)
             x.requires_grad_()
             state = [v.requires_grad_() for v in parts(hx)]
 
@@ -245,12 +248,12 @@ def test_checkpoint(kind: str, reentrant: bool) -> None:
 def test_changed_in_place_before_backward(kind: str) -> None:
     """As for torch's layers: an error from autograd, or the gradient of what was computed."""
     for _, mine in twins(kind):
-        x, hx = arguments(kind)
+        x, hx = arguments(kind, mine)
         count = 1 + len(parts(hx)) + len(list(mine.parameters()))
         outputs = len(flat(mine(x, hx)))
         whole = None
         for changed in range(-1, count + outputs):
-            x, hx = arguments(kind)
+            x, hx = arguments(kind, mine)
             leaves = [v.requires_grad_() for v in (x, *parts(hx))]
             inner = [1 * v for v in leaves]
             result = flat(mine(inner[0], tuple(inner[1:]) if len(inner) == 3 else inner[1]))
@@ -275,7 +278,7 @@ def test_changed_in_place_before_backward(kind: str) -> None:
 def test_an_output_changed_in_the_graph(kind: str) -> None:
     """y.mul_(2) is part of the graph: its gradient counts it, or autograd refuses."""
     for _, mine in twins(kind):
-        x, hx = arguments(kind)
+        x, hx = arguments(kind, mine)
         expected = torch.autograd.grad((2 * mine(x, hx)[0]).sum(), list(mine.parameters()))
         try:
             found = torch.autograd.grad(mine(x, hx)[0].mul_(2).sum(), list(mine.parameters()))
@@ -291,12 +294,12 @@ def test_an_output_changed_in_the_graph(kind: str) -> None:
 @kinds
 def test_no_grad_and_inference_mode(kind: str) -> None:
     for _, mine in twins(kind):
-        x, hx = arguments(kind)
+        x, hx = arguments(kind, mine)
         expected = [v.detach() for v in flat(mine(x, hx))]
         with torch.no_grad():
             plain = flat(mine(x, hx))
         with torch.inference_mode():
-            quick = flat(mine(*arguments(kind)))
+            quick = flat(mine(*arguments(kind, mine)))
         assert not any(v.requires_grad for v in plain) and all(v.is_inference() for v in quick)
         all_close(plain, expected)
         all_close([v.clone() for v in quick], expected)
@@ -306,9 +309,9 @@ def test_no_grad_and_inference_mode(kind: str) -> None:
 def test_without_deterministic_algorithms(kind: str) -> None:
     """The other tests run in deterministic mode; it changes no number."""
     for _, mine in twins(kind):
-        expected = [v.detach() for v in flat(mine(*arguments(kind)))]
+        expected = [v.detach() for v in flat(mine(*arguments(kind, mine)))]
         torch.use_deterministic_algorithms(False)
-        assert all(torch.equal(u, v) for u, v in zip(flat(mine(*arguments(kind))), expected, strict=True))
+        assert all(torch.equal(u, v) for u, v in zip(flat(mine(*arguments(kind, mine))), expected, strict=True))
         torch.use_deterministic_algorithms(True)
 
 
@@ -316,10 +319,14 @@ def test_without_deterministic_algorithms(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_meta(kind: str, dtype: torch.dtype) -> None:
     for _, mine in twins(kind, dtype):
-        x, hx = arguments(kind, dtype)
+        x, hx = arguments(kind, mine)
         expected = flat(mine(x, hx))
         state = tuple(v.to("meta") for v in parts(hx))
-        got = flat(mine.to("meta")(x.to("meta"), state if len(state) == 2 else state[0]))
+        try:
+            got = flat(mine.to("meta")(x.to("meta"), state if len(state) == 2 else state[0]))
+        except NotImplementedError as reason:  # kernels are made for their own device
+            assert "got meta" in str(reason)
+            continue
         assert [(v.shape, v.dtype, v.device.type) for v in got] == [(v.shape, v.dtype, "meta") for v in expected]
 
 
@@ -331,7 +338,7 @@ def test_dropout_draws_torchs_masks(kind: str) -> None:
     for bidirectional, form in itertools.product((False, True), ("time", "batch_first", "packed", "unbatched")):
         extra = {"num_layers": 3, "dropout": 0.4, "bidirectional": bidirectional, "batch_first": form == "batch_first"}
         for theirs, mine in twins(kind, **extra) if form != "batch_first" else _batch_first(kind, extra):
-            x, _ = arguments(kind)
+            x, _ = arguments(kind, mine)
             shaped = {"batch_first": x.transpose(0, 1), "unbatched": x[:, 0]}.get(form, x)
             if form == "packed":
                 if mine.backend == "torch":  # knows no lengths
@@ -357,7 +364,7 @@ def _batch_first(kind: str, extra: dict[str, Any]) -> Iterator[tuple[nn.Module, 
 def test_an_empty_batch(kind: str) -> None:
     """B = 0 works, or fails, as in torch.nn, and the weights' gradients are zeros."""
     for theirs, mine in twins(kind):
-        x = torch.zeros((0, I) if "Cell" in kind else (T, 0, I), dtype=torch.float64)
+        x = torch.zeros((0, I) if "Cell" in kind else (T, 0, I), dtype=next(mine.parameters()).dtype)
         try:
             expected = flat(theirs(x))
         except RuntimeError as error:
@@ -375,7 +382,7 @@ def test_an_empty_batch(kind: str) -> None:
 def test_no_steps(kind: str) -> None:
     """T = 0 raises what torch.nn raises."""
     for theirs, mine in twins(kind):
-        x = torch.zeros(0, B, I, dtype=torch.float64)
+        x = torch.zeros(0, B, I, dtype=next(mine.parameters()).dtype)
         with pytest.raises(RuntimeError) as expected:
             theirs(x)
         with pytest.raises(RuntimeError) as got:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import flat, ours
+from support import flat
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -25,7 +25,7 @@ import rnnkit
 
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
-I, H = 3, 4  # noqa: E741
+I, H = 3, 4
 
 ARGUMENTS: dict[str, tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]] = {
     "RNN": (
@@ -498,11 +498,3 @@ def test_call_mistakes(name: str) -> None:
         expected = answer(lambda: theirs(x, state))  # noqa: B023
         assert expected, "torch.nn takes this: it belongs elsewhere"
         assert answer(lambda: mine(x, state)) == expected, (x, state)  # noqa: B023
-
-
-@names
-def test_a_twin_of_the_twin(name: str) -> None:
-    """The helper of these tests itself: `ours` copies every argument."""
-    for args, kwargs in ARGUMENTS[name]:
-        module, _ = pair(name, *args, **kwargs)
-        assert repr(ours(module)) == repr(module)
