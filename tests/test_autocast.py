@@ -2,8 +2,8 @@
 are, and gradients reach float32 weights as float32. torch's own rules differ from cell to cell, so nothing is
 written down here: torch.nn is asked each time.
 
-torch.nn.LSTM raises in float16 on CPUs that oneDNN has no such LSTM for. There ours has to run all the same, and is
-compared with float64 alone.
+torch.nn.LSTM raises in float16 on CPUs that oneDNN has no such LSTM for. There ours has to run all the same, and
+torch.nn is asked with oneDNN off.
 """
 
 from __future__ import annotations
@@ -78,9 +78,8 @@ def test_dtypes_and_numbers(kind: str, half: torch.dtype) -> None:
         except RuntimeError as reason:
             assert "could not create a primitive descriptor" in str(reason)
             assert half == torch.float16 and "lstm" in kind
-            assert all(error(v, t) < 8 * band(t, half) for v, t in zip(got, truth))
-            assert all(g.isfinite().all() and g.any() for g in got_grads.values())
-            continue
+            with torch.backends.mkldnn.flags(enabled=False):
+                expected, expected_grads = run(theirs, x.to(xs), state, half)
         where = f"x {xs}, states {states}"
         assert [v.dtype for v in got] == [v.dtype for v in expected], where
         for v, theirs_v, t in zip(got, expected, truth):

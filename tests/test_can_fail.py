@@ -147,9 +147,7 @@ def test_a_gradient_lost(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("make", [torch.empty_like, lambda v: v.new_empty(v.shape), lambda v: torch.empty(v.shape)])
 @pytest.mark.parametrize("cell", CELLS)
-def test_memory_that_nobody_wrote(
-    cell: str, make: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_nobody_wrote(cell: str, make: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that forgets the last row: the poison of conftest shows it, whatever lay there before."""
     right = REFERENCE.scan_forward
 

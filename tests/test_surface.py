@@ -411,7 +411,6 @@ BAD_LAYER: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     ((I, H), {"device": "nowhere"}),
     ((I, H), {"dtype": torch.int64}),
     ((I, H), {"mode": "LSTM"}),
-    ((I, H), {"unknown": 1}),
     ((I, H, 1, True, False, 0.0, False, 0, "cpu", torch.float32, 1), {}),
 ]
 BAD_CELL: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
