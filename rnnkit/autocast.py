@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import torch
 
+from .backends.problem import Tensors
+
 
 def autocasting(device: str) -> bool:
     """Whether autocast is on for this type of device; torch itself raises for one that cannot have it (meta)."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def layer_dtype(cell: str, device: str, state: torch.dtype, *, projected: bool, fused: bool) -> torch.dtype:
-    """What torch.nn computes in, and returns, under autocast.
+def layer_dtypes(cell: str, t: Tensors, *, fused: bool) -> tuple[torch.dtype, torch.dtype]:
+    """What torch.nn computes in under autocast, and what it returns y and h_n in.
 
-    On a GPU everything is cast. On a CPU the vanilla RNN and oneDNN's LSTM are; where torch runs a chain of small
-    operators instead, the products are cast and the state's dtype promotes the result, which we compute in throughout.
-    `fused` is false for cells, which have no fused operator.
+    float64 is left alone. On a GPU everything else is cast. On a CPU the vanilla RNN and oneDNN's LSTM are; where
+    torch runs a chain of small operators instead, the products are cast and the dtype of the state that meets the
+    gates promotes the result, which we compute in throughout; a projection is a product again. `fused` is false for
+    cells, which have no fused operator.
     """
+    device = t.x.device.type
     dtype = torch.get_autocast_dtype(device)
+    if torch.float64 in (t.x.dtype, t.w_ih.dtype):
+        return torch.float64, torch.float64
     if device != "cpu" or cell.startswith("rnn_"):
-        return dtype
-    if (
-        cell == "lstm" and fused and not projected and dtype == torch.bfloat16 and torch.backends.mkldnn.enabled
-    ):  # Dynamo guards on it
-        return dtype
-    return torch.promote_types(state, dtype)
+        return dtype, dtype
+    onednn = torch.backends.mkldnn.enabled  # Dynamo guards on it
+    if cell == "lstm" and fused and onednn and t.w_hr is None and dtype == torch.bfloat16:
+        return dtype, dtype
+    wide = torch.promote_types((t.h_0 if t.c_0 is None else t.c_0).dtype, dtype)
+    return wide, wide if t.w_hr is None else dtype
 
 
 class no_autocast:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import checks
-from .autocast import autocasting, layer_dtype, no_autocast
+from .autocast import autocasting, layer_dtypes, no_autocast
 from .backends import REFERENCE, Options, Outputs, Result, Tensors, describe, resolve
 from .registry import run_backward, run_forward, second_backward, states_of
 
@@ -85,9 +85,15 @@ def step(
 def _layer(
     cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    if not autocasting(t.x.device.type):
+        return _run(cell, t, o, backend)
+    dtype, shown = layer_dtypes(cell, t, fused=fused)
+    y, h_n, c_n, c_all = _run(cell, t.cast(dtype), o, backend)
+    return y.to(shown), h_n.to(shown), c_n, c_all
+
+
+def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     device = t.x.device.type
-    if autocasting(device):
-        t = t.cast(layer_dtype(cell, device, t.h_0.dtype, projected=t.w_hr is not None, fused=fused))
     train = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in t)
     chosen = resolve(backend, describe(cell, t, o, train=train)).name
     if torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export():
