@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import rnnkit
+from rnnkit.backends import BY_NAME
 
 I, H = 3, 5
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -189,11 +190,25 @@ def test_one_operator_for_each_layer_and_direction(make: str, count: int) -> Non
     assert sum("layer_forward" in name for name in found[3]) == count
 
 
-def test_lengths_are_clamped_under_compile() -> None:
-    module = rnnkit.GRU(I, H)
+def test_lengths_are_clamped_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a backend sees them: a kernel that loops to lengths[b] must not leave its memory."""
+    module = rnnkit.GRU(I, H, bidirectional=True, backend="reference")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, 2, I)
-    close(compiled(x, lengths=torch.tensor([99, -3])), module(x, lengths=torch.tensor([4, 0])))
+    x, h_0 = torch.randn(4, 2, I, requires_grad=True), torch.randn(2, 2, H, requires_grad=True)
+    expected = module(x, h_0, lengths=torch.tensor([4, 0]))
+    seen: list[list[int]] = []
+    genuine = BY_NAME["reference"].forward
+
+    def spy(cell: str, t: Any, *rest: Any, **how: Any) -> Any:
+        seen.append(t.lengths.tolist())
+        return genuine(cell, t, *rest, **how)
+
+    monkeypatch.setattr(BY_NAME["reference"], "forward", spy)
+    got = compiled(x, h_0, lengths=torch.tensor([99, -3]))
+    assert seen == [[4, 0]] * 2
+    close(got, expected)
+    leaves = (x, h_0, *module.parameters())
+    close(gradients(got, *leaves), gradients(expected, *leaves))
 
 
 def backends_in(graph: torch.fx.GraphModule) -> list[str]:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,6 +81,14 @@ def test_a_bare_layer_there_and_back(name: str) -> None:
     fresh = TORCHS[name](I, H)
     assert module.__dict__.keys() == fresh.__dict__.keys()
     close(module(x), expected)
+
+
+def test_a_converted_layer_holds_no_weight_that_was_replaced() -> None:
+    module = rnnkit.convert(nn.LSTM(I, H))
+    old = weakref.ref(module.weight_hh_l0)
+    module.weight_hh_l0 = nn.Parameter(torch.zeros(4 * H, H))
+    gc.collect()
+    assert old() is None
 
 
 def test_any_tree() -> None:
