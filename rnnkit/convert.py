@@ -174,6 +174,8 @@ def _restore(original: type[nn.Module]) -> nn.Module:
 class patch_torch:
     """Make torch.nn.RNN … torch.nn.GRUCell rnnkit's from here on; as a context manager, only inside the block.
 
+    `patch = patch_torch()` and later `patch.undo()` do the same without a block.
+
     The names in torch.nn, torch.nn.modules and torch.nn.modules.rnn are set. torch.compile refuses full graphs for
     what those names mean unless told otherwise, so `torch._dynamo.config.allow_rnn` is set for as long as it holds.
     """
@@ -196,6 +198,10 @@ class patch_torch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
+        self.undo()
+
+    def undo(self) -> None:
+        """Put back what the names meant before."""
         for place, name, cls in self._before:
             setattr(place, name, cls)
         sys.modules["torch._dynamo"].config.allow_rnn = self._allowed

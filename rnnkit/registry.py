@@ -8,9 +8,11 @@ what a cell or an option does not give is an empty tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .autocast import no_autocast
 from .backends import BY_NAME, REFERENCE, Options, Outputs, Result, Tensors
@@ -160,7 +162,8 @@ def _fake_backward(
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: _Six) -> None:
     cell, backend, reverse, all_states, recompute, *tensors, _ = inputs
-    ctx.save_for_backward(*tensors, output[0], output[4], output[5])
+    y = output[4] if backend == "torch" else output[0]  # it runs again, and its y may be changed in place meanwhile
+    ctx.save_for_backward(*tensors, y, output[4], output[5])
     ctx.how = (cell, backend, Options(reverse, all_states, recompute))  # type: ignore[attr-defined]
     ctx.set_materialize_grads(False)
 
@@ -187,3 +190,21 @@ def states_of(cell: str, o: Options) -> tuple[bool, bool]:
 
 
 torch.library.register_autograd("rnnkit::layer_forward", _derivative, setup_context=_setup_context, lib=_LIBRARY)
+
+
+@register_flop_formula([torch.ops.rnnkit.layer_forward])
+def _forward_flops(
+    cell: str, backend: str, reverse: bool, all_states: bool, recompute: bool, *shapes: Any, **more: Any
+) -> int:
+    """Operations of the products: two for each multiply-add."""
+    x, _, _, w_ih, w_hh, _, _, w_hr, *_ = shapes
+    steps, rows = x[0], x[1]
+    return 2 * steps * rows * sum(w[0] * w[1] for w in (w_ih, w_hh, w_hr) if w is not None)
+
+
+@register_flop_formula([torch.ops.rnnkit.layer_backward])
+def _backward_flops(
+    cell: str, backend: str, reverse: bool, all_states: bool, recompute: bool, *shapes: Any, **more: Any
+) -> int:
+    """One product for the gradient of each factor."""
+    return 2 * _forward_flops(cell, backend, reverse, all_states, recompute, *shapes)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -58,11 +58,23 @@ class Recurrent(nn.Module):
         twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in OURS})
         return twin
 
-    def _through_torch(self, *plain: object) -> bool:
-        """Whether this call goes to torch's own operator, so that a trace or an ONNX graph is the one it makes."""
-        if not (torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()):
+    def _through_torch(self, weight: Tensor | None, *plain: object) -> bool:
+        """Whether this call goes to torch's own operator: so that a trace or an ONNX graph is the one it makes, and for
+        torch's per-sample gradients, whose ExpandedWeight knows the operators of torch's layers alone."""
+        expanded = type(weight).__name__ == "ExpandedWeight"
+        if not (expanded or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()):
             return False
         return self._like_torch() and not any(value is not None and value is not False for value in plain)
+
+    def _leaf(self, *args: Any, **kwargs: Any) -> fx.Proxy | None:
+        """One node for this module in a graph that torch.fx traces, as for torch's layers; None outside of tracing."""
+        found = [v for v in (*args, *kwargs.values()) for v in (v if isinstance(v, tuple | list) else (v,))]
+        proxy = next((v for v in found if isinstance(v, fx.Proxy)), None)
+        if proxy is None:
+            return None
+        given = {k: v for k, v in kwargs.items() if v is not None and v is not False}
+        tracer: Any = proxy.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, given)
 
     def _speak(self, error: Exception, *args: Any) -> None:
         """Raise what torch raises for these arguments, or else `error`."""
@@ -110,7 +122,11 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Tensor | None]) -> None:
-        """torch writes its cache here; there is none."""
+        """torch writes what the names mean already, and nothing is cached. Another tensor hides the one it replaces,
+        as it would in torch's cache: it is computed with, and is no parameter."""
+        for name, weight in zip(self._flat_weights_names, value, strict=False):
+            if weight is not None and weight is not getattr(self, name, weight):
+                self.__dict__[name] = weight
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
@@ -140,21 +156,24 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
         return_all_states: bool,
         **options: Any,
     ) -> Any:
-        if self._through_torch(lengths, reset, reset_state, return_all_states):
+        extras = {"lengths": lengths, "reset": reset, "reset_state": reset_state}
+        leaf = self._leaf(input, hx, **extras, return_all_states=return_all_states)
+        if leaf is not None:
+            return leaf
+        weights = self._flat_weights
+        if self._through_torch(weights[0], *extras.values(), return_all_states):
             return self._shadow().forward(input, hx)
         try:
             return function(
                 input,
                 hx,
-                self._flat_weights,
+                weights,
                 num_layers=self.num_layers,
                 bidirectional=self.bidirectional,
                 batch_first=self.batch_first,
                 dropout=self.dropout,
                 training=self.training,
-                lengths=lengths,
-                reset=reset,
-                reset_state=reset_state,
+                **extras,
                 return_all_states=return_all_states,
                 backend=self.backend,
                 recompute=self.recompute,
@@ -175,9 +194,12 @@ class RecurrentCell(Recurrent, nn.RNNCellBase):
         return twin
 
     def _run(self, function: Callable[..., Any], input: Tensor, hx: Any, **options: Any) -> Any:
-        if self._through_torch():
-            return self._shadow().forward(input, hx)
+        leaf = self._leaf(input, hx)
+        if leaf is not None:
+            return leaf
         weights = [self.weight_ih, self.weight_hh]
+        if self._through_torch(self.weight_ih):
+            return self._shadow().forward(input, hx)
         if self.bias_ih is not None and self.bias_hh is not None:
             weights += [self.bias_ih, self.bias_hh]
         try:

@@ -1,0 +1,97 @@
+"""What else of torch looks into a layer: fx, per-sample gradients, flop counting, writes to `_flat_weights`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.utils.flop_counter import FlopCounterMode
+
+import rnnkit
+
+I, H, T, B = 3, 4, 5, 2
+LAYERS = ("RNN", "LSTM", "GRU")
+
+
+class Traced(nn.Module):
+    """A model in which torch.fx meets a layer, a cell, a state and a reset."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layer = getattr(rnnkit, name)(I, H)
+        self.cell = getattr(rnnkit, f"{name}Cell")(H, H)
+        self.pair = name == "LSTM"
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x, (h, h) if self.pair else h, reset=reset)[0]
+        new = self.cell(y[-1], (h[0], h[0]) if self.pair else h[0])
+        return new[0] if self.pair else new
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_fx_sees_one_node_for_each_module(name: str) -> None:
+    model = Traced(name)
+    traced = fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["layer", "cell"]
+    x, h, reset = torch.randn(T, B, I), torch.randn(1, B, H), torch.rand(T, B) < 0.3
+    assert torch.equal(traced(x, h, reset), model(x, h, reset))
+
+
+def per_sample(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    call_for_per_sample_grads(layer)(x)[0].square().sum().backward()
+    return [p.grad_sample for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_per_sample_gradients_of_torch(name: str) -> None:
+    theirs = getattr(nn, name)(I, H, batch_first=True)
+    ours = getattr(rnnkit, name)(I, H, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(B, T, I)
+    with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's LSTM knows no ExpandedWeight, in torch.nn either
+        torch.testing.assert_close(per_sample(ours, x), per_sample(theirs, x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_flops_are_counted(name: str) -> None:
+    layer = getattr(rnnkit, name)(I, H, 2, bidirectional=True)
+    weights = sum(p.numel() for key, p in layer.named_parameters() if key.startswith("weight"))
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(T, B, I, requires_grad=True))[0].sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * T * B * weights  # the backward has two products for each of the forward
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_tensor_written_to_flat_weights_is_computed_with(name: str) -> None:
+    theirs, ours = getattr(nn, name)(I, H), getattr(rnnkit, name)(I, H)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, B, I)
+    for layer in (theirs, ours):
+        layer._flat_weights = [w * 0.5 for w in layer._flat_weights]
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert torch.equal(ours.state_dict()["weight_hh_l0"], theirs.state_dict()["weight_hh_l0"])
+    ours.weight_hh_l0 = nn.Parameter(torch.zeros_like(ours.weight_hh_l0))
+    assert not ours._flat_weights[1].any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("change", [lambda o: o.relu_(), lambda o: o.add_(1)])
+@pytest.mark.parametrize("name", ["RNN", "GRU"])
+def test_an_output_may_be_changed_where_torch_allows_it(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor], compiled: bool
+) -> None:
+    theirs, ours = getattr(nn, name)(I, H), getattr(rnnkit, name)(I, H)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, B, I)
+    gradients = []
+    for layer in (theirs, ours):
+        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled and layer is ours else layer
+        leaf = x.clone().requires_grad_()
+        output = run(leaf)[0]
+        change(output)
+        gradients.append(torch.autograd.grad((output * torch.arange(H)).sum(), [leaf, *layer.parameters()]))
+    torch.testing.assert_close(*gradients)
