@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, the dtype by its name."""
-        problem = asdict(self.problem)
+        problem = self.problem._asdict()
         problem["dtype"] = str(self.problem.dtype).removeprefix("torch.")
         return {
             "name": self.name,

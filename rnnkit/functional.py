@@ -240,7 +240,8 @@ def _stack(
     h_0, c_0 = checks.states_of(kind, hx, "hx")
     checks.sequence(cell, *sizes, (h_0, c_0), weights, num_layers, directions, proj_size)
     h_r, c_r = checks.states_of(kind, reset_state, "reset_state")
-    checks.sequence(cell, *sizes, (h_r, c_r), weights, num_layers, directions, proj_size, "reset_state")
+    if reset_state is not None:
+        checks.sequence(cell, *sizes, (h_r, c_r), weights, num_layers, directions, proj_size, "reset_state")
     if lengths is not None:
         if packed:
             raise ValueError("lengths must be None with a PackedSequence, which brings its own")

@@ -96,9 +96,11 @@ def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tenso
     device = t.x.device.type
     train = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in t)
     chosen = resolve(backend, describe(cell, t, o, train=train)).name
-    if torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export():
+    compiling = torch.compiler.is_compiling()
+    onnx = compiling and torch.onnx.is_in_onnx_export()
+    if compiling and not onnx:
         return _opaque(cell, chosen, t, o, train)
-    if _transforming() or forward_ad._current_level >= 0 or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if onnx or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0:
         with no_autocast(device):
             return REFERENCE.forward(cell, t, o, train=False).outputs
     if not _eager(t):

@@ -5,7 +5,6 @@ A layer here is one layer in one direction over all T, input projection inside.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -61,8 +60,7 @@ class Result(NamedTuple):
     """An autograd graph of torch's own that `backward` continues (backend `torch` in eager mode)."""
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The facts by which a backend is chosen. Under torch.compile T and B may be symbolic."""
 
     cell: str
@@ -85,14 +83,14 @@ class Problem:
     @property
     def extras(self) -> list[str]:
         """What torch.nn's layers do not know."""
-        asked = {
-            "lengths": self.lengths,
-            "reset": self.reset,
-            "all cell states": self.all_states and self.cell == "lstm",
-            "the reset gate before the product": self.cell == "gru_reset_before",
-            "recompute": self.recompute,
-        }
-        return [name for name, wanted in asked.items() if wanted]
+        asked = (
+            ("lengths", self.lengths),
+            ("reset", self.reset),
+            ("all cell states", self.all_states and self.cell == "lstm"),
+            ("the reset gate before the product", self.cell == "gru_reset_before"),
+            ("recompute", self.recompute),
+        )
+        return [name for name, wanted in asked if wanted]
 
 
 def describe(cell: str, t: Tensors, o: Options, *, train: bool) -> Problem:

@@ -61,8 +61,8 @@ class Recurrent(nn.Module):
     def _through_torch(self, weight: Tensor | None, *plain: object) -> bool:
         """Whether this call goes to torch's own operator: so that a trace or an ONNX graph is the one it makes, and for
         torch's per-sample gradients, whose ExpandedWeight knows the operators of torch's layers alone."""
-        expanded = type(weight).__name__ == "ExpandedWeight"
-        if not (expanded or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()):
+        onnx = torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+        if not (onnx or torch.jit.is_tracing() or type(weight).__name__ == "ExpandedWeight"):
             return False
         return self._like_torch() and not any(value is not None and value is not False for value in plain)
 
