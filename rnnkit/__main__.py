@@ -10,9 +10,9 @@ import argparse
 import sys
 from types import ModuleType
 
-from . import info
+from . import demo, info
 
-COMMANDS: dict[str, ModuleType] = {"info": info}
+COMMANDS: dict[str, ModuleType] = {"info": info, "demo": demo}
 CODES = "exit codes: 0 all right, 1 a check or a gate failed, 2 bad input, 3 no device, 130 stopped by Ctrl-C"
 
 
