@@ -1,0 +1,76 @@
+"""The command line as a user meets it: help, unknown commands, and what `info` says of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rnnkit import __main__ as cli
+from rnnkit import __version__, info
+from rnnkit.backends import BACKENDS, extension
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)], ids=" ".join)
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert f"usage: {' '.join(['python -m rnnkit', *command])}" in said and "exit codes" in said
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info", "--nonsense"], ["info", "more"]], ids=" ".join)
+def test_a_wrong_command_line_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_info_as_json_from_a_process_of_its_own() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rnnkit", "info", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["rnnkit"] == __version__
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == 1
+    assert found["extension"]["available"] == extension.available()
+    assert set(found["backends"]) == {backend.name for backend in BACKENDS}
+    assert found["backends"]["reference"] == {"available": True, "reason": None}
+
+
+def test_info_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = lines[0].index(__version__)
+    assert all(line[first - 2 : first] == "  " for line in lines if line[first - 2 :]), "not aligned"
+    for backend in BACKENDS:
+        (line,) = [line for line in lines if line.split()[0] == backend.name and line.startswith("  ")]
+        assert (backend.available() or "runs here") in line
+
+
+def test_info_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "_reason", "it is not built: build it")
+    monkeypatch.setattr(info.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    found = info.gather()
+    assert found["triton"] == {"version": None, "reason": "not installed: pip install rnnkit[triton]"}
+    assert not found["backends"]["cpu"]["available"]
+    said = info.table(found)
+    for part in ("it is not built: build it", "pip install rnnkit[triton]", "no device"):
+        assert part in said
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "main", interrupted)
+    assert cli.main(["info"]) == 130
