@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--cell", choices=LAYERS, default="lstm", help="default: %(default)s")
     parser.add_argument("--text", type=Path, metavar="FILE", help="learn this UTF-8 text, not the standard library")
-    parser.add_argument("--steps", type=_positive, default=500, metavar="N", help="of each run; default: %(default)s")
+    parser.add_argument("--steps", type=_positive, default=300, metavar="N", help="of each run; default: %(default)s")
     parser.add_argument(
         "--backend", default="auto", metavar="B", help=f"for rnnkit's layer: {', '.join(NAMES)}; default: %(default)s"
     )
