@@ -1,7 +1,6 @@
 """The table of cells: the facts about each that layouts, shapes and products depend on.
 
-The mathematics stands in `rnnkit.reference`; here is only what the code around it has to know. Tests and
-benchmarks iterate this table.
+The mathematics stands in `rnnkit.reference`; here is only what the code around it has to know.
 """
 
 from __future__ import annotations
@@ -26,10 +25,6 @@ class Cell:
     """GRU of torch.nn: the reset gate multiplies W_hn h + b_hn, so b_hn cannot join the input projection."""
     reset_before: bool = False
     """Textbook GRU: the reset gate multiplies h, so the n block's recurrent input is r * h."""
-
-    @property
-    def states(self) -> int:
-        return 2 if self.has_c else 1
 
 
 CELLS = {

@@ -49,6 +49,11 @@ def expect_tensor(v: object, name: str, form: str) -> None:
         raise BadType(f"{name} must be a tensor {form}, got {type(v).__name__}")
 
 
+def expect_bool(v: object, name: str) -> None:
+    if not isinstance(v, bool):
+        raise TypeError(f"{name} must be True or False, got {v!r}")
+
+
 def expect_rows(x: object) -> None:
     expect_tensor(x, "x", "[B, I]")
     if x.dim() != 2:  # type: ignore[attr-defined]
@@ -127,11 +132,16 @@ def states_of(cell: Cell, state: object, name: str) -> tuple[Tensor | None, Tens
         got = f"{len(state)} items" if isinstance(state, tuple | list) else type(state).__name__
         raise bad(f"{name} must be a pair (h, c) for {cell.name}, got {got}")
     h, c = state
+    for k, v in enumerate((h, c)):
+        if not isinstance(v, Tensor):
+            raise bad(f"{name}[{k}] must be a tensor, got {type(v).__name__}")
     return h, c
 
 
 def _weights(cell: Cell, weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """w_ih, w_hh, b_ih, b_hh, w_hr with None for what is absent, each of a size that fits the others."""
+    if not isinstance(weights, list | tuple):
+        raise BadType(f"weights must be a list of tensors, got {type(weights).__name__}")
     n = len(weights)
     if n not in (2, 3, 4, 5) or (n in (3, 5) and not cell.has_c):
         most = "2 or 4 weights (3 or 5 with a projection)" if cell.has_c else "2 or 4 weights"
@@ -173,6 +183,8 @@ def layer(
 ) -> tuple[Tensors, Options]:
     """The arguments of `ops.layer`, checked, with zeros for missing initial states."""
     kind = cell_named(cell)
+    for name, value in (("reverse", reverse), ("all_states", all_states), ("recompute", recompute)):
+        expect_bool(value, name)
     expect_tensor(x, "x", "[T, B, I]")
     if x.dim() != 3:
         raise BadValue(f"x must be [T, B, I], got {x.dim()} dimensions: {shape(x)}")
@@ -207,7 +219,7 @@ def layer(
     if c_0 is None and kind.has_c:
         c_0 = x.new_zeros((rows, hidden))
     t = Tensors(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r)
-    return t, Options(bool(reverse), bool(all_states), bool(recompute))
+    return t, Options(reverse, all_states, recompute)
 
 
 def _same(x: Tensor, others: dict[str, Tensor | None]) -> None:
@@ -260,8 +272,15 @@ def sequence(
 def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, proj_size: int) -> list[Sequence[Tensor]]:
     """The flat list of weights, cut into one piece for each layer and direction."""
     kind = cell_named(cell)
+    if not isinstance(weights, list | tuple):
+        raise TypeError(f"weights must be a list of tensors, got {type(weights).__name__}")
+    for name, value, least in (("num_layers", layers, 1), ("proj_size", proj_size, 0)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     count = layers * directions
-    each, rest = divmod(len(weights), count) if count > 0 else (0, 1)
+    each, rest = divmod(len(weights), count)
     expected = (3, 5) if proj_size else (2, 4)
     if rest or each not in expected:
         raise ValueError(
@@ -271,7 +290,19 @@ def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, pr
     for k, w in enumerate(weights):
         if not isinstance(w, Tensor):
             raise TypeError(f"weights[{k}] must be a tensor, got {type(w).__name__}")
+    if weights[0].dim() != 2:
+        raise ValueError(f"weights[0] must be w_ih [{kind.gates}·H, I], got {shape(weights[0])}")
+    if proj_size and weights[each - 1].shape[:1] != (proj_size,):
+        got = shape(weights[each - 1])
+        raise ValueError(f"weights[{each - 1}] must be w_hr [P, H] with P = proj_size = {proj_size}, got {got}")
     return [weights[k * each : (k + 1) * each] for k in range(count)]
+
+
+def probability(p: object) -> None:
+    if not isinstance(p, int | float) or isinstance(p, bool):
+        raise TypeError(f"dropout must be a number, got {p!r}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout must lie in [0, 1], got {p}")
 
 
 def weights_before_dropout(cell: str, x: Tensor, pieces: Sequence[Sequence[Tensor]], directions: int) -> None:

@@ -6,17 +6,17 @@ An object keeps its identity, its Parameters, hooks, mode and name; only its cla
 from __future__ import annotations
 
 import copyreg
-import sys
 import types
 import warnings
-from typing import Any, TypeVar
+import weakref
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from .backends import check_name
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from .nn.base import OURS, TORCH, Recurrent, RecurrentLayer
+from .nn.base import OURS, TORCH, Recurrent
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 RNNKIT: dict[str, type[Recurrent]] = {cls.TORCH_NAME: cls for cls in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
@@ -53,7 +53,7 @@ def convert(module: ModuleType, *, backend: str = "auto", subclasses: bool = Fal
             plan.append((child, _rebased(child, _TO_OURS[base])))
         elif any(isinstance(child, cls) for cls in TORCH.values()):
             if subclasses:
-                plan.append((child, _above(type(child))))
+                plan.append((child, _rebased(child, _above(base))))
             else:
                 left.append(f"{name or '(itself)'} ({type(child).__module__}.{type(child).__qualname__})")
     for child, cls in plan:
@@ -88,11 +88,11 @@ def revert(module: ModuleType) -> ModuleType:
         if not isinstance(child, Recurrent):
             continue
         base = _base(child)
-        original = type(child).__dict__.get("_rnnkit_from")
+        original = base.__dict__.get("_rnnkit_from")
         if not child._like_torch():
             stuck.append(f"{name or '(itself)'}: torch has no {child.TORCH_NAME} with reset_after=False")
         elif original is not None:
-            plan.append((child, original))
+            plan.append((child, _rebased(child, original)))
         elif base in _TO_TORCH:
             plan.append((child, _rebased(child, _TO_TORCH[base])))
         else:
@@ -147,10 +147,14 @@ class _Above(type):
         return rest[:at] + between + rest[at:]
 
 
+_MADE: weakref.WeakValueDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakValueDictionary()
+
+
 def _above(cls: type[nn.Module]) -> type[nn.Module]:
     """A class like `cls`, a subclass of one of torch's layers, that runs on ours."""
-    theirs = next(c for c in cls.__mro__ if c in _TO_OURS)
-    ours = _TO_OURS[theirs]
+    if cls in _MADE:
+        return _MADE[cls]
+    ours = _TO_OURS[next(c for c in cls.__mro__ if c in _TO_OURS)]
     namespace = {
         "_rnnkit_class": ours,
         "_rnnkit_from": cls,
@@ -159,7 +163,9 @@ def _above(cls: type[nn.Module]) -> type[nn.Module]:
         "__doc__": cls.__doc__,
         "__reduce_ex__": _reduce,
     }
-    return _Above(cls.__name__, (cls,), namespace)  # type: ignore[return-value]
+    made: type[nn.Module] = _Above(cls.__name__, (cls,), namespace)  # type: ignore[assignment]
+    _MADE[cls] = made
+    return made
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple:
@@ -181,16 +187,20 @@ class patch_torch:
     """
 
     _PLACES = (nn, nn.modules, nn.modules.rnn)
+    _holding: ClassVar[list[patch_torch]] = []
+    _before: ClassVar[list[tuple[Any, str, Any]]] = []  # what was there when the first of them came
 
     def __init__(self) -> None:
-        import torch._dynamo
+        import torch._dynamo.config as dynamo
 
-        self._before = [(place, name, getattr(place, name)) for place in self._PLACES for name in RNNKIT]
-        self._allowed = torch._dynamo.config.allow_rnn
+        if not self._holding:
+            self._before[:] = [(place, name, getattr(place, name)) for place in self._PLACES for name in RNNKIT]
+            self._before.append((dynamo, "allow_rnn", dynamo.allow_rnn))
+        self._holding.append(self)
         for place in self._PLACES:
             for name, cls in RNNKIT.items():
                 setattr(place, name, cls)
-        torch._dynamo.config.allow_rnn = True
+        dynamo.allow_rnn = True
 
     def __enter__(self) -> patch_torch:
         return self
@@ -201,10 +211,13 @@ class patch_torch:
         self.undo()
 
     def undo(self) -> None:
-        """Put back what the names meant before."""
-        for place, name, cls in self._before:
-            setattr(place, name, cls)
-        sys.modules["torch._dynamo"].config.allow_rnn = self._allowed
+        """Put back what the names meant before, once no other patch holds. A second time it does nothing."""
+        if self not in self._holding:
+            return
+        self._holding.remove(self)
+        if not self._holding:
+            for place, name, value in self._before:
+                setattr(place, name, value)
 
 
-__all__ = ["RecurrentLayer", "convert", "patch_torch", "revert"]
+__all__ = ["convert", "patch_torch", "revert"]

@@ -44,18 +44,18 @@ def rnn(
         input,
         hx,
         weights,
-        num_layers,
-        bidirectional,
-        batch_first,
-        dropout,
-        training,
-        0,
-        lengths,
-        reset,
-        reset_state,
-        return_all_states,
-        backend,
-        recompute,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        dropout=dropout,
+        training=training,
+        proj_size=0,
+        lengths=lengths,
+        reset=reset,
+        reset_state=reset_state,
+        return_all_states=return_all_states,
+        backend=backend,
+        recompute=recompute,
     )
 
 
@@ -113,18 +113,18 @@ def lstm(
         input,
         hx,
         weights,
-        num_layers,
-        bidirectional,
-        batch_first,
-        dropout,
-        training,
-        proj_size,
-        lengths,
-        reset,
-        reset_state,
-        return_all_states,
-        backend,
-        recompute,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        dropout=dropout,
+        training=training,
+        proj_size=proj_size,
+        lengths=lengths,
+        reset=reset,
+        reset_state=reset_state,
+        return_all_states=return_all_states,
+        backend=backend,
+        recompute=recompute,
     )
 
 
@@ -155,18 +155,18 @@ def gru(
         input,
         hx,
         weights,
-        num_layers,
-        bidirectional,
-        batch_first,
-        dropout,
-        training,
-        0,
-        lengths,
-        reset,
-        reset_state,
-        return_all_states,
-        backend,
-        recompute,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        dropout=dropout,
+        training=training,
+        proj_size=0,
+        lengths=lengths,
+        reset=reset,
+        reset_state=reset_state,
+        return_all_states=return_all_states,
+        backend=backend,
+        recompute=recompute,
     )
 
 
@@ -204,6 +204,7 @@ def _nonlinearity(name: str) -> str:
 
 
 def _gru(reset_after: bool) -> str:
+    checks.expect_bool(reset_after, "reset_after")
     return "gru" if reset_after else "gru_reset_before"
 
 
@@ -212,6 +213,7 @@ def _stack(
     input: Tensor | PackedSequence,
     hx: Any,
     weights: Sequence[Tensor],
+    *,
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
@@ -227,6 +229,7 @@ def _stack(
 ) -> Any:
     kind = CELLS[cell]
     directions = 2 if bidirectional else 1
+    checks.probability(dropout)
     pieces = checks.stack(cell, weights, num_layers, directions, proj_size)
     packed = isinstance(input, PackedSequence)
     data: Tensor = input.data if isinstance(input, PackedSequence) else input
@@ -240,6 +243,8 @@ def _stack(
     h_0, c_0 = checks.states_of(kind, hx, "hx")
     checks.sequence(cell, *sizes, (h_0, c_0), weights, num_layers, directions, proj_size)
     h_r, c_r = checks.states_of(kind, reset_state, "reset_state")
+    if return_all_states is not True:
+        checks.expect_bool(return_all_states, "return_all_states")
     if reset_state is not None:
         checks.sequence(cell, *sizes, (h_r, c_r), weights, num_layers, directions, proj_size, "reset_state")
     if lengths is not None:

@@ -52,7 +52,7 @@ def run_backward(
 
 def second_backward(cell: str, t: Tensors, o: Options, grads: Outputs, needs: list[bool]) -> list[Gradient]:
     """The same gradients as a function that torch can differentiate again: the reference's formulas on live inputs."""
-    o = o._replace(recompute=False)
+    o = o._replace(recompute=False)  # the gates are needed right away
     with no_autocast(t.x.device.type):
         result = REFERENCE.forward(cell, t, o, train=True)
         return REFERENCE.backward(cell, t, o, result.outputs.y, result, grads, needs)

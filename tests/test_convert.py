@@ -434,3 +434,42 @@ def test_a_subclass_made_under_the_patch() -> None:
 
         gate = Gate(I, H)
     assert isinstance(gate, rnnkit.GRU) and gate(sample("GRU"))[0].shape == (5, 2, H)
+
+
+def test_patches_undone_in_any_order() -> None:
+    first, second = rnnkit.patch_torch(), rnnkit.patch_torch()
+    first.undo()
+    first.undo()  # a second time it does nothing
+    assert nn.LSTM is rnnkit.LSTM
+    second.undo()
+    assert nn.LSTM is TORCHS["LSTM"] and nn.modules.rnn.LSTM is TORCHS["LSTM"]
+
+
+def test_a_converted_subclass_has_one_class() -> None:
+    classes = {type(rnnkit.convert(Residual(I), subclasses=True)) for _ in range(2)}
+    again = pickle.loads(pickle.dumps(rnnkit.convert(Residual(I), subclasses=True)))
+    assert classes == {type(again)}
+
+
+@pytest.mark.parametrize("first", ["parametrized", "converted"])
+def test_a_parametrized_subclass(first: str) -> None:
+    layer = Residual(I)
+    x = torch.randn(5, 2, I)
+    expected = layer(x)[0]
+    steps = [
+        lambda: nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0"),
+        lambda: rnnkit.convert(layer, subclasses=True),
+    ]
+    for step in steps if first == "parametrized" else steps[::-1]:
+        step()
+    assert isinstance(layer, rnnkit.LSTM) and isinstance(layer, Residual)
+    torch.testing.assert_close(layer(x)[0], expected)
+    torch.testing.assert_close(copy.deepcopy(layer)(x)[0], expected)
+    rnnkit.revert(layer)
+    assert not isinstance(layer, rnnkit.LSTM) and isinstance(layer, Residual)
+    rnnkit.convert(layer, subclasses=True)
+    nn.utils.parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    torch.testing.assert_close(layer(x)[0], expected)
+    rnnkit.revert(layer)
+    assert type(layer) is Residual
+    torch.testing.assert_close(layer(x)[0], expected)

@@ -39,6 +39,11 @@ def weights_of(gates: int = 3) -> list[Tensor]:
     return [torch.zeros(gates * H, I), torch.zeros(gates * H, H), torch.zeros(gates * H), torch.zeros(gates * H)]
 
 
+def projected() -> list[Tensor]:
+    """Weights of an LSTM with P = 2."""
+    return [torch.zeros(4 * H, I), torch.zeros(4 * H, 2), torch.zeros(2, H)]
+
+
 def packed(lengths: tuple[int, ...] = (5, 3), features: int = I) -> PackedSequence:
     return pack_padded_sequence(torch.zeros(T, B, features), torch.tensor(lengths))
 
@@ -100,6 +105,7 @@ STATES: list[Case] = [
     ("pair for one", lambda: gru()(x, reset=ones, reset_state=(state, state)), TypeError, ["reset_state", "got tuple"]),
     ("one for a pair", lambda: lstm()(x, reset=ones, reset_state=state), TypeError, ["pair (h, c)", "got Tensor"]),
     ("three", lambda: lstm()(x, reset=ones, reset_state=(state,) * 3), TypeError, ["pair (h, c)", "got 3 items"]),
+    ("half", lambda: lstm()(x, reset=ones, reset_state=(None, state)), TypeError, ["reset_state[0]", "got NoneType"]),
     ("c", lambda: lstm()(x, reset=ones, reset_state=(state, state[..., :2])), ValueError, ["reset_state", "[1, 2, 2]"]),
     ("dtype", lambda: gru()(x, reset=ones, reset_state=state.double()), TypeError, ["reset_state", "torch.float64"]),
     ("c's dtype", lambda: lstm()(x, reset=ones, reset_state=(state, state.double())), TypeError, ["torch.float64"]),
@@ -150,7 +156,22 @@ FUNCTIONS: list[Case] = [
     ),
     ("a number", lambda: ops.layer("gru", x, None, None, [1, 2]), TypeError, ["weight 0", "got int"]),
     ("count", lambda: functional.lstm(x, None, weights_of(4), num_layers=3), ValueError, ["3 layers", "got 4"]),
-    ("layers", lambda: functional.gru(x, None, weights_of(), num_layers=0), ValueError, ["0 layers"]),
+    ("layers", lambda: functional.gru(x, None, weights_of(), num_layers=0), ValueError, ["num_layers", "got 0"]),
+    ("no layers", lambda: functional.gru(x, None, weights_of(), num_layers=-1), ValueError, ["at least 1", "got -1"]),
+    ("layers' type", lambda: functional.gru(x, None, weights_of(), num_layers="1"), TypeError, ["integer", "got '1'"]),
+    ("no weights", lambda: functional.gru(x, None, None), TypeError, ["list of tensors", "got NoneType"]),
+    ("layer's weights", lambda: ops.layer("gru", x, None, None, None), TypeError, ["list of tensors", "got NoneType"]),
+    ("cell's weights", lambda: functional.gru_cell(x[0], None, None), TypeError, ["list of tensors", "got NoneType"]),
+    ("flat weights", lambda: functional.lstm(x, None, [torch.zeros(4)] * 4), ValueError, ["w_ih [4·H, I]", "got [4]"]),
+    ("dropout", lambda: functional.gru(x, None, weights_of(), dropout=-1.0), ValueError, ["[0, 1]", "got -1.0"]),
+    ("dropout's type", lambda: functional.gru(x, None, weights_of(), dropout="x"), TypeError, ["number", "got 'x'"]),
+    ("projection", lambda: functional.lstm(x, None, projected(), proj_size=3), ValueError, ["w_hr [P, H]", "[2, 4]"]),
+    ("proj_size", lambda: functional.lstm(x, None, projected(), proj_size=-1), ValueError, ["proj_size", "got -1"]),
+    ("half a pair", lambda: functional.lstm(x, (None, state), weights_of(4)), TypeError, ["hx[0]", "got NoneType"]),
+    ("recompute", lambda: functional.gru(x, None, weights_of(), recompute="no"), TypeError, ["recompute", "got 'no'"]),
+    ("layer's recompute", lambda: rnnkit.GRU(I, H, recompute=1), TypeError, ["recompute", "True or False", "got 1"]),
+    ("reset_after", lambda: rnnkit.GRU(I, H, reset_after="no"), TypeError, ["reset_after", "got 'no'"]),
+    ("function's", lambda: functional.gru(x, None, weights_of(), reset_after=0), TypeError, ["reset_after", "got 0"]),
     ("not weights", lambda: functional.gru(x, None, [1, 2, 3, 4]), TypeError, ["weights[0]", "got int"]),
     ("rank", lambda: functional.gru(x[0, 0], None, weights_of()), ValueError, ["2 or 3 dimensions", "got 1"]),
     ("input", lambda: functional.gru("text", None, weights_of()), TypeError, ["input", "got str"]),

@@ -9,10 +9,10 @@ from .products import Backend
 class Planned(Backend):
     def __init__(self, name: str, what: str) -> None:
         self.name = name
-        self.what = what
+        self.reason = f"this version of rnnkit has no {what} yet"
 
     def available(self) -> str | None:
-        return f"this version of rnnkit has no {self.what} yet"
+        return self.reason
 
     def unsupported(self, problem: Problem) -> list[str]:
-        return [f"this version of rnnkit has no {self.what} yet"]
+        return [self.reason]

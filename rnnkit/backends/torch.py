@@ -14,11 +14,9 @@ from torch import Tensor
 from .problem import Options, Outputs, Problem, Result, Tensors
 from .products import Backend, Gradient
 
-_FUNCTIONS = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "rnn_tanh", "rnn_relu": "rnn_relu"}
-
 
 def _call(cell: str, t: Tensors, reverse: bool, train: bool) -> Outputs:
-    run = getattr(torch._VF, _FUNCTIONS[cell])
+    run = getattr(torch._VF, cell)  # of the same names
     weights = [w for w in (t.w_ih, t.w_hh, t.b_ih, t.b_hh, t.w_hr) if w is not None]
     h_0 = t.h_0[None]
     hx = h_0 if t.c_0 is None else (h_0, t.c_0[None])
@@ -34,6 +32,8 @@ class Torch(Backend):
         reasons = [f"torch.nn's layers do not know {extra}" for extra in problem.extras]
         if problem.steps == 0:
             reasons.append("torch's layers need at least one step, got T=0")
+        if problem.hidden_size == 0:
+            reasons.append("torch's layers need at least one unit, got H=0")
         return reasons
 
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:

@@ -112,6 +112,7 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
 
     def _set_up(self, backend: str, recompute: bool) -> None:
         self._set_backend(backend)
+        checks.expect_bool(recompute, "recompute")
         if recompute:
             self.recompute = True
 
@@ -122,11 +123,13 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Tensor | None]) -> None:
-        """torch writes what the names mean already, and nothing is cached. Another tensor hides the one it replaces,
-        as it would in torch's cache: it is computed with, and is no parameter."""
-        for name, weight in zip(self._flat_weights_names, value, strict=False):
-            if weight is not None and weight is not getattr(self, name, weight):
-                self.__dict__[name] = weight
+        """torch writes what the names mean already. Nothing is cached, so another tensor would be lost."""
+        current = self._flat_weights
+        if len(value) != len(current) or any(a is not b for a, b in zip(value, current, strict=True)):
+            raise AttributeError(
+                "rnnkit reads its weights at every call and keeps no _flat_weights to write to; set the attribute "
+                f"instead, such as layer.{self._flat_weights_names[1]} = ..."
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})

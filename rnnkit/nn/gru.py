@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional
+from .. import checks, functional
 from .base import RecurrentCell, RecurrentLayer
 
 
@@ -81,6 +81,7 @@ class GRU(RecurrentLayer):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
         self._set_up(backend, recompute)
+        checks.expect_bool(reset_after, "reset_after")
         if not reset_after:
             self.reset_after = False
 
@@ -130,6 +131,7 @@ class GRUCell(RecurrentCell):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
         self._set_backend(backend)
+        checks.expect_bool(reset_after, "reset_after")
         if not reset_after:
             self.reset_after = False
 
