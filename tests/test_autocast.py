@@ -105,16 +105,16 @@ def test_without_onednn(kind: str, half: torch.dtype) -> None:
 @kinds
 @halves
 def test_a_float64_module_under_autocast(kind: str, half: torch.dtype) -> None:
-    """Autocast leaves float64 alone in torch's products, or casts it: as torch.nn does, or its error."""
+    """Autocast leaves float64 alone, as in torch.nn; where torch.nn cannot run at all, ours does and stays in float64."""
     theirs, x, state = made(kind)
     mine = ours(theirs.double())
     arguments = (x.double(), [v.double() for v in state], half)
-    try:
-        expected, _ = run(theirs, *arguments)
-    except RuntimeError:
-        return
     got, _ = run(mine, *arguments)
-    assert [v.dtype for v in got] == [v.dtype for v in expected]
+    try:
+        wanted = [v.dtype for v in run(theirs, *arguments)[0]]
+    except RuntimeError:
+        wanted = [torch.float64] * len(got)
+    assert [v.dtype for v in got] == wanted
 
 
 @kinds

@@ -252,7 +252,9 @@ def test_explain_puts_everything_back() -> None:
     assert all(p.grad is None for p in model.parameters())
     with record() as outer:
         rnnkit.explain(model, x)
-    assert outer == []
+        assert outer == []
+        rnnkit.GRU(I, H)(x)  # the outer record goes on
+    assert [(problem.cell, asked) for problem, asked, _ in outer] == [("gru", "auto")]
 
 
 def test_a_layer_used_twice_is_explained_twice() -> None:

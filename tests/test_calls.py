@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
+import rnnkit
 from rnnkit.backends import BACKENDS
 
 T, B, I, H = 4, 3, 3, 5
@@ -388,3 +389,15 @@ def test_no_steps(kind: str) -> None:
         with pytest.raises(RuntimeError) as got:
             mine(x)
         assert str(got.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_torchs_graph_goes_with_ours(kind: str) -> None:
+    """Backend torch keeps a graph of torch's own; a backward that keeps no graph frees that one too."""
+    layer = getattr(rnnkit, kind)(3, 4, backend="torch")
+    y, _ = layer(torch.randn(5, 2, 3))
+    y.sum().backward(retain_graph=True)
+    inner, outputs = y.grad_fn.graph
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(outputs.y.sum(), inner.w_hh)

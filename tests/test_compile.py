@@ -160,6 +160,20 @@ def test_at_most_two_compilations(make: Callable[[], nn.Module], train: bool) ->
     assert compilations(run) == 2  # one for the first T, one for any other
 
 
+def test_a_single_step_has_a_graph_of_its_own() -> None:
+    """torch.compile makes every size of 1 a constant, whatever is compiled; every other T shares a graph."""
+    module = rnnkit.GRU(I, H)
+
+    def run(x: Tensor, lengths: Tensor) -> Any:
+        return module(x, lengths=lengths)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for steps, expected in ((4, 1), (6, 2), (9, 2), (1, 3), (3, 3), (1, 3)):
+        how = (torch.randn(steps, 4, I), torch.tensor([steps, 1, 0, 1]))
+        close(compiled(*how), run(*how))
+        assert compilations(run) == expected
+
+
 def test_one_compilation_where_T_is_said_to_be_dynamic() -> None:
     module = rnnkit.GRU(I, H)
 

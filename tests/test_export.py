@@ -82,6 +82,34 @@ def test_export_with_dynamic_T(kind: str, strict: bool) -> None:
     torch.testing.assert_close(module(x, torch.tensor([99, -1, 3]), reset), model(x, torch.tensor([6, 0, 3]), reset))
 
 
+class Whole(nn.Module):
+    """Everything that a call can be given, as inputs of a program."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer = getattr(rnnkit, kind)(I, H, 2, bidirectional=True)
+        self.pair = kind == "LSTM"
+
+    def forward(self, x: Tensor, lengths: Tensor, reset: Tensor, state: Tensor) -> Any:
+        again = (state, 2 * state) if self.pair else state
+        return self.layer(x, again, lengths=lengths, reset=reset, reset_state=again, return_all_states=True)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_export_with_every_input_and_dynamic_T_and_B(kind: str) -> None:
+    model = Whole(kind)
+
+    def inputs(steps: int, rows: int) -> tuple[Tensor, ...]:
+        lengths = torch.randint(0, steps + 1, (rows,))
+        return torch.randn(steps, rows, I), lengths, torch.rand(steps, rows) < 0.3, torch.randn(4, rows, H)
+
+    t, b = Dim("t", min=2), Dim("b", min=2, max=1024)
+    program = torch.export.export(model, inputs(6, 3), dynamic_shapes=({0: t, 1: b}, {0: b}, {0: t, 1: b}, {1: b}))
+    for sizes in ((6, 3), (2, 5), (11, 2)):
+        how = inputs(*sizes)
+        torch.testing.assert_close(program.module()(*how), model(*how))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_an_exported_program(kind: str) -> None:
     model = Model(kind)
