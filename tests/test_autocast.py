@@ -105,7 +105,7 @@ def test_without_onednn(kind: str, half: torch.dtype) -> None:
 @kinds
 @halves
 def test_a_float64_module_under_autocast(kind: str, half: torch.dtype) -> None:
-    """Autocast leaves float64 alone, as in torch.nn; where torch.nn cannot run at all, ours does and stays in float64."""
+    """Autocast leaves float64 alone, as in torch.nn; where torch.nn cannot run, ours does and stays in float64."""
     theirs, x, state = made(kind)
     mine = ours(theirs.double())
     arguments = (x.double(), [v.double() for v in state], half)
