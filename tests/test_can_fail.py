@@ -366,7 +366,7 @@ def test_torchs_operators_misused(cell: str, error: str, monkeypatch: pytest.Mon
 
 
 def bent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference's forward where a transform runs it, and only there, a hundredth off: gradcheck allows a thousandth."""
+    """The reference, where a transform runs it and only there, a hundredth off; gradcheck allows a thousandth."""
 
     class Bent(type(REFERENCE)):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Result:
