@@ -1,0 +1,110 @@
+"""Programs around the layers: the README's own lines, DistributedDataParallel, torch.ao's quantization, copies."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rnnkit
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("RNN", "LSTM", "GRU")
+OBS, ENVS, STEPS = 6, 3, 8
+
+
+@pytest.fixture
+def reader() -> Iterator[dict[str, Any]]:
+    """What the README's snippets take for granted; a patch that they make is undone."""
+    head = nn.Linear(128, 2)
+    names: dict[str, Any] = {
+        "torch": torch,
+        "x": torch.randn(4, 40, 64),
+        "model": nn.Sequential(nn.LSTM(5, 7), nn.Identity()),
+        "obs_size": OBS,
+        "num_envs": ENVS,
+        "rollouts": [
+            SimpleNamespace(obs=torch.randn(STEPS, ENVS, OBS), episode_starts=torch.rand(STEPS, ENVS) < 0.3)
+            for _ in range(3)
+        ],
+        "head": head,
+        "ppo_loss": lambda logits, rollout: logits.square().mean(),
+        "optimizer": torch.optim.SGD(head.parameters(), 0.1),
+    }
+    yield names
+    names["patch"].undo()
+
+
+def test_the_readme_runs_as_it_stands(reader: dict[str, Any]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(snippets) == 4
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), reader)
+    assert type(reader["model"][0]) is rnnkit.LSTM and nn.LSTM is rnnkit.LSTM
+    output = reader["output"]  # of the lines about lengths
+    assert output.shape == (4, 40, 128) and not output[2].any() and output[0, -1].any()
+    assert all(p.grad is not None for p in reader["policy"].parameters())
+    assert not reader["state"].requires_grad
+
+
+DISTRIBUTED = """
+import torch, torch.distributed as dist, rnnkit
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = rnnkit.{kind}(3, 4, 2, bidirectional=True)
+x, lengths = torch.randn(6, 4, 3), torch.tensor([6, 0, 3, 5])
+mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+wrapped = DistributedDataParallel(model)
+wrapped(x[:, mine], lengths=lengths[mine])[0].square().sum().backward()
+shared = [p.grad.clone() for p in model.parameters()]
+model.zero_grad()
+(model(x, lengths=lengths)[0].square().sum() / 2).backward()  # DDP takes the mean over the processes
+torch.testing.assert_close(shared, [p.grad for p in model.parameters()])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(kind: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(DISTRIBUTED.format(kind=kind))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shallow_copy_shares_its_weights(kind: str) -> None:
+    layer = getattr(rnnkit, kind)(3, 4)
+    other = copy.copy(layer)
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(2)
+    assert other.weight_hh_l0 is layer.weight_hh_l0
+    assert torch.equal(other(x)[0], layer(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantization_after_revert() -> None:
+    """torch.ao knows torch's layers alone: ours stay as they are, reverted ones are quantized."""
+    model = rnnkit.convert(nn.Sequential(nn.LSTM(3, 4)).eval())
+    quantize = torch.ao.quantization.quantize_dynamic
+    assert type(quantize(model, {nn.LSTM})[0]) is rnnkit.LSTM
+    quantized = quantize(rnnkit.revert(model), {nn.LSTM})
+    assert type(quantized[0]) is torch.ao.nn.quantized.dynamic.LSTM
+    assert quantized(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
