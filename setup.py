@@ -79,9 +79,10 @@ def extension() -> dict[str, Any]:
             self.extensions = self.distribution.ext_modules = []
             self.get_finalized_command("bdist_wheel").root_is_pure = True
 
-    sources = ["csrc/ops.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))]
+    sources = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
     depends = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
-    flags = ["-O3", "-std=c++17", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+    flags = ["-O3", "-std=c++17", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+    flags += ["-fvisibility=hidden"]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     library = cpp_extension.CppExtension(
         "rnnkit._C", sources, depends=depends, extra_compile_args={"cxx": flags}, py_limited_api=True

@@ -1,156 +1,56 @@
-// The operators of the extension: schemas, checks, dispatch, threads. The only file that knows torch, and of
-// torch only the stable ABI. Python checks what a user passes; the checks here keep a wrong call from reading
-// beyond a tensor's end, and an error from here can only be a RuntimeError.
+// The operators of the extension: their schemas and registration, for torch's stable ABI.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <initializer_list>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "cpu/rnn_scan.h"
+#include "layer.h"
 
 namespace rnnkit {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// STD_TORCH_CHECK would put the function and the path of the build before the message.
-#define RNNKIT_CHECK(condition, ...) \
-  do {                               \
-    if (!(condition)) {              \
-      fail(__VA_ARGS__);             \
-    }                                \
-  } while (0)
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "rnnkit: ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+LayerInputs inputs(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensor w_ih, Tensor w_hh,
+                   OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor lengths,
+                   OptionalTensor reset, OptionalTensor h_r, OptionalTensor c_r, bool reverse) {
+  RNNKIT_CHECK(0 <= cell && cell <= static_cast<int64_t>(Cell::gru_before), "cell must lie in [0, 4], got ", cell);
+  LayerInputs in{static_cast<Cell>(cell), x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r, reverse};
+  return in;
 }
 
-template <class Sizes>
-std::string shown(const Sizes& sizes) {
-  std::ostringstream out;
-  const char* separator = "";
-  out << "[";
-  for (int64_t size : sizes) {
-    out << separator << size;
-    separator = ", ";
+std::vector<Tensor> cpu_layer_forward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensor w_ih,
+                                      Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                                      OptionalTensor lengths, OptionalTensor reset, OptionalTensor h_r,
+                                      OptionalTensor c_r, bool reverse, bool all_states, bool save, int64_t chunk) {
+  return layer_forward(
+      inputs(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r, reverse), all_states, save,
+      chunk);
+}
+
+std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensor w_ih,
+                                       Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                                       OptionalTensor lengths, OptionalTensor reset, OptionalTensor h_r,
+                                       OptionalTensor c_r, bool reverse, Tensor y, OptionalTensor gates,
+                                       OptionalTensor c_kept, OptionalTensor gy, OptionalTensor gh_n,
+                                       OptionalTensor gc_n, OptionalTensor gc_all, int64_t needs) {
+  return layer_backward(
+      inputs(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r, reverse),
+      LayerGradients{y, gates, c_kept, gy, gh_n, gc_n, gc_all}, needs);
+}
+
+Tensor cpu_function(int64_t which, Tensor x) {
+  const Dtype dtype = dtype_of(x);
+  RNNKIT_CHECK(which == 0 || which == 1, "which must be 0 (sigmoid) or 1 (tanh), got ", which);
+  RNNKIT_CHECK(x.is_cpu() && x.is_contiguous() && !is_half(dtype), "x must be contiguous Float or Double on the CPU");
+  Tensor out = torch::stable::empty_like(x);
+  engine().function(static_cast<int>(which), dtype, x.numel(), x.const_data_ptr(), out.mutable_data_ptr());
+  return out;
+}
+
+std::string cpu_variants() {
+  std::string names = engine().name;
+  for (const Engine* e : engines()) {
+    names += " ";
+    names += e->name;
   }
-  out << "]";
-  return out.str();
-}
-
-// `tensor` in contiguous memory, after checking what it is.
-Tensor expect(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
-  const auto got = tensor.sizes();
-  RNNKIT_CHECK(tensor.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()),
-               name, " must be ", toString(type), " ", shown(sizes), ", got ", toString(tensor.scalar_type()),
-               " ", shown(got));
-  RNNKIT_CHECK(tensor.is_cpu(), name, " must be on the CPU, got device index ", tensor.get_device_index());
-  return torch::stable::contiguous(tensor);
-}
-
-OptionalTensor expect(const OptionalTensor& tensor, const char* name, ScalarType type,
-                      std::initializer_list<int64_t> sizes) {
-  return tensor.has_value() ? OptionalTensor(expect(*tensor, name, type, sizes)) : std::nullopt;
-}
-
-// A float [n, B, H] tensor's sizes.
-std::tuple<int64_t, int64_t, int64_t> steps_rows_width(const Tensor& tensor, const char* name) {
-  RNNKIT_CHECK(tensor.dim() == 3, name, " must be [n, B, H], got ", shown(tensor.sizes()));
-  return {tensor.size(0), tensor.size(1), tensor.size(2)};
-}
-
-template <class T>
-const T* pointer(const OptionalTensor& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-// Rows that one thread takes at least, so that starting it pays.
-int64_t rows_per_thread(int64_t steps, int64_t H) {
-  constexpr int64_t multiply_adds = 1 << 15;
-  return std::max<int64_t>(1, multiply_adds / std::max<int64_t>(1, steps * H * H));
-}
-
-std::tuple<Tensor, Tensor> rnn_scan_forward_cpu(Tensor gx, Tensor w_hh, Tensor h, OptionalTensor lengths,
-                                                OptionalTensor reset, OptionalTensor h_r, int64_t t0,
-                                                bool relu, bool reverse) {
-  const auto [n, B, H] = steps_rows_width(gx, "gx");
-  gx = expect(gx, "gx", ScalarType::Float, {n, B, H});
-  w_hh = expect(w_hh, "w_hh", ScalarType::Float, {H, H});
-  h = expect(h, "h", ScalarType::Float, {B, H});
-  lengths = expect(lengths, "lengths", ScalarType::Long, {B});
-  h_r = expect(h_r, "h_r", ScalarType::Float, {B, H});
-  RNNKIT_CHECK(t0 >= 0, "t0 must not be negative, got ", t0);
-  int64_t T = 0;
-  if (reset.has_value()) {
-    T = reset->dim() == 2 ? reset->size(0) : 0;
-    RNNKIT_CHECK(reset->dim() == 2 && T >= t0 + n, "reset must be [T, B] with T at least t0 + n = ", t0 + n,
-                 ", got ", shown(reset->sizes()));
-    reset = expect(reset, "reset", ScalarType::Bool, {T, B});
-  }
-
-  Tensor y = torch::stable::new_empty(gx, {n, B, H});
-  Tensor h_n = torch::stable::new_empty(gx, {B, H});
-  std::vector<float> w_hh_t(H * H);
-  transpose(w_hh.const_data_ptr<float>(), w_hh_t.data(), H);
-  RnnForward s{};
-  s.n = n, s.B = B, s.H = H, s.t0 = t0;
-  s.relu = relu, s.reverse = reverse;
-  s.cuts = {pointer<int64_t>(lengths), pointer<bool>(reset), T};
-  s.gx = gx.const_data_ptr<float>();
-  s.w_hh_t = w_hh_t.data();
-  s.h = h.const_data_ptr<float>();
-  s.h_r = pointer<float>(h_r);
-  s.y = y.mutable_data_ptr<float>();
-  s.h_n = h_n.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, B, rows_per_thread(n, H),
-                              [&](int64_t first, int64_t last) { rnn_scan_forward(s, first, last); });
-  return {y, h_n};
-}
-
-std::tuple<Tensor, Tensor, Tensor> rnn_scan_backward_cpu(Tensor gy, Tensor gh_n, Tensor y, Tensor w_hh,
-                                                         OptionalTensor lengths, OptionalTensor reset,
-                                                         bool relu, bool reverse) {
-  const auto [T, B, H] = steps_rows_width(gy, "gy");
-  gy = expect(gy, "gy", ScalarType::Float, {T, B, H});
-  gh_n = expect(gh_n, "gh_n", ScalarType::Float, {B, H});
-  y = expect(y, "y", ScalarType::Float, {T, B, H});
-  w_hh = expect(w_hh, "w_hh", ScalarType::Float, {H, H});
-  lengths = expect(lengths, "lengths", ScalarType::Long, {B});
-  reset = expect(reset, "reset", ScalarType::Bool, {T, B});
-
-  Tensor dg = torch::stable::new_empty(y, {T, B, H});
-  Tensor dh_0 = torch::stable::new_empty(y, {B, H});
-  Tensor dh_r = torch::stable::new_empty(y, {B, H});
-  RnnBackward s{};
-  s.T = T, s.B = B, s.H = H;
-  s.relu = relu, s.reverse = reverse;
-  s.cuts = {pointer<int64_t>(lengths), pointer<bool>(reset), T};
-  s.gy = gy.const_data_ptr<float>();
-  s.gh_n = gh_n.const_data_ptr<float>();
-  s.y = y.const_data_ptr<float>();
-  s.w_hh = w_hh.const_data_ptr<float>();
-  s.dg = dg.mutable_data_ptr<float>();
-  s.dh_0 = dh_0.mutable_data_ptr<float>();
-  s.dh_r = dh_r.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, B, rows_per_thread(T, H),
-                              [&](int64_t first, int64_t last) { rnn_scan_backward(s, first, last); });
-  return {dg, dh_0, dh_r};
+  return names;
 }
 
 }  // namespace
@@ -158,16 +58,24 @@ std::tuple<Tensor, Tensor, Tensor> rnn_scan_backward_cpu(Tensor gy, Tensor gh_n,
 
 // A fragment: Python defines operators in the same namespace.
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
-  m.def(
-      "rnn_scan_forward(Tensor gx, Tensor w_hh, Tensor h, Tensor? lengths, Tensor? reset, Tensor? h_r, int "
-      "t0, "
-      "bool relu, bool reverse) -> (Tensor y, Tensor h_n)");
-  m.def(
-      "rnn_scan_backward(Tensor gy, Tensor gh_n, Tensor y, Tensor w_hh, Tensor? lengths, Tensor? reset, "
-      "bool relu, bool reverse) -> (Tensor dg, Tensor dh_0, Tensor dh_r)");
+#define RNNKIT_LAYER                                                                                             \
+  "int cell, Tensor x, Tensor? h_0, Tensor? c_0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "         \
+  "Tensor? w_hr, Tensor? lengths, Tensor? reset, Tensor? h_r, Tensor? c_r, bool reverse"
+  m.def("cpu_layer_forward(" RNNKIT_LAYER ", bool all_states, bool save, int chunk) -> Tensor[]");
+  m.def("cpu_layer_backward(" RNNKIT_LAYER
+        ", Tensor y, Tensor? gates, Tensor? c, Tensor? gy, Tensor? gh_n, Tensor? gc_n, Tensor? gc_all, int needs) -> "
+        "Tensor[]");
+  m.def("cpu_function(int which, Tensor x) -> Tensor");
+  m.def("cpu_variants() -> str");
+#undef RNNKIT_LAYER
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
-  m.impl("rnn_scan_forward", TORCH_BOX(&rnnkit::rnn_scan_forward_cpu));
-  m.impl("rnn_scan_backward", TORCH_BOX(&rnnkit::rnn_scan_backward_cpu));
+  m.impl("cpu_layer_forward", TORCH_BOX(&rnnkit::cpu_layer_forward));
+  m.impl("cpu_layer_backward", TORCH_BOX(&rnnkit::cpu_layer_backward));
+  m.impl("cpu_function", TORCH_BOX(&rnnkit::cpu_function));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rnnkit, CompositeExplicitAutograd, m) {
+  m.impl("cpu_variants", TORCH_BOX(&rnnkit::cpu_variants));
 }

@@ -26,11 +26,6 @@ BACKENDS: tuple[Backend, ...] = (
 )
 BY_NAME: dict[str, Backend] = {backend.name: backend for backend in BACKENDS}
 NAMES = ("auto", *BY_NAME)
-# The C++ scans are plain loops so far: torch's products overtake them, at every size in its own operators, and in the
-# reference from so many multiply-adds a step on, B·H² (measured on one core: in training between 2^16 and 2^20, in
-# inference between 2^12 and 2^16).
-PRODUCTS_FIRST = tuple(BY_NAME[name] for name in ("cuda", "triton", "torch", "reference", "cpu"))
-SMALL_STEP = {True: 2**18, False: 2**14}  # in training, in inference
 
 _thread = threading.local()  # not a ContextVar: torch.compile cannot trace one
 
@@ -77,10 +72,7 @@ def check_name(name: str) -> None:
 
 def preference(problem: Problem) -> tuple[Backend, ...]:
     """The order in which `auto` asks."""
-    if problem.device != "cpu":
-        return BACKENDS
-    small = problem.batch * problem.hidden_size**2 <= SMALL_STEP[problem.train]
-    return BACKENDS if problem.extras and small else PRODUCTS_FIRST
+    return BACKENDS
 
 
 def resolve(name: str, problem: Problem) -> Backend:

@@ -1,19 +1,29 @@
-"""Backend `cpu`: the C++ scans of csrc/cpu, so far for the vanilla RNN in float32."""
+"""Backend `cpu`: the C++ engine of csrc/, every cell and dtype, on one processor.
+
+Unlike the other kernel backends it brings whole layers, projection and weight gradients included: a layer of a small
+model takes a few microseconds, as many as one operator called from Python.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..cells import Cell
-from ..reference.scan import ScanGradients
+from ..cells import CELLS
 from . import extension
-from .problem import Options, Outputs, Problem, Tensors
-from .products import KernelBackend
+from .problem import Options, Outputs, Problem, Result, Tensors
+from .products import Backend, Gradient
+
+# The numbers of the cells in csrc/cpu/scan.h.
+NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Of the gradients that a layer's backward is asked for, in the order of `Tensors`, those that exist.
+_BITS = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 7, 10: 8, 11: 9}
 
 
-class CPU(KernelBackend):
+class CPU(Backend):
     name = "cpu"
+    takes_none_states = True
 
     def available(self) -> str | None:
         return None if extension.available() else extension.reason()
@@ -25,26 +35,32 @@ class CPU(KernelBackend):
             reasons.append(missing)
         if problem.device != "cpu":
             reasons.append(f"runs on the device cpu, got {problem.device}")
-        if not problem.cell.startswith("rnn_"):
-            reasons.append(f"has kernels for rnn_tanh and rnn_relu so far, got {problem.cell}")
-        if problem.dtype != torch.float32:
-            reasons.append(f"computes in float32 so far, got {problem.dtype}")
+        if problem.dtype not in DTYPES:
+            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {problem.dtype}")
         return reasons
 
-    def scan_forward(
-        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        y, h_n = torch.ops.rnnkit.rnn_scan_forward(
-            gx, t.w_hh, h, t.lengths, t.reset, t.h_r, t0, cell.name == "rnn_relu", reverse
-        )
-        return y, h_n, None, None, None
+    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
+        save = train and not o.recompute
+        found = torch.ops.rnnkit.cpu_layer_forward.default(NUMBERS[cell], *t, o.reverse, o.all_states, save, 0)
+        y, h_n, *more = found
+        if not CELLS[cell].has_c:
+            return Result(Outputs(y, h_n, None, None), tuple(more))
+        c_all = more.pop(1) if o.all_states else None
+        return Result(Outputs(y, h_n, more[0], c_all), tuple(more[1:]))
 
-    def scan_backward(
-        self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
-    ) -> ScanGradients:
-        gy = torch.zeros_like(y) if grads.y is None else grads.y
-        gh_n = torch.zeros_like(t.h_0) if grads.h_n is None else grads.h_n
-        dg, dh_0, dh_r = torch.ops.rnnkit.rnn_scan_backward(
-            gy, gh_n, y, t.w_hh, t.lengths, t.reset, cell.name == "rnn_relu", o.reverse
+    def backward(
+        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+    ) -> list[Gradient]:
+        kind = CELLS[cell]
+        saved = () if result is None else result.saved
+        if kind.saved and not saved:
+            saved = self.forward(cell, t, o._replace(recompute=False, all_states=False), train=True).saved
+        gates = saved[0] if kind.saved else None
+        c = saved[1] if kind.has_c else None
+        asked = sum(1 << _BITS[k] for k, need in enumerate(needs) if need)
+        found = iter(
+            torch.ops.rnnkit.cpu_layer_backward.default(
+                NUMBERS[cell], *t, o.reverse, y, gates, c, *grads, asked
+            )
         )
-        return ScanGradients(dg, dg, dh_0, None, dh_r, None, None)
+        return [next(found) if need else None for need in needs]

@@ -9,38 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 _HOW = "`pip install -v --no-build-isolation -e .` in a source tree builds it, or says what is missing"
-
-
-def _rnn_scan_forward(
-    gx: Tensor,
-    w_hh: Tensor,
-    h: Tensor,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    h_r: Tensor | None,
-    t0: int,
-    relu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Shapes of y [n, B, H] and h_n [B, H]."""
-    return gx.new_empty(gx.shape), h.new_empty(h.shape)
-
-
-def _rnn_scan_backward(
-    gy: Tensor,
-    gh_n: Tensor,
-    y: Tensor,
-    w_hh: Tensor,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    relu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of dg [T, B, H], dh_0 and dh_r [B, H]."""
-    return y.new_empty(y.shape), gh_n.new_empty(gh_n.shape), gh_n.new_empty(gh_n.shape)
 
 
 def _load(folder: Path) -> str:
@@ -50,8 +20,6 @@ def _load(folder: Path) -> str:
         return f"the C++ extension is not built; {_HOW}"
     try:
         torch.ops.load_library(str(library))
-        torch.library.register_fake("rnnkit::rnn_scan_forward", _rnn_scan_forward)
-        torch.library.register_fake("rnnkit::rnn_scan_backward", _rnn_scan_backward)
     except (OSError, RuntimeError) as error:
         return f"the C++ extension {library.name} does not load ({error}); {_HOW}"
     return ""

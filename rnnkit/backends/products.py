@@ -90,6 +90,8 @@ class Backend:
     """One way to run a layer. Knows plain tensors; nothing of autograd, stacks, packing or layouts."""
 
     name = ""
+    takes_none_states = False
+    """Whether `forward` takes h_0 and c_0 that are None for zeros."""
 
     def available(self) -> str | None:
         """Why it cannot run anything on this machine; None where it can."""

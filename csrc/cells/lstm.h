@@ -1,0 +1,54 @@
+// The gate math of the LSTM, blocks i, f, g, o, and beside it the derivative. Mirrors rnnkit/reference/lstm.py.
+//
+//     c = f c_before + i g        m = o tanh(c)        h = m, or W_hr m with a projection
+
+#pragma once
+
+namespace rnnkit {
+
+struct Lstm {
+  template <class V>
+  struct Step {
+    V i, f, g, o, c, m;
+  };
+
+  template <class V>
+  struct Gradients {
+    V ai, af, ag, ao;  // of the pre-activations
+    V c_before;
+  };
+
+  template <class M, class V = typename M::Value>
+  static Step<V> step(V ai, V af, V ag, V ao, V c_before) {
+    Step<V> s;
+    s.i = M::sigmoid(ai);
+    s.f = M::sigmoid(af);
+    s.g = M::tanh(ag);
+    s.o = M::sigmoid(ao);
+    s.c = s.f * c_before + s.i * s.g;
+    s.m = s.o * M::tanh(s.c);
+    return s;
+  }
+
+  template <class M, class V = typename M::Value>
+  static Gradients<V> step_vjp(V dm, V dc_after, V i, V f, V g, V o, V c_before, V c) {
+    const V one = M::set(1);
+    const V tc = M::tanh(c);
+    const V dc = dc_after + dm * o * (one - tc * tc);
+    Gradients<V> d;
+    d.ai = dc * g * i * (one - i);
+    d.af = dc * c_before * f * (one - f);
+    d.ag = dc * i * (one - g * g);
+    d.ao = dm * tc * o * (one - o);
+    d.c_before = dc * f;
+    return d;
+  }
+
+  // m = o tanh(c), what W_hr multiplies.
+  template <class M, class V = typename M::Value>
+  static V before_projection(V o, V c) {
+    return o * M::tanh(c);
+  }
+};
+
+}  // namespace rnnkit

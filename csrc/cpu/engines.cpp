@@ -1,0 +1,53 @@
+// The choice among the variants: what the processor can run, or what RNNKIT_CPU_ISA asks for.
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "scan.h"
+
+namespace rnnkit {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Engine engine;
+}
+namespace avx2 {
+extern const Engine engine;
+}
+#endif
+namespace baseline {
+extern const Engine engine;
+}
+
+const std::vector<const Engine*>& engines() {
+  static const std::vector<const Engine*> able = [] {
+    std::vector<const Engine*> found;
+    for (const Engine* e : {
+#if defined(__x86_64__)
+             &avx512::engine, &avx2::engine,
+#endif
+             &baseline::engine}) {
+      if (e->supported()) found.push_back(e);
+    }
+    return found;
+  }();
+  return able;
+}
+
+const Engine& engine() {
+  static const Engine* chosen = [] {
+    const char* asked = std::getenv("RNNKIT_CPU_ISA");
+    if (asked == nullptr || *asked == '\0') return engines().front();
+    std::string known;
+    for (const Engine* e : engines()) {
+      if (std::string(asked) == e->name) return e;
+      known += (known.empty() ? "" : ", ") + std::string(e->name);
+    }
+    throw std::runtime_error("RNNKIT_CPU_ISA must be one of " + known + " on this processor, got '" + asked +
+                             "'; unset it to let rnnkit choose");
+  }();
+  return *chosen;
+}
+
+}  // namespace rnnkit

@@ -1,0 +1,149 @@
+// The recurrence of every cell over time on plain pointers: what csrc/ops.cpp and the harness call. No torch.
+// Each processor variant (avx512.cpp, avx2.cpp, baseline.cpp) compiles the same templates into an Engine.
+//
+// Shapes: T steps in all, n of them in a range, B rows, H units, P projected units (0: none), N = P or H the size
+// of the state, G gates, S the storage type of `dtype`, A the type it is computed in (float, or double for f64).
+// Everything is contiguous unless a stride is named; strides count elements.
+
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace rnnkit {
+
+enum class Cell : int64_t { rnn_tanh, rnn_relu, lstm, gru, gru_before };
+enum class Dtype { f32, f64, bf16, f16 };
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+constexpr int64_t gates_of(Cell cell) {
+  return cell == Cell::lstm ? 4 : cell == Cell::gru || cell == Cell::gru_before ? 3 : 1;
+}
+
+// Blocks of H that the forward keeps per step for the backward; rnnkit/cells.py has the same number.
+constexpr int64_t saved_of(Cell cell) {
+  return cell == Cell::lstm || cell == Cell::gru ? 4 : cell == Cell::gru_before ? 3 : 0;
+}
+
+// Which rows live at which step, and where their state is replaced before a step.
+struct Cuts {
+  const int64_t* lengths;  // [B], or null: every row lives at every step
+  const bool* reset;       // [T, B], or null
+  int64_t T, B;
+
+  bool any() const { return lengths != nullptr || reset != nullptr; }
+  bool live(int64_t t, int64_t b) const { return lengths == nullptr || t < lengths[b]; }
+
+  // A reset at step s separates s - 1 from s: in reverse that is before s - 1 is processed.
+  bool cut(int64_t t, int64_t b, bool reverse) const {
+    const int64_t s = reverse ? t + 1 : t;
+    return reset != nullptr && s < T && live(s, b) && reset[s * B + b];
+  }
+};
+
+// Runs body(context, first, last) over ranges that make up 0 .. parts - 1, concurrently where it can.
+using Parallel = void (*)(int64_t parts, void* context, void (*body)(void* context, int64_t first, int64_t last));
+
+// What a scan is, in either direction of time and of differentiation.
+struct Layer {
+  Cell cell;
+  Dtype dtype;
+  int64_t B, H, P;
+  bool reverse;
+  Cuts cuts;        // cuts.T is the T of the whole sequence
+  const void* w_hh;  // S [G H, N]
+  const void* w_hr;  // S [P, H], or null
+  const void* h_r;   // A [B, N] the state at a reset, or null: zeros
+  const void* c_r;   // A [B, H]
+  int64_t threads;   // how many parts may be made; changes no result
+  Parallel parallel;
+};
+
+// One range of time for a forward scan.
+struct Range {
+  int64_t t0, n;       // the steps t0 .. t0 + n - 1
+  const void* gx;      // S [n, B, gx_stride >= G H] x W_ih^T, without biases
+  int64_t gx_stride;
+  void* y;             // S [n, B, N], 0 where a row does not live
+  void* c_all;         // S [n, B, H], or null
+  void* gates;         // A [n, B, saved_of H], or null; where S is A it may be gx itself, with that stride
+  int64_t gates_stride;
+  void* c_kept;        // A [n, B, H] beside gates (LSTM), or null
+};
+
+// A forward scan, from the start to the end of time (from the end in reverse) in any number of ranges. The
+// weights are packed when it is made. The results do not depend on the ranges.
+class ForwardScan {
+ public:
+  virtual ~ForwardScan() = default;
+  // h A [B, N] and c A [B, H] are the states before the first step, and after run() those after its last.
+  virtual void run(const Range& range) = 0;
+};
+
+struct Forward {
+  Layer layer;
+  const void* b_ih;  // S [G H], or null
+  const void* b_hh;  // S [G H], or null
+  void* h;           // A [B, N]
+  void* c;           // A [B, H], LSTM
+};
+
+// Strides of a gradient that came from outside: unit is 1, or 0 for a gradient expanded from one number a row.
+struct Strides {
+  int64_t step, row, unit;
+};
+
+struct Backward {
+  Layer layer;
+  int64_t T;
+  const void* gy;  // S [T, B, N] by gy_strides, or null: zeros
+  Strides gy_strides;
+  const void* gc_all;  // S [T, B, H], or null
+  const void* y;       // S [T, B, N] as the forward gave it
+  const void* gates;   // A [T, B, gates_stride], null for the vanilla RNN
+  int64_t gates_stride;
+  const void* c_kept;    // A [T, B, H], LSTM
+  const void* h_0;       // A [B, N]
+  const void* c_0;       // A [B, H]
+  void* dgx;             // S [T, B, G H] of the pre-activations, 0 where no gradient comes
+  void* dgn;             // S [T, B, H] GRU with reset after: of W_hn h + b_hn, else null
+  void* dp;              // S [T, B, P] of the projected state, with a projection, else null
+  void* dh;              // A [B, N] in: of h_n; out: of h_0
+  void* dc;              // A [B, H] in: of c_n; out: of c_0
+  void* dh_r;            // A [B, N] summed over the resets, or null
+  void* dc_r;            // A [B, H]
+};
+
+// out [M, N] = a [M, K] w [N, K]^T in float32 or float64, for any number of M with the weights packed once (or not at
+// all, for a few rows). Rows of `out` are `ldo` apart. A row's result depends on nothing but itself.
+class Product {
+ public:
+  virtual ~Product() = default;
+  virtual void run(int64_t M, const void* a, void* out, int64_t ldo, int64_t threads, Parallel parallel) const = 0;
+};
+
+struct Engine {
+  const char* name;
+  bool (*supported)();
+  std::unique_ptr<ForwardScan> (*forward)(const Forward& problem, int64_t T);
+  void (*backward)(const Backward& problem);
+  std::unique_ptr<Product> (*product)(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack);
+  // What the tests hold against float64: 0 sigmoid, 1 tanh, of n values.
+  void (*function)(int which, Dtype dtype, int64_t n, const void* in, void* out);
+};
+
+// The variants that this processor can run, best first.
+const std::vector<const Engine*>& engines();
+
+// The one in use: the best, or what RNNKIT_CPU_ISA names. Throws std::runtime_error that lists those at hand where
+// it names another.
+const Engine& engine();
+
+}  // namespace rnnkit

@@ -1,0 +1,50 @@
+// One layer in one direction over all T on the CPU: what ops.cpp registers. Shapes as in rnnkit/backends/problem.py.
+
+#pragma once
+
+#include <vector>
+
+#include "tensors.h"
+
+namespace rnnkit {
+
+// Everything a layer reads, as it came in.
+struct LayerInputs {
+  Cell cell = Cell::rnn_tanh;
+  Tensor x;                     // [T, B, I]
+  OptionalTensor h_0, c_0;      // [B, N], [B, H]; zeros where missing
+  Tensor w_ih, w_hh;            // [G H, I], [G H, N]
+  OptionalTensor b_ih, b_hh;    // [G H]
+  OptionalTensor w_hr;          // [P, H]
+  OptionalTensor lengths;       // [B] Long
+  OptionalTensor reset;         // [T, B] Bool
+  OptionalTensor h_r, c_r;      // [B, N], [B, H]
+  bool reverse = false;
+
+  Dtype dtype = Dtype::f32;
+  int64_t T = 0, B = 0, I = 0, H = 0, P = 0, N = 0, G = 0;
+
+  // Checks every tensor, makes them contiguous but x, and fills in the sizes.
+  void check();
+  // What the scans are told of it. The wide copies that it points to live in `h_r_wide` and `c_r_wide`.
+  Layer layer();
+
+  OptionalTensor h_r_wide, c_r_wide;
+};
+
+// y [T, B, N], h_n [B, N]; for an LSTM c_n [B, H]; with all_states c_all [T, B, H]; with save what the backward wants:
+// gates [T, B, saved H] in the compute type, and for an LSTM c [T, B, H] in it.
+// chunk: steps that are projected at a time, 0: as many as serve the caches.
+std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk);
+
+struct LayerGradients {
+  Tensor y;                        // [T, B, N] as the forward gave it
+  OptionalTensor gates, c_kept;    // as the forward saved them
+  OptionalTensor gy, gh_n, gc_n, gc_all;
+};
+
+// The gradients of x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, h_r, c_r, in this order, of those whose bit in `needs`
+// is set (bit 0: x).
+std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t needs);
+
+}  // namespace rnnkit

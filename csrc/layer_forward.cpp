@@ -1,0 +1,155 @@
+// The forward of a layer: x is projected in chunks of time, each chunk scanned while it is in the cache, so that
+// inference needs no memory that grows with T beyond its output. In training the projection is written where the
+// gates will stand.
+
+#include "layer.h"
+
+namespace rnnkit {
+
+Tensor wide_copy(const Tensor& v, Dtype dtype) {
+  return is_half(dtype) ? torch::stable::to(v, wide(dtype)) : v;
+}
+
+void LayerInputs::check() {
+  RNNKIT_CHECK(x.dim() == 3, "x must be [T, B, I], got ", shown(x.sizes()));
+  RNNKIT_CHECK(w_hh.dim() == 2, "w_hh must be [G H, N], got ", shown(w_hh.sizes()));
+  dtype = dtype_of(x);
+  G = gates_of(cell);
+  T = x.size(0), B = x.size(1), I = x.size(2);
+  RNNKIT_CHECK(w_hh.size(0) % G == 0, "w_hh must have ", G, " blocks of rows, got ", w_hh.size(0), " rows");
+  H = w_hh.size(0) / G;
+  if (w_hr.has_value()) {
+    RNNKIT_CHECK(cell == Cell::lstm, "w_hr must be absent but for an LSTM");
+    RNNKIT_CHECK(w_hr->dim() == 2 && w_hr->size(0) > 0, "w_hr must be [P, H] with P > 0, got ", shown(w_hr->sizes()));
+    P = w_hr->size(0);
+  }
+  N = P ? P : H;
+  RNNKIT_CHECK(B < (int64_t{1} << 31), "B must be below 2^31, got ", B);
+  const ScalarType type = x.scalar_type();
+  rnnkit::check(x, "x", type, {T, B, I});
+  w_ih = expect(w_ih, "w_ih", type, {G * H, I});
+  w_hh = expect(w_hh, "w_hh", type, {G * H, N});
+  b_ih = expect(b_ih, "b_ih", type, {G * H});
+  b_hh = expect(b_hh, "b_hh", type, {G * H});
+  RNNKIT_CHECK(b_ih.has_value() == b_hh.has_value(), "b_ih and b_hh must both be given, or neither");
+  w_hr = expect(w_hr, "w_hr", type, {P, H});
+  h_0 = expect(h_0, "h_0", type, {B, N});
+  c_0 = expect(c_0, "c_0", type, {B, H});
+  lengths = expect(lengths, "lengths", ScalarType::Long, {B});
+  reset = expect(reset, "reset", ScalarType::Bool, {T, B});
+  h_r = expect(h_r, "h_r", type, {B, N});
+  c_r = expect(c_r, "c_r", type, {B, H});
+}
+
+Layer LayerInputs::layer() {
+  if (h_r.has_value()) h_r_wide = wide_copy(*h_r, dtype);
+  if (c_r.has_value()) c_r_wide = wide_copy(*c_r, dtype);
+  Layer l{};
+  l.cell = cell, l.dtype = dtype;
+  l.B = B, l.H = H, l.P = P;
+  l.reverse = reverse;
+  l.cuts = {static_cast<const int64_t*>(pointer(lengths)), static_cast<const bool*>(pointer(reset)), T, B};
+  l.w_hh = w_hh.const_data_ptr();
+  l.w_hr = pointer(w_hr);
+  l.h_r = pointer(h_r_wide);
+  l.c_r = pointer(c_r_wide);
+  l.threads = threads();
+  l.parallel = &in_parallel;
+  return l;
+}
+
+namespace {
+
+// The state [B, width] in the compute type, for a scan to carry; in the end in the dtype of x.
+class Carried {
+ public:
+  Carried(const Tensor& like, const OptionalTensor& first, int64_t rows, int64_t width, Dtype dtype) : dtype_(dtype) {
+    state_ = torch::stable::new_empty(like, {rows, width}, wide(dtype));
+    if (first.has_value()) {
+      const Tensor from = wide_copy(*first, dtype);
+      std::copy_n(static_cast<const char*>(from.const_data_ptr()), bytes(), static_cast<char*>(data()));
+    } else {
+      std::fill_n(static_cast<char*>(data()), bytes(), 0);
+    }
+  }
+  void* data() const { return state_.mutable_data_ptr(); }
+  Tensor result(ScalarType type) const { return is_half(dtype_) ? torch::stable::to(state_, type) : state_; }
+
+ private:
+  int64_t bytes() const { return state_.numel() * (dtype_ == Dtype::f64 ? 8 : 4); }
+
+  Dtype dtype_;
+  Tensor state_;
+};
+
+// Steps that are projected and scanned at a time: enough rows for a product to run at its rate, few enough for the
+// second-level cache.
+int64_t steps_at_a_time(const LayerInputs& in) {
+  constexpr int64_t rows = 192;
+  return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));
+}
+
+char* at(void* base, int64_t elements, int64_t bytes) { return static_cast<char*>(base) + elements * bytes; }
+
+}  // namespace
+
+std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk) {
+  in.check();
+  const ScalarType type = in.x.scalar_type();
+  const bool lstm = in.cell == Cell::lstm;
+  const int64_t saved = save ? saved_of(in.cell) : 0, width = in.G * in.H;
+  Carried h(in.x, in.h_0, in.B, in.N, in.dtype);
+  std::optional<Carried> c;
+  if (lstm) c.emplace(in.x, in.c_0, in.B, in.H, in.dtype);
+
+  Tensor y = torch::stable::new_empty(in.x, {in.T, in.B, in.N});
+  OptionalTensor c_all, gates, c_kept;
+  if (lstm && all_states) c_all = torch::stable::new_empty(in.x, {in.T, in.B, in.H});
+  if (saved) gates = torch::stable::new_empty(in.x, {in.T, in.B, saved * in.H}, wide(in.dtype));
+  if (saved && lstm) c_kept = torch::stable::new_empty(in.x, {in.T, in.B, in.H}, wide(in.dtype));
+
+  if (in.T > 0 && in.B > 0 && in.H > 0) {
+    Forward problem{in.layer(), pointer(in.b_ih), pointer(in.b_hh), h.data(), lstm ? c->data() : nullptr};
+    const std::unique_ptr<ForwardScan> scan = engine().forward(problem, in.T);
+    const Projection projection(in.w_ih, in.T * in.B);
+    const int64_t most = std::min(in.T, chunk > 0 ? chunk : steps_at_a_time(in));
+    const bool in_place = saved && !is_half(in.dtype);
+    const int64_t stride = in_place ? saved * in.H : width;
+    OptionalTensor buffer;
+    if (!in_place) buffer = torch::stable::new_empty(in.x, {most * in.B, width});
+    const bool straight = in.x.is_contiguous();
+    const int64_t bytes = bytes_of(in.dtype), wide_bytes = in.dtype == Dtype::f64 ? 8 : 4;
+    for (int64_t done = 0; done < in.T;) {
+      const int64_t n = std::min(most, in.T - done);
+      const int64_t t0 = in.reverse ? in.T - done - n : done;
+      const auto strides = in.x.strides();
+      Tensor part = view(in.x, {n, in.B, in.I}, {strides[0], strides[1], strides[2]}, t0 * strides[0]);
+      if (!straight) part = torch::stable::contiguous(part);
+      part = view(part, {n * in.B, in.I}, {in.I, 1}, 0);
+      Tensor gx = in_place ? view(*gates, {n * in.B, width}, {stride, 1}, t0 * in.B * stride)
+                           : view(*buffer, {n * in.B, width}, {width, 1}, 0);
+      projection.run(part, gx);
+      Range range{};
+      range.t0 = t0, range.n = n;
+      range.gx = gx.const_data_ptr();
+      range.gx_stride = stride;
+      range.y = at(y.mutable_data_ptr(), t0 * in.B * in.N, bytes);
+      if (c_all.has_value()) range.c_all = at(c_all->mutable_data_ptr(), t0 * in.B * in.H, bytes);
+      if (gates.has_value()) {
+        range.gates = at(gates->mutable_data_ptr(), t0 * in.B * saved * in.H, wide_bytes);
+        range.gates_stride = saved * in.H;
+      }
+      if (c_kept.has_value()) range.c_kept = at(c_kept->mutable_data_ptr(), t0 * in.B * in.H, wide_bytes);
+      scan->run(range);
+      done += n;
+    }
+  }
+  std::vector<Tensor> out{y, h.result(type)};
+  if (lstm) out.push_back(c->result(type));
+  for (const OptionalTensor& v : {c_all, gates, c_kept}) {
+    if (v.has_value()) out.push_back(*v);
+  }
+  return out;
+}
+
+}  // namespace rnnkit

@@ -1,0 +1,129 @@
+// What the files of this folder share of torch: checks of tensors with messages, and pointers into them. Torch's
+// stable ABI alone. Python checks what a user passes; the checks here keep a wrong call from reading beyond a
+// tensor's end, and an error from here can only be a RuntimeError.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/scan.h"
+
+namespace rnnkit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  message << "rnnkit: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// STD_TORCH_CHECK would put the function and the path of the build before the message.
+#define RNNKIT_CHECK(condition, ...) \
+  do {                               \
+    if (!(condition)) {              \
+      ::rnnkit::fail(__VA_ARGS__);   \
+    }                                \
+  } while (0)
+
+template <class Sizes>
+std::string shown(const Sizes& sizes) {
+  std::ostringstream out;
+  const char* separator = "";
+  out << "[";
+  for (int64_t size : sizes) {
+    out << separator << size;
+    separator = ", ";
+  }
+  out << "]";
+  return out.str();
+}
+
+inline void check(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
+  const auto got = tensor.sizes();
+  RNNKIT_CHECK(tensor.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()), name,
+               " must be ", toString(type), " ", shown(sizes), ", got ", toString(tensor.scalar_type()), " ",
+               shown(got));
+  RNNKIT_CHECK(tensor.is_cpu(), name, " must be on the CPU, got device index ", tensor.get_device_index());
+}
+
+// `tensor` in contiguous memory, after checking what it is.
+inline Tensor expect(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
+  check(tensor, name, type, sizes);
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline OptionalTensor expect(const OptionalTensor& tensor, const char* name, ScalarType type,
+                             std::initializer_list<int64_t> sizes) {
+  return tensor.has_value() ? OptionalTensor(expect(*tensor, name, type, sizes)) : std::nullopt;
+}
+
+inline const void* pointer(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      fail("x must be Float, Double, BFloat16 or Half, got ", toString(tensor.scalar_type()));
+  }
+}
+
+inline bool is_half(Dtype dtype) { return dtype == Dtype::bf16 || dtype == Dtype::f16; }
+
+// The type that a dtype is computed in.
+inline ScalarType wide(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
+
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+// torch's threads, but one in a process that was forked after this library was loaded: OpenMP's threads are not there.
+int64_t threads();
+void in_parallel(int64_t parts, void* context, void (*body)(void* context, int64_t first, int64_t last));
+
+// A view of the same memory; `offset` counts elements from the first of `of`.
+Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+            int64_t offset);
+
+// The large products around a scan; products.cpp.
+
+// Rows of x [M, K] times w [N, K]^T, M at a time, into rows of `out`.
+class Projection {
+ public:
+  // rows: how many there will be in all.
+  Projection(const Tensor& w, int64_t rows);
+  void run(const Tensor& x, Tensor& out) const;
+
+ private:
+  Tensor w_;
+  std::unique_ptr<Product> own_;
+};
+
+// out [M, N] = a [K, M]^T b [K, N], or added to it.
+void outer(const Tensor& a, const Tensor& b, Tensor& out, bool add);
+// out [M, N] = a [M, K] b [K, N]
+void multiply(const Tensor& a, const Tensor& b, Tensor& out);
+// out [N] = the sum of the rows of a [M, N]
+void sum_rows(const Tensor& a, Tensor& out);
+
+}  // namespace rnnkit
