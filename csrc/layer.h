@@ -29,7 +29,7 @@ struct LayerInputs {
   // What the scans are told of it. The wide copies that it points to live in `h_r_wide` and `c_r_wide`.
   Layer layer();
 
-  OptionalTensor h_r_wide, c_r_wide;
+  OptionalTensor h_r_wide, c_r_wide;  // h_r and c_r in the compute type
 };
 
 // y [T, B, N], h_n [B, N]; for an LSTM c_n [B, H]; with all_states c_all [T, B, H]; with save what the backward wants:

@@ -25,129 +25,82 @@ Tensor carried(const LayerInputs& in, const OptionalTensor& g, const char* name,
   return d;
 }
 
-// Rows of [T, B, width] as one matrix.
-Tensor rows(const Tensor& v, int64_t first, int64_t count, int64_t column, int64_t columns) {
-  const int64_t width = v.size(v.dim() - 1);
-  return view(v, {count, columns}, {width, 1}, first * width + column);
+// Some columns of all rows of [T, B, width], as a matrix.
+Tensor matrix(const Tensor& v, int64_t column, int64_t columns) {
+  const int64_t width = v.size(2);
+  return view(v, {v.size(0) * v.size(1), columns}, {width, 1}, column);
 }
 
 struct Scanned {
   Tensor dgx;              // [T, B, G H]
   OptionalTensor dgn, dp;  // [T, B, H], [T, B, P]
+  OptionalTensor inner;    // [T, B, H]
 };
 
-// Runs copy(row) for every row of [T, B, ...] whose gradient is not all zero, clear(row) for the others.
-template <class Copy, class Clear>
-void by_gradient(const Tensor& d, int64_t count, Copy copy, Clear clear) {
-  const int64_t bytes = count ? d.numel() / count * static_cast<int64_t>(d.element_size()) : 0;
-  const auto half = d.scalar_type() == ScalarType::BFloat16 || d.scalar_type() == ScalarType::Half;
-  const char* from = static_cast<const char*>(d.const_data_ptr());
-  for (int64_t r = 0; r < count; ++r, from += bytes) {
-    bool dead = true;
-    const auto all_zero = [&](auto unsigned_zero) {
-      using U = decltype(unsigned_zero);
-      constexpr U magnitude = static_cast<U>(~U(0)) >> 1;  // but the sign
-      for (int64_t k = 0; k < bytes && dead; k += sizeof(U)) {
-        U bits;
-        std::memcpy(&bits, from + k, sizeof bits);
-        dead = (bits & magnitude) == 0;
-      }
-    };
-    if (half) {
-      all_zero(uint16_t{});
-    } else if (d.scalar_type() == ScalarType::Float) {
-      all_zero(uint32_t{});
-    } else {
-      all_zero(uint64_t{});
+using Rows = std::vector<const void*>;
+
+// Whether each row of d [T, B, width] holds a gradient: where it is all zero none came, so nothing that stands there
+// may pass on NaN.
+std::vector<bool> reached(const Tensor& d) {
+  const int64_t count = d.size(0) * d.size(1), width = d.size(2);
+  std::vector<bool> any(count);
+  const auto look = [&](auto bits) {
+    using U = decltype(bits);
+    constexpr U magnitude = static_cast<U>(~U(0)) >> 1;  // all but the sign
+    const U* v = static_cast<const U*>(d.const_data_ptr());
+    for (int64_t r = 0; r < count; ++r, v += width) {
+      any[r] = std::any_of(v, v + width, [](U u) { return (u & magnitude) != 0; });
     }
-    dead ? clear(r) : copy(r);
+  };
+  switch (d.element_size()) {
+    case 2:
+      look(uint16_t{});
+      break;
+    case 4:
+      look(uint32_t{});
+      break;
+    default:
+      look(uint64_t{});
   }
+  return any;
 }
 
-// `v` [T, B, width] with zeros where no gradient came.
-Tensor selected(const LayerInputs& in, const Tensor& v, const Tensor& d) {
-  Tensor out = torch::stable::new_empty(v, {in.T, in.B, v.size(2)});
-  const int64_t bytes = v.size(2) * bytes_of(in.dtype);
-  const char* from = static_cast<const char*>(v.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  by_gradient(
-      d, in.T * in.B, [&](int64_t r) { std::memcpy(to + r * bytes, from + r * bytes, bytes); },
-      [&](int64_t r) { std::memset(to + r * bytes, 0, bytes); });
-  return out;
+// The rows of v [T, B, width] in any strides of time and batch, where `any` says so (empty: everywhere).
+Rows rows_of(const Tensor& v, const std::vector<bool>& any) {
+  const int64_t bytes = static_cast<int64_t>(v.element_size()), B = v.size(1);
+  const char* base = static_cast<const char*>(v.const_data_ptr());
+  Rows rows(v.size(0) * B);
+  for (int64_t t = 0, r = 0; t < v.size(0); ++t) {
+    for (int64_t b = 0; b < B; ++b, ++r) {
+      rows[r] = any.empty() || any[r] ? base + (t * v.stride(0) + b * v.stride(1)) * bytes : nullptr;
+    }
+  }
+  return rows;
 }
 
-// The state [T, B, N] that each step started from, zeros where no gradient came.
-Tensor before(const LayerInputs& in, const Tensor& y, const Tensor& d, const Cuts& cuts) {
-  Tensor out = torch::stable::new_empty(y, {in.T, in.B, in.N});
+// The states [N] that each step started from.
+Rows before(const LayerInputs& in, const Tensor& y, const std::vector<bool>& any, const Cuts& cuts) {
   const int64_t bytes = in.N * bytes_of(in.dtype);
-  const char* states = static_cast<const char*>(y.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  const auto put = [&](int64_t r, const void* from, int64_t b) {
-    if (from == nullptr) {
-      std::memset(to + r * bytes, 0, bytes);
-    } else {
-      std::memcpy(to + r * bytes, static_cast<const char*>(from) + b * bytes, bytes);
-    }
+  const auto row = [&](const void* base, int64_t r) -> const void* {
+    return base == nullptr ? nullptr : static_cast<const char*>(base) + r * bytes;
   };
-  by_gradient(
-      d, in.T * in.B,
-      [&](int64_t r) {
-        const int64_t t = r / in.B, b = r % in.B;
-        const int64_t start = in.reverse ? (cuts.lengths != nullptr ? cuts.lengths[b] : in.T) - 1 : 0;
-        if (cuts.cut(t, b, in.reverse)) {
-          put(r, pointer(in.h_r), b);
-        } else if (t == start) {
-          put(r, pointer(in.h_0), b);
-        } else {
-          put(r, states, in.reverse ? r + in.B : r - in.B);
-        }
-      },
-      [&](int64_t r) { put(r, nullptr, 0); });
-  return out;
-}
-
-// dw [rows of d, N] += the sum over steps and rows of d^T (the state before the step). d has `columns` columns from
-// `column` on.
-void recurrent(const LayerInputs& in, const OptionalTensor& states, const Tensor& y, const Tensor& d, int64_t column,
-               int64_t columns, Tensor dw) {
-  const int64_t all = in.T * in.B;
-  if (states.has_value()) {
-    outer(rows(d, 0, all, column, columns), rows(*states, 0, all, 0, in.N), dw, false);
-    return;
-  }
-  // The step before is the row B further up (down, in reverse), but for the first that was made.
-  const int64_t later = in.reverse ? 0 : in.B, earlier = in.reverse ? in.B : 0;
-  outer(rows(d, later, all - in.B, column, columns), rows(y, earlier, all - in.B, 0, in.N), dw, false);
-  if (in.h_0.has_value()) {
-    outer(rows(d, in.reverse ? all - in.B : 0, in.B, column, columns), *in.h_0, dw, true);
-  }
-}
-
-// r h of the textbook GRU, or o tanh(c) of an LSTM with a projection: [T, B, H] in the dtype of x.
-Tensor inner(const LayerInputs& in, const LayerGradients& g, const Tensor& states) {
-  const int64_t all = in.T * in.B;
-  const bool lstm = in.cell == Cell::lstm;
-  const Tensor gate = rows(*g.gates, 0, all, lstm ? 3 * in.H : 0, in.H);
-  Tensor other = lstm ? torch::stable::new_empty(*g.c_kept, {all, in.H}) : wide_copy(rows(states, 0, all, 0, in.H), in.dtype);
-  if (lstm) {
-    engine().function(1, in.dtype, all * in.H, g.c_kept->const_data_ptr(), other.mutable_data_ptr());
-  } else if (!is_half(in.dtype)) {
-    other = torch::stable::clone(other);
-  }
-  const auto times = [&](auto zero) {
-    using A = decltype(zero);
-    const A* from = static_cast<const A*>(gate.const_data_ptr());
-    A* to = static_cast<A*>(other.mutable_data_ptr());
-    const int64_t stride = gate.stride(0);
-    for (int64_t r = 0; r < all; ++r) {
-      for (int64_t j = 0; j < in.H; ++j) to[r * in.H + j] *= from[r * stride + j];
+  Rows rows(in.T * in.B);
+  for (int64_t t = 0, r = 0; t < in.T; ++t) {
+    for (int64_t b = 0; b < in.B; ++b, ++r) {
+      const int64_t start = in.reverse ? (cuts.lengths != nullptr ? cuts.lengths[b] : in.T) - 1 : 0;
+      if (!any.empty() && !any[r]) {
+        rows[r] = nullptr;
+      } else if (cuts.cut(t, b, in.reverse)) {
+        rows[r] = row(pointer(in.h_r), b);
+      } else if (t == start) {
+        rows[r] = row(pointer(in.h_0), b);
+      } else {
+        rows[r] = row(y.const_data_ptr(), in.reverse ? r + in.B : r - in.B);
+      }
     }
-  };
-  in.dtype == Dtype::f64 ? times(double{}) : times(float{});
-  return is_half(in.dtype) ? torch::stable::to(other, in.x.scalar_type()) : other;
+  }
+  return rows;
 }
-
-Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes) { return torch::stable::new_zeros(like, sizes); }
 
 }  // namespace
 
@@ -172,12 +125,13 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   OptionalTensor dc, dh_r, dc_r;
   if (lstm) dc = carried(in, g.gc_n, "gc_n", in.H);
   const bool resets = (needs >> 8 & 3) != 0;
-  if (resets) dh_r = zeros(dh, {in.B, in.N});
-  if (resets && lstm) dc_r = zeros(dh, {in.B, in.H});
+  if (resets) dh_r = torch::stable::new_zeros(dh, {in.B, in.N});
+  if (resets && lstm) dc_r = torch::stable::new_zeros(dh, {in.B, in.H});
 
-  Scanned s{torch::stable::new_empty(in.x, {in.T, in.B, width}), std::nullopt, std::nullopt};
+  Scanned s{torch::stable::new_empty(in.x, {in.T, in.B, width}), {}, {}, {}};
   if (in.cell == Cell::gru) s.dgn = torch::stable::new_empty(in.x, {in.T, in.B, in.H});
   if (in.P) s.dp = torch::stable::new_empty(in.x, {in.T, in.B, in.P});
+  if (in.P || in.cell == Cell::gru_before) s.inner = torch::stable::new_empty(in.x, {in.T, in.B, in.H});
   OptionalTensor h_0, c_0;
   if (in.h_0.has_value()) h_0 = wide_copy(*in.h_0, in.dtype);
   if (in.c_0.has_value()) c_0 = wide_copy(*in.c_0, in.dtype);
@@ -194,6 +148,7 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   q.dgx = s.dgx.mutable_data_ptr();
   q.dgn = s.dgn.has_value() ? s.dgn->mutable_data_ptr() : nullptr;
   q.dp = s.dp.has_value() ? s.dp->mutable_data_ptr() : nullptr;
+  q.inner = s.inner.has_value() ? s.inner->mutable_data_ptr() : nullptr;
   q.dh = dh.mutable_data_ptr();
   q.dc = dc.has_value() ? dc->mutable_data_ptr() : nullptr;
   q.dh_r = dh_r.has_value() ? dh_r->mutable_data_ptr() : nullptr;
@@ -203,60 +158,50 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   const auto narrow = [&](const Tensor& v) { return is_half(in.dtype) ? torch::stable::to(v, type) : v; };
   std::vector<Tensor> out;
   const auto wanted = [&](int bit) { return (needs >> bit & 1) != 0; };
-  const Tensor d = rows(s.dgx, 0, all, 0, width);
+  const Tensor d = matrix(s.dgx, 0, width);
+  const std::vector<bool> any = guarded ? reached(s.dgx) : std::vector<bool>();
   if (wanted(0)) {
     Tensor dx = torch::stable::new_empty(in.x, {in.T, in.B, in.I});
-    Tensor flat = view(dx, {all, in.I}, {in.I, 1}, 0);
-    multiply(d, in.w_ih, flat);
+    Tensor flat = matrix(dx, 0, in.I);
+    RowsTimes(in.w_ih, true, all).run(d, flat);
     out.push_back(dx);
   }
   if (wanted(1)) out.push_back(narrow(dh));
   if (wanted(2)) out.push_back(narrow(*dc));
+  OptionalTensor db_ih, db_hh;
+  if (wanted(5) || wanted(6)) db_ih = torch::stable::new_empty(in.x, {width});
   if (wanted(3)) {
-    Tensor x = torch::stable::contiguous(in.x);
-    if (guarded) x = selected(in, x, s.dgx);
+    const Tensor x = in.x.stride(2) == 1 || in.I == 1 ? in.x : torch::stable::contiguous(in.x);
     Tensor dw = torch::stable::new_empty(in.x, {width, in.I});
-    outer(d, view(x, {all, in.I}, {in.I, 1}, 0), dw, false);
+    outer(d, rows_of(x, any), dw, db_ih.has_value() ? &*db_ih : nullptr);
     out.push_back(dw);
+  } else if (db_ih.has_value()) {
+    outer(d, Rows(all, nullptr), torch::stable::new_empty(in.x, {width, 0}), &*db_ih);
   }
-  OptionalTensor states;
-  if (wanted(4) && (guarded || in.cell == Cell::gru_before)) states = before(in, g.y, s.dgx, q.layer.cuts);
-  if (wanted(4)) {
+  if (wanted(6)) db_hh = torch::stable::clone(*db_ih);
+  if (wanted(4) || (wanted(6) && s.dgn.has_value())) {
+    const Rows states = before(in, g.y, any, q.layer.cuts);
     Tensor dw = torch::stable::new_empty(in.x, {width, in.N});
     const auto block = [&](int64_t first, int64_t count) {
       return view(dw, {count * in.H, in.N}, {in.N, 1}, first * in.H * in.N);
     };
     if (in.cell == Cell::gru) {
-      recurrent(in, states, g.y, s.dgx, 0, 2 * in.H, block(0, 2));
-      recurrent(in, states, g.y, *s.dgn, 0, in.H, block(2, 1));
+      outer(matrix(s.dgx, 0, 2 * in.H), states, block(0, 2), nullptr);
+      Tensor inside = db_hh.has_value() ? view(*db_hh, {in.H}, {1}, 2 * in.H) : dw;
+      outer(matrix(*s.dgn, 0, in.H), states, block(2, 1), db_hh.has_value() ? &inside : nullptr);
     } else if (in.cell == Cell::gru_before) {
-      recurrent(in, states, g.y, s.dgx, 0, 2 * in.H, block(0, 2));
-      const Tensor rh = guarded ? selected(in, view(inner(in, g, *states), {in.T, in.B, in.H}, {in.B * in.H, in.H, 1}, 0), s.dgx)
-                                : inner(in, g, *states);
-      recurrent(in, view(rh, {in.T, in.B, in.H}, {in.B * in.H, in.H, 1}, 0), g.y, s.dgx, 2 * in.H, in.H, block(2, 1));
+      outer(matrix(s.dgx, 0, 2 * in.H), states, block(0, 2), nullptr);
+      outer(matrix(s.dgx, 2 * in.H, in.H), rows_of(*s.inner, any), block(2, 1), nullptr);
     } else {
-      recurrent(in, states, g.y, s.dgx, 0, width, dw);
+      outer(d, states, dw, nullptr);
     }
-    out.push_back(dw);
+    if (wanted(4)) out.push_back(dw);
   }
-  if (wanted(5) || wanted(6)) {
-    Tensor db = torch::stable::new_empty(in.x, {width});
-    sum_rows(d, db);
-    if (wanted(5)) out.push_back(db);
-    if (wanted(6)) {
-      Tensor recurrent_db = torch::stable::clone(db);
-      if (s.dgn.has_value()) {
-        Tensor inside = view(recurrent_db, {in.H}, {1}, 2 * in.H);
-        sum_rows(rows(*s.dgn, 0, all, 0, in.H), inside);
-      }
-      out.push_back(recurrent_db);
-    }
-  }
+  if (wanted(5)) out.push_back(*db_ih);
+  if (wanted(6)) out.push_back(*db_hh);
   if (wanted(7)) {
-    Tensor m = view(inner(in, g, g.y), {in.T, in.B, in.H}, {in.B * in.H, in.H, 1}, 0);
-    if (guarded) m = selected(in, m, *s.dp);
     Tensor dw = torch::stable::new_empty(in.x, {in.P, in.H});
-    outer(rows(*s.dp, 0, all, 0, in.P), rows(m, 0, all, 0, in.H), dw, false);
+    outer(matrix(*s.dp, 0, in.P), rows_of(*s.inner, guarded ? reached(*s.dp) : any), dw, nullptr);
     out.push_back(dw);
   }
   if (wanted(8)) out.push_back(narrow(*dh_r));

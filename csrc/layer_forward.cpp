@@ -111,7 +111,7 @@ std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, in
   if (in.T > 0 && in.B > 0 && in.H > 0) {
     Forward problem{in.layer(), pointer(in.b_ih), pointer(in.b_hh), h.data(), lstm ? c->data() : nullptr};
     const std::unique_ptr<ForwardScan> scan = engine().forward(problem, in.T);
-    const Projection projection(in.w_ih, in.T * in.B);
+    const RowsTimes projection(in.w_ih, false, in.T * in.B);
     const int64_t most = std::min(in.T, chunk > 0 ? chunk : steps_at_a_time(in));
     const bool in_place = saved && !is_half(in.dtype);
     const int64_t stride = in_place ? saved * in.H : width;

@@ -11,7 +11,11 @@ LayerInputs inputs(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_
                    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor lengths,
                    OptionalTensor reset, OptionalTensor h_r, OptionalTensor c_r, bool reverse) {
   RNNKIT_CHECK(0 <= cell && cell <= static_cast<int64_t>(Cell::gru_before), "cell must lie in [0, 4], got ", cell);
-  LayerInputs in{static_cast<Cell>(cell), x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r, reverse};
+  LayerInputs in;
+  in.cell = static_cast<Cell>(cell), in.reverse = reverse;
+  in.x = x, in.w_ih = w_ih, in.w_hh = w_hh;
+  in.h_0 = h_0, in.c_0 = c_0, in.b_ih = b_ih, in.b_hh = b_hh, in.w_hr = w_hr;
+  in.lengths = lengths, in.reset = reset, in.h_r = h_r, in.c_r = c_r;
   return in;
 }
 

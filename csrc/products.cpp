@@ -1,9 +1,13 @@
-// The large products around a scan: torch's, the package's own, whichever is faster on this processor by a
-// measurement made once in a process.
+// The large products around a scan: the package's own, or torch's where a measurement, made once in a process for each
+// kind of product and dtype, finds them faster on this processor.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <unistd.h>
+
+#include <array>
+#include <chrono>
+#include <cstring>
 
 #include "tensors.h"
 
@@ -14,8 +18,96 @@ const pid_t loaded_by = getpid();
 
 Tensor turned(const Tensor& m) { return view(m, {m.size(1), m.size(0)}, {m.stride(1), m.stride(0)}, 0); }
 
-void mm_out(const Tensor& a, const Tensor& b, Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+void torch_rows_times(const Tensor& a, const Tensor& w, Tensor& out) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), w.get()));
+}
+
+void torch_outer(const Tensor& a, const Tensor& b, Tensor& out, bool add) {
+  const Tensor left = turned(a);
+  if (add) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), b.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), b.get()));
+  }
+}
+
+void own_outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out, void* sum) {
+  Outer q{};
+  q.dtype = dtype_of(a);
+  q.M = a.size(1), q.N = out.size(1), q.K = a.size(0);
+  q.a = a.const_data_ptr();
+  q.lda = a.stride(0);
+  q.rows = rows.data();
+  q.out = out.mutable_data_ptr();
+  q.ldo = out.stride(0);
+  q.sum = sum;
+  q.threads = threads();
+  q.parallel = &in_parallel;
+  engine().outer(q);
+}
+
+// Whether a product is large enough that how it is called does not matter.
+bool large(int64_t M, int64_t N, int64_t K) {
+  constexpr int64_t multiply_adds = int64_t{1} << 22;
+  return M * N * K >= multiply_adds && N >= 64 && M >= 64;
+}
+
+template <class Run>
+double seconds(Run run) {
+  run();
+  double best = 1e9;
+  for (int k = 0; k < 5; ++k) {
+    const auto start = std::chrono::steady_clock::now();
+    run();
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
+enum class Kind { rows_times, outer };
+
+// Times both ways on a product of 256 x 256 x 384: some milliseconds, once.
+bool measure(Kind kind, const Tensor& like) {
+  constexpr int64_t M = 384, N = 256, K = 256;
+  const Tensor a = torch::stable::full({M, K}, 0.5, like.scalar_type());
+  const Tensor w = torch::stable::full({N, K}, 0.5, like.scalar_type());
+  Tensor out = torch::stable::new_empty(like, {kind == Kind::outer ? K : M, N});
+  if (kind == Kind::rows_times) {
+    const auto own = engine().by_rows(dtype_of(like), N, K, w.const_data_ptr(), true);
+    const double ours = seconds([&] {
+      own->run(M, a.const_data_ptr(), K, out.mutable_data_ptr(), N, threads(), &in_parallel);
+    });
+    const Tensor w_t = turned(w);
+    return seconds([&] { torch_rows_times(a, w_t, out); }) < 0.95 * ours;
+  }
+  std::vector<const void*> rows(M);
+  const int64_t bytes = N * bytes_of(dtype_of(like));
+  const Tensor b = torch::stable::full({M, N}, 0.5, like.scalar_type());
+  for (int64_t k = 0; k < M; ++k) rows[k] = static_cast<const char*>(b.const_data_ptr()) + k * bytes;
+  const double ours = seconds([&] { own_outer(a, rows, out, nullptr); });
+  return seconds([&] { torch_outer(a, b, out, false); }) < 0.95 * ours;
+}
+
+template <Kind kind>
+bool torch_is_faster(const Tensor& like) {
+  switch (dtype_of(like)) {
+    case Dtype::f64: {
+      static const bool faster = measure(kind, like);
+      return faster;
+    }
+    case Dtype::bf16: {
+      static const bool faster = measure(kind, like);
+      return faster;
+    }
+    case Dtype::f16: {
+      static const bool faster = measure(kind, like);
+      return faster;
+    }
+    default: {
+      static const bool faster = measure(kind, like);
+      return faster;
+    }
+  }
 }
 
 }  // namespace
@@ -23,8 +115,8 @@ void mm_out(const Tensor& a, const Tensor& b, Tensor& out) {
 Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
             int64_t offset) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(of.get(), static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                               strides.begin(), offset, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(of.get(), static_cast<int64_t>(sizes.size()),
+                                                               sizes.begin(), strides.begin(), offset, &made));
   return Tensor(made);
 }
 
@@ -34,35 +126,24 @@ void in_parallel(int64_t parts, void* context, void (*body)(void* context, int64
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) { body(context, first, last); });
 }
 
-Projection::Projection(const Tensor& w, int64_t rows) : w_(w) {
+RowsTimes::RowsTimes(const Tensor& w, bool by_columns, int64_t rows) : w_(by_columns ? w : turned(w)) {
+  const int64_t K = w_.size(0), N = w_.size(1);
+  if (large(rows, N, K) && torch_is_faster<Kind::rows_times>(w)) return;
   const Dtype dtype = dtype_of(w);
-  if (!is_half(dtype)) {
-    own_ = engine().product(dtype, w.size(0), w.size(1), w.const_data_ptr(), rows > 2);
-  }
+  own_ = by_columns ? engine().by_columns(dtype, N, K, w.const_data_ptr())
+                    : engine().by_rows(dtype, N, K, w.const_data_ptr(), rows > 2);
 }
 
-void Projection::run(const Tensor& x, Tensor& out) const {
-  if (own_ != nullptr) {
-    own_->run(x.size(0), x.const_data_ptr(), out.mutable_data_ptr(), out.stride(0), threads(), &in_parallel);
-  } else {
-    mm_out(x, turned(w_), out);
+void RowsTimes::run(const Tensor& a, Tensor& out) const {
+  if (own_ == nullptr) {
+    torch_rows_times(a, w_, out);
+    return;
   }
+  own_->run(a.size(0), a.const_data_ptr(), a.stride(0), out.mutable_data_ptr(), out.stride(0), threads(), &in_parallel);
 }
 
-void outer(const Tensor& a, const Tensor& b, Tensor& out, bool add) {
-  const Tensor left = turned(a);
-  if (add) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), b.get(), 1.0, 1.0));
-  } else {
-    mm_out(left, b, out);
-  }
-}
-
-void multiply(const Tensor& a, const Tensor& b, Tensor& out) { mm_out(a, b, out); }
-
-void sum_rows(const Tensor& a, Tensor& out) {
-  const int64_t dims[] = {0};
-  torch::stable::sum_out(out, a, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1));
+void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out, Tensor* sum) {
+  own_outer(a, rows, out, sum == nullptr ? nullptr : sum->mutable_data_ptr());
 }
 
 }  // namespace rnnkit

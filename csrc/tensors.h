@@ -14,6 +14,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/scan.h"
 
@@ -107,23 +108,20 @@ Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initial
 
 // The large products around a scan; products.cpp.
 
-// Rows of x [M, K] times w [N, K]^T, M at a time, into rows of `out`.
-class Projection {
+// Rows of a [M, K] times one matrix, M at a time, into rows of `out` [M, N].
+class RowsTimes {
  public:
-  // rows: how many there will be in all.
-  Projection(const Tensor& w, int64_t rows);
-  void run(const Tensor& x, Tensor& out) const;
+  // a w^T with w [N, K], or (`turned`) a w with w [K, N]; rows: how many there will be in all.
+  RowsTimes(const Tensor& w, bool turned, int64_t rows);
+  void run(const Tensor& a, Tensor& out) const;
 
  private:
   Tensor w_;
   std::unique_ptr<Product> own_;
 };
 
-// out [M, N] = a [K, M]^T b [K, N], or added to it.
-void outer(const Tensor& a, const Tensor& b, Tensor& out, bool add);
-// out [M, N] = a [M, K] b [K, N]
-void multiply(const Tensor& a, const Tensor& b, Tensor& out);
-// out [N] = the sum of the rows of a [M, N]
-void sum_rows(const Tensor& a, Tensor& out);
+// out [M, N] = sum over k of a[k]^T row[k], with a [K, M] and rows of N elements (null: zeros); `sum` [M], or null: the
+// sum over k of a[k].
+void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out, Tensor* sum);
 
 }  // namespace rnnkit

@@ -255,6 +255,7 @@ class BackwardOf {
     give(p, now, 2, d.ag);
     give(p, now, 3, d.ao);
     store(dc, d.c_before, L);
+    if (l_.P) store(static_cast<S*>(q_.inner) + p.at * H_ + p.j, Lstm::before_projection<M>(gate(p, 3), c), p.n);
   }
 
   void through_projection(const Part& part, const Rows& rows, int64_t t, int now) {
@@ -265,8 +266,10 @@ class BackwardOf {
   void through_reset(const Part& part, const Rows& rows, int64_t t, int now) {
     multiply(part, rows, first_, da_[now].row(0) + 2 * H_, da_[now].stride, [&](int32_t b, int u, const A* z) {
       const Place p = place(t, b, u, H_);
-      const auto d = GruBefore::reset_vjp<M>(whole<V>(z), gate(p, 0), h_before(p, t));
+      const V r = gate(p, 0), h = h_before(p, t);
+      const auto d = GruBefore::reset_vjp<M>(whole<V>(z), r, h);
       give(p, now, 0, d.r);
+      store(static_cast<S*>(q_.inner) + p.at * H_ + p.j, r * h, p.n);
       A* dh = dh_.row(b) + p.j;
       store(dh, whole<V>(dh) + d.h_before, L);
     });

@@ -115,18 +115,35 @@ struct Backward {
   void* dgx;             // S [T, B, G H] of the pre-activations, 0 where no gradient comes
   void* dgn;             // S [T, B, H] GRU with reset after: of W_hn h + b_hn, else null
   void* dp;              // S [T, B, P] of the projected state, with a projection, else null
+  void* inner;           // S [T, B, H] what a step's second product multiplied: r h, or o tanh(c); else null. Not
+                         // written where no gradient comes
   void* dh;              // A [B, N] in: of h_n; out: of h_0
   void* dc;              // A [B, H] in: of c_n; out: of c_0
   void* dh_r;            // A [B, N] summed over the resets, or null
   void* dc_r;            // A [B, H]
 };
 
-// out [M, N] = a [M, K] w [N, K]^T in float32 or float64, for any number of M with the weights packed once (or not at
-// all, for a few rows). Rows of `out` are `ldo` apart. A row's result depends on nothing but itself.
+// out [M, N] = a [M, K] times one matrix for any number of M, packed once (or not at all, for a few rows). Storage and
+// arithmetic as in a scan. Rows of `a` and `out` are lda and ldo apart. A row's result depends on nothing but itself.
 class Product {
  public:
   virtual ~Product() = default;
-  virtual void run(int64_t M, const void* a, void* out, int64_t ldo, int64_t threads, Parallel parallel) const = 0;
+  virtual void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, int64_t threads,
+                   Parallel parallel) const = 0;
+};
+
+// out [M, N] = sum over k of a[k]^T row[k], for a weight's gradient; sums are made in the order of k.
+struct Outer {
+  Dtype dtype;
+  int64_t M, N, K;
+  const void* a;  // S [K, M], rows lda apart
+  int64_t lda;
+  const void* const* rows;  // K rows, S [N] each, or null: zeros
+  void* out;                // S [M, N], rows ldo apart
+  int64_t ldo;
+  void* sum;  // S [M] sum over k of a[k], or null
+  int64_t threads;
+  Parallel parallel;
 };
 
 struct Engine {
@@ -134,7 +151,11 @@ struct Engine {
   bool (*supported)();
   std::unique_ptr<ForwardScan> (*forward)(const Forward& problem, int64_t T);
   void (*backward)(const Backward& problem);
-  std::unique_ptr<Product> (*product)(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack);
+  // a w^T with w S [N, K]; pack: false for a few rows.
+  std::unique_ptr<Product> (*by_rows)(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack);
+  // a w with w S [K, N]
+  std::unique_ptr<Product> (*by_columns)(Dtype dtype, int64_t N, int64_t K, const void* w);
+  void (*outer)(const Outer& problem);
   // What the tests hold against float64: 0 sigmoid, 1 tanh, of n values.
   void (*function)(int which, Dtype dtype, int64_t n, const void* in, void* out);
 };

@@ -1,0 +1,191 @@
+// The products outside a scan, over all steps and rows: the input projection, the gradient of x, and the gradient of a
+// weight. Included once per variant, inside its namespace.
+
+template <class S>
+class ProductOf final : public Product {
+  using A = compute_t<S>;
+  static constexpr int L = lanes<A>;
+
+ public:
+  Weights<S> weights;
+
+  void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, int64_t threads,
+           Parallel parallel) const override {
+    const Split split(threads, M, 1, weights.units * weights.K, 1);
+    run_parts(split, parallel, [&](int64_t first, int64_t last, Meeting&) {
+      for (int64_t p = first; p < last; ++p) {
+        const Part part = split.part(p, M);
+        rows(part.row0, part.row1, static_cast<const S*>(a), lda, static_cast<S*>(out), ldo);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t block = 96;  // rows that stay in cache beside a panel
+
+  void rows(int64_t row0, int64_t row1, const S* a, int64_t lda, S* out, int64_t ldo) const {
+    std::array<int32_t, block> in_order;
+    for (int64_t r = 0; r < block; ++r) in_order[r] = static_cast<int32_t>(r);
+    Padded<A> converted;
+    if constexpr (!std::is_same_v<S, A>) converted = Padded<A>(std::min(block, row1 - row0), weights.K);
+    for (int64_t m = row0; m < row1; m += block) {
+      const int count = static_cast<int>(std::min(block, row1 - m));
+      const A* from;
+      int64_t stride = lda;
+      if constexpr (std::is_same_v<S, A>) {
+        from = a + m * lda;
+      } else {
+        for (int r = 0; r < count; ++r) convert(a + (m + r) * lda, converted.row(r));
+        from = converted.row(0), stride = converted.stride;
+      }
+      product<1>(weights, 0, weights.count(), in_order.data(), count, from, stride, [&](int32_t r, int u, const A* z) {
+        const int64_t j = static_cast<int64_t>(u) * L;
+        store(out + (m + r) * ldo + j, whole<value_t<S>>(z), static_cast<int>(std::min<int64_t>(L, weights.units - j)));
+      });
+    }
+  }
+
+  void convert(const S* from, A* to) const {
+    for (int64_t k = 0; k < weights.K; k += L) {
+      store(to + k, load(from + k, static_cast<int>(std::min<int64_t>(L, weights.K - k))), L);
+    }
+  }
+};
+
+// A tile of `rows` outputs times up to three vectors of columns, over a block of k whose operands were packed side by
+// side: out += sum over k of a[k, rows]^T b[k, vectors].
+constexpr int outer_rows = registers >= 32 ? 8 : 4;
+constexpr int outer_vectors = 3;
+
+template <class A, int vectors>
+void outer_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restrict out, int64_t ldo, int rows) {
+  using V = typename Vector<A>::Value;
+  constexpr int L = lanes<A>;
+  V sum[outer_rows][vectors] = {};
+  for (int64_t k = 0; k < K; ++k, a += outer_rows, b += vectors * L) {
+    V w[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) w[v] = whole<V>(b + v * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < outer_rows; ++r) {
+      const V x = a[r] - V{};
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[r][v] += x * w[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < outer_rows; ++r) {
+    if (r >= rows) break;
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      A* to = out + r * ldo + v * L;
+      store(to, whole<V>(to) + sum[r][v], L);
+    }
+  }
+}
+
+template <class S>
+class OuterOf {
+  using A = compute_t<S>;
+  using V = value_t<S>;
+  static constexpr int L = lanes<A>;
+  static constexpr int64_t block = 256;     // of k: a panel of b stays in the first-level cache
+  static constexpr int64_t columns = 1008;  // of b at a time: the block stays in the second-level cache
+
+ public:
+  explicit OuterOf(const Outer& q) : q_(q) {}
+
+  void run() {
+    if (q_.M == 0) return;
+    const int64_t tiles = ceil_div(q_.M, outer_rows);
+    const Split split(q_.threads, tiles, 1, q_.N * q_.K * outer_rows, 1);
+    run_parts(split, q_.parallel, [&](int64_t first, int64_t last, Meeting&) {
+      for (int64_t p = first; p < last; ++p) {
+        const Part part = split.part(p, tiles);
+        rows(part.row0 * outer_rows, std::min(q_.M, part.row1 * outer_rows));
+      }
+    });
+  }
+
+ private:
+  // The outputs of rows [m0, m1).
+  void rows(int64_t m0, int64_t m1) {
+    const int64_t width = std::min(columns, q_.N), padded = ceil_div(width, L) * L;
+    Aligned<A> a(block * outer_rows), b(std::min(block, q_.K) * padded);
+    Padded<A> out(m1 - m0, q_.N);
+    std::vector<A> sum(m1 - m0 + outer_rows);
+    for (int64_t j0 = 0; j0 == 0 || j0 < q_.N; j0 += columns) {
+      const int64_t n = std::min(columns, q_.N - j0);
+      const int vectors = static_cast<int>(ceil_div(n, L)), panels = (vectors + outer_vectors - 1) / outer_vectors;
+      for (int64_t k0 = 0; k0 < q_.K; k0 += block) {
+        const int64_t K = std::min(block, q_.K - k0);
+        pack_b(k0, K, j0, n, vectors, panels, b.data);
+        for (int64_t m = m0; m < m1; m += outer_rows) {
+          const int here = static_cast<int>(std::min<int64_t>(outer_rows, m1 - m));
+          pack_a(k0, K, m, here, a.data, j0 == 0 ? sum.data() + (m - m0) : nullptr);
+          const A* from = b.data;
+          for (int p = 0, u = 0; p < panels; ++p) {
+            const int in_panel = (vectors - u) / (panels - p);
+            A* to = out.row(m - m0) + j0 + static_cast<int64_t>(u) * L;
+            switch (in_panel) {
+              case 1:
+                outer_tile<A, 1>(a.data, from, K, to, out.stride, here);
+                break;
+              case 2:
+                outer_tile<A, 2>(a.data, from, K, to, out.stride, here);
+                break;
+              default:
+                outer_tile<A, 3>(a.data, from, K, to, out.stride, here);
+            }
+            from += K * in_panel * L;
+            u += in_panel;
+          }
+        }
+      }
+    }
+    for (int64_t m = m0; m < m1; ++m) {
+      copy(out.row(m - m0), static_cast<S*>(q_.out) + m * q_.ldo, q_.N);
+    }
+    if (q_.sum != nullptr) copy(sum.data(), static_cast<S*>(q_.sum) + m0, m1 - m0);
+  }
+
+  static void copy(const A* from, S* to, int64_t n) {
+    for (int64_t j = 0; j < n; j += L) {
+      const int here = static_cast<int>(std::min<int64_t>(L, n - j));
+      store(to + j, load(from + j, here), here);
+    }
+  }
+
+  // Panels [K, in_panel, L] one after another.
+  void pack_b(int64_t k0, int64_t K, int64_t j0, int64_t n, int vectors, int panels, A* to) const {
+    for (int p = 0, u = 0; p < panels; ++p) {
+      const int in_panel = (vectors - u) / (panels - p);
+      for (int64_t k = 0; k < K; ++k) {
+        const S* row = static_cast<const S*>(q_.rows[k0 + k]);
+        for (int v = 0; v < in_panel; ++v, to += L) {
+          const int64_t j = static_cast<int64_t>(u + v) * L;
+          store(to, row == nullptr ? V{} : load(row + j0 + j, static_cast<int>(std::min<int64_t>(L, n - j))), L);
+        }
+      }
+      u += in_panel;
+    }
+  }
+
+  // [K, outer_rows] of the columns from m on, zeros beyond `valid`; their sums, where wanted.
+  void pack_a(int64_t k0, int64_t K, int64_t m, int valid, A* to, A* sum) const {
+    const S* from = static_cast<const S*>(q_.a) + k0 * q_.lda + m;
+    A total[outer_rows] = {};
+    for (int64_t k = 0; k < K; ++k, from += q_.lda, to += outer_rows) {
+      if (valid == outer_rows && std::is_same_v<S, A>) {
+        __builtin_memcpy(to, from, outer_rows * sizeof(A));
+      } else {
+        for (int r = 0; r < outer_rows; ++r) to[r] = r < valid ? load_one(from + r) : A(0);
+      }
+      for (int r = 0; r < outer_rows; ++r) total[r] += to[r];
+    }
+    if (sum == nullptr) return;
+    for (int r = 0; r < valid; ++r) sum[r] += total[r];
+  }
+
+  const Outer q_;
+};
