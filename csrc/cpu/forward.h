@@ -14,11 +14,11 @@ class ForwardOf final : public ForwardScan {
     const bool pack = T > 1;
     const S* w = static_cast<const S*>(l_.w_hh);
     if (l_.cell == Cell::gru_before) {
-      first_.by_rows(w, H_, H_, 2, H_, H_, pack);
-      second_.by_rows(w + 2 * H_ * H_, H_, H_, 1, H_, H_, pack);
+      first_.by_rows(w, H_, 2, H_, H_, pack);
+      second_.by_rows(w + 2 * H_ * H_, H_, 1, H_, H_, pack);
     } else {
-      first_.by_rows(w, N_, H_, static_cast<int>(G_), H_, N_, pack);
-      if (l_.P) second_.by_rows(static_cast<const S*>(l_.w_hr), H_, l_.P, 1, l_.P, H_, pack);
+      first_.by_rows(w, H_, static_cast<int>(G_), H_, N_, pack);
+      if (l_.P) second_.by_rows(static_cast<const S*>(l_.w_hr), l_.P, 1, l_.P, H_, pack);
     }
     const bool after = l_.cell == Cell::gru;
     bias_ = Padded<A>(G_ + after, H_);

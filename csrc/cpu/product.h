@@ -87,8 +87,41 @@ inline Tile<T> tile_for(int vectors, int rows) {
   return all[vectors - 1][rows];
 }
 
-// Weights as a product wants them: packed into panels, or as they are for a single step, where packing would cost
-// as much as the product.
+// L vectors of L numbers, turned: row r's number k becomes row k's number r.
+template <class A>
+inline void turn(typename Vector<A>::Value* v) {
+  constexpr int L = lanes<A>;
+#if defined(__clang__)
+  for (int r = 0; r < L; ++r) {
+    for (int k = 0; k < r; ++k) {
+      const A swapped = v[r][k];
+      v[r][k] = v[k][r];
+      v[k][r] = swapped;
+    }
+  }
+#else
+  // Blocks of 1, 2, 4 ... numbers change places between rows that are as far apart.
+#pragma GCC unroll 4
+  for (int d = 1; d < L; d *= 2) {
+    typename Vector<A>::Bits low{}, high{};
+#pragma GCC unroll 16
+    for (int k = 0; k < L; ++k) {
+      low[k] = k & d ? L + k - d : k;
+      high[k] = k & d ? L + k : k + d;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) {
+      if (r & d) continue;
+      const auto a = v[r], b = v[r + d];
+      v[r] = __builtin_shuffle(a, b, low);
+      v[r + d] = __builtin_shuffle(a, b, high);
+    }
+  }
+#endif
+}
+
+// Weights as a product wants them: packed into panels. For a single step they stay as they are, and each panel is
+// packed into the first-level cache when its turn comes.
 template <class S>
 struct Weights {
   using A = compute_t<S>;
@@ -96,32 +129,41 @@ struct Weights {
 
   int64_t units = 0, K = 0;
   int gates = 1;
-  const S* raw = nullptr;  // [gates, units, K], rows of `ld`
-  int64_t ld = 0, block = 0;
+  const S* raw = nullptr;  // [gates, units, K]: rows of K, gates `block` rows apart; null where packed
+  int64_t block = 0;
   Aligned<A> panels;
 
   int units_vectors() const { return static_cast<int>(ceil_div(units, L)); }  // vectors of units
   int wide() const { return gates >= 3 ? 1 : max_vectors / gates; }            // of them in a whole panel
   int count() const { return static_cast<int>(ceil_div(units_vectors(), wide())); }
   int in_panel(int p) const { return std::min(wide(), units_vectors() - p * wide()); }
-  const A* panel(int p) const { return panels.data + static_cast<int64_t>(p) * wide() * gates * L * K; }
+  int64_t panel_size() const { return static_cast<int64_t>(wide()) * gates * L * K; }
+  const A* panel(int p) const { return panels.data + p * panel_size(); }
 
   // Outputs are rows of w: out[g, j] = sum over k of w[g * block + j, k] a[k].
-  void by_rows(const S* w, int64_t ld_, int64_t block_, int gates_, int64_t units_, int64_t K_, bool pack) {
-    units = units_, K = K_, gates = gates_, raw = w, ld = ld_, block = block_;
-    if (!pack) return;
+  void by_rows(const S* w, int64_t block_, int gates_, int64_t units_, int64_t K_, bool whole) {
+    units = units_, K = K_, gates = gates_, raw = w, block = block_;
+    if (!whole) return;
     panels = Aligned<A>(static_cast<int64_t>(units_vectors()) * gates * L * K);
-    for (int p = 0; p < count(); ++p) {
-      const int vectors = in_panel(p) * gates;
-      A* to = const_cast<A*>(panel(p));
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t first = (static_cast<int64_t>(p) * wide() + v / gates) * L;
-        const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
-        const S* from = w + ((v % gates) * block + first) * ld;
-        transpose(from, valid, to + v * L, vectors * L);
+    for (int p = 0; p < count(); ++p) pack(p, const_cast<A*>(panel(p)));
+    raw = nullptr;
+  }
+
+  // Panel p of `raw`.
+  void pack(int p, A* to) const {
+    const int vectors = in_panel(p) * gates;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t first = (static_cast<int64_t>(p) * wide() + v / gates) * L;
+      const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
+      const S* from = raw + ((v % gates) * block + first) * K;
+      for (int64_t k = 0; k < K; k += L) {
+        const int n = static_cast<int>(std::min<int64_t>(L, K - k));
+        value_t<S> in[L];
+        for (int j = 0; j < L; ++j) in[j] = j < valid ? load(from + j * K + k, n) : value_t<S>{};
+        turn<A>(in);
+        for (int i = 0; i < n; ++i) store(to + ((k + i) * vectors + v) * L, in[i], L);
       }
     }
-    raw = nullptr;
   }
 
   // Outputs are columns of w: out[j] = sum over k of a[k] w[k, j].
@@ -140,54 +182,7 @@ struct Weights {
       }
     }
   }
-
- private:
-  // to[k * stride + j] = from[j * ld + k] for j < valid, 0 beyond; in blocks of k, so that both sides stay in cache.
-  void transpose(const S* from, int valid, A* to, int64_t stride) const {
-    for (int64_t first = 0; first < K; first += L) {
-      const int n = static_cast<int>(std::min<int64_t>(L, K - first));
-      alignas(64) A in[L][L];
-      for (int j = 0; j < L; ++j) {
-        const value_t<S> v = j < valid ? load(from + j * ld + first, n) : value_t<S>{};
-        store(in[j], v, L);
-      }
-      for (int k = 0; k < n; ++k) {
-        A* row = to + (first + k) * stride;
-        for (int j = 0; j < L; ++j) row[j] = in[j][k];
-      }
-    }
-  }
 };
-
-template <class V>
-inline auto sum_lanes(V v) {
-  constexpr int L = sizeof(V) / sizeof(v[0]);
-  auto total = v[0];
-  for (int k = 1; k < L; ++k) total += v[k];
-  return total;
-}
-
-// out[4] = a [K] times four rows of w, along k: for weights that were not packed. n of the four are valid.
-template <class S>
-void dots(const compute_t<S>* a, const S* w, int64_t ld, int n, int64_t K, compute_t<S>* out) {
-  using V = value_t<S>;
-  constexpr int L = lanes<compute_t<S>>;
-  const S* row[4];
-  for (int j = 0; j < 4; ++j) row[j] = w + std::min(j, n - 1) * ld;
-  V sum[4] = {};
-  int64_t k = 0;
-  for (; k + L <= K; k += L) {
-    const V x = load(a + k, L);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[j] += x * load(row[j] + k, L);
-  }
-  if (k < K) {
-    const int rest = static_cast<int>(K - k);
-    const V x = load(a + k, rest);
-    for (int j = 0; j < 4; ++j) sum[j] += x * load(row[j] + k, rest);
-  }
-  for (int j = 0; j < n; ++j) out[j] = sum_lanes(sum[j]);
-}
 
 // Calls use(row, u, z) for each row of `rows` and each vector u of units in the panels [p0, p1), with z [gates, lanes]
 // the product of a[row] and the weights.
@@ -198,25 +193,11 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
   constexpr int L = lanes<A>;
   alignas(64) A out[max_rows * max_vectors * L];
   if (count == 0) return;
-  if (w.raw != nullptr) {
-    for (int u = p0 * w.wide(); u < std::min(p1 * w.wide(), w.units_vectors()); ++u) {
-      const int valid = static_cast<int>(std::min<int64_t>(L, w.units - static_cast<int64_t>(u) * L));
-      for (int i = 0; i < count; ++i) {
-        std::fill_n(out, gates * L, A(0));
-        for (int g = 0; g < gates; ++g) {
-          for (int j = 0; j < valid; j += 4) {
-            dots(a + rows[i] * lda, w.raw + (g * w.block + u * L + j) * w.ld, w.ld, std::min(4, valid - j), w.K,
-                 out + g * L + j);
-          }
-        }
-        use(rows[i], u, out);
-      }
-    }
-    return;
-  }
+  Aligned<A> once(w.raw == nullptr ? 0 : w.panel_size());
   for (int p = p0; p < p1; ++p) {
     const int in_panel = w.in_panel(p), vectors = in_panel * gates;
-    if (count == 1 && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2) {
+    const bool pair = count == 1 && w.raw == nullptr && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2;
+    if (pair) {
       const A* row = a + rows[0] * lda;
       vectors == 4 ? tile_pair<A, 4>(row, w.panel(p), w.panel(p + 1), w.K, out)
                    : tile_pair<A, 3>(row, w.panel(p), w.panel(p + 1), w.K, out);
@@ -224,12 +205,17 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
       ++p;
       continue;
     }
+    const A* panel = w.panel(p);
+    if (w.raw != nullptr) {
+      w.pack(p, once.data);
+      panel = once.data;
+    }
     const int fit = tile_rows(vectors), tiles = (count + fit - 1) / fit;
     for (int i = 0, done = 0; i < tiles; ++i) {
       const int here = (count - done) / (tiles - i);
       const A* row[max_rows];
       for (int r = 0; r < here; ++r) row[r] = a + rows[done + r] * lda;
-      tile_for<A>(vectors, here)(row, w.panel(p), w.K, out);
+      tile_for<A>(vectors, here)(row, panel, w.K, out);
       for (int r = 0; r < here; ++r) {
         for (int u = 0; u < in_panel; ++u) {
           use(rows[done + r], p * w.wide() + u, out + (r * vectors + u * gates) * L);

@@ -43,7 +43,7 @@ std::unique_ptr<Product> by_rows(Dtype dtype, int64_t N, int64_t K, const void* 
   return dispatch(dtype, [&](auto s) -> std::unique_ptr<Product> {
     using S = decltype(s);
     auto made = std::make_unique<ProductOf<S>>();
-    made->weights.by_rows(static_cast<const S*>(w), K, N, 1, N, K, pack);
+    made->weights.by_rows(static_cast<const S*>(w), N, 1, N, K, pack);
     return made;
   });
 }
