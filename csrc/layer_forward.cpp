@@ -152,4 +152,44 @@ std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, in
   return out;
 }
 
+std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const OptionalTensor& h,
+                                            const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
+                                            const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
+  const Dtype dtype = dtype_of(x);
+  const ScalarType type = x.scalar_type();
+  RNNKIT_CHECK(x.dim() == 2 && w_hh.dim() == 2, "x must be [B, I] and w_hh [G H, H], got ", shown(x.sizes()), " and ",
+               shown(w_hh.sizes()));
+  const int64_t B = x.size(0), I = x.size(1), H = w_hh.size(1), width = gates_of(cell) * H;
+  RNNKIT_CHECK(b_ih.has_value() == b_hh.has_value(), "b_ih and b_hh must both be given, or neither");
+  const Tensor input = expect(x, "x", type, {B, I}), w = expect(w_ih, "w_ih", type, {width, I});
+  const Tensor recurrent = expect(w_hh, "w_hh", type, {width, H});
+  const OptionalTensor bias = expect(b_ih, "b_ih", type, {width}), inner = expect(b_hh, "b_hh", type, {width});
+  const OptionalTensor h_0 = expect(h, "h", type, {B, H}), c_0 = expect(c, "c", type, {B, H});
+  Carried state(x, h_0, B, H, dtype);
+  std::optional<Carried> cell_state;
+  if (cell == Cell::lstm) cell_state.emplace(x, c_0, B, H, dtype);
+  if (B > 0 && H > 0) {
+    Forward problem{};
+    Layer& l = problem.layer;
+    l.cell = cell, l.dtype = dtype, l.B = B, l.H = H, l.cuts.T = 1, l.cuts.B = B;
+    l.w_hh = recurrent.const_data_ptr();
+    l.threads = threads();
+    l.parallel = &in_parallel;
+    problem.b_ih = pointer(bias), problem.b_hh = pointer(inner);
+    problem.h = state.data();
+    problem.c = cell_state ? cell_state->data() : nullptr;
+    const int64_t bytes = bytes_of(dtype);
+    std::vector<char> memory(B * (width + H) * bytes);  // gx, and the step's output, which is the state as well
+    engine().by_rows(dtype, width, I, w.const_data_ptr(), B > 2)
+        ->run(B, input.const_data_ptr(), I, memory.data(), width, l.threads, l.parallel);
+    Range range{};
+    range.n = 1;
+    range.gx = memory.data();
+    range.gx_stride = width;
+    range.y = memory.data() + B * width * bytes;
+    engine().forward(problem, 1)->run(range);
+  }
+  return {state.result(type), cell_state ? OptionalTensor(cell_state->result(type)) : std::nullopt};
+}
+
 }  // namespace rnnkit

@@ -7,12 +7,16 @@
 namespace rnnkit {
 namespace {
 
+Cell checked_cell(int64_t cell) {
+  RNNKIT_CHECK(0 <= cell && cell <= static_cast<int64_t>(Cell::gru_before), "cell must lie in [0, 4], got ", cell);
+  return static_cast<Cell>(cell);
+}
+
 LayerInputs inputs(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensor w_ih, Tensor w_hh,
                    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor lengths,
                    OptionalTensor reset, OptionalTensor h_r, OptionalTensor c_r, bool reverse) {
-  RNNKIT_CHECK(0 <= cell && cell <= static_cast<int64_t>(Cell::gru_before), "cell must lie in [0, 4], got ", cell);
   LayerInputs in;
-  in.cell = static_cast<Cell>(cell), in.reverse = reverse;
+  in.cell = checked_cell(cell), in.reverse = reverse;
   in.x = x, in.w_ih = w_ih, in.w_hh = w_hh;
   in.h_0 = h_0, in.c_0 = c_0, in.b_ih = b_ih, in.b_hh = b_hh, in.w_hr = w_hr;
   in.lengths = lengths, in.reset = reset, in.h_r = h_r, in.c_r = c_r;
@@ -37,6 +41,18 @@ std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_
   return layer_backward(
       inputs(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r, reverse),
       LayerGradients{y, gates, c_kept, gy, gh_n, gc_n, gc_all}, needs);
+}
+
+Tensor cpu_step(int64_t cell, Tensor x, OptionalTensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
+                OptionalTensor b_hh) {
+  RNNKIT_CHECK(cell != static_cast<int64_t>(Cell::lstm), "an LSTM's step is cpu_lstm_step");
+  return cell_step(checked_cell(cell), x, h, {}, w_ih, w_hh, b_ih, b_hh).first;
+}
+
+std::tuple<Tensor, Tensor> cpu_lstm_step(Tensor x, OptionalTensor h, OptionalTensor c, Tensor w_ih, Tensor w_hh,
+                                         OptionalTensor b_ih, OptionalTensor b_hh) {
+  auto [h_new, c_new] = cell_step(Cell::lstm, x, h, c, w_ih, w_hh, b_ih, b_hh);
+  return {h_new, *c_new};
 }
 
 Tensor cpu_function(int64_t which, Tensor x) {
@@ -69,6 +85,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
   m.def("cpu_layer_backward(" RNNKIT_LAYER
         ", Tensor y, Tensor? gates, Tensor? c, Tensor? gy, Tensor? gh_n, Tensor? gc_n, Tensor? gc_all, int needs) -> "
         "Tensor[]");
+  m.def(
+      "cpu_step(int cell, Tensor x, Tensor? h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh) -> Tensor");
+  m.def(
+      "cpu_lstm_step(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh) -> "
+      "(Tensor, Tensor)");
   m.def("cpu_function(int which, Tensor x) -> Tensor");
   m.def("cpu_variants() -> str");
 #undef RNNKIT_LAYER
@@ -77,6 +98,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
 STABLE_TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
   m.impl("cpu_layer_forward", TORCH_BOX(&rnnkit::cpu_layer_forward));
   m.impl("cpu_layer_backward", TORCH_BOX(&rnnkit::cpu_layer_backward));
+  m.impl("cpu_step", TORCH_BOX(&rnnkit::cpu_step));
+  m.impl("cpu_lstm_step", TORCH_BOX(&rnnkit::cpu_lstm_step));
   m.impl("cpu_function", TORCH_BOX(&rnnkit::cpu_function));
 }
 

@@ -17,6 +17,7 @@ from .products import Backend, Gradient
 # The numbers of the cells in csrc/cpu/scan.h.
 NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OPS = torch.ops.rnnkit
 # Of the gradients that a layer's backward is asked for, in the order of `Tensors`, those that exist.
 _BITS = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 7, 10: 8, 11: 9}
 
@@ -41,12 +42,27 @@ class CPU(Backend):
 
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
         save = train and not o.recompute
-        found = torch.ops.rnnkit.cpu_layer_forward.default(NUMBERS[cell], *t, o.reverse, o.all_states, save, 0)
+        found = _OPS.cpu_layer_forward.default(NUMBERS[cell], *t, o.reverse, o.all_states, save, 0)
         y, h_n, *more = found
         if not CELLS[cell].has_c:
             return Result(Outputs(y, h_n, None, None), tuple(more))
         c_all = more.pop(1) if o.all_states else None
         return Result(Outputs(y, h_n, more[0], c_all), tuple(more[1:]))
+
+    def step(
+        self,
+        cell: str,
+        x: Tensor,
+        h: Tensor | None,
+        c: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if cell == "lstm":
+            return _OPS.cpu_lstm_step.default(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        return _OPS.cpu_step.default(NUMBERS[cell], x, h, w_ih, w_hh, b_ih, b_hh), None
 
     def backward(
         self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
@@ -59,7 +75,7 @@ class CPU(Backend):
         c = saved[1] if kind.has_c else None
         asked = sum(1 << _BITS[k] for k, need in enumerate(needs) if need)
         found = iter(
-            torch.ops.rnnkit.cpu_layer_backward.default(
+            _OPS.cpu_layer_backward.default(
                 NUMBERS[cell], *t, o.reverse, y, gates, c, *grads, asked
             )
         )
