@@ -82,10 +82,10 @@ class Carried {
   Tensor state_;
 };
 
-// Steps that are projected and scanned at a time: enough rows for a product to run at its rate, few enough for the
-// second-level cache.
+// Steps that are projected and scanned at a time: few enough that they stay in the second-level cache beside weights.
 int64_t steps_at_a_time(const LayerInputs& in) {
-  constexpr int64_t rows = 192;
+  const int64_t bytes = std::max<int64_t>(1, in.G * in.H * bytes_of(in.dtype));
+  const int64_t rows = std::clamp<int64_t>((int64_t{256} << 10) / bytes, 48, 512);
   return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));
 }
 

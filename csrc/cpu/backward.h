@@ -11,7 +11,7 @@ class BackwardOf {
 
  public:
   explicit BackwardOf(const Backward& q)
-      : q_(q), l_(q.layer), H_(l_.H), N_(l_.P ? l_.P : l_.H), G_(gates_of(l_.cell)), guarded_(l_.cuts.any()) {
+      : q_(q), l_(q.layer), H_(l_.H), N_(l_.P ? l_.P : l_.H), G_(gates_of(l_.cell)), guarded_(l_.cuts.any()), direct_(std::is_same_v<S, A> && l_.cell != Cell::gru) {
     const S* w = static_cast<const S*>(l_.w_hh);
     if (l_.cell == Cell::gru_before) {
       first_.by_columns(w + 2 * H_ * H_, H_, H_, H_);
@@ -28,7 +28,9 @@ class BackwardOf {
     }
     if (q.dh_r != nullptr) std::fill_n(static_cast<A*>(q.dh_r), l_.B * N_, A(0));
     if (q.dc_r != nullptr) std::fill_n(static_cast<A*>(q.dc_r), l_.B * H_, A(0));
-    for (Padded<A>& da : da_) da = Padded<A>(l_.B, G_ * H_);
+    if (!direct_) {
+      for (Padded<A>& da : da_) da = Padded<A>(l_.B, G_ * H_);
+    }
   }
 
   void run() {
@@ -194,30 +196,34 @@ class BackwardOf {
   void give(const Place& p, int now, int64_t g, V da) { give(p, now, g, da, da); }
   void give(const Place& p, int now, int64_t g, V dgx, V dgh) {
     store(static_cast<S*>(q_.dgx) + (p.at * G_ + g) * H_ + p.j, dgx, p.n);
-    store(da_[now].row(p.b) + g * H_ + p.j, dgh, p.n);
+    if (!direct_) store(da_[now].row(p.b) + g * H_ + p.j, dgh, p.n);
   }
+
+  // What the recurrent products of step t multiply: [B, G H], rows stride() apart.
+  const A* gradients(int64_t t, int now) const {
+    if (direct_) return static_cast<const A*>(q_.dgx) + t * l_.B * G_ * H_;
+    return da_[now].row(0);
+  }
+  int64_t stride() const { return direct_ ? G_ * H_ : da_[0].stride; }
 
   void differentiate(const Part& part, const Rows& rows, int64_t t, int now) {
     switch (l_.cell) {
       case Cell::rnn_tanh:
         each_vector(part, rows.live, t, H_, [&](const Place& p) {
-          A* dh = dh_.row(p.b) + p.j;
+          const A* dh = dh_.row(p.b) + p.j;
           give(p, now, 0, RnnTanh::step_vjp<M>(whole<V>(dh), result(p)));
-          store(dh, V{}, L);
         });
         break;
       case Cell::rnn_relu:
         each_vector(part, rows.live, t, H_, [&](const Place& p) {
-          A* dh = dh_.row(p.b) + p.j;
+          const A* dh = dh_.row(p.b) + p.j;
           give(p, now, 0, RnnRelu::step_vjp<M>(whole<V>(dh), result(p)));
-          store(dh, V{}, L);
         });
         break;
       case Cell::lstm:
         each_vector(part, rows.live, t, H_, [&](const Place& p) {
-          A* dh = dh_.row(p.b) + p.j;
+          const A* dh = dh_.row(p.b) + p.j;
           lstm(p, t, now, whole<V>(dh));
-          store(dh, V{}, L);
         });
         break;
       case Cell::gru:
@@ -264,7 +270,7 @@ class BackwardOf {
   }
 
   void through_reset(const Part& part, const Rows& rows, int64_t t, int now) {
-    multiply(part, rows, first_, da_[now].row(0) + 2 * H_, da_[now].stride, [&](int32_t b, int u, const A* z) {
+    multiply(part, rows, first_, gradients(t, now) + 2 * H_, stride(), [&](int32_t b, int u, const A* z) {
       const Place p = place(t, b, u, H_);
       const V r = gate(p, 0), h = h_before(p, t);
       const auto d = GruBefore::reset_vjp<M>(whole<V>(z), r, h);
@@ -277,9 +283,10 @@ class BackwardOf {
 
   // The gradient of the state before the step; where that was a reset's, it goes there and no further.
   void send(const Part& part, const Rows& rows, int64_t t, int now) {
-    multiply(part, rows, last_, da_[now].row(0), da_[now].stride, [&](int32_t b, int u, const A* z) {
+    const bool gru = l_.cell == Cell::gru || l_.cell == Cell::gru_before;  // where a part of dh passes the product by
+    multiply(part, rows, last_, gradients(t, now), stride(), [&](int32_t b, int u, const A* z) {
       A* dh = dh_.row(b) + static_cast<int64_t>(u) * L;
-      store(dh, (l_.P ? V{} : whole<V>(dh)) + whole<V>(z), L);
+      store(dh, gru ? whole<V>(dh) + whole<V>(z) : whole<V>(z), L);
     });
     each_vector(part, rows.cut, t, N_, [&](const Place& p) { cut(dh_, q_.dh_r, N_, p); });
     if (l_.cell == Cell::lstm) {
@@ -301,13 +308,14 @@ class BackwardOf {
     int first, last;
     part.vectors(w.units, L, &first, &last);
     product<1>(w, first / w.wide(), static_cast<int>(ceil_div(last, w.wide())), rows.live.data(),
-               static_cast<int>(rows.live.size()), a, lda, use);
+               static_cast<int>(rows.live.size()), a, lda, use, [](int32_t, int) {});
   }
 
   const Backward q_;
   const Layer l_;
   const int64_t H_, N_, G_;
   const bool guarded_;
+  const bool direct_;  // the recurrent product reads dgx itself
   Weights<S> first_, last_;
   Padded<A> dh_, dc_;           // [B, N], [B, H]
   Padded<A> da_[2];             // [B, G H] of the recurrent product's side, in turns

@@ -185,10 +185,11 @@ struct Weights {
 };
 
 // Calls use(row, u, z) for each row of `rows` and each vector u of units in the panels [p0, p1), with z [gates, lanes]
-// the product of a[row] and the weights.
-template <int gates, class S, class Use>
+// the product of a[row] and the weights. Before a tile is summed, ahead(row, u) may ask for the memory that use(row, u)
+// will need: it arrives meanwhile.
+template <int gates, class S, class Use, class Ahead>
 inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, int count, const compute_t<S>* a,
-                    int64_t lda, Use use) {
+                    int64_t lda, Use use, Ahead ahead) {
   using A = compute_t<S>;
   constexpr int L = lanes<A>;
   alignas(64) A out[max_rows * max_vectors * L];
@@ -214,7 +215,10 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
     for (int i = 0, done = 0; i < tiles; ++i) {
       const int here = (count - done) / (tiles - i);
       const A* row[max_rows];
-      for (int r = 0; r < here; ++r) row[r] = a + rows[done + r] * lda;
+      for (int r = 0; r < here; ++r) {
+        row[r] = a + rows[done + r] * lda;
+        for (int u = 0; u < in_panel; ++u) ahead(rows[done + r], p * w.wide() + u);
+      }
       tile_for<A>(vectors, here)(row, panel, w.K, out);
       for (int r = 0; r < here; ++r) {
         for (int u = 0; u < in_panel; ++u) {
