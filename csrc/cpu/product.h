@@ -198,6 +198,9 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
   constexpr int L = lanes<A>;
   alignas(64) A out[max_rows * max_vectors * L];
   if (count == 0) return;
+  // Compiled once: in copies of it, one a tile, the compiler would fuse other multiplications with additions, and a
+  // row's result would depend on how many rows are beside it.
+  const auto give = [&](int32_t row, int u, const A* z) __attribute__((noinline)) { use(row, u, z); };
   if (w.raw != nullptr) {
     for (int u = p0 * w.wide(); u < std::min(p1 * w.wide(), w.units_vectors()); ++u) {
       const int valid = static_cast<int>(std::min<int64_t>(L, w.units - static_cast<int64_t>(u) * L));
@@ -209,7 +212,7 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
                  out + g * L + j);
           }
         }
-        use(rows[i], u, out);
+        give(rows[i], u, out);
       }
     }
     return;
@@ -220,7 +223,7 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
       const A* row = a + rows[0] * lda;
       vectors == 4 ? tile_pair<A, 4>(row, w.panel(p), w.panel(p + 1), w.K, out)
                    : tile_pair<A, 3>(row, w.panel(p), w.panel(p + 1), w.K, out);
-      for (int u = 0; u < 2 * in_panel; ++u) use(rows[0], p * w.wide() + u, out + u * gates * L);
+      for (int u = 0; u < 2 * in_panel; ++u) give(rows[0], p * w.wide() + u, out + u * gates * L);
       ++p;
       continue;
     }
@@ -232,7 +235,7 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
       tile_for<A>(vectors, here)(row, w.panel(p), w.K, out);
       for (int r = 0; r < here; ++r) {
         for (int u = 0; u < in_panel; ++u) {
-          use(rows[done + r], p * w.wide() + u, out + (r * vectors + u * gates) * L);
+          give(rows[done + r], p * w.wide() + u, out + (r * vectors + u * gates) * L);
         }
       }
       done += here;
