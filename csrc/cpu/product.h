@@ -186,7 +186,8 @@ struct Weights {
 
 // Calls use(row, u, z) for each row of `rows` and each vector u of units in the panels [p0, p1), with z [gates, lanes]
 // the product of a[row] and the weights. Before a tile is summed, ahead(row, u) may ask for the memory that use(row, u)
-// will need: it arrives meanwhile.
+// will need: it arrives meanwhile. `use` stands at one place only: in copies of it, one for each kind of tile, the
+// compiler would fuse other multiplications with additions, and a row's result would depend on the rows beside it.
 template <int gates, class S, class Use, class Ahead>
 inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, int count, const compute_t<S>* a,
                     int64_t lda, Use use, Ahead ahead) {
@@ -198,14 +199,6 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
   for (int p = p0; p < p1; ++p) {
     const int in_panel = w.in_panel(p), vectors = in_panel * gates;
     const bool pair = count == 1 && w.raw == nullptr && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2;
-    if (pair) {
-      const A* row = a + rows[0] * lda;
-      vectors == 4 ? tile_pair<A, 4>(row, w.panel(p), w.panel(p + 1), w.K, out)
-                   : tile_pair<A, 3>(row, w.panel(p), w.panel(p + 1), w.K, out);
-      for (int u = 0; u < 2 * in_panel; ++u) use(rows[0], p * w.wide() + u, out + u * gates * L);
-      ++p;
-      continue;
-    }
     const A* panel = w.panel(p);
     if (w.raw != nullptr) {
       w.pack(p, once.data);
@@ -219,13 +212,20 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
         row[r] = a + rows[done + r] * lda;
         for (int u = 0; u < in_panel; ++u) ahead(rows[done + r], p * w.wide() + u);
       }
-      tile_for<A>(vectors, here)(row, panel, w.K, out);
+      if (pair) {
+        vectors == 4 ? tile_pair<A, 4>(row[0], panel, w.panel(p + 1), w.K, out)
+                     : tile_pair<A, 3>(row[0], panel, w.panel(p + 1), w.K, out);
+      } else {
+        tile_for<A>(vectors, here)(row, panel, w.K, out);
+      }
+      const int units = pair ? 2 * in_panel : in_panel;
       for (int r = 0; r < here; ++r) {
-        for (int u = 0; u < in_panel; ++u) {
+        for (int u = 0; u < units; ++u) {
           use(rows[done + r], p * w.wide() + u, out + (r * vectors + u * gates) * L);
         }
       }
       done += here;
     }
+    if (pair) ++p;
   }
 }

@@ -28,7 +28,7 @@ class Meeting {
 
   // `mine`: how many parts the calling thread stands for.
   void wait(int64_t mine) {
-    if (mine == parts_) return;
+    if (mine >= parts_) return;  // parts of rows never meet, however many one call is given
     const int64_t turn = turn_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(mine, std::memory_order_acq_rel) + mine == parts_) {
       arrived_.store(0, std::memory_order_relaxed);
