@@ -44,18 +44,18 @@ def rnn(
         input,
         hx,
         weights,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        proj_size=0,
-        lengths=lengths,
-        reset=reset,
-        reset_state=reset_state,
-        return_all_states=return_all_states,
-        backend=backend,
-        recompute=recompute,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        training,
+        0,
+        lengths,
+        reset,
+        reset_state,
+        return_all_states,
+        backend,
+        recompute,
     )
 
 
@@ -113,18 +113,18 @@ def lstm(
         input,
         hx,
         weights,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        proj_size=proj_size,
-        lengths=lengths,
-        reset=reset,
-        reset_state=reset_state,
-        return_all_states=return_all_states,
-        backend=backend,
-        recompute=recompute,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        training,
+        proj_size,
+        lengths,
+        reset,
+        reset_state,
+        return_all_states,
+        backend,
+        recompute,
     )
 
 
@@ -155,18 +155,18 @@ def gru(
         input,
         hx,
         weights,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        proj_size=0,
-        lengths=lengths,
-        reset=reset,
-        reset_state=reset_state,
-        return_all_states=return_all_states,
-        backend=backend,
-        recompute=recompute,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        training,
+        0,
+        lengths,
+        reset,
+        reset_state,
+        return_all_states,
+        backend,
+        recompute,
     )
 
 
@@ -198,13 +198,16 @@ def gru_cell(
 
 
 def _nonlinearity(name: str) -> str:
-    if name not in ("tanh", "relu"):
-        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {name!r}")
-    return f"rnn_{name}"
+    if name == "tanh":
+        return "rnn_tanh"
+    if name == "relu":
+        return "rnn_relu"
+    raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {name!r}")
 
 
 def _gru(reset_after: bool) -> str:
-    checks.expect_bool(reset_after, "reset_after")
+    if reset_after is not True:
+        checks.expect_bool(reset_after, "reset_after")
     return "gru" if reset_after else "gru_reset_before"
 
 
@@ -213,7 +216,6 @@ def _stack(
     input: Tensor | PackedSequence,
     hx: Any,
     weights: Sequence[Tensor],
-    *,
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
@@ -242,10 +244,11 @@ def _stack(
     sizes = (layout.dims, packed, data.shape[-1], layout.steps, layout.rows)
     h_0, c_0 = checks.states_of(kind, hx, "hx")
     checks.sequence(cell, *sizes, (h_0, c_0), weights, num_layers, directions, proj_size)
-    h_r, c_r = checks.states_of(kind, reset_state, "reset_state")
-    if return_all_states is not True:
+    h_r = c_r = None
+    if return_all_states is not False:
         checks.expect_bool(return_all_states, "return_all_states")
     if reset_state is not None:
+        h_r, c_r = checks.states_of(kind, reset_state, "reset_state")
         checks.sequence(cell, *sizes, (h_r, c_r), weights, num_layers, directions, proj_size, "reset_state")
     if lengths is not None:
         if packed:
@@ -253,8 +256,9 @@ def _stack(
         if layout.dims == 2 and isinstance(lengths, Tensor) and lengths.dim() == 0:
             lengths = lengths[None]
     marks = None if reset is None else layout.marks(reset)
-    starts = [layout.rows_in(v) for v in (h_0, c_0)]
-    resets = [layout.rows_in(v) for v in (h_r, c_r)]
+    if layout.dims == 2:
+        h_0, c_0, h_r, c_r = (layout.rows_in(v) for v in (h_0, c_0, h_r, c_r))
+    lengths = lengths if layout.lengths is None else layout.lengths
 
     drops = dropout > 0 and training and num_layers > 1
     if drops:
@@ -265,17 +269,18 @@ def _stack(
         outputs = []
         for d in range(directions):
             i = k * directions + d
-            h, c = (None if v is None else v[i] for v in starts)
-            again = [v[i] for v in resets if v is not None]
+            again = None
+            if h_r is not None:
+                again = h_r[i] if c_r is None else (h_r[i], c_r[i])
             y, h_n, c_n, c_all = ops.layer(
                 cell,
                 x,
-                h,
-                c,
+                None if h_0 is None else h_0[i],
+                None if c_0 is None else c_0[i],
                 pieces[i],
-                lengths=lengths if layout.lengths is None else layout.lengths,
+                lengths=lengths,
                 reset=marks,
-                reset_state=None if not again else tuple(again) if kind.has_c else again[0],
+                reset_state=again,
                 reverse=d == 1,
                 all_states=return_all_states,
                 recompute=recompute,
@@ -289,10 +294,17 @@ def _stack(
         if drops and k < num_layers - 1:
             x = layout.dropout(x, dropout)
 
-    result = [layout.output(x), _pair(kind.has_c, finals, layout.rows_out)]
+    output = layout.output(x)
+    if len(finals) == 1:  # nobody else holds these, so they need not be copied
+        h_n, c_n = finals[0]
+        states: Any = layout.rows_out(h_n[None])
+        if c_n is not None:
+            states = states, layout.rows_out(c_n[None])
+    else:
+        states = _pair(kind.has_c, finals, layout.rows_out)
     if return_all_states:
-        result.append(_pair(kind.has_c, everything, layout.all_states))
-    return tuple(result)
+        return output, states, _pair(kind.has_c, everything, layout.all_states)
+    return output, states
 
 
 def _pair(has_c: bool, parts: list[tuple[Tensor, Tensor | None]], restore: Any) -> State:
