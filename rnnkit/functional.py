@@ -39,8 +39,8 @@ def rnn(
     recompute: bool = False,
 ) -> Any:
     """Vanilla RNN, tanh or relu. Arguments, results and errors as for `lstm`, with h alone for a state."""
-    return _stack(
-        _nonlinearity(nonlinearity),
+    return stack(
+        rnn_named(nonlinearity),
         input,
         hx,
         weights,
@@ -108,7 +108,7 @@ def lstm(
         ValueError: sizes, ranks, values. TypeError: types, dtypes. NotImplementedError: a named backend that cannot
             run this problem, with its reasons.
     """
-    return _stack(
+    return stack(
         "lstm",
         input,
         hx,
@@ -150,8 +150,8 @@ def gru(
 
     Arguments, results and errors as for `lstm`, with h alone for a state.
     """
-    return _stack(
-        _gru(reset_after),
+    return stack(
+        gru_named(reset_after),
         input,
         hx,
         weights,
@@ -179,25 +179,33 @@ def rnn_cell(
     backend: str = "auto",
 ) -> Tensor:
     """One step of a vanilla RNN: input [B, I], hx [B, H] or None, weights w_ih, w_hh[, b_ih, b_hh] -> [B, H]."""
-    return ops.step(_nonlinearity(nonlinearity), input, hx, None, weights, backend=backend)[0]
+    return step(rnn_named(nonlinearity), input, hx, weights, backend)
 
 
 def lstm_cell(
     input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM: input [B, I], hx (h [B, H], c [B, H]) or None -> h, c."""
-    h, c = checks.states_of(CELLS["lstm"], hx, "hx")
-    return ops.step("lstm", input, h, c, weights, backend=backend)  # type: ignore[return-value]
+    return step("lstm", input, hx, weights, backend)
 
 
 def gru_cell(
     input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *, reset_after: bool = True, backend: str = "auto"
 ) -> Tensor:
     """One step of a GRU: input [B, I], hx [B, H] or None -> [B, H]."""
-    return ops.step(_gru(reset_after), input, hx, None, weights, backend=backend)[0]
+    return step(gru_named(reset_after), input, hx, weights, backend)
 
 
-def _nonlinearity(name: str) -> str:
+def step(cell: str, input: Tensor, hx: Any, weights: Sequence[Tensor], backend: str) -> Any:
+    """What `lstm_cell`, `gru_cell` and `rnn_cell` have in common, the cell by its name, for the modules."""
+    if cell == "lstm":
+        h, c = checks.states_of(CELLS[cell], hx, "hx")
+        return ops.step(cell, input, h, c, weights, backend=backend)
+    return ops.step(cell, input, hx, None, weights, backend=backend)[0]
+
+
+def rnn_named(name: str) -> str:
+    """The cell of this nonlinearity."""
     if name == "tanh":
         return "rnn_tanh"
     if name == "relu":
@@ -205,13 +213,14 @@ def _nonlinearity(name: str) -> str:
     raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {name!r}")
 
 
-def _gru(reset_after: bool) -> str:
+def gru_named(reset_after: bool) -> str:
+    """The cell with the reset gate after the product, or before it."""
     if reset_after is not True:
         checks.expect_bool(reset_after, "reset_after")
     return "gru" if reset_after else "gru_reset_before"
 
 
-def _stack(
+def stack(
     cell: str,
     input: Tensor | PackedSequence,
     hx: Any,
@@ -229,16 +238,19 @@ def _stack(
     backend: str,
     recompute: bool,
 ) -> Any:
+    """What `lstm`, `gru` and `rnn` have in common: the cell by its name, every argument by place. For the modules."""
     kind = CELLS[cell]
     directions = 2 if bidirectional else 1
     checks.probability(dropout)
     pieces = checks.stack(cell, weights, num_layers, directions, proj_size)
-    packed = isinstance(input, PackedSequence)
-    data: Tensor = input.data if isinstance(input, PackedSequence) else input
-    checks.expect_tensor(data, "input", "[T, B, I]")
-    if data.dim() != 2 and (packed or data.dim() != 3):
+    packed = type(input) is not Tensor and isinstance(input, PackedSequence)
+    data: Tensor = input.data if packed else input  # type: ignore[assignment]
+    if not isinstance(data, Tensor):
+        checks.expect_tensor(data, "input", "[T, B, I]")
+    dims = data.dim()
+    if dims != 2 and (packed or dims != 3):
         expected = "2 dimensions of data in a PackedSequence" if packed else "2 or 3 dimensions"
-        raise checks.BadValue(f"input must have {expected}, got {data.dim()}: {list(data.shape)}")
+        raise checks.BadValue(f"input must have {expected}, got {dims}: {list(data.shape)}")
 
     layout = Layout(input, batch_first)
     sizes = (layout.dims, packed, data.shape[-1], layout.steps, layout.rows)

@@ -20,7 +20,7 @@ class Layout:
         self.packed = False
         self.lengths: Tensor | None = None
         self.index: Tensor | None = None
-        if isinstance(input, PackedSequence):
+        if type(input) is not Tensor and isinstance(input, PackedSequence):
             self.packed = True
             self.source = input
             sizes = input.batch_sizes

@@ -114,14 +114,14 @@ def _quick_step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, Tensor | None] | None:
     """`step` without gradients the quick way; None where there is none."""
-    if not _quick(cell, x, h, c, weights) or x.dim() != 2 or _wants_grad((x, h, c, *weights)):
+    found = _quick(cell, 2, x, h, c, weights, _FORWARD, backend)
+    if found is None or found[1]:
         return None
-    known = _known(cell, (1, *x.shape), x.dtype, weights, _FORWARD, backend, False)
-    run = getattr(known, "step", None)
+    run = getattr(found[0], "step", None)
     if run is None:
         return None
     try:
-        return run(cell, x, h, c, *weights, *_MISSING[len(weights) :])
+        return run(cell, x, h, c, *found[2])
     except RuntimeError:
         return None
 
@@ -130,56 +130,62 @@ def _quick_layer(
     cell: str, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], reverse: bool, backend: str
 ) -> Outputs | None:
     """`layer` without lengths, resets and options the quick way; None where there is none."""
-    if not _quick(cell, x, h_0, c_0, weights) or x.dim() != 3 or type(reverse) is not bool:
+    o = _REVERSE if reverse is True else _FORWARD
+    found = _quick(cell, 3, x, h_0, c_0, weights, o, backend) if o.reverse is reverse else None
+    if found is None or not getattr(found[0], "takes_none_states", False):
         return None
-    o = _REVERSE if reverse else _FORWARD
-    train = _wants_grad((x, h_0, c_0, *weights))
-    known = _known(cell, x.shape, x.dtype, weights, o, backend, train)
-    if known is None or not getattr(known, "takes_none_states", False):
-        return None
+    known, train, four = found
     try:
-        return _direct(cell, known, Tensors(x, h_0, c_0, *weights, *_MISSING[len(weights) :]), o, train)  # type: ignore[arg-type]
+        return _direct(cell, known, Tensors(x, h_0, c_0, *four), o, train)  # type: ignore[arg-type]
     except RuntimeError:
         return None
 
 
-def _quick(cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]) -> bool:
-    """What no operator sees for itself."""
-    if type(weights) not in (list, tuple) or len(weights) not in (2, 4) or not checks.plain(h, c, *weights):
-        return False
-    for w in weights:
-        if w is None:
-            return False
-    return type(x) is Tensor and x.is_cpu and weights[1].dim() == 2 and (c is None or cell == "lstm")
-
-
-def _known(
+def _quick(
     cell: str,
-    sizes: Sequence[int],
-    dtype: torch.dtype,
+    dims: int,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
     weights: Sequence[Tensor],
     o: Options,
     backend: str,
-    train: bool,
-) -> Backend | None:
-    """The backend found for the same problem before; here are its facts, in `Problem`'s order."""
-    hidden, biased = weights[1].shape[1], len(weights) == 4
-    return recall(backend, (cell, "cpu", dtype, *sizes, hidden, 0, biased, False, False, False, *o, train))
+) -> tuple[Backend, bool, Sequence[Tensor | None]] | None:
+    """The backend that an earlier call with the same facts came to, whether a gradient is wanted, and w_ih, w_hh, b_ih,
+    b_hh. None where the call is not plain, there was no such call, or no operator would see what is wrong."""
+    if type(weights) is not list and type(weights) is not tuple:
+        return None
+    four = weights if len(weights) == 4 else (*weights, None, None)
+    if (
+        len(four) != 4
+        or four[0] is None
+        or four[1] is None
+        or (four is weights and (four[2] is None or four[3] is None))
+    ):
+        return None
+    if type(x) is not Tensor or x.dim() != dims or not checks.plain(h, c, *weights) or not x.is_cpu:
+        return None
+    w_hh = weights[1]
+    if w_hh.dim() != 2 or (c is not None and cell != "lstm"):
+        return None
+    train = _grad() and _any_grad((x, h, c, *weights))
+    sizes = x.shape if dims == 3 else (1, *x.shape)
+    known = recall(
+        backend,  # and what `Problem` holds
+        (cell, "cpu", x.dtype, *sizes, w_hh.shape[1], 0, four is weights, False, False, False, *o, train),
+    )
+    return None if known is None else (known, train, four)
 
 
-def _wants_grad(tensors: Iterable[Tensor | None]) -> bool:
-    if _grad():
-        for v in tensors:
-            if v is not None and v.requires_grad:
-                return True
-    return False
+def _any_grad(tensors: Iterable[Tensor | None]) -> bool:
+    return any(v is not None and v.requires_grad for v in tensors)
 
 
 def _layer(
     cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if checks.plain(*t) and not t.x.is_meta:
-        train = _wants_grad(t)
+        train = _grad() and _any_grad(t)
         chosen = choose(backend, describe(cell, t, o, train=train))
         return _direct(cell, chosen, t, o, train)
     t = t.filled(CELLS[cell].has_c)
@@ -192,7 +198,7 @@ def _layer(
 
 def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Where the call is not plain, or was not before autocast had its way."""
-    train = _wants_grad(t)
+    train = _grad() and _any_grad(t)
     chosen = resolve(backend, describe(cell, t, o, train=train))
     compiling = torch.compiler.is_compiling()
     onnx = compiling and torch.onnx.is_in_onnx_export()
