@@ -306,8 +306,8 @@ def stack(
         if drops and k < num_layers - 1:
             x = layout.dropout(x, dropout)
 
-    output = layout.output(x)
-    if len(finals) == 1:  # nobody else holds these, so they need not be copied
+    untracked = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    if untracked and len(finals) == 1:  # h_n[None] is no view to autograd there, which detach_() would refuse
         h_n, c_n = finals[0]
         states: Any = layout.rows_out(h_n[None])
         if c_n is not None:
@@ -315,8 +315,8 @@ def stack(
     else:
         states = _pair(kind.has_c, finals, layout.rows_out)
     if return_all_states:
-        return output, states, _pair(kind.has_c, everything, layout.all_states)
-    return output, states
+        return layout.output(x), states, _pair(kind.has_c, everything, layout.all_states)
+    return layout.output(x), states
 
 
 def _pair(has_c: bool, parts: list[tuple[Tensor, Tensor | None]], restore: Any) -> State:
