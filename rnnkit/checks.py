@@ -51,16 +51,15 @@ _compiling = torch.compiler.is_compiling
 _tracing = torch._C._is_tracing
 _transforming = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
-_autocasting = torch._C._is_any_autocast_enabled
 
 
 def plain(*given: Tensor | None) -> bool:
     """Whether a call with these tensors is an ordinary eager one, which a backend's operators may take directly.
 
-    Not while torch compiles, exports or traces; not under autocast, a functorch transform, forward mode or a dispatch
-    mode; not for subclasses of Tensor.
+    Not while torch compiles, exports or traces; not under a functorch transform, forward mode or a dispatch mode; not
+    for subclasses of Tensor. Autocast is the caller's to ask for.
     """
-    if _compiling() or _tracing() or _transforming() or _modes() or forward_ad._current_level >= 0 or _autocasting():
+    if _compiling() or _tracing() or _transforming() or _modes() or forward_ad._current_level >= 0:
         return False
     for v in given:  # noqa: SIM110 (a loop costs half of what all() does)
         if type(v) is not Tensor and type(v) is not Parameter and v is not None:

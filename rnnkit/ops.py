@@ -34,6 +34,7 @@ from .registry import run_backward, run_forward, second_backward, states_of
 
 _transforming = torch._C._are_functorch_transforms_active
 _grad = torch.is_grad_enabled
+_autocast = torch._C._is_any_autocast_enabled  # for any type of device
 _FORWARD, _REVERSE = Options(), Options(reverse=True)
 _MISSING = (None,) * 4  # what is left out at the end of four weights or four outputs
 _BARE = 7  # what the simplest layer has of `Tensors`: x to b_hh
@@ -85,7 +86,7 @@ def layer(
         ValueError: sizes, ranks, values. TypeError: types and dtypes. NotImplementedError: a named backend that
             cannot run this problem, with its reasons.
     """
-    if lengths is reset is reset_state is None and all_states is recompute is False:
+    if lengths is None and reset is None and reset_state is None and all_states is False and recompute is False:
         quick = _quick_layer(cell, x, h_0, c_0, weights, reverse, backend)
         if quick is not None:
             return quick
@@ -155,15 +156,13 @@ def _quick(
     b_hh. None where the call is not plain, there was no such call, or no operator would see what is wrong."""
     if type(weights) is not list and type(weights) is not tuple:
         return None
-    four = weights if len(weights) == 4 else (*weights, None, None)
-    if (
-        len(four) != 4
-        or four[0] is None
-        or four[1] is None
-        or (four is weights and (four[2] is None or four[3] is None))
-    ):
+    if len(weights) != 4 and len(weights) != 2:
         return None
-    if type(x) is not Tensor or x.dim() != dims or not checks.plain(h, c, *weights) or not x.is_cpu:
+    for w in weights:
+        if w is None:
+            return None
+    four = weights if len(weights) == 4 else (*weights, None, None)
+    if type(x) is not Tensor or x.dim() != dims or not checks.plain(h, c, *weights) or not x.is_cpu or _autocast():
         return None
     w_hh = weights[1]
     if w_hh.dim() != 2 or (c is not None and cell != "lstm"):
@@ -184,7 +183,7 @@ def _any_grad(tensors: Iterable[Tensor | None]) -> bool:
 def _layer(
     cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    if checks.plain(*t) and not t.x.is_meta:
+    if checks.plain(*t) and not t.x.is_meta and not _autocast():
         train = _grad() and _any_grad(t)
         chosen = choose(backend, describe(cell, t, o, train=train))
         return _direct(cell, chosen, t, o, train)

@@ -172,6 +172,7 @@ def test_arguments_of_the_functions_say_the_same(engine, monkeypatch):
         lambda: ops.step("gru", GOOD, h, None, []),
         lambda: ops.step("gru", GOOD, h, None, [None, *gru[1:]]),
         lambda: ops.step("gru", GOOD, h, None, [*gru, gru[0]]),
+        lambda: ops.step("gru", GOOD, h, None, [gru[0], gru[2], *gru[2:]]),
         lambda: ops.step("gru", GOOD, h, None, [0, *gru[1:]]),
         lambda: ops.step("elman", GOOD, h, None, gru),
         lambda: ops.step("gru", GOOD, h, None, gru, backend="gpu"),
@@ -342,9 +343,21 @@ class Opaque(nn.Parameter):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
 
+def test_autocast_of_another_device_changes_no_path(engine):
+    layer, x = rnnkit.GRU(I, H), torch.randn(T, B, I)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        y, _ = layer(x)
+        hx = rnnkit.GRUCell(I, H)(x[0])
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert type(y.grad_fn) is type(layer(x)[0].grad_fn) and y.dtype == hx.dtype == torch.float32
+
+
 def test_subclasses_and_modes_do_not_go_the_quick_way(engine):
     cell, x, h = rnnkit.GRUCell(I, H), torch.randn(B, I), torch.randn(B, H)
     layer, xs = rnnkit.GRU(I, H), torch.randn(T, B, I)
+    before = rnnkit.GRUCell(I, H, reset_after=False)
 
     def quick(call: Callable[[], Any]) -> bool:
         engine.went.clear()
@@ -356,7 +369,7 @@ def test_subclasses_and_modes_do_not_go_the_quick_way(engine):
         return not asked
 
     with torch.no_grad():
-        for call in (lambda: cell(x, h), lambda: layer(xs)):
+        for call in (lambda: cell(x, h), lambda: layer(xs), lambda: before(x, h)):
             call()
             assert quick(call)
         assert not quick(lambda: cell(x.as_subclass(Sub), h))
@@ -370,7 +383,8 @@ def test_subclasses_and_modes_do_not_go_the_quick_way(engine):
         with forward_ad.dual_level():
             assert not quick(lambda: cell(x, h)) and not quick(lambda: layer(xs))
         engine.went.clear()
-        torch.jit.trace(cell, (x, h), check_trace=False)
+        for traced in (cell, before):
+            torch.jit.trace(traced, (x, h), check_trace=False)
         torch.compile(cell, backend="eager", fullgraph=True)(x, h)
         assert "step" not in engine.went
         assert quick(lambda: cell(x, h)) and engine.went == ["step"]

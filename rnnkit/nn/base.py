@@ -185,7 +185,8 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
         return_all_states: bool,
     ) -> Any:
         weights = self._weights(self._flat_weights_names)
-        if not usual(input, hx, weights[0]) or lengths is not None or reset is not None or reset_state is not None:
+        bare = lengths is None and reset is None and reset_state is None and return_all_states is False
+        if not (bare and usual(input, hx, weights[0])):
             extras = {"lengths": lengths, "reset": reset, "reset_state": reset_state}
             leaf = self._leaf(input, hx, **extras, return_all_states=return_all_states)
             if leaf is not None:
