@@ -9,6 +9,8 @@ from .backends.problem import Tensors
 
 def autocasting(device: str) -> bool:
     """Whether autocast is on for this type of device; torch itself raises for one that cannot have it (meta)."""
+    if not torch._C._is_any_autocast_enabled():  # the one question that a call outside of autocast pays for
+        return False
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

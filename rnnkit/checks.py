@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .autocast import autocasting
 from .backends import Options, Tensors
@@ -44,6 +46,27 @@ def visible(v: Tensor) -> bool:
     return type(v) is Tensor and v.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0
 
 
+# Bound once: together these questions must cost less than a microsecond.
+_compiling = torch.compiler.is_compiling
+_tracing = torch._C._is_tracing
+_transforming = torch._C._are_functorch_transforms_active
+_modes = torch._C._len_torch_dispatch_stack
+
+
+def plain(*given: Tensor | None) -> bool:
+    """Whether a call with these tensors is an ordinary eager one, which a backend's operators may take directly.
+
+    Not while torch compiles, exports or traces; not under a functorch transform, forward mode or a dispatch mode; not
+    for subclasses of Tensor. Autocast is the caller's to ask for.
+    """
+    if _compiling() or _tracing() or _transforming() or _modes() or forward_ad._current_level >= 0:
+        return False
+    for v in given:  # noqa: SIM110 (a loop costs half of what all() does)
+        if type(v) is not Tensor and type(v) is not Parameter and v is not None:
+            return False
+    return True
+
+
 def expect_tensor(v: object, name: str, form: str) -> None:
     if not isinstance(v, Tensor):
         raise BadType(f"{name} must be a tensor {form}, got {type(v).__name__}")
@@ -66,7 +89,7 @@ def expect_shape(v: object, name: str, form: str, wanted: tuple[int, ...], kind:
         raise (BadType if issubclass(kind, BadInput) else TypeError)(
             f"{name} must be a tensor {form}, got {type(v).__name__}"
         )
-    if tuple(v.shape) != wanted:
+    if v.shape != wanted:
         raise kind(f"{name} must be {form} = {list(wanted)}, got {shape(v)}")
 
 
@@ -125,16 +148,16 @@ def states_of(cell: Cell, state: object, name: str) -> tuple[Tensor | None, Tens
         return None, None
     bad: type[Exception] = BadType if name == "hx" else TypeError
     if not cell.has_c:
-        if not isinstance(state, Tensor):
-            raise bad(f"{name} must be one tensor for {cell.name}, got {type(state).__name__}")
-        return state, None
-    if not isinstance(state, tuple | list) or len(state) != 2:
+        if isinstance(state, Tensor):
+            return state, None
+        raise bad(f"{name} must be one tensor for {cell.name}, got {type(state).__name__}")
+    if (type(state) is not tuple and not isinstance(state, tuple | list)) or len(state) != 2:
         got = f"{len(state)} items" if isinstance(state, tuple | list) else type(state).__name__
         raise bad(f"{name} must be a pair (h, c) for {cell.name}, got {got}")
     h, c = state
-    for k, v in enumerate((h, c)):
-        if not isinstance(v, Tensor):
-            raise bad(f"{name}[{k}] must be a tensor, got {type(v).__name__}")
+    if not (isinstance(h, Tensor) and isinstance(c, Tensor)):
+        k = int(isinstance(h, Tensor))
+        raise bad(f"{name}[{k}] must be a tensor, got {type(state[k]).__name__}")
     return h, c
 
 
@@ -147,7 +170,8 @@ def _weights(cell: Cell, weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]
         most = "2 or 4 weights (3 or 5 with a projection)" if cell.has_c else "2 or 4 weights"
         raise BadValue(f"a layer of {cell.name} has {most}: w_ih, w_hh[, b_ih, b_hh]; got {n}")
     for k, w in enumerate(weights):
-        expect_tensor(w, f"weight {k} of {cell.name}", "")
+        if not isinstance(w, Tensor):
+            expect_tensor(w, f"weight {k} of {cell.name}", "")
     w_ih, w_hh, *others = weights
     w_hr = others.pop() if n in (3, 5) else None
     b_ih, b_hh = others or (None, None)
@@ -155,14 +179,15 @@ def _weights(cell: Cell, weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]
         raise BadValue(
             f"w_ih must be [{cell.gates}·H, I] and w_hh [{cell.gates}·H, H], got {shape(w_ih)} and {shape(w_hh)}"
         )
-    rows = w_hh.shape[0]
+    rows, size = w_hh.shape
     hidden = rows // cell.gates
-    expect_shape(w_ih, "w_ih", f"[{cell.gates}·H, I]", (rows, w_ih.shape[1]))
+    if w_ih.shape[0] != rows:
+        expect_shape(w_ih, "w_ih", f"[{cell.gates}·H, I]", (rows, w_ih.shape[1]))
     if w_hr is not None:
-        expect_shape(w_hr, "w_hr", "[P, H]", (w_hh.shape[1], hidden))
-    else:
+        expect_shape(w_hr, "w_hr", "[P, H]", (size, hidden))
+    elif size != hidden:
         expect_shape(w_hh, "w_hh", f"[{cell.gates}·H, H]", (rows, hidden))
-    if b_ih is not None and b_hh is not None:
+    if b_ih is not None and b_hh is not None and not (b_ih.shape == b_hh.shape == (rows,)):
         expect_shape(b_ih, "b_ih", f"[{cell.gates}·H]", (rows,))
         expect_shape(b_hh, "b_hh", f"[{cell.gates}·H]", (rows,))
     return w_ih, w_hh, b_ih, b_hh, w_hr
@@ -181,10 +206,11 @@ def layer(
     all_states: bool = False,
     recompute: bool = False,
 ) -> tuple[Tensors, Options]:
-    """The arguments of `ops.layer`, checked, with zeros for missing initial states."""
+    """The arguments of `ops.layer`, checked. Missing initial states stay None; `Tensors.filled` makes them zeros."""
     kind = cell_named(cell)
-    for name, value in (("reverse", reverse), ("all_states", all_states), ("recompute", recompute)):
-        expect_bool(value, name)
+    expect_bool(reverse, "reverse")
+    expect_bool(all_states, "all_states")
+    expect_bool(recompute, "recompute")
     expect_tensor(x, "x", "[T, B, I]")
     if x.dim() != 3:
         raise BadValue(f"x must be [T, B, I], got {x.dim()} dimensions: {shape(x)}")
@@ -212,28 +238,26 @@ def layer(
             expect_shape(c_r, "reset_state[1]", "[B, H]", (rows, hidden), ValueError)
     if reset is not None:
         reset = reset_of(reset, steps, rows, x.device)
-    _same(x, dict(w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, h_0=h_0, c_0=c_0))
-    _same(x, {"reset_state": h_r, "reset_state[1]": c_r})
-    if h_0 is None:
-        h_0 = x.new_zeros((rows, size))
-    if c_0 is None and kind.has_c:
-        c_0 = x.new_zeros((rows, hidden))
-    t = Tensors(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r)
+    _same(x, _NAMES, (w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_r, c_r))
+    t = Tensors(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r)  # type: ignore[arg-type]
     return t, Options(reverse, all_states, recompute)
 
 
-def _same(x: Tensor, others: dict[str, Tensor | None]) -> None:
-    """One floating dtype (any under autocast) and one device."""
-    if not x.is_floating_point():
-        raise BadType(f"x must be of a floating dtype, got {x.dtype}; pass x.to({others['w_ih'].dtype})")  # type: ignore[union-attr]
-    mixed = autocasting(x.device.type)
-    for name, v in others.items():
+_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0", "reset_state", "reset_state[1]")
+
+
+def _same(x: Tensor, names: Sequence[str], others: Sequence[Tensor | None]) -> None:
+    """One floating dtype (any under autocast) and one device. `names` are those of `others`, w_ih first."""
+    dtype, device = x.dtype, x.device
+    if not dtype.is_floating_point:
+        raise BadType(f"x must be of a floating dtype, got {dtype}; pass x.to({others[0].dtype})")  # type: ignore[union-attr]
+    for name, v in zip(names, others, strict=True):
         if v is None:
             continue
-        if v.device != x.device:
-            raise BadDevice(f"x is on {x.device} and {name} on {v.device}; move one of them")
-        if v.dtype != x.dtype and not mixed:
-            raise BadType(f"x is {x.dtype} and {name} {v.dtype}; convert one of them, or use torch.autocast")
+        if v.device != device:
+            raise BadDevice(f"x is on {device} and {name} on {v.device}; move one of them")
+        if v.dtype != dtype and not autocasting(device.type):
+            raise BadType(f"x is {dtype} and {name} {v.dtype}; convert one of them, or use torch.autocast")
 
 
 def sequence(
@@ -252,33 +276,42 @@ def sequence(
 ) -> None:
     """Sizes of a stack's input and of a state in hx's form (`name`), as the caller laid them out."""
     kind = cell_named(cell)
-    hidden = weights[0].shape[0] // kind.gates
+    width, wants = weights[0].shape
+    hidden = width // kind.gates
     own = name == "hx"
     if own and not packed and steps == 0:
         raise BadValue("the sequence must have at least one step, got T = 0")
-    if own and features != weights[0].shape[1]:
-        raise BadValue(f"input must have input_size = {weights[0].shape[1]} features, got {features}")
+    if own and features != wants:
+        raise BadValue(f"input must have input_size = {wants} features, got {features}")
     count = layers * directions
     batched = packed or dims == 3
-    forms = ("[L·D, B, P]" if proj_size else "[L·D, B, H]", "[L·D, B, H]")
-    for k, (v, size) in enumerate(zip(hx, (proj_size or hidden, hidden), strict=True)):
+    for k, v in enumerate(hx):
         if v is None:
             continue
-        label = f"{name}[{k}]" if kind.has_c else name
-        form = forms[k] if batched else forms[k].replace(" B,", "")
-        expect_shape(v, label, form, (count, rows, size) if batched else (count, size), BadValue if own else ValueError)
+        size = hidden if k else proj_size or hidden
+        wanted = (count, rows, size) if batched else (count, size)
+        if v.shape != wanted:
+            label = f"{name}[{k}]" if kind.has_c else name
+            form = "[L·D, B, P]" if proj_size and k == 0 else "[L·D, B, H]"
+            form = form if batched else form.replace(" B,", "")
+            expect_shape(v, label, form, wanted, BadValue if own else ValueError)
+
+
+def _expect_count(value: object, name: str, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, proj_size: int) -> list[Sequence[Tensor]]:
     """The flat list of weights, cut into one piece for each layer and direction."""
     kind = cell_named(cell)
-    if not isinstance(weights, list | tuple):
+    if type(weights) is not list and not isinstance(weights, list | tuple):
         raise TypeError(f"weights must be a list of tensors, got {type(weights).__name__}")
-    for name, value, least in (("num_layers", layers, 1), ("proj_size", proj_size, 0)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if type(layers) is not int or type(proj_size) is not int or layers < 1 or proj_size < 0:
+        _expect_count(layers, "num_layers", 1)
+        _expect_count(proj_size, "proj_size", 0)
     count = layers * directions
     each, rest = divmod(len(weights), count)
     expected = (3, 5) if proj_size else (2, 4)
@@ -288,18 +321,18 @@ def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, pr
             f"{count * expected[0]} weights, or {count * expected[1]} with biases; got {len(weights)}"
         )
     for k, w in enumerate(weights):
-        if not isinstance(w, Tensor):
+        if type(w) is not Parameter and not isinstance(w, Tensor):
             raise TypeError(f"weights[{k}] must be a tensor, got {type(w).__name__}")
     if weights[0].dim() != 2:
         raise ValueError(f"weights[0] must be w_ih [{kind.gates}·H, I], got {shape(weights[0])}")
     if proj_size and weights[each - 1].shape[:1] != (proj_size,):
         got = shape(weights[each - 1])
         raise ValueError(f"weights[{each - 1}] must be w_hr [P, H] with P = proj_size = {proj_size}, got {got}")
-    return [weights[k * each : (k + 1) * each] for k in range(count)]
+    return [weights] if count == 1 else [weights[k * each : (k + 1) * each] for k in range(count)]
 
 
 def probability(p: object) -> None:
-    if not isinstance(p, int | float) or isinstance(p, bool):
+    if (type(p) is not float and not isinstance(p, int | float)) or isinstance(p, bool):
         raise TypeError(f"dropout must be a number, got {p!r}")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout must lie in [0, 1], got {p}")
@@ -312,16 +345,16 @@ def weights_before_dropout(cell: str, x: Tensor, pieces: Sequence[Sequence[Tenso
         assert w_ih is not None and w_hh is not None  # two weights at least, checked above
         width = x.shape[-1] if k < directions else directions * w_hh.shape[1]
         expect_shape(w_ih, f"w_ih of layer {k // directions}", "[G·H, I]", (w_ih.shape[0], width))
-        _same(x, dict(w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr))
+        _same(x, _NAMES[:5], (w_ih, w_hh, b_ih, b_hh, w_hr))
 
 
 def cell_rows(input: object, hx: object, name: str) -> tuple[Tensor, object]:
-    """A cell's input and state with a batch dimension: [I] -> [1, I]."""
-    if not isinstance(input, Tensor) or input.dim() not in (1, 2):
+    """A cell's unbatched input [I] and state with a batch dimension of 1. A batched input does not come here."""
+    if not isinstance(input, Tensor) or input.dim() != 1:
         got = f"{input.dim()} dimensions" if isinstance(input, Tensor) else type(input).__name__
         raise BadValue(f"{name}: input must be a tensor [B, I] or [I], got {got}")
-    if input.dim() == 2 or hx is None:
-        return input if input.dim() == 2 else input.unsqueeze(0), hx
+    if hx is None:
+        return input.unsqueeze(0), None
     pair: list[Any] = list(hx) if isinstance(hx, tuple | list) else [hx]
     for v in pair:
         if not isinstance(v, Tensor) or v.dim() != 1:

@@ -39,23 +39,23 @@ def rnn(
     recompute: bool = False,
 ) -> Any:
     """Vanilla RNN, tanh or relu. Arguments, results and errors as for `lstm`, with h alone for a state."""
-    return _stack(
-        _nonlinearity(nonlinearity),
+    return stack(
+        rnn_named(nonlinearity),
         input,
         hx,
         weights,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        proj_size=0,
-        lengths=lengths,
-        reset=reset,
-        reset_state=reset_state,
-        return_all_states=return_all_states,
-        backend=backend,
-        recompute=recompute,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        training,
+        0,
+        lengths,
+        reset,
+        reset_state,
+        return_all_states,
+        backend,
+        recompute,
     )
 
 
@@ -108,23 +108,23 @@ def lstm(
         ValueError: sizes, ranks, values. TypeError: types, dtypes. NotImplementedError: a named backend that cannot
             run this problem, with its reasons.
     """
-    return _stack(
+    return stack(
         "lstm",
         input,
         hx,
         weights,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        proj_size=proj_size,
-        lengths=lengths,
-        reset=reset,
-        reset_state=reset_state,
-        return_all_states=return_all_states,
-        backend=backend,
-        recompute=recompute,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        training,
+        proj_size,
+        lengths,
+        reset,
+        reset_state,
+        return_all_states,
+        backend,
+        recompute,
     )
 
 
@@ -150,23 +150,23 @@ def gru(
 
     Arguments, results and errors as for `lstm`, with h alone for a state.
     """
-    return _stack(
-        _gru(reset_after),
+    return stack(
+        gru_named(reset_after),
         input,
         hx,
         weights,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        proj_size=0,
-        lengths=lengths,
-        reset=reset,
-        reset_state=reset_state,
-        return_all_states=return_all_states,
-        backend=backend,
-        recompute=recompute,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        training,
+        0,
+        lengths,
+        reset,
+        reset_state,
+        return_all_states,
+        backend,
+        recompute,
     )
 
 
@@ -179,41 +179,52 @@ def rnn_cell(
     backend: str = "auto",
 ) -> Tensor:
     """One step of a vanilla RNN: input [B, I], hx [B, H] or None, weights w_ih, w_hh[, b_ih, b_hh] -> [B, H]."""
-    return ops.step(_nonlinearity(nonlinearity), input, hx, None, weights, backend=backend)[0]
+    return step(rnn_named(nonlinearity), input, hx, weights, backend)
 
 
 def lstm_cell(
     input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM: input [B, I], hx (h [B, H], c [B, H]) or None -> h, c."""
-    h, c = checks.states_of(CELLS["lstm"], hx, "hx")
-    return ops.step("lstm", input, h, c, weights, backend=backend)  # type: ignore[return-value]
+    return step("lstm", input, hx, weights, backend)
 
 
 def gru_cell(
     input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *, reset_after: bool = True, backend: str = "auto"
 ) -> Tensor:
     """One step of a GRU: input [B, I], hx [B, H] or None -> [B, H]."""
-    return ops.step(_gru(reset_after), input, hx, None, weights, backend=backend)[0]
+    return step(gru_named(reset_after), input, hx, weights, backend)
 
 
-def _nonlinearity(name: str) -> str:
-    if name not in ("tanh", "relu"):
-        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {name!r}")
-    return f"rnn_{name}"
+def step(cell: str, input: Tensor, hx: Any, weights: Sequence[Tensor], backend: str) -> Any:
+    """What `lstm_cell`, `gru_cell` and `rnn_cell` have in common, the cell by its name, for the modules."""
+    if cell == "lstm":
+        h, c = checks.states_of(CELLS[cell], hx, "hx")
+        return ops.step(cell, input, h, c, weights, backend=backend)
+    return ops.step(cell, input, hx, None, weights, backend=backend)[0]
 
 
-def _gru(reset_after: bool) -> str:
-    checks.expect_bool(reset_after, "reset_after")
+def rnn_named(name: str) -> str:
+    """The cell of this nonlinearity."""
+    if name == "tanh":
+        return "rnn_tanh"
+    if name == "relu":
+        return "rnn_relu"
+    raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {name!r}")
+
+
+def gru_named(reset_after: bool) -> str:
+    """The cell with the reset gate after the product, or before it."""
+    if reset_after is not True:
+        checks.expect_bool(reset_after, "reset_after")
     return "gru" if reset_after else "gru_reset_before"
 
 
-def _stack(
+def stack(
     cell: str,
     input: Tensor | PackedSequence,
     hx: Any,
     weights: Sequence[Tensor],
-    *,
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
@@ -227,25 +238,29 @@ def _stack(
     backend: str,
     recompute: bool,
 ) -> Any:
+    """What `lstm`, `gru` and `rnn` have in common: the cell by its name, every argument by place. For the modules."""
     kind = CELLS[cell]
     directions = 2 if bidirectional else 1
     checks.probability(dropout)
     pieces = checks.stack(cell, weights, num_layers, directions, proj_size)
-    packed = isinstance(input, PackedSequence)
-    data: Tensor = input.data if isinstance(input, PackedSequence) else input
-    checks.expect_tensor(data, "input", "[T, B, I]")
-    if data.dim() != 2 and (packed or data.dim() != 3):
+    packed = type(input) is not Tensor and isinstance(input, PackedSequence)
+    data: Tensor = input.data if packed else input  # type: ignore[assignment]
+    if not isinstance(data, Tensor):
+        checks.expect_tensor(data, "input", "[T, B, I]")
+    dims = data.dim()
+    if dims != 2 and (packed or dims != 3):
         expected = "2 dimensions of data in a PackedSequence" if packed else "2 or 3 dimensions"
-        raise checks.BadValue(f"input must have {expected}, got {data.dim()}: {list(data.shape)}")
+        raise checks.BadValue(f"input must have {expected}, got {dims}: {list(data.shape)}")
 
     layout = Layout(input, batch_first)
     sizes = (layout.dims, packed, data.shape[-1], layout.steps, layout.rows)
     h_0, c_0 = checks.states_of(kind, hx, "hx")
     checks.sequence(cell, *sizes, (h_0, c_0), weights, num_layers, directions, proj_size)
-    h_r, c_r = checks.states_of(kind, reset_state, "reset_state")
-    if return_all_states is not True:
+    h_r = c_r = None
+    if return_all_states is not False:
         checks.expect_bool(return_all_states, "return_all_states")
     if reset_state is not None:
+        h_r, c_r = checks.states_of(kind, reset_state, "reset_state")
         checks.sequence(cell, *sizes, (h_r, c_r), weights, num_layers, directions, proj_size, "reset_state")
     if lengths is not None:
         if packed:
@@ -253,8 +268,9 @@ def _stack(
         if layout.dims == 2 and isinstance(lengths, Tensor) and lengths.dim() == 0:
             lengths = lengths[None]
     marks = None if reset is None else layout.marks(reset)
-    starts = [layout.rows_in(v) for v in (h_0, c_0)]
-    resets = [layout.rows_in(v) for v in (h_r, c_r)]
+    if layout.dims == 2:
+        h_0, c_0, h_r, c_r = (layout.rows_in(v) for v in (h_0, c_0, h_r, c_r))
+    lengths = lengths if layout.lengths is None else layout.lengths
 
     drops = dropout > 0 and training and num_layers > 1
     if drops:
@@ -265,17 +281,18 @@ def _stack(
         outputs = []
         for d in range(directions):
             i = k * directions + d
-            h, c = (None if v is None else v[i] for v in starts)
-            again = [v[i] for v in resets if v is not None]
+            again = None
+            if h_r is not None:
+                again = h_r[i] if c_r is None else (h_r[i], c_r[i])
             y, h_n, c_n, c_all = ops.layer(
                 cell,
                 x,
-                h,
-                c,
+                None if h_0 is None else h_0[i],
+                None if c_0 is None else c_0[i],
                 pieces[i],
-                lengths=lengths if layout.lengths is None else layout.lengths,
+                lengths=lengths,
                 reset=marks,
-                reset_state=None if not again else tuple(again) if kind.has_c else again[0],
+                reset_state=again,
                 reverse=d == 1,
                 all_states=return_all_states,
                 recompute=recompute,
@@ -289,10 +306,17 @@ def _stack(
         if drops and k < num_layers - 1:
             x = layout.dropout(x, dropout)
 
-    result = [layout.output(x), _pair(kind.has_c, finals, layout.rows_out)]
+    untracked = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    if untracked and len(finals) == 1:  # h_n[None] is no view to autograd there, which detach_() would refuse
+        h_n, c_n = finals[0]
+        states: Any = layout.rows_out(h_n[None])
+        if c_n is not None:
+            states = states, layout.rows_out(c_n[None])
+    else:
+        states = _pair(kind.has_c, finals, layout.rows_out)
     if return_all_states:
-        result.append(_pair(kind.has_c, everything, layout.all_states))
-    return tuple(result)
+        return layout.output(x), states, _pair(kind.has_c, everything, layout.all_states)
+    return layout.output(x), states
 
 
 def _pair(has_c: bool, parts: list[tuple[Tensor, Tensor | None]], restore: Any) -> State:

@@ -17,10 +17,11 @@ class Layout:
 
     def __init__(self, input: Tensor | PackedSequence, batch_first: bool) -> None:
         self.batch_first = batch_first
-        self.packed = isinstance(input, PackedSequence)
+        self.packed = False
         self.lengths: Tensor | None = None
         self.index: Tensor | None = None
-        if isinstance(input, PackedSequence):
+        if type(input) is not Tensor and isinstance(input, PackedSequence):
+            self.packed = True
             self.source = input
             sizes = input.batch_sizes
             self.steps, self.rows = len(sizes), int(sizes[0])
@@ -36,7 +37,7 @@ class Layout:
                 self.x = input.unsqueeze(1)
             else:
                 self.x = input.transpose(0, 1) if batch_first else input
-            self.steps, self.rows = self.x.shape[:2]
+            self.steps, self.rows, _ = self.x.shape
 
     def _pad(self, data: Tensor) -> Tensor:
         """[sum of lengths, ...] -> [T, B, ...], zeros beyond each row's length."""

@@ -8,7 +8,7 @@ itself, below an autograd function when a gradient is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,28 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .autocast import autocasting, layer_dtypes, no_autocast
-from .backends import REFERENCE, Options, Outputs, Result, Tensors, describe, resolve
+from .backends import (
+    REFERENCE,
+    Backend,
+    Options,
+    Outputs,
+    Result,
+    Tensors,
+    choose,
+    describe,
+    recall,
+    resolve,
+)
+from .cells import CELLS
 from .registry import run_backward, run_forward, second_backward, states_of
 
 _transforming = torch._C._are_functorch_transforms_active
+_grad = torch.is_grad_enabled
+_autocast = torch._C._is_any_autocast_enabled  # for any type of device
+_FORWARD, _REVERSE = Options(), Options(reverse=True)
+_MISSING = (None,) * 4  # what is left out at the end of four weights or four outputs
+_BARE = 7  # what the simplest layer has of `Tensors`: x to b_hh
+_NOTHING = torch.empty(0)
 
 
 def layer(
@@ -68,6 +86,10 @@ def layer(
         ValueError: sizes, ranks, values. TypeError: types and dtypes. NotImplementedError: a named backend that
             cannot run this problem, with its reasons.
     """
+    if lengths is None and reset is None and reset_state is None and all_states is False and recompute is False:
+        quick = _quick_layer(cell, x, h_0, c_0, weights, reverse, backend)
+        if quick is not None:
+            return quick
     t, options = checks.layer(cell, x, h_0, c_0, weights, lengths, reset, reset_state, reverse, all_states, recompute)
     return _layer(cell, t, options, backend, fused=True)
 
@@ -76,15 +98,96 @@ def step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
     """One step of a cell: x [B, I], h and c [B, H] (zeros where None), weights as for `layer`. Returns h, c."""
+    quick = _quick_step(cell, x, h, c, weights, backend)
+    if quick is not None:
+        return quick
     checks.expect_rows(x)
     t, options = checks.layer(cell, x.unsqueeze(0), h, c, weights)
     _, h_n, c_n, _ = _layer(cell, t, options, backend, fused=False)
     return h_n, c_n
 
 
+# The quick way: a backend whose operators check all that they are given gets the tensors as they are. What it refuses,
+# by a RuntimeError, goes the ordinary way over `checks`, which says what is wrong or makes it right.
+
+
+def _quick_step(
+    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], backend: str
+) -> tuple[Tensor, Tensor | None] | None:
+    """`step` without gradients the quick way; None where there is none."""
+    found = _quick(cell, 2, x, h, c, weights, _FORWARD, backend)
+    if found is None or found[1]:
+        return None
+    run = getattr(found[0], "step", None)
+    if run is None:
+        return None
+    try:
+        return run(cell, x, h, c, *found[2])
+    except RuntimeError:
+        return None
+
+
+def _quick_layer(
+    cell: str, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], reverse: bool, backend: str
+) -> Outputs | None:
+    """`layer` without lengths, resets and options the quick way; None where there is none."""
+    o = _REVERSE if reverse is True else _FORWARD
+    found = _quick(cell, 3, x, h_0, c_0, weights, o, backend) if o.reverse is reverse else None
+    if found is None or not getattr(found[0], "takes_none_states", False):
+        return None
+    known, train, four = found
+    try:
+        return _direct(cell, known, Tensors(x, h_0, c_0, *four), o, train)  # type: ignore[arg-type]
+    except RuntimeError:
+        return None
+
+
+def _quick(
+    cell: str,
+    dims: int,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    o: Options,
+    backend: str,
+) -> tuple[Backend, bool, Sequence[Tensor | None]] | None:
+    """The backend that an earlier call with the same facts came to, whether a gradient is wanted, and w_ih, w_hh, b_ih,
+    b_hh. None where the call is not plain, there was no such call, or no operator would see what is wrong."""
+    if type(weights) is not list and type(weights) is not tuple:
+        return None
+    if len(weights) != 4 and len(weights) != 2:
+        return None
+    for w in weights:
+        if w is None:
+            return None
+    four = weights if len(weights) == 4 else (*weights, None, None)
+    if type(x) is not Tensor or x.dim() != dims or not checks.plain(h, c, *weights) or not x.is_cpu or _autocast():
+        return None
+    w_hh = weights[1]
+    if w_hh.dim() != 2 or (c is not None and cell != "lstm"):
+        return None
+    train = _grad() and _any_grad((x, h, c, *weights))
+    sizes = x.shape if dims == 3 else (1, *x.shape)
+    known = recall(
+        backend,  # and what `Problem` holds
+        (cell, "cpu", x.dtype, *sizes, w_hh.shape[1], 0, four is weights, False, False, False, *o, train),
+    )
+    return None if known is None else (known, train, four)
+
+
+def _any_grad(tensors: Iterable[Tensor | None]) -> bool:
+    return any(v is not None and v.requires_grad for v in tensors)
+
+
 def _layer(
     cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    if checks.plain(*t) and not t.x.is_meta and not _autocast():
+        train = _grad() and _any_grad(t)
+        chosen = choose(backend, describe(cell, t, o, train=train))
+        return _direct(cell, chosen, t, o, train)
+    t = t.filled(CELLS[cell].has_c)
     if not autocasting(t.x.device.type):
         return _run(cell, t, o, backend)
     dtype, shown = layer_dtypes(cell, t, fused=fused)
@@ -93,23 +196,30 @@ def _layer(
 
 
 def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    device = t.x.device.type
-    train = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in t)
-    chosen = resolve(backend, describe(cell, t, o, train=train)).name
+    """Where the call is not plain, or was not before autocast had its way."""
+    train = _grad() and _any_grad(t)
+    chosen = resolve(backend, describe(cell, t, o, train=train))
     compiling = torch.compiler.is_compiling()
     onnx = compiling and torch.onnx.is_in_onnx_export()
     if compiling and not onnx:
-        return _opaque(cell, chosen, t, o, train)
-    if onnx or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0:
-        with no_autocast(device):
+        return _opaque(cell, chosen.name, t, o, train)
+    with no_autocast(t.x.device.type):
+        if onnx or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0:
             return REFERENCE.forward(cell, t, o, train=False).outputs
-    if not _eager(t):
-        return _opaque(cell, chosen, t, o, train)
-    if train:
-        found = iter(_Layer.apply(cell, chosen, o, *t))
-        has_c_n, has_c_all = states_of(cell, o)
-        return next(found), next(found), next(found) if has_c_n else None, next(found) if has_c_all else None
-    return run_forward(chosen, cell, t, o, train=False, graph=False).outputs
+        if checks.plain(*t) and not t.x.is_meta:
+            return _direct(cell, chosen, t, o, train)
+    return _opaque(cell, chosen.name, t, o, train)
+
+
+def _direct(cell: str, backend: Backend, t: Tensors, o: Options, train: bool) -> Outputs:
+    """The backend itself on plain tensors, below an autograd function when a gradient is wanted."""
+    if not getattr(backend, "takes_none_states", False):
+        t = t.filled(CELLS[cell].has_c)
+    if not train:
+        return backend.forward(cell, t, o, train=False).outputs
+    bare = t.w_hr is None and t.lengths is None and t.reset is None
+    found: tuple[Tensor, ...] = _Layer.apply((cell, backend, o), *(t[:_BARE] if bare else t))
+    return Outputs(*found, *_MISSING[len(found) :])
 
 
 def _opaque(cell: str, backend: str, t: Tensors, o: Options, train: bool) -> Outputs:
@@ -118,46 +228,45 @@ def _opaque(cell: str, backend: str, t: Tensors, o: Options, train: bool) -> Out
     return Outputs(y, h_n, c_n if has_c_n else None, c_all if has_c_all else None)
 
 
-def _eager(t: Tensors) -> bool:
-    """Plain tensors with memory behind them, and no dispatch mode that wants to see an operator."""
-    plain = all(v is None or type(v) is Tensor or type(v) is torch.nn.Parameter for v in t)
-    return plain and t.x.device.type != "meta" and torch._C._len_torch_dispatch_stack() == 0
-
-
 class _Layer(torch.autograd.Function):
-    """A backend's forward and backward as one node of torch's graph."""
+    """A backend's forward and backward as one node of torch's graph. Takes `Tensors`, without trailing Nones."""
 
     @staticmethod
-    def forward(ctx: Any, cell: str, backend: str, o: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        t = Tensors(*tensors)  # type: ignore[arg-type]
-        result = run_forward(backend, cell, t, o, train=True, graph=True)
-        kept = () if result.graph is not None else (result.outputs.y, *result.saved)
-        ctx.save_for_backward(*t, *kept)
-        ctx.how = (cell, backend, o)
-        ctx.graph = result.graph
+    def forward(ctx: Any, how: tuple[str, Backend, Options], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        cell, backend, o = how
+        outputs, saved, graph = backend.forward(cell, Tensors(*tensors), o, train=True, graph=True)  # type: ignore[arg-type]
+        ctx.how, ctx.graph, ctx.watched = how, graph, None
+        y, h_n, c_n, c_all = outputs
+        if graph is not None:
+            ctx.save_for_backward(*tensors)
+        elif c_n is not None:
+            ctx.save_for_backward(*tensors, y, *saved)
+        else:  # torch's RNN and GRU let a program change y in place before the backward
+            ctx.save_for_backward(*tensors, y.data, *saved)
+            counter = y.detach()  # counts the changes of y,
+            counter.data = _NOTHING  # but does not keep its memory
+            ctx.watched = counter, counter._version
         ctx.set_materialize_grads(False)
-        return tuple(v for v in result.outputs if v is not None)
+        if c_n is None:
+            return y, h_n
+        return (y, h_n, c_n) if c_all is None else (y, h_n, c_n, c_all)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell, backend, o = ctx.how
         saved = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
-        t, kept = Tensors(*saved[: len(Tensors._fields)]), saved[len(Tensors._fields) :]
-        needs = list(ctx.needs_input_grad[3:])
-        given = iter(grads)
-        has_c_n, has_c_all = states_of(cell, o)
-        some = Outputs(
-            next(given),  # type: ignore[arg-type]
-            next(given),  # type: ignore[arg-type]
-            next(given) if has_c_n else None,
-            next(given) if has_c_all else None,
-        )
-        if all(g is None for g in some):
-            return (None,) * 15
+        count = len(ctx.needs_input_grad) - 1
+        t, kept = Tensors(*saved[:count]), saved[count:]
+        needs = [*ctx.needs_input_grad[1:], *(False,) * (len(t) - count)]
+        given = Outputs(*grads, *_MISSING[len(grads) :])  # type: ignore[arg-type]
+        if all(g is None for g in grads):
+            return (None,) * (1 + count)
         if torch.is_grad_enabled() or _transforming():  # create_graph, batched gradients: torch's own operators
-            every = second_backward(cell, t, o, some, needs)
+            found = second_backward(cell, t.filled(CELLS[cell].has_c), o, given, needs)
         else:
-            y = kept[0] if kept else t.x
-            result = Result(some, tuple(kept[1:]), ctx.graph)
-            every = run_backward(backend, cell, t, o, y, result, some, needs)
-        return (None, None, None, *every)
+            y, result = kept[0] if kept else t.x, Result(given, kept[1:], ctx.graph)
+            if ctx.watched is not None and ctx.watched[0]._version != ctx.watched[1]:  # y was changed: make it again
+                result = run_forward(backend.name, cell, t, o, train=True, graph=False)
+                y = result.outputs.y
+            found = run_backward(backend.name, cell, t, o, y, result, given, needs)
+        return (None, *found[:count])

@@ -2,7 +2,8 @@
 
 `rnnkit::layer_forward` and `rnnkit::layer_backward` stand for a whole layer, so T is never unrolled and any backend
 passes through torch.compile and torch.export. Their results are a fixed tuple: y, h_n, c_n, c_all, gates, cells;
-what a cell or an option does not give is an empty tensor.
+what a cell or an option does not give is an empty tensor. For RNN and GRU of backend `cpu`, `cells` is a copy of y for
+the backward: torch's let a program change y in place before it.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def _forward(
     options = Options(reverse, all_states, recompute)
     outputs, saved, _ = run_forward(backend, cell, t, options, train=bool(train), graph=False)
     gates, cells = _split(cell, saved)
+    if train and copies(cell, backend):
+        cells = outputs.y.clone(memory_format=torch.contiguous_format)
     every = (*outputs, gates, cells)
     if outputs.c_all is not None and cells is outputs.c_all:  # an operator's results may not be one tensor
         every = (*outputs, gates, cells.clone())
@@ -122,6 +125,11 @@ def keeps(cell: str, backend: str, recompute: bool) -> bool:
     return backend != "torch" and not recompute and CELLS[cell].saved > 0
 
 
+def copies(cell: str, backend: str) -> bool:
+    """Whether the operator's forward returns y twice: where torch runs a chain of operators whose output is free."""
+    return backend == "cpu" and not CELLS[cell].has_c
+
+
 _LIBRARY.impl("layer_forward", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("layer_backward", _backward, "CompositeExplicitAutograd")
 
@@ -143,6 +151,8 @@ def _fake_forward(
     kept = bool(train) and keeps(cell, backend, recompute)
     gates = t.x.new_empty((steps, rows, kind.saved * hidden), dtype=wide) if kept else t.x.new_empty(0)
     cells = t.x.new_empty((steps, rows, hidden), dtype=wide) if kept and kind.has_c else t.x.new_empty(0)
+    if train and copies(cell, backend):
+        cells = torch.empty_like(y)
     return y, h_n, c_n, c_all, gates, cells
 
 
@@ -162,7 +172,10 @@ def _fake_backward(
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: _Six) -> None:
     cell, backend, reverse, all_states, recompute, *tensors, _ = inputs
-    y = output[4] if backend == "torch" else output[0]  # it runs again, and its y may be changed in place meanwhile
+    if backend == "torch":
+        y = output[4]  # nothing: it runs again
+    else:
+        y = output[5] if copies(cell, backend) else output[0]
     ctx.save_for_backward(*tensors, y, output[4], output[5])
     ctx.how = (cell, backend, Options(reverse, all_states, recompute))  # type: ignore[attr-defined]
     ctx.set_materialize_grads(False)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from engine import Checking, install
 from hypothesis import settings
 
 settings.register_profile("rnnkit", derandomize=True, deadline=None, database=None, print_blob=False)
@@ -36,3 +37,9 @@ def steady() -> Iterator[None]:
     torch.manual_seed(20260)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Checking:
+    """A backend whose operators check everything, in the place of `cpu`."""
+    return install(monkeypatch)

@@ -1,13 +1,16 @@
 """The literal table of backends and the choice among them.
 
 `auto` takes the first backend whose list of reasons against the problem is empty; a named backend runs or raises
-with its reasons. Nothing falls back silently.
+with its reasons. Nothing falls back silently. What was found for a problem is remembered, for eager calls (`choose`).
 """
 
 from __future__ import annotations
 
 import threading
 from types import TracebackType
+from typing import Any
+
+from torch._C import _get_mkldnn_enabled
 
 from .cpu import CPU
 from .planned import Planned
@@ -27,7 +30,13 @@ BACKENDS: tuple[Backend, ...] = (
 BY_NAME: dict[str, Backend] = {backend.name: backend for backend in BACKENDS}
 NAMES = ("auto", *BY_NAME)
 
-_thread = threading.local()  # not a ContextVar: torch.compile cannot trace one
+
+class _Thread(threading.local):  # not a ContextVar: torch.compile cannot trace one
+    override: Any = None  # (what `use_backend` names, what stood here before)
+    record: list[tuple[Problem, str, str]] | None = None
+
+
+_thread = _Thread()
 
 
 class use_backend:
@@ -41,7 +50,7 @@ class use_backend:
         self.name = name
 
     def __enter__(self) -> use_backend:
-        _thread.override = (self.name, getattr(_thread, "override", None))  # the thread's own: one object may nest
+        _thread.override = (self.name, _thread.override)  # the thread's own: one object may nest
         return self
 
     def __exit__(
@@ -54,7 +63,7 @@ class record:
     """Context manager: gathers every problem met in this block and thread, for `explain`."""
 
     def __enter__(self) -> list[tuple[Problem, str, str]]:
-        self._outside = getattr(_thread, "record", None)
+        self._outside = _thread.record
         _thread.record = []
         return _thread.record
 
@@ -80,7 +89,7 @@ def resolve(name: str, problem: Problem) -> Backend:
 
     Raises NotImplementedError with the reasons where a named backend cannot.
     """
-    override = getattr(_thread, "override", None)
+    override = _thread.override
     asked = name if override is None else override[0]
     if asked == "auto":
         chosen = next(backend for backend in preference(problem) if not backend.unsupported(problem))
@@ -94,9 +103,39 @@ def resolve(name: str, problem: Problem) -> Backend:
                 f"backend {asked!r} cannot run this {problem.cell} layer on {problem.device}: {'; '.join(reasons)}. "
                 f"Those that can: {', '.join(able)}; backend='auto' chooses among them."
             )
-    recording = getattr(_thread, "record", None)
+    recording = _thread.record
     if recording is not None:
         recording.append((problem, asked, chosen.name))
+    return chosen
+
+
+_chosen: dict[tuple[str, bool, tuple], Backend] = {}
+CHOSEN_AT_MOST = 1024  # entries; T and B are part of a problem
+
+
+def recall(name: str, problem: tuple) -> Backend | None:
+    """What `choose` found for the same problem before; None where nothing yet, and inside of `record`.
+
+    `problem`: a Problem, or the bare tuple of its facts, which takes a third of the time to make.
+    """
+    if _thread.record is not None:
+        return None
+    override = _thread.override
+    return _chosen.get((name if override is None else override[0], _get_mkldnn_enabled(), problem))
+
+
+def choose(name: str, problem: Problem) -> Backend:
+    """`resolve` with a memory, for eager calls, whose sizes are plain numbers.
+
+    A choice may depend on the problem and on whether oneDNN is on, and on nothing else that changes in a process.
+    """
+    chosen = recall(name, problem)
+    if chosen is None:
+        chosen = resolve(name, problem)
+        if len(_chosen) >= CHOSEN_AT_MOST:
+            _chosen.clear()
+        asked = name if _thread.override is None else _thread.override[0]
+        _chosen[asked, _get_mkldnn_enabled(), problem] = chosen
     return chosen
 
 
@@ -112,8 +151,10 @@ __all__ = [
     "Result",
     "Tensors",
     "check_name",
+    "choose",
     "describe",
     "preference",
+    "recall",
     "record",
     "resolve",
     "use_backend",

@@ -9,7 +9,7 @@ holds the same parameters does; `as_torch` makes it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import checks
+from .. import checks, functional
 from ..backends import check_name
 
 # torch's classes as they were before `patch_torch` put ours in their place.
@@ -26,6 +26,24 @@ TORCH: dict[str, type[nn.Module]] = {
 }
 OURS = ("backend", "recompute", "reset_after")
 KEYWORDS = ("lengths", "reset", "reset_state", "return_all_states")
+_compiling, _tracing = torch.compiler.is_compiling, torch._C._is_tracing
+CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def usual(input: object, hx: object, weight: object) -> bool:
+    """Whether these are ordinary tensors and torch neither compiles nor traces, so that they go to `functional` as
+    they are. False where in doubt."""
+    if type(hx) is tuple:
+        known = len(hx) == 2 and type(hx[0]) is Tensor and type(hx[1]) is Tensor
+    else:
+        known = hx is None or type(hx) is Tensor
+    kind = type(weight)
+    return (
+        known
+        and type(input) is Tensor
+        and (kind is nn.Parameter or kind is Tensor)
+        and not (_compiling() or _tracing())
+    )
 
 
 class Recurrent(nn.Module):
@@ -57,6 +75,14 @@ class Recurrent(nn.Module):
         twin = TORCH[self.TORCH_NAME].__new__(TORCH[self.TORCH_NAME])
         twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in OURS})
         return twin
+
+    def _weights(self, names: Sequence[str]) -> list[Tensor | None]:
+        """The weights of this moment. One that a parametrization or a hook computes is not among the Parameters."""
+        held = self._parameters
+        try:
+            return list(map(held.__getitem__, names))  # in half the time of a comprehension
+        except KeyError:
+            return [getattr(self, name, None) for name in names]
 
     def _through_torch(self, weight: Tensor | None, *plain: object) -> bool:
         """Whether this call goes to torch's own operator: so that a trace or an ONNX graph is the one it makes, and for
@@ -119,7 +145,7 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
     @property
     def _flat_weights(self) -> list[Tensor | None]:
         """The weights of this moment, in torch's order."""
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return self._weights(self._flat_weights_names)
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Tensor | None]) -> None:
@@ -150,37 +176,41 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
 
     def _run(
         self,
-        function: Callable[..., Any],
+        cell: str,
         input: Tensor | PackedSequence,
         hx: Any,
         lengths: Tensor | None,
         reset: Tensor | PackedSequence | None,
         reset_state: Any,
         return_all_states: bool,
-        **options: Any,
     ) -> Any:
-        extras = {"lengths": lengths, "reset": reset, "reset_state": reset_state}
-        leaf = self._leaf(input, hx, **extras, return_all_states=return_all_states)
-        if leaf is not None:
-            return leaf
-        weights = self._flat_weights
-        if self._through_torch(weights[0], *extras.values(), return_all_states):
-            return self._shadow().forward(input, hx)
+        weights = self._weights(self._flat_weights_names)
+        bare = lengths is None and reset is None and reset_state is None and return_all_states is False
+        if not (bare and usual(input, hx, weights[0])):
+            extras = {"lengths": lengths, "reset": reset, "reset_state": reset_state}
+            leaf = self._leaf(input, hx, **extras, return_all_states=return_all_states)
+            if leaf is not None:
+                return leaf
+            if self._through_torch(weights[0], *extras.values(), return_all_states):
+                return self._shadow().forward(input, hx)
         try:
-            return function(
+            return functional.stack(
+                cell,
                 input,
                 hx,
-                weights,
-                num_layers=self.num_layers,
-                bidirectional=self.bidirectional,
-                batch_first=self.batch_first,
-                dropout=self.dropout,
-                training=self.training,
-                **extras,
-                return_all_states=return_all_states,
-                backend=self.backend,
-                recompute=self.recompute,
-                **options,
+                weights,  # type: ignore[arg-type]
+                self.num_layers,
+                self.bidirectional,
+                self.batch_first,
+                self.dropout,
+                self.training,
+                self.proj_size,
+                lengths,
+                reset,
+                reset_state,
+                return_all_states,
+                self.backend,
+                self.recompute,
             )
         except checks.BadInput as mistake:
             error = mistake
@@ -192,26 +222,26 @@ class RecurrentCell(Recurrent, nn.RNNCellBase):
 
     def _shadow(self) -> nn.Module:
         twin = super()._shadow()
-        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):  # also those that a parametrization computes
+        for name in CELL_WEIGHTS:  # also those that a parametrization computes
             twin.__dict__[name] = getattr(self, name)
         return twin
 
-    def _run(self, function: Callable[..., Any], input: Tensor, hx: Any, **options: Any) -> Any:
-        leaf = self._leaf(input, hx)
-        if leaf is not None:
-            return leaf
-        weights = [self.weight_ih, self.weight_hh]
-        if self._through_torch(self.weight_ih):
-            return self._shadow().forward(input, hx)
-        if self.bias_ih is not None and self.bias_hh is not None:
-            weights += [self.bias_ih, self.bias_hh]
+    def _run(self, cell: str, input: Tensor, hx: Any) -> Any:
+        weights = self._weights(CELL_WEIGHTS)
+        if not usual(input, hx, weights[0]):
+            leaf = self._leaf(input, hx)
+            if leaf is not None:
+                return leaf
+            if self._through_torch(weights[0]):
+                return self._shadow().forward(input, hx)
+        if weights[2] is None or weights[3] is None:
+            del weights[2:]
         try:
+            if isinstance(input, Tensor) and input.dim() == 2:
+                return functional.step(cell, input, hx, weights, self.backend)  # type: ignore[arg-type]
             rows, state = checks.cell_rows(input, hx, self.TORCH_NAME)
-            new = function(rows, state, weights, backend=self.backend, **options)
+            new = functional.step(cell, rows, state, weights, self.backend)  # type: ignore[arg-type]
+            return tuple(v.squeeze(0) for v in new) if isinstance(new, tuple) else new.squeeze(0)
         except checks.BadInput as mistake:
             error = mistake
-        else:
-            if input.dim() == 2:
-                return new
-            return tuple(v.squeeze(0) for v in new) if isinstance(new, tuple) else new.squeeze(0)
         return self._speak(error, input, hx)

@@ -96,8 +96,8 @@ class GRU(RecurrentLayer):
         return_all_states: bool = False,
     ) -> Any:
         """Run the sequence; see the class."""
-        how = {"reset_after": self.reset_after}
-        return self._run(functional.gru, input, hx, lengths, reset, reset_state, return_all_states, **how)
+        cell = functional.gru_named(self.reset_after)
+        return self._run(cell, input, hx, lengths, reset, reset_state, return_all_states)
 
 
 class GRUCell(RecurrentCell):
@@ -137,4 +137,4 @@ class GRUCell(RecurrentCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step; see the class."""
-        return self._run(functional.gru_cell, input, hx, reset_after=self.reset_after)
+        return self._run(functional.gru_named(self.reset_after), input, hx)

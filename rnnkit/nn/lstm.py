@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional
 from .base import TORCH, RecurrentCell, RecurrentLayer
 
 
@@ -93,8 +92,7 @@ class LSTM(RecurrentLayer):
         return_all_states: bool = False,
     ) -> Any:
         """Run the sequence; see the class."""
-        how = {"proj_size": self.proj_size}
-        return self._run(functional.lstm, input, hx, lengths, reset, reset_state, return_all_states, **how)
+        return self._run("lstm", input, hx, lengths, reset, reset_state, return_all_states)
 
 
 class LSTMCell(RecurrentCell):
@@ -130,4 +128,4 @@ class LSTMCell(RecurrentCell):
 
     def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step; see the class."""
-        return self._run(functional.lstm_cell, input, hx)
+        return self._run("lstm", input, hx)

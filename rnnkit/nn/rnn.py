@@ -91,8 +91,8 @@ class RNN(RecurrentLayer):
         return_all_states: bool = False,
     ) -> Any:
         """Run the sequence; see the class."""
-        how = {"nonlinearity": "relu" if self.mode == "RNN_RELU" else "tanh"}
-        return self._run(functional.rnn, input, hx, lengths, reset, reset_state, return_all_states, **how)
+        cell = "rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh"
+        return self._run(cell, input, hx, lengths, reset, reset_state, return_all_states)
 
 
 class RNNCell(RecurrentCell):
@@ -132,4 +132,4 @@ class RNNCell(RecurrentCell):
         """One step; see the class."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._run(functional.rnn_cell, input, hx, nonlinearity=self.nonlinearity)
+        return self._run(functional.rnn_named(self.nonlinearity), input, hx)

@@ -1,0 +1,94 @@
+"""A stand-in for an engine whose operators check everything: the reference's mathematics behind checks that raise
+RuntimeError, as an operator's do. It takes the name and the place of `cpu`, and counts which way a call went.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rnnkit import backends
+from rnnkit.backends import BY_NAME, Options, Problem, Result, Tensors
+from rnnkit.backends.reference import Reference
+from rnnkit.cells import CELLS
+
+I, H, T, B = 3, 4, 5, 2
+NAMES = ("RNN", "LSTM", "GRU")
+KINDS = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("LSTM", {}), ("GRU", {}), ("GRU", {"reset_after": False})]
+
+
+class Checking(Reference):
+    """The reference as an engine: takes None for zeros, has a step, and trusts nobody."""
+
+    name = "cpu"
+    takes_none_states = True
+
+    def __init__(self) -> None:
+        self.went: list[str] = []
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        return [] if problem.device == "cpu" else ["runs on the CPU"]
+
+    def step(self, cell: str, x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> Any:
+        t = Tensors(x[None], h, c, w_ih, w_hh, b_ih, b_hh)
+        expect(cell, t)
+        self.went.append("step")
+        outputs = super().forward(cell, t.filled(CELLS[cell].has_c), Options(), train=False).outputs
+        return outputs.h_n, outputs.c_n
+
+    def forward(self, cell: str, t: Any, o: Any, *, train: bool, graph: bool = False) -> Result:
+        expect(cell, t)
+        self.went.append("layer")
+        return super().forward(cell, t.filled(CELLS[cell].has_c), o, train=train)
+
+    def backward(self, cell: str, t: Any, o: Any, y: Any, result: Any, grads: Any, needs: list[bool]) -> Any:
+        every = super().backward(cell, t.filled(CELLS[cell].has_c), o, y, result, grads, needs)
+        return [g if need else None for g, need in zip(every, needs, strict=True)]
+
+
+def expect(cell: str, t: Tensors) -> None:
+    """What an operator checks of a layer without lengths and resets, in its own words."""
+    rows = t.w_hh.shape[0]
+    hidden = rows // CELLS[cell].gates
+    wanted = {
+        "x": (*t.x.shape[:2], t.w_ih.shape[1]),
+        "h_0": (t.x.shape[1], t.w_hh.shape[1]),
+        "c_0": (t.x.shape[1], hidden),
+        "w_ih": (rows, t.w_ih.shape[1]),
+        "w_hh": (CELLS[cell].gates * hidden, hidden),
+        "b_ih": (rows,),
+        "b_hh": (rows,),
+    }
+    for name, sizes in wanted.items():
+        v = getattr(t, name)
+        if v is not None and (v.shape != sizes or v.dtype != t.x.dtype or not v.dtype.is_floating_point):
+            raise RuntimeError(f"operator: {name}")
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> Checking:
+    """The stand-in, in the place of `cpu` and first in every order."""
+    stand_in = Checking()
+    monkeypatch.setitem(BY_NAME, "cpu", stand_in)
+    for order in ("BACKENDS", "PRODUCTS_FIRST"):
+        others = [b for b in getattr(backends, order) if b.name != "cpu"]
+        monkeypatch.setattr(backends, order, (stand_in, *others))
+    monkeypatch.setattr(backends, "_chosen", {})
+    return stand_in
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [v for item in result for v in flat(item)]
+
+
+def same(a: Any, b: Any) -> bool:
+    if any(isinstance(v, tuple) and isinstance(v[0], type) for v in (a, b)):
+        return a == b
+    return len(a) == len(b) and all(torch.equal(v, w) for v, w in zip(a, b, strict=True))
+
+
+def state_of(name: str, *shape: int) -> Any:
+    h = torch.randn(shape)
+    return (h, torch.randn(shape)) if name.startswith("LSTM") else h
