@@ -257,10 +257,10 @@ void check_product(const rnnkit::Engine& engine, uint64_t seed) {
   std::ostringstream what;
   what << "product " << format(dtype).name << " M=" << M << " N=" << N << " K=" << K << " ldo=" << ldo;
   for (bool pack : {true, false}) {
-    const std::unique_ptr<rnnkit::Product> product = engine.product(dtype, N, K, w_.data(), pack);
+    const std::unique_ptr<rnnkit::Product> product = engine.by_rows(dtype, N, K, w_.data(), pack);
     const auto run = [&](const char* from, int64_t rows, const Way& way) {
       const Buffer out(rows * ldo, dtype, shift);
-      product->run(rows, from, out.data(), ldo, way.threads, way.parallel);
+      product->run(rows, from, K, out.data(), ldo, way.threads, way.parallel);
       return out.values();
     };
     const Values out = run(a_.data(), M, Way{"alone", 1, &together});

@@ -150,6 +150,8 @@ Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Sav
   const Buffer dgx(all * p.G() * H, p.dtype, shift), dgn(gru ? all * H : 0, p.dtype, shift);
   const Buffer dp(p.P ? all * N : 0, p.dtype, shift), dh(p.gh_n, wide, shift), dc(p.gc_n, wide, shift);
   const Buffer dh_r(p.asks_h_r ? p.B * N : 0, wide, shift), dc_r(p.asks_c_r ? p.B * H : 0, wide, shift);
+  const bool twice = p.P != 0 || p.cell == Cell::gru_before;
+  const Buffer inner(twice ? all * H : 0, p.dtype, shift);
   rnnkit::Backward q{};
   q.layer = common.layer;
   q.T = p.T;
@@ -165,6 +167,7 @@ Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Sav
   q.dgx = dgx.data();
   q.dgn = gru ? dgn.data() : nullptr;
   q.dp = p.P ? dp.data() : nullptr;
+  q.inner = twice ? inner.data() : nullptr;
   q.dh = dh.data();
   q.dh_r = p.asks_h_r ? dh_r.data() : nullptr;
   q.dc_r = p.asks_c_r ? dc_r.data() : nullptr;
