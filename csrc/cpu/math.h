@@ -17,7 +17,6 @@ struct Constants<float> {
   // Minimax for r² q(r) against exp(r) on the interval, 3e-9.
   static constexpr float q[] = {1.3950631e-3f, 8.3689699e-3f, 4.16662022e-2f, 1.66665182e-1f, 0.5f};
 };
-};
 
 template <>
 struct Constants<double> {
