@@ -1,4 +1,5 @@
-// One layer in one direction over all T on the CPU: what ops.cpp registers. Shapes as in rnnkit/backends/problem.py.
+// One layer in one direction over all T on the CPU: what ops.cpp registers. Shapes as in
+// rnnkit/backends/problem.py.
 
 #pragma once
 
@@ -12,14 +13,14 @@ namespace rnnkit {
 // Everything a layer reads, as it came in.
 struct LayerInputs {
   Cell cell = Cell::rnn_tanh;
-  Tensor x;                     // [T, B, I]
-  OptionalTensor h_0, c_0;      // [B, N], [B, H]; zeros where missing
-  Tensor w_ih, w_hh;            // [G H, I], [G H, N]
-  OptionalTensor b_ih, b_hh;    // [G H]
-  OptionalTensor w_hr;          // [P, H]
-  OptionalTensor lengths;       // [B] Long
-  OptionalTensor reset;         // [T, B] Bool
-  OptionalTensor h_r, c_r;      // [B, N], [B, H]
+  Tensor x;                   // [T, B, I]
+  OptionalTensor h_0, c_0;    // [B, N], [B, H]; zeros where missing
+  Tensor w_ih, w_hh;          // [G H, I], [G H, N]
+  OptionalTensor b_ih, b_hh;  // [G H]
+  OptionalTensor w_hr;        // [P, H]
+  OptionalTensor lengths;     // [B] Long
+  OptionalTensor reset;       // [T, B] Bool
+  OptionalTensor h_r, c_r;    // [B, N], [B, H]
   bool reverse = false;
 
   Dtype dtype = Dtype::f32;
@@ -33,9 +34,9 @@ struct LayerInputs {
   OptionalTensor h_r_wide, c_r_wide;  // h_r and c_r in the compute type
 };
 
-// y [T, B, N], h_n [B, N]; for an LSTM c_n [B, H]; with all_states c_all [T, B, H]; with save what the backward wants:
-// gates [T, B, saved H] in the compute type, and for an LSTM c [T, B, H] in it.
-// chunk: steps that are projected at a time, 0: as many as serve the caches.
+// y [T, B, N], h_n [B, N]; for an LSTM c_n [B, H]; with all_states c_all [T, B, H]; with save what the
+// backward wants: gates [T, B, saved H] in the compute type, and for an LSTM c [T, B, H] in it. chunk: steps
+// that are projected at a time, 0: as many as serve the caches.
 std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk);
 
 // One step of a cell: x [B, I], h [B, H] and c [B, H] (zeros where missing) -> the new h, and c of an LSTM.
@@ -44,13 +45,13 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
                                             const OptionalTensor& b_ih, const OptionalTensor& b_hh);
 
 struct LayerGradients {
-  Tensor y;                        // [T, B, N] as the forward gave it
-  OptionalTensor gates, c_kept;    // as the forward saved them
+  Tensor y;                      // [T, B, N] as the forward gave it
+  OptionalTensor gates, c_kept;  // as the forward saved them
   OptionalTensor gy, gh_n, gc_n, gc_all;
 };
 
-// The gradients of x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, h_r, c_r, in this order, of those whose bit in `needs`
-// is set (bit 0: x).
+// The gradients of x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, h_r, c_r, in this order, of those whose bit in
+// `needs` is set (bit 0: x).
 std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t needs);
 
 }  // namespace rnnkit

@@ -1,6 +1,6 @@
-// The backward of a layer: the scan gives the gradients of the pre-activations, and one product for each weight does
-// the rest. With lengths or resets, what stands where no gradient came is left out by selection, never by a
-// multiplication: 0 * NaN is NaN.
+// The backward of a layer: the scan gives the gradients of the pre-activations, and one product for each
+// weight does the rest. With lengths or resets, what stands where no gradient came is left out by selection,
+// never by a multiplication: 0 * NaN is NaN.
 
 #include <cstring>
 
@@ -12,7 +12,8 @@ Tensor wide_copy(const Tensor& v, Dtype dtype);
 
 namespace {
 
-// A [B, width] gradient in the compute type that the scan turns from that of the last state into that of the first.
+// A [B, width] gradient in the compute type that the scan turns from that of the last state into that of the
+// first.
 Tensor carried(const LayerInputs& in, const OptionalTensor& g, const char* name, int64_t width) {
   const int64_t bytes = in.dtype == Dtype::f64 ? 8 : 4;
   Tensor d = torch::stable::new_empty(in.x, {in.B, width}, wide(in.dtype));
@@ -39,8 +40,8 @@ struct Scanned {
 
 using Rows = std::vector<const void*>;
 
-// Whether each row of d [T, B, width] holds a gradient: where it is all zero none came, so nothing that stands there
-// may pass on NaN.
+// Whether each row of d [T, B, width] holds a gradient: where it is all zero none came, so nothing that
+// stands there may pass on NaN.
 std::vector<bool> reached(const Tensor& d) {
   const int64_t count = d.size(0) * d.size(1), width = d.size(2);
   std::vector<bool> any(count);

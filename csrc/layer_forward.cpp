@@ -1,6 +1,6 @@
-// The forward of a layer: x is projected in chunks of time, each chunk scanned while it is in the cache, so that
-// inference needs no memory that grows with T beyond its output. In training the projection is written where the
-// gates will stand.
+// The forward of a layer: x is projected in chunks of time, each chunk scanned while it is in the cache, so
+// that inference needs no memory that grows with T beyond its output. In training the projection is written
+// where the gates will stand.
 
 #include "layer.h"
 
@@ -20,7 +20,8 @@ void LayerInputs::check() {
   H = w_hh.size(0) / G;
   if (w_hr.has_value()) {
     RNNKIT_CHECK(cell == Cell::lstm, "w_hr must be absent but for an LSTM");
-    RNNKIT_CHECK(w_hr->dim() == 2 && w_hr->size(0) > 0, "w_hr must be [P, H] with P > 0, got ", shown(w_hr->sizes()));
+    RNNKIT_CHECK(w_hr->dim() == 2 && w_hr->size(0) > 0, "w_hr must be [P, H] with P > 0, got ",
+                 shown(w_hr->sizes()));
     P = w_hr->size(0);
   }
   N = P ? P : H;
@@ -63,7 +64,8 @@ namespace {
 // The state [B, width] in the compute type, for a scan to carry; in the end in the dtype of x.
 class Carried {
  public:
-  Carried(const Tensor& like, const OptionalTensor& first, int64_t rows, int64_t width, Dtype dtype) : dtype_(dtype) {
+  Carried(const Tensor& like, const OptionalTensor& first, int64_t rows, int64_t width, Dtype dtype)
+      : dtype_(dtype) {
     state_ = torch::stable::new_empty(like, {rows, width}, wide(dtype));
     if (first.has_value()) {
       const Tensor from = wide_copy(*first, dtype);
@@ -82,7 +84,8 @@ class Carried {
   Tensor state_;
 };
 
-// Steps that are projected and scanned at a time: few enough that they stay in the second-level cache beside weights.
+// Steps that are projected and scanned at a time: few enough that they stay in the second-level cache beside
+// weights.
 int64_t steps_at_a_time(const LayerInputs& in) {
   const int64_t bytes = std::max<int64_t>(1, in.G * in.H * bytes_of(in.dtype));
   const int64_t rows = std::clamp<int64_t>((int64_t{256} << 10) / bytes, 48, 512);
@@ -157,13 +160,14 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
                                             const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
   const Dtype dtype = dtype_of(x);
   const ScalarType type = x.scalar_type();
-  RNNKIT_CHECK(x.dim() == 2 && w_hh.dim() == 2, "x must be [B, I] and w_hh [G H, H], got ", shown(x.sizes()), " and ",
-               shown(w_hh.sizes()));
+  RNNKIT_CHECK(x.dim() == 2 && w_hh.dim() == 2, "x must be [B, I] and w_hh [G H, H], got ", shown(x.sizes()),
+               " and ", shown(w_hh.sizes()));
   const int64_t B = x.size(0), I = x.size(1), H = w_hh.size(1), width = gates_of(cell) * H;
   RNNKIT_CHECK(b_ih.has_value() == b_hh.has_value(), "b_ih and b_hh must both be given, or neither");
   const Tensor input = expect(x, "x", type, {B, I}), w = expect(w_ih, "w_ih", type, {width, I});
   const Tensor recurrent = expect(w_hh, "w_hh", type, {width, H});
-  const OptionalTensor bias = expect(b_ih, "b_ih", type, {width}), inner = expect(b_hh, "b_hh", type, {width});
+  const OptionalTensor bias = expect(b_ih, "b_ih", type, {width}),
+                       inner = expect(b_hh, "b_hh", type, {width});
   const OptionalTensor h_0 = expect(h, "h", type, {B, H}), c_0 = expect(c, "c", type, {B, H});
   Carried state(x, h_0, B, H, dtype);
   std::optional<Carried> cell_state;
@@ -179,8 +183,10 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
     problem.h = state.data();
     problem.c = cell_state ? cell_state->data() : nullptr;
     const int64_t bytes = bytes_of(dtype);
-    std::vector<char> memory(B * (width + H) * bytes);  // gx, and the step's output, which is the state as well
-    engine().by_rows(dtype, width, I, w.const_data_ptr(), B > 2)
+    std::vector<char> memory(B * (width + H) *
+                             bytes);  // gx, and the step's output, which is the state as well
+    engine()
+        .by_rows(dtype, width, I, w.const_data_ptr(), B > 2)
         ->run(B, input.const_data_ptr(), I, memory.data(), width, l.threads, l.parallel);
     Range range{};
     range.n = 1;

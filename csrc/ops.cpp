@@ -8,7 +8,8 @@ namespace rnnkit {
 namespace {
 
 Cell checked_cell(int64_t cell) {
-  RNNKIT_CHECK(0 <= cell && cell <= static_cast<int64_t>(Cell::gru_before), "cell must lie in [0, 4], got ", cell);
+  RNNKIT_CHECK(0 <= cell && cell <= static_cast<int64_t>(Cell::gru_before), "cell must lie in [0, 4], got ",
+               cell);
   return static_cast<Cell>(cell);
 }
 
@@ -23,21 +24,23 @@ LayerInputs inputs(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_
   return in;
 }
 
-std::vector<Tensor> cpu_layer_forward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensor w_ih,
-                                      Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
-                                      OptionalTensor lengths, OptionalTensor reset, OptionalTensor h_r,
-                                      OptionalTensor c_r, bool reverse, bool all_states, bool save, int64_t chunk) {
+std::vector<Tensor> cpu_layer_forward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
+                                      Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                      OptionalTensor w_hr, OptionalTensor lengths, OptionalTensor reset,
+                                      OptionalTensor h_r, OptionalTensor c_r, bool reverse, bool all_states,
+                                      bool save, int64_t chunk) {
   return layer_forward(
-      inputs(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r, reverse), all_states, save,
-      chunk);
+      inputs(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r, reverse), all_states,
+      save, chunk);
 }
 
-std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensor w_ih,
-                                       Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
-                                       OptionalTensor lengths, OptionalTensor reset, OptionalTensor h_r,
-                                       OptionalTensor c_r, bool reverse, Tensor y, OptionalTensor gates,
-                                       OptionalTensor c_kept, OptionalTensor gy, OptionalTensor gh_n,
-                                       OptionalTensor gc_n, OptionalTensor gc_all, int64_t needs) {
+std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
+                                       Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                       OptionalTensor w_hr, OptionalTensor lengths, OptionalTensor reset,
+                                       OptionalTensor h_r, OptionalTensor c_r, bool reverse, Tensor y,
+                                       OptionalTensor gates, OptionalTensor c_kept, OptionalTensor gy,
+                                       OptionalTensor gh_n, OptionalTensor gc_n, OptionalTensor gc_all,
+                                       int64_t needs) {
   return layer_backward(
       inputs(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r, reverse),
       LayerGradients{y, gates, c_kept, gy, gh_n, gc_n, gc_all}, needs);
@@ -49,8 +52,8 @@ Tensor cpu_step(int64_t cell, Tensor x, OptionalTensor h, Tensor w_ih, Tensor w_
   return cell_step(checked_cell(cell), x, h, {}, w_ih, w_hh, b_ih, b_hh).first;
 }
 
-std::tuple<Tensor, Tensor> cpu_lstm_step(Tensor x, OptionalTensor h, OptionalTensor c, Tensor w_ih, Tensor w_hh,
-                                         OptionalTensor b_ih, OptionalTensor b_hh) {
+std::tuple<Tensor, Tensor> cpu_lstm_step(Tensor x, OptionalTensor h, OptionalTensor c, Tensor w_ih,
+                                         Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh) {
   auto [h_new, c_new] = cell_step(Cell::lstm, x, h, c, w_ih, w_hh, b_ih, b_hh);
   return {h_new, *c_new};
 }
@@ -58,7 +61,8 @@ std::tuple<Tensor, Tensor> cpu_lstm_step(Tensor x, OptionalTensor h, OptionalTen
 Tensor cpu_function(int64_t which, Tensor x) {
   const Dtype dtype = dtype_of(x);
   RNNKIT_CHECK(which == 0 || which == 1, "which must be 0 (sigmoid) or 1 (tanh), got ", which);
-  RNNKIT_CHECK(x.is_cpu() && x.is_contiguous() && !is_half(dtype), "x must be contiguous Float or Double on the CPU");
+  RNNKIT_CHECK(x.is_cpu() && x.is_contiguous() && !is_half(dtype),
+               "x must be contiguous Float or Double on the CPU");
   Tensor out = torch::stable::empty_like(x);
   engine().function(static_cast<int>(which), dtype, x.numel(), x.const_data_ptr(), out.mutable_data_ptr());
   return out;
@@ -78,17 +82,20 @@ std::string cpu_variants() {
 
 // A fragment: Python defines operators in the same namespace.
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
-#define RNNKIT_LAYER                                                                                             \
-  "int cell, Tensor x, Tensor? h_0, Tensor? c_0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "         \
+#define RNNKIT_LAYER                                                                                     \
+  "int cell, Tensor x, Tensor? h_0, Tensor? c_0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, " \
   "Tensor? w_hr, Tensor? lengths, Tensor? reset, Tensor? h_r, Tensor? c_r, bool reverse"
   m.def("cpu_layer_forward(" RNNKIT_LAYER ", bool all_states, bool save, int chunk) -> Tensor[]");
   m.def("cpu_layer_backward(" RNNKIT_LAYER
-        ", Tensor y, Tensor? gates, Tensor? c, Tensor? gy, Tensor? gh_n, Tensor? gc_n, Tensor? gc_all, int needs) -> "
+        ", Tensor y, Tensor? gates, Tensor? c, Tensor? gy, Tensor? gh_n, Tensor? gc_n, Tensor? gc_all, int "
+        "needs) -> "
         "Tensor[]");
   m.def(
-      "cpu_step(int cell, Tensor x, Tensor? h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh) -> Tensor");
+      "cpu_step(int cell, Tensor x, Tensor? h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh) -> "
+      "Tensor");
   m.def(
-      "cpu_lstm_step(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh) -> "
+      "cpu_lstm_step(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh) "
+      "-> "
       "(Tensor, Tensor)");
   m.def("cpu_function(int which, Tensor x) -> Tensor");
   m.def("cpu_variants() -> str");

@@ -1,13 +1,11 @@
-// The large products around a scan: the package's own, or torch's where a measurement, made once in a process for each
-// kind of product and dtype, finds them faster on this processor.
+// The large products around a scan: the package's own, or torch's where a measurement, made once in a process
+// for each kind of product and dtype, finds them faster on this processor.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <unistd.h>
 
-#include <array>
 #include <chrono>
-#include <cstring>
 
 #include "tensors.h"
 
@@ -25,7 +23,8 @@ void torch_rows_times(const Tensor& a, const Tensor& w, Tensor& out) {
 void torch_outer(const Tensor& a, const Tensor& b, Tensor& out, bool add) {
   const Tensor left = turned(a);
   if (add) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), b.get(), 1.0, 1.0));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), b.get(), 1.0, 1.0));
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), b.get()));
   }
@@ -44,6 +43,36 @@ void own_outer(const Tensor& a, const std::vector<const void*>& rows, const Tens
   q.threads = threads();
   q.parallel = &in_parallel;
   engine().outer(q);
+}
+
+// Where rows that follow one another in memory begin, and their number at the end; empty where there are too
+// many such stretches, or zeros among them, for torch to be called.
+std::vector<int64_t> stretches(const std::vector<const void*>& rows, int64_t bytes) {
+  constexpr size_t most = 3;
+  std::vector<int64_t> starts;
+  const char* expected = nullptr;
+  for (size_t k = 0; k < rows.size(); ++k) {
+    const char* row = static_cast<const char*>(rows[k]);
+    if (row == nullptr) return {};
+    if (k == 0 || row != expected) starts.push_back(static_cast<int64_t>(k));
+    if (starts.size() > most) return {};
+    expected = row + bytes;
+  }
+  starts.push_back(static_cast<int64_t>(rows.size()));
+  return starts;
+}
+
+void torch_outer_of(const Tensor& a, const std::vector<const void*>& rows, const std::vector<int64_t>& starts,
+                    const Tensor& out) {
+  Tensor into = out;
+  for (size_t s = 0; s + 1 < starts.size(); ++s) {
+    const int64_t first = starts[s], count = starts[s + 1] - first, N = out.size(1);
+    const int64_t sizes[] = {count, N}, strides[] = {N, 1};
+    using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
+    const Tensor b = torch::stable::from_blob(const_cast<void*>(rows[first]), Ints(sizes, 2),
+                                              Ints(strides, 2), a.device(), a.scalar_type());
+    torch_outer(view(a, {count, a.size(1)}, {a.stride(0), 1}, first * a.stride(0)), b, into, s > 0);
+  }
 }
 
 // Whether a product is large enough that how it is called does not matter.
@@ -74,9 +103,8 @@ bool measure(Kind kind, const Tensor& like) {
   Tensor out = torch::stable::new_empty(like, {kind == Kind::outer ? K : M, N});
   if (kind == Kind::rows_times) {
     const auto own = engine().by_rows(dtype_of(like), N, K, w.const_data_ptr(), true);
-    const double ours = seconds([&] {
-      own->run(M, a.const_data_ptr(), K, out.mutable_data_ptr(), N, threads(), &in_parallel);
-    });
+    const double ours = seconds(
+        [&] { own->run(M, a.const_data_ptr(), K, out.mutable_data_ptr(), N, threads(), &in_parallel); });
     const Tensor w_t = turned(w);
     return seconds([&] { torch_rows_times(a, w_t, out); }) < 0.95 * ours;
   }
@@ -115,8 +143,8 @@ bool torch_is_faster(const Tensor& like) {
 Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
             int64_t offset) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(of.get(), static_cast<int64_t>(sizes.size()),
-                                                               sizes.begin(), strides.begin(), offset, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      of.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset, &made));
   return Tensor(made);
 }
 
@@ -139,10 +167,22 @@ void RowsTimes::run(const Tensor& a, Tensor& out) const {
     torch_rows_times(a, w_, out);
     return;
   }
-  own_->run(a.size(0), a.const_data_ptr(), a.stride(0), out.mutable_data_ptr(), out.stride(0), threads(), &in_parallel);
+  own_->run(a.size(0), a.const_data_ptr(), a.stride(0), out.mutable_data_ptr(), out.stride(0), threads(),
+            &in_parallel);
 }
 
 void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out, Tensor* sum) {
+  if (large(a.size(1), out.size(1), a.size(0)) && torch_is_faster<Kind::outer>(a)) {
+    const std::vector<int64_t> starts = stretches(rows, out.size(1) * static_cast<int64_t>(a.element_size()));
+    if (!starts.empty()) {
+      torch_outer_of(a, rows, starts, out);
+      if (sum != nullptr) {
+        const int64_t first = 0;
+        torch::stable::sum_out(*sum, a, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1));
+      }
+      return;
+    }
+  }
   own_outer(a, rows, out, sum == nullptr ? nullptr : sum->mutable_data_ptr());
 }
 

@@ -1,6 +1,6 @@
-// What the files of this folder share of torch: checks of tensors with messages, and pointers into them. Torch's
-// stable ABI alone. Python checks what a user passes; the checks here keep a wrong call from reading beyond a
-// tensor's end, and an error from here can only be a RuntimeError.
+// What the files of this folder share of torch: checks of tensors with messages, and pointers into them.
+// Torch's stable ABI alone. Python checks what a user passes; the checks here keep a wrong call from reading
+// beyond a tensor's end, and an error from here can only be a RuntimeError.
 
 #pragma once
 
@@ -53,16 +53,18 @@ std::string shown(const Sizes& sizes) {
   return out.str();
 }
 
-inline void check(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
+inline void check(const Tensor& tensor, const char* name, ScalarType type,
+                  std::initializer_list<int64_t> sizes) {
   const auto got = tensor.sizes();
-  RNNKIT_CHECK(tensor.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()), name,
-               " must be ", toString(type), " ", shown(sizes), ", got ", toString(tensor.scalar_type()), " ",
-               shown(got));
+  RNNKIT_CHECK(tensor.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()),
+               name, " must be ", toString(type), " ", shown(sizes), ", got ", toString(tensor.scalar_type()),
+               " ", shown(got));
   RNNKIT_CHECK(tensor.is_cpu(), name, " must be on the CPU, got device index ", tensor.get_device_index());
 }
 
 // `tensor` in contiguous memory, after checking what it is.
-inline Tensor expect(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
+inline Tensor expect(const Tensor& tensor, const char* name, ScalarType type,
+                     std::initializer_list<int64_t> sizes) {
   check(tensor, name, type, sizes);
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -98,7 +100,8 @@ inline ScalarType wide(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::D
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-// torch's threads, but one in a process that was forked after this library was loaded: OpenMP's threads are not there.
+// torch's threads, but one in a process that was forked after this library was loaded: OpenMP's threads are
+// not there.
 int64_t threads();
 void in_parallel(int64_t parts, void* context, void (*body)(void* context, int64_t first, int64_t last));
 
@@ -120,8 +123,8 @@ class RowsTimes {
   std::unique_ptr<Product> own_;
 };
 
-// out [M, N] = sum over k of a[k]^T row[k], with a [K, M] and rows of N elements (null: zeros); `sum` [M], or null: the
-// sum over k of a[k].
+// out [M, N] = sum over k of a[k]^T row[k], with a [K, M] and rows of N elements (null: zeros); `sum` [M], or
+// null: the sum over k of a[k].
 void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out, Tensor* sum);
 
 }  // namespace rnnkit

@@ -22,9 +22,9 @@ struct GruAfter {
 
   template <class V>
   struct Gradients {
-    V r, z, n;     // of the pre-activations, as the input projection made them
-    V hn;          // of W_hn h + b_hn
-    V h_before;    // what does not pass the recurrent product
+    V r, z, n;   // of the pre-activations, as the input projection made them
+    V hn;        // of W_hn h + b_hn
+    V h_before;  // what does not pass the recurrent product
   };
 
   template <class M, class V = typename M::Value>

@@ -1,4 +1,5 @@
-// The gate math of the LSTM, blocks i, f, g, o, and beside it the derivative. Mirrors rnnkit/reference/lstm.py.
+// The gate math of the LSTM, blocks i, f, g, o, and beside it the derivative. Mirrors
+// rnnkit/reference/lstm.py.
 //
 //     c = f c_before + i g        m = o tanh(c)        h = m, or W_hr m with a projection
 

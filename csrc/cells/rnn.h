@@ -1,8 +1,9 @@
 // The gate math of the vanilla RNN: the activation of one pre-activation, and beside it the derivative. Pure
 // functions on values; kernels only load, call and store. Mirrors rnnkit/reference/rnn.py.
 //
-// In every file of this folder M is the arithmetic: M::Value a number or a vector of numbers, M::set a constant,
-// M::tanh, M::sigmoid, M::less, M::select. Names: a is a pre-activation, h a state, d... the gradient of ...
+// In every file of this folder M is the arithmetic: M::Value a number or a vector of numbers, M::set a
+// constant, M::tanh, M::sigmoid, M::less, M::select. Names: a is a pre-activation, h a state, d... the
+// gradient of ...
 
 #pragma once
 

@@ -1,6 +1,6 @@
-// The backward scan of every cell: at each step the derivative of the gate math on the gradient that has arrived,
-// then one product with the recurrent weights (for the textbook GRU and for an LSTM's projection a second one).
-// Included once per variant, inside its namespace.
+// The backward scan of every cell: at each step the derivative of the gate math on the gradient that has
+// arrived, then one product with the recurrent weights (for the textbook GRU and for an LSTM's projection a
+// second one). Included once per variant, inside its namespace.
 
 template <class S>
 class BackwardOf {
@@ -11,7 +11,13 @@ class BackwardOf {
 
  public:
   explicit BackwardOf(const Backward& q)
-      : q_(q), l_(q.layer), H_(l_.H), N_(l_.P ? l_.P : l_.H), G_(gates_of(l_.cell)), guarded_(l_.cuts.any()), direct_(std::is_same_v<S, A> && l_.cell != Cell::gru) {
+      : q_(q),
+        l_(q.layer),
+        H_(l_.H),
+        N_(l_.P ? l_.P : l_.H),
+        G_(gates_of(l_.cell)),
+        guarded_(l_.cuts.any()),
+        direct_(std::is_same_v<S, A> && l_.cell != Cell::gru) {
     const S* w = static_cast<const S*>(l_.w_hh);
     if (l_.cell == Cell::gru_before) {
       first_.by_columns(w + 2 * H_ * H_, H_, H_, H_);
@@ -34,7 +40,8 @@ class BackwardOf {
   }
 
   void run() {
-    const Split split(l_.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors), G_ * H_ * N_, q_.T);
+    const Split split(l_.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors), G_ * H_ * N_,
+                      q_.T);
     alive_.assign(guarded_ ? split.parts * l_.B : 0, 0);
     run_parts(split, l_.parallel, [&](int64_t first, int64_t last, Meeting& meeting) {
       std::vector<Rows> rows(last - first);
@@ -80,7 +87,8 @@ class BackwardOf {
 
   // Calls use(place) for each vector of `width` units that is the part's, of each row.
   template <class Use>
-  void each_vector(const Part& part, const std::vector<int32_t>& rows, int64_t t, int64_t width, Use use) const {
+  void each_vector(const Part& part, const std::vector<int32_t>& rows, int64_t t, int64_t width,
+                   Use use) const {
     int first, last;
     part.vectors(width, L, &first, &last);
     for (int32_t b : rows) {
@@ -132,8 +140,8 @@ class BackwardOf {
 
   uint8_t* flags(int64_t part) { return alive_.data() + part * l_.B; }
 
-  // Where a row does not live, or no gradient came to it, nothing leaves it: what was saved there may be NaN, and
-  // 0 * NaN would not be 0.
+  // Where a row does not live, or no gradient came to it, nothing leaves it: what was saved there may be NaN,
+  // and 0 * NaN would not be 0.
   void drop_dead(const Split& split, const Part& part, Rows& rows, int64_t t) {
     int first, last;
     part.vectors(H_, L, &first, &last);
@@ -229,8 +237,8 @@ class BackwardOf {
       case Cell::gru:
         each_vector(part, rows.live, t, H_, [&](const Place& p) {
           A* dh = dh_.row(p.b) + p.j;
-          const auto d =
-              GruAfter::step_vjp<M>(whole<V>(dh), gate(p, 0), gate(p, 1), gate(p, 2), gate(p, 3), h_before(p, t));
+          const auto d = GruAfter::step_vjp<M>(whole<V>(dh), gate(p, 0), gate(p, 1), gate(p, 2), gate(p, 3),
+                                               h_before(p, t));
           give(p, now, 0, d.r);
           give(p, now, 1, d.z);
           give(p, now, 2, d.n, d.hn);
@@ -255,13 +263,15 @@ class BackwardOf {
   void lstm(const Place& p, int64_t t, int now, V dm) {
     A* dc = dc_.row(p.b) + p.j;
     const V c = load(static_cast<const A*>(q_.c_kept) + p.at * H_ + p.j, p.n);
-    const auto d = Lstm::step_vjp<M>(dm, whole<V>(dc), gate(p, 0), gate(p, 1), gate(p, 2), gate(p, 3), c_before(p, t), c);
+    const auto d = Lstm::step_vjp<M>(dm, whole<V>(dc), gate(p, 0), gate(p, 1), gate(p, 2), gate(p, 3),
+                                     c_before(p, t), c);
     give(p, now, 0, d.ai);
     give(p, now, 1, d.af);
     give(p, now, 2, d.ag);
     give(p, now, 3, d.ao);
     store(dc, d.c_before, L);
-    if (l_.P) store(static_cast<S*>(q_.inner) + p.at * H_ + p.j, Lstm::before_projection<M>(gate(p, 3), c), p.n);
+    if (l_.P)
+      store(static_cast<S*>(q_.inner) + p.at * H_ + p.j, Lstm::before_projection<M>(gate(p, 3), c), p.n);
   }
 
   void through_projection(const Part& part, const Rows& rows, int64_t t, int now) {
@@ -283,7 +293,8 @@ class BackwardOf {
 
   // The gradient of the state before the step; where that was a reset's, it goes there and no further.
   void send(const Part& part, const Rows& rows, int64_t t, int now) {
-    const bool gru = l_.cell == Cell::gru || l_.cell == Cell::gru_before;  // where a part of dh passes the product by
+    const bool gru =
+        l_.cell == Cell::gru || l_.cell == Cell::gru_before;  // where a part of dh passes the product by
     multiply(part, rows, last_, gradients(t, now), stride(), [&](int32_t b, int u, const A* z) {
       A* dh = dh_.row(b) + static_cast<int64_t>(u) * L;
       store(dh, gru ? whole<V>(dh) + whole<V>(z) : whole<V>(z), L);

@@ -1,6 +1,6 @@
-// The forward scan of every cell. A step is one product with the recurrent weights whose tiles are turned into the
-// new state while they are in the first-level cache, and for two cells a second one: the textbook GRU's product with
-// r h, and an LSTM's projection. Included once per variant, inside its namespace.
+// The forward scan of every cell. A step is one product with the recurrent weights whose tiles are turned
+// into the new state while they are in the first-level cache, and for two cells a second one: the textbook
+// GRU's product with r h, and an LSTM's projection. Included once per variant, inside its namespace.
 
 template <class S>
 class ForwardOf final : public ForwardScan {
@@ -10,7 +10,8 @@ class ForwardOf final : public ForwardScan {
   static constexpr int L = lanes<A>;
 
  public:
-  ForwardOf(const Forward& f, int64_t T) : f_(f), l_(f.layer), H_(l_.H), N_(l_.P ? l_.P : l_.H), G_(gates_of(l_.cell)) {
+  ForwardOf(const Forward& f, int64_t T)
+      : f_(f), l_(f.layer), H_(l_.H), N_(l_.P ? l_.P : l_.H), G_(gates_of(l_.cell)) {
     const bool pack = T > 1;
     const S* w = static_cast<const S*>(l_.w_hh);
     if (l_.cell == Cell::gru_before) {
@@ -48,7 +49,8 @@ class ForwardOf final : public ForwardScan {
 
   void run(const Range& range) override {
     r_ = range;
-    const Split split(l_.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors), G_ * H_ * N_, range.n);
+    const Split split(l_.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors), G_ * H_ * N_,
+                      range.n);
     const int start = now_;
     run_parts(split, l_.parallel, [&](int64_t first, int64_t last, Meeting& meeting) {
       std::vector<Rows> rows(last - first);
@@ -150,15 +152,18 @@ class ForwardOf final : public ForwardScan {
   }
 
   template <int gates, class Use>
-  void multiply(const Part& part, const Rows& rows, int64_t step, const Weights<S>& w, const Padded<A>& a, Use use) {
+  void multiply(const Part& part, const Rows& rows, int64_t step, const Weights<S>& w, const Padded<A>& a,
+                Use use) {
     int first, last;
     panels(part, w, &first, &last);
-    product<gates>(w, first, last, rows.live.data(), static_cast<int>(rows.live.size()), a.row(0), a.stride, use,
-                   [&](int32_t b, int u) __attribute__((always_inline)) { ahead(step * l_.B + b, static_cast<int64_t>(u) * L); });
+    product<gates>(w, first, last, rows.live.data(), static_cast<int>(rows.live.size()), a.row(0), a.stride,
+                   use, [&](int32_t b, int u) __attribute__((always_inline)) {
+                     ahead(step * l_.B + b, static_cast<int64_t>(u) * L);
+                   });
   }
 
-  // Asks for the input of one vector of units, and for the places of its results. Inlined by force: gcc takes a
-  // function of nothing but prefetches for one without effect.
+  // Asks for the input of one vector of units, and for the places of its results. Inlined by force: gcc takes
+  // a function of nothing but prefetches for one without effect.
   __attribute__((always_inline)) void ahead(int64_t at, int64_t j) const {
     for (int64_t g = 0; g < G_; ++g) {
       __builtin_prefetch(static_cast<const S*>(r_.gx) + at * r_.gx_stride + g * H_ + j);
@@ -188,14 +193,15 @@ class ForwardOf final : public ForwardScan {
         });
         break;
       case Cell::lstm:
-        multiply<4>(part, rows, step, first_, h, [&](int32_t b, int u, const A* z) { lstm(place(step, b, u, H_), now, z); });
+        multiply<4>(part, rows, step, first_, h,
+                    [&](int32_t b, int u, const A* z) { lstm(place(step, b, u, H_), now, z); });
         break;
       case Cell::gru:
         multiply<3>(part, rows, step, first_, h, [&](int32_t b, int u, const A* z) {
           const Place p = place(step, b, u, H_);
           const V hn = whole<V>(z + 2 * L) + bias(p, 3);
-          const auto s = GruAfter::step<M>(input(p, 0) + whole<V>(z), input(p, 1) + whole<V>(z + L), input(p, 2), hn,
-                                           whole<V>(h.row(b) + p.j));
+          const auto s = GruAfter::step<M>(input(p, 0) + whole<V>(z), input(p, 1) + whole<V>(z + L),
+                                           input(p, 2), hn, whole<V>(h.row(b) + p.j));
           keep(p, 0, s.r), keep(p, 1, s.z), keep(p, 2, s.n), keep(p, 3, hn);
           give(p, now, s.h);
         });
@@ -215,8 +221,9 @@ class ForwardOf final : public ForwardScan {
 
   void lstm(const Place& p, int now, const A* z) {
     A* c = c_.row(p.b) + p.j;
-    const auto s = Lstm::step<M>(input(p, 0) + whole<V>(z), input(p, 1) + whole<V>(z + L),
-                                 input(p, 2) + whole<V>(z + 2 * L), input(p, 3) + whole<V>(z + 3 * L), whole<V>(c));
+    const auto s =
+        Lstm::step<M>(input(p, 0) + whole<V>(z), input(p, 1) + whole<V>(z + L),
+                      input(p, 2) + whole<V>(z + 2 * L), input(p, 3) + whole<V>(z + 3 * L), whole<V>(c));
     keep(p, 0, s.i), keep(p, 1, s.f), keep(p, 2, s.g), keep(p, 3, s.o);
     store(c, s.c, L);
     if (r_.c_kept != nullptr) store(static_cast<A*>(r_.c_kept) + p.at * H_ + p.j, s.c, p.n);
@@ -248,10 +255,10 @@ class ForwardOf final : public ForwardScan {
   const int64_t H_, N_, G_;
   Range r_{};
   Weights<S> first_, second_;
-  Padded<A> bias_;    // [G, H], and b_hn of a GRU with reset after
-  Padded<A> h_[2];    // [B, N] the state before the step and after it, in turns
-  Padded<A> c_;       // [B, H]
-  Padded<A> inner_;   // [B, H] what the second product multiplies: r h, or o tanh(c)
-  Padded<A> z_;       // [B, H] the textbook GRU's update gate between its two products
+  Padded<A> bias_;   // [G, H], and b_hn of a GRU with reset after
+  Padded<A> h_[2];   // [B, N] the state before the step and after it, in turns
+  Padded<A> c_;      // [B, H]
+  Padded<A> inner_;  // [B, H] what the second product multiplies: r h, or o tanh(c)
+  Padded<A> z_;      // [B, H] the textbook GRU's update gate between its two products
   int now_ = 0;
 };

@@ -1,5 +1,5 @@
-// What the templates of a variant need of the standard library, included before the variant's instructions are
-// switched on.
+// What the templates of a variant need of the standard library, included before the variant's instructions
+// are switched on.
 
 #pragma once
 

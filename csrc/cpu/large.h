@@ -1,5 +1,5 @@
-// The products outside a scan, over all steps and rows: the input projection, the gradient of x, and the gradient of a
-// weight. Included once per variant, inside its namespace.
+// The products outside a scan, over all steps and rows: the input projection, the gradient of x, and the
+// gradient of a weight. Included once per variant, inside its namespace.
 
 template <class S>
 class ProductOf final : public Product {
@@ -38,10 +38,14 @@ class ProductOf final : public Product {
         for (int r = 0; r < count; ++r) convert(a + (m + r) * lda, converted.row(r));
         from = converted.row(0), stride = converted.stride;
       }
-      product<1>(weights, 0, weights.count(), in_order.data(), count, from, stride, [&](int32_t r, int u, const A* z) {
-        const int64_t j = static_cast<int64_t>(u) * L;
-        store(out + (m + r) * ldo + j, whole<value_t<S>>(z), static_cast<int>(std::min<int64_t>(L, weights.units - j)));
-      }, [](int32_t, int) {});
+      product<1>(
+          weights, 0, weights.count(), in_order.data(), count, from, stride,
+          [&](int32_t r, int u, const A* z) {
+            const int64_t j = static_cast<int64_t>(u) * L;
+            store(out + (m + r) * ldo + j, whole<value_t<S>>(z),
+                  static_cast<int>(std::min<int64_t>(L, weights.units - j)));
+          },
+          [](int32_t, int) {});
     }
   }
 
@@ -52,13 +56,14 @@ class ProductOf final : public Product {
   }
 };
 
-// A tile of `rows` outputs times up to three vectors of columns, over a block of k whose operands were packed side by
-// side: out += sum over k of a[k, rows]^T b[k, vectors].
+// A tile of `rows` outputs times up to three vectors of columns, over a block of k whose operands were packed
+// side by side: out += sum over k of a[k, rows]^T b[k, vectors].
 constexpr int outer_rows = registers >= 32 ? 8 : 4;
 constexpr int outer_vectors = 3;
 
 template <class A, int vectors>
-void outer_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restrict out, int64_t ldo, int rows) {
+void outer_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restrict out, int64_t ldo,
+                int rows) {
   using V = typename Vector<A>::Value;
   constexpr int L = lanes<A>;
   V sum[outer_rows][vectors] = {};
@@ -116,7 +121,8 @@ class OuterOf {
     std::vector<A> sum(m1 - m0 + outer_rows);
     for (int64_t j0 = 0; j0 == 0 || j0 < q_.N; j0 += columns) {
       const int64_t n = std::min(columns, q_.N - j0);
-      const int vectors = static_cast<int>(ceil_div(n, L)), panels = (vectors + outer_vectors - 1) / outer_vectors;
+      const int vectors = static_cast<int>(ceil_div(n, L)),
+                panels = (vectors + outer_vectors - 1) / outer_vectors;
       for (int64_t k0 = 0; k0 < q_.K; k0 += block) {
         const int64_t K = std::min(block, q_.K - k0);
         pack_b(k0, K, j0, n, vectors, panels, b.data);
@@ -164,7 +170,8 @@ class OuterOf {
         const S* row = static_cast<const S*>(q_.rows[k0 + k]);
         for (int v = 0; v < in_panel; ++v, to += L) {
           const int64_t j = static_cast<int64_t>(u + v) * L;
-          store(to, row == nullptr ? V{} : load(row + j0 + j, static_cast<int>(std::min<int64_t>(L, n - j))), L);
+          store(to, row == nullptr ? V{} : load(row + j0 + j, static_cast<int>(std::min<int64_t>(L, n - j))),
+                L);
         }
       }
       u += in_panel;

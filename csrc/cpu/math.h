@@ -1,6 +1,6 @@
-// exp, sigmoid and tanh on vectors, and the arithmetic that csrc/cells asks for. At most 4 ulp of float32 over
-// the whole range, subnormal results and saturation included; NaN stays NaN. Included once per variant, inside
-// its namespace. tests/test_cpu_math.py holds every float32 against float64.
+// exp, sigmoid and tanh on vectors, and the arithmetic that csrc/cells asks for. At most 4 ulp of float32
+// over the whole range, subnormal results and saturation included; NaN stays NaN. Included once per variant,
+// inside its namespace. tests/test_cpu_math.py holds every float32 against float64.
 //
 // Method: x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) - 1 = r + r² q(r), so that nothing cancels near 0.
 
@@ -21,14 +21,23 @@ struct Constants<float> {
 template <>
 struct Constants<double> {
   static constexpr double round = 0x1.8p52;
-  static constexpr double log2e = 0x1.71547652b82fep0, ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr double log2e = 0x1.71547652b82fep0, ln2_high = 0x1.62e42feep-1,
+                          ln2_low = 0x1.a39ef35793c76p-33;
   static constexpr double least = -746.0, small = -60.0;
   static constexpr int mantissa = 52, bias = 1023;
   // 1 / k!, k = 14 .. 2: the next term is below 2^-60.
-  static constexpr double q[] = {1.1470745597729725e-11, 1.6059043836821613e-10, 2.0876756987868099e-9,
-                                 2.5052108385441720e-8,  2.7557319223985893e-7,  2.7557319223985888e-6,
-                                 2.4801587301587302e-5,  1.9841269841269841e-4,  1.3888888888888889e-3,
-                                 8.3333333333333332e-3,  4.1666666666666664e-2,  1.6666666666666666e-1,
+  static constexpr double q[] = {1.1470745597729725e-11,
+                                 1.6059043836821613e-10,
+                                 2.0876756987868099e-9,
+                                 2.5052108385441720e-8,
+                                 2.7557319223985893e-7,
+                                 2.7557319223985888e-6,
+                                 2.4801587301587302e-5,
+                                 1.9841269841269841e-4,
+                                 1.3888888888888889e-3,
+                                 8.3333333333333332e-3,
+                                 4.1666666666666664e-2,
+                                 1.6666666666666666e-1,
                                  0.5};
 };
 
@@ -43,9 +52,7 @@ struct Math {
   static Bits less_equal(Value a, Value b) { return a <= b; }
   static Value select(Bits where, Value a, Value b) { return where ? a : b; }
   static Bits sign() { return (Bits)set(T(-0.0)); }
-  static Value negative_magnitude(Value x) {
-    return (Value)((Bits)x | sign());
-  }
+  static Value negative_magnitude(Value x) { return (Value)((Bits)x | sign()); }
 
   // n of x = n ln 2 + r as an integer, and exp(r) - 1.
   struct Reduced {

@@ -1,9 +1,10 @@
-// The products of a scan: a tile of rows times a panel of packed weights, for any number of rows. Included once
-// per variant, inside its namespace.
+// The products of a scan: a tile of rows times a panel of packed weights, for any number of rows. Included
+// once per variant, inside its namespace.
 //
-// A panel holds the weights of up to four vectors of outputs side by side: all G gates of one vector of units (G 3
-// and 4), or several vectors of units (G 1 and 2), k by k, so that a tile reads it from end to end. Every output is
-// summed over k in the same order whatever the tile, so a row's result does not depend on the rows beside it.
+// A panel holds the weights of up to four vectors of outputs side by side: all G gates of one vector of units
+// (G 3 and 4), or several vectors of units (G 1 and 2), k by k, so that a tile reads it from end to end.
+// Every output is summed over k in the same order whatever the tile, so a row's result does not depend on the
+// rows beside it.
 
 template <class T>
 struct Aligned {
@@ -55,7 +56,8 @@ void tile(const T* const* a, const T* __restrict panel, int64_t K, T* __restrict
 
 // One row times two neighbouring panels: twice the sums in flight, to hide the latency of a multiply-add.
 template <class T, int vectors>
-void tile_pair(const T* a, const T* __restrict first, const T* __restrict second, int64_t K, T* __restrict out) {
+void tile_pair(const T* a, const T* __restrict first, const T* __restrict second, int64_t K,
+               T* __restrict out) {
   using V = typename Vector<T>::Value;
   constexpr int L = lanes<T>;
   V sum[2][vectors] = {};
@@ -75,8 +77,9 @@ using Tile = void (*)(const T* const* a, const T* panel, int64_t K, T* out);
 
 template <class T, int vectors, int... rows>
 constexpr std::array<Tile<T>, max_rows + 1> tiles_of(std::integer_sequence<int, rows...>) {
-  return {nullptr, (rows + 1 <= tile_rows(vectors) ? &tile<T, vectors, (rows + 1 <= tile_rows(vectors) ? rows + 1 : 1)>
-                                                   : nullptr)...};
+  return {nullptr,
+          (rows + 1 <= tile_rows(vectors) ? &tile<T, vectors, (rows + 1 <= tile_rows(vectors) ? rows + 1 : 1)>
+                                          : nullptr)...};
 }
 
 template <class T>
@@ -120,8 +123,8 @@ inline void turn(typename Vector<A>::Value* v) {
 #endif
 }
 
-// Weights as a product wants them: packed into panels. For a single step they stay as they are, and each panel is
-// packed into the first-level cache when its turn comes.
+// Weights as a product wants them: packed into panels. For a single step they stay as they are, and each
+// panel is packed into the first-level cache when its turn comes.
 template <class S>
 struct Weights {
   using A = compute_t<S>;
@@ -134,7 +137,7 @@ struct Weights {
   Aligned<A> panels;
 
   int units_vectors() const { return static_cast<int>(ceil_div(units, L)); }  // vectors of units
-  int wide() const { return gates >= 3 ? 1 : max_vectors / gates; }            // of them in a whole panel
+  int wide() const { return gates >= 3 ? 1 : max_vectors / gates; }           // of them in a whole panel
   int count() const { return static_cast<int>(ceil_div(units_vectors(), wide())); }
   int in_panel(int p) const { return std::min(wide(), units_vectors() - p * wide()); }
   int64_t panel_size() const { return static_cast<int64_t>(wide()) * gates * L * K; }
@@ -184,13 +187,14 @@ struct Weights {
   }
 };
 
-// Calls use(row, u, z) for each row of `rows` and each vector u of units in the panels [p0, p1), with z [gates, lanes]
-// the product of a[row] and the weights. Before a tile is summed, ahead(row, u) may ask for the memory that use(row, u)
-// will need: it arrives meanwhile. `use` stands at one place only: in copies of it, one for each kind of tile, the
-// compiler would fuse other multiplications with additions, and a row's result would depend on the rows beside it.
+// Calls use(row, u, z) for each row of `rows` and each vector u of units in the panels [p0, p1), with z
+// [gates, lanes] the product of a[row] and the weights. Before a tile is summed, ahead(row, u) may ask for
+// the memory that use(row, u) will need: it arrives meanwhile. `use` stands at one place only: in copies of
+// it, one for each kind of tile, the compiler would fuse other multiplications with additions, and a row's
+// result would depend on the rows beside it.
 template <int gates, class S, class Use, class Ahead>
-inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, int count, const compute_t<S>* a,
-                    int64_t lda, Use use, Ahead ahead) {
+inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, int count,
+                    const compute_t<S>* a, int64_t lda, Use use, Ahead ahead) {
   using A = compute_t<S>;
   constexpr int L = lanes<A>;
   alignas(64) A out[max_rows * max_vectors * L];
@@ -198,7 +202,8 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
   Aligned<A> once(w.raw == nullptr ? 0 : w.panel_size());
   for (int p = p0; p < p1; ++p) {
     const int in_panel = w.in_panel(p), vectors = in_panel * gates;
-    const bool pair = count == 1 && w.raw == nullptr && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2;
+    const bool pair =
+        count == 1 && w.raw == nullptr && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2;
     const A* panel = w.panel(p);
     if (w.raw != nullptr) {
       w.pack(p, once.data);

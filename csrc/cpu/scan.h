@@ -1,9 +1,9 @@
 // The recurrence of every cell over time on plain pointers: what csrc/ops.cpp and the harness call. No torch.
 // Each processor variant (avx512.cpp, avx2.cpp, baseline.cpp) compiles the same templates into an Engine.
 //
-// Shapes: T steps in all, n of them in a range, B rows, H units, P projected units (0: none), N = P or H the size
-// of the state, G gates, S the storage type of `dtype`, A the type it is computed in (float, or double for f64).
-// Everything is contiguous unless a stride is named; strides count elements.
+// Shapes: T steps in all, n of them in a range, B rows, H units, P projected units (0: none), N = P or H the
+// size of the state, G gates, S the storage type of `dtype`, A the type it is computed in (float, or double
+// for f64). Everything is contiguous unless a stride is named; strides count elements.
 
 #pragma once
 
@@ -49,7 +49,8 @@ struct Cuts {
 };
 
 // Runs body(context, first, last) over ranges that make up 0 .. parts - 1, concurrently where it can.
-using Parallel = void (*)(int64_t parts, void* context, void (*body)(void* context, int64_t first, int64_t last));
+using Parallel = void (*)(int64_t parts, void* context,
+                          void (*body)(void* context, int64_t first, int64_t last));
 
 // What a scan is, in either direction of time and of differentiation.
 struct Layer {
@@ -57,7 +58,7 @@ struct Layer {
   Dtype dtype;
   int64_t B, H, P;
   bool reverse;
-  Cuts cuts;        // cuts.T is the T of the whole sequence
+  Cuts cuts;         // cuts.T is the T of the whole sequence
   const void* w_hh;  // S [G H, N]
   const void* w_hr;  // S [P, H], or null
   const void* h_r;   // A [B, N] the state at a reset, or null: zeros
@@ -68,14 +69,14 @@ struct Layer {
 
 // One range of time for a forward scan.
 struct Range {
-  int64_t t0, n;       // the steps t0 .. t0 + n - 1
-  const void* gx;      // S [n, B, gx_stride >= G H] x W_ih^T, without biases
+  int64_t t0, n;   // the steps t0 .. t0 + n - 1
+  const void* gx;  // S [n, B, gx_stride >= G H] x W_ih^T, without biases
   int64_t gx_stride;
-  void* y;             // S [n, B, N], 0 where a row does not live
-  void* c_all;         // S [n, B, H], or null
-  void* gates;         // A [n, B, saved_of H], or null; where S is A it may be gx itself, with that stride
+  void* y;      // S [n, B, N], 0 where a row does not live
+  void* c_all;  // S [n, B, H], or null
+  void* gates;  // A [n, B, saved_of H], or null; where S is A it may be gx itself, with that stride
   int64_t gates_stride;
-  void* c_kept;        // A [n, B, H] beside gates (LSTM), or null
+  void* c_kept;  // A [n, B, H] beside gates (LSTM), or null
 };
 
 // A forward scan, from the start to the end of time (from the end in reverse) in any number of ranges. The
@@ -95,7 +96,8 @@ struct Forward {
   void* c;           // A [B, H], LSTM
 };
 
-// Strides of a gradient that came from outside: unit is 1, or 0 for a gradient expanded from one number a row.
+// Strides of a gradient that came from outside: unit is 1, or 0 for a gradient expanded from one number a
+// row.
 struct Strides {
   int64_t step, row, unit;
 };
@@ -109,22 +111,23 @@ struct Backward {
   const void* y;       // S [T, B, N] as the forward gave it
   const void* gates;   // A [T, B, gates_stride], null for the vanilla RNN
   int64_t gates_stride;
-  const void* c_kept;    // A [T, B, H], LSTM
-  const void* h_0;       // A [B, N]
-  const void* c_0;       // A [B, H]
-  void* dgx;             // S [T, B, G H] of the pre-activations, 0 where no gradient comes
-  void* dgn;             // S [T, B, H] GRU with reset after: of W_hn h + b_hn, else null
-  void* dp;              // S [T, B, P] of the projected state, with a projection, else null
-  void* inner;           // S [T, B, H] what a step's second product multiplied: r h, or o tanh(c); else null. Not
-                         // written where no gradient comes
-  void* dh;              // A [B, N] in: of h_n; out: of h_0
-  void* dc;              // A [B, H] in: of c_n; out: of c_0
-  void* dh_r;            // A [B, N] summed over the resets, or null
-  void* dc_r;            // A [B, H]
+  const void* c_kept;  // A [T, B, H], LSTM
+  const void* h_0;     // A [B, N]
+  const void* c_0;     // A [B, H]
+  void* dgx;           // S [T, B, G H] of the pre-activations, 0 where no gradient comes
+  void* dgn;           // S [T, B, H] GRU with reset after: of W_hn h + b_hn, else null
+  void* dp;            // S [T, B, P] of the projected state, with a projection, else null
+  void* inner;  // S [T, B, H] what a step's second product multiplied: r h, or o tanh(c); else null. Not
+                // written where no gradient comes
+  void* dh;     // A [B, N] in: of h_n; out: of h_0
+  void* dc;     // A [B, H] in: of c_n; out: of c_0
+  void* dh_r;   // A [B, N] summed over the resets, or null
+  void* dc_r;   // A [B, H]
 };
 
-// out [M, N] = a [M, K] times one matrix for any number of M, packed once (or not at all, for a few rows). Storage and
-// arithmetic as in a scan. Rows of `a` and `out` are lda and ldo apart. A row's result depends on nothing but itself.
+// out [M, N] = a [M, K] times one matrix for any number of M, packed once (or not at all, for a few rows).
+// Storage and arithmetic as in a scan. Rows of `a` and `out` are lda and ldo apart. A row's result depends on
+// nothing but itself.
 class Product {
  public:
   virtual ~Product() = default;
@@ -163,8 +166,8 @@ struct Engine {
 // The variants that this processor can run, best first.
 const std::vector<const Engine*>& engines();
 
-// The one in use: the best, or what RNNKIT_CPU_ISA names. Throws std::runtime_error that lists those at hand where
-// it names another.
+// The one in use: the best, or what RNNKIT_CPU_ISA names. Throws std::runtime_error that lists those at hand
+// where it names another.
 const Engine& engine();
 
 }  // namespace rnnkit

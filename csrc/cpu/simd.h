@@ -1,5 +1,6 @@
 // Vectors of one processor variant by the compiler's vector extensions: loads, stores and the storage types
-// float, double, bfloat16 and float16. Included once per variant, inside its namespace; RNNKIT_BYTES is the width.
+// float, double, bfloat16 and float16. Included once per variant, inside its namespace; RNNKIT_BYTES is the
+// width.
 
 template <class T>
 struct Vector;
@@ -106,7 +107,8 @@ inline void store(double* p, Vector<double>::Value v, int n) {
 inline Vector<float>::Unsigned halves(const void* p, int n) {
   using Half = Vector<float>::Half;
   const uint16_t* q = static_cast<const uint16_t*>(p);
-  return __builtin_convertvector(n == lanes<float> ? whole<Half>(q) : part<Half>(q, n), Vector<float>::Unsigned);
+  return __builtin_convertvector(n == lanes<float> ? whole<Half>(q) : part<Half>(q, n),
+                                 Vector<float>::Unsigned);
 }
 
 inline void put_halves(void* p, Vector<float>::Unsigned bits, int n) {

@@ -1,5 +1,5 @@
-// What forward and backward scans share: how the work is split among threads, how they meet, which rows live at a
-// step. Included once per variant, inside its namespace.
+// What forward and backward scans share: how the work is split among threads, how they meet, which rows live
+// at a step. Included once per variant, inside its namespace.
 
 // A piece of the work: some rows and all units, or all rows and some units (vectors of them).
 struct Part {
@@ -20,8 +20,8 @@ struct Part {
   }
 };
 
-// Threads that run the same steps wait here for one another. Spins for a while, then lets others run: there may be
-// more threads than cores.
+// Threads that run the same steps wait here for one another. Spins for a while, then lets others run: there
+// may be more threads than cores.
 class Meeting {
  public:
   explicit Meeting(int64_t parts) : parts_(parts) {}
@@ -56,14 +56,15 @@ class Meeting {
   alignas(64) std::atomic<int64_t> turn_{0};
 };
 
-// How a scan is cut into parts. Rows are independent, so they are split where each part still gets full tiles; else
-// the units are, at the price of meeting once or twice a step. `weights` counts the elements read in a step.
+// How a scan is cut into parts. Rows are independent, so they are split where each part still gets full
+// tiles; else the units are, at the price of meeting once or twice a step. `weights` counts the elements read
+// in a step.
 struct Split {
   int64_t parts = 1;
   bool units = false;
 
   Split(int64_t threads, int64_t rows, int64_t unit_panels, int64_t weights, int64_t steps) {
-    constexpr int64_t worth_a_thread = 1 << 16;  // multiply-adds: some microseconds
+    constexpr int64_t worth_a_thread = 1 << 16;   // multiply-adds: some microseconds
     constexpr int64_t worth_a_meeting = 1 << 15;  // the same, in one step
     if (threads < 2 || rows * weights * steps < 2 * worth_a_thread) return;
     if (rows >= 4 * threads || (rows >= 2 && rows * weights < 2 * worth_a_meeting)) {

@@ -1,6 +1,7 @@
-// One processor variant: the templates compiled with its instructions, in a namespace of its own. The including
-// file has set RNNKIT_VARIANT, RNNKIT_BYTES and RNNKIT_REGISTERS, and the compiler's target after the standard
-// headers, so that none of their inline functions is compiled with instructions another processor lacks.
+// One processor variant: the templates compiled with its instructions, in a namespace of its own. The
+// including file has set RNNKIT_VARIANT, RNNKIT_BYTES and RNNKIT_REGISTERS, and the compiler's target after
+// the standard headers, so that none of their inline functions is compiled with instructions another
+// processor lacks.
 
 namespace rnnkit {
 namespace RNNKIT_VARIANT {
@@ -8,12 +9,12 @@ namespace {
 
 #include "simd.h"
 // math.h is used by everything below.
+#include "backward.h"
+#include "forward.h"
+#include "large.h"
 #include "math.h"
 #include "product.h"
 #include "steps.h"
-#include "forward.h"
-#include "backward.h"
-#include "large.h"
 
 template <class Use>
 auto dispatch(Dtype dtype, Use use) {
@@ -76,7 +77,8 @@ void function(int which, Dtype dtype, int64_t n, const void* in, void* out) {
 }  // namespace
 
 extern const Engine engine;
-const Engine engine = {RNNKIT_NAME, &supported, &forward, &backward, &by_rows, &by_columns, &outer, &function};
+const Engine engine = {RNNKIT_NAME, &supported,  &forward, &backward,
+                       &by_rows,    &by_columns, &outer,   &function};
 
 }  // namespace RNNKIT_VARIANT
 }  // namespace rnnkit
