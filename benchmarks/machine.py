@@ -21,7 +21,11 @@ EXPS = {"RNN": 1, "GRU": 3, "LSTM": 5}  # exponentials a unit and step: a sigmoi
 EXP = 2e-10  # seconds for one of them, vectorised, on one core
 CALL, BACKWARD = 5e-6, 3e-5  # seconds: one call from Python a layer and direction; autograd on top of it
 FULL = 1.05  # a product of this size reaches about 95 % of the multiply-add peak
-CACHE = (256, 512, 1024, 2048, 4096, 8192, 16384, 65536)  # KiB
+CACHE = {  # KiB
+    "cpu": (256, 512, 1024, 2048, 4096, 8192, 16384, 65536),
+    "cuda": (8192, 32768, 262144),  # smaller ones are read faster than they are launched
+}
+BLOCK = {"cpu": 1, "cuda": 20}  # calls between two looks at the clock: a GPU's launches hide behind one another
 # AMD's family and the upper digit of its model -> generation; what /proc/cpuinfo calls "AMD EPYC" is any of them.
 ZEN = {(25, 1): "Zen 4", (25, 6): "Zen 4", (25, 7): "Zen 4", (25, 10): "Zen 4", (25, 0): "Zen 3", (23, 3): "Zen 2"}
 INTEL = {85: "Cascade Lake", 106: "Ice Lake", 143: "Sapphire Rapids", 173: "Granite Rapids", 207: "Emerald Rapids"}
@@ -46,11 +50,12 @@ class Machine:
         few = torch.randn(16, device=device)
         with torch.no_grad():
             self.peak = FULL * 2 * size**3 / min(timing.least(way, device, seconds) for way in ways)
-            call = timing.least(lambda: few.sum(), device, seconds / 10)
+            call = timing.least(few.sum, device, seconds / 10, BLOCK[device])
             self.rates = []  # bytes, bytes/s
-            for kib in CACHE:
+            for kib in CACHE[device]:
                 v = torch.randn(kib * 256, device=device)
-                self.rates.append((kib * 1024, kib * 1024 / (timing.least(v.sum, device, seconds / 10) - call)))
+                took = timing.least(v.sum, device, seconds / 10, BLOCK[device])
+                self.rates.append((kib * 1024, kib * 1024 / max(took - call, took / 10)))
         torch.set_num_threads(threads)
 
     def stream(self, size: int) -> float:

@@ -87,7 +87,11 @@ def _row(row: Row) -> list[str]:
     who += "" if row.launch == "call" else f", {row.launch}"
     return [row.case, row.cell, str(row.threads), who, row.against, f"{row.ms:.4g}", f"{row.against_ms:.4g}",
             f"{row.ratio_p50:.2f}", f"{row.ratio_p20:.2f}–{row.ratio_p80:.2f}", f"{row.gflops:.1f}", f"{row.share:.0%}",
-            f"{row.peak_mib:.3g}", f"{row.against_peak_mib:.3g}"]  # fmt: skip
+            _mib(row.peak_mib), _mib(row.against_peak_mib)]  # fmt: skip
+
+
+def _mib(size: float | None) -> str:
+    return "-" if size is None else f"{size:.3g}"
 
 
 # What the summary shows, line by line: group, peer, words. One column for each cell and mode.

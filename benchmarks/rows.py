@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from .cases import BadInput
 
@@ -41,8 +42,9 @@ class Row:
     limit_ms: float
     share: float
     """Of the limit: limit_ms over ms."""
-    peak_mib: float
-    against_peak_mib: float
+    peak_mib: float | None
+    against_peak_mib: float | None
+    """Of one call, as timing.MEMORY says; None for what takes its memory out of torch's sight."""
     device: str
     processor: str
     threads: int
@@ -68,7 +70,13 @@ class Row:
         )
 
 
-TYPES = {field.name: {"int": int, "float": float, "str": str}[str(field.type)] for field in dataclasses.fields(Row)}
+PARSE: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "float | None": lambda v: float(v) if v else None,
+    "str": str,
+}
+TYPES = {field.name: PARSE[str(field.type)] for field in dataclasses.fields(Row)}
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=_names, action="extend", default=[], metavar=letter, help=about)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a few small cases, in under a minute")
-    parser.add_argument("--seconds", type=_positive, metavar="S", help=f"for each side of a row; default: {SECONDS}")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help=f"for each side of a row; default: {SECONDS}")
     parser.add_argument("--module", metavar="M", help="measure this class too: my.package:Class, made as nn.LSTM is")
     parser.add_argument(
         "--compile",
@@ -136,6 +136,8 @@ class Bench:
             if progress:
                 progress.close()
         self._report(interrupted)
+        if not (self.rows or self.wrong or interrupted):
+            return _complain("nothing could be measured, for the reasons above", 2)
         missed = self.options.targets and any(v.met is False for v in targets.judge(self.rows))
         return 130 if interrupted else 1 if self.wrong or missed else 0
 
@@ -192,7 +194,8 @@ class Bench:
         for side in every:
             if job.train:
                 side.module.zero_grad()
-            peaks[id(side)] = timing.peak_mib(works[id(side)], self.device)
+            if side.name != sides.ORT:  # it takes its memory by itself
+                peaks[id(side)] = timing.peak_mib(works[id(side)], self.device)
         limit = limits.limit(self.machine, job, self.device, threads)
         rows = []
         for launch in ("call", "graph") if self.device == "cuda" else ("call",):
@@ -255,8 +258,8 @@ class Bench:
             gflops=job.flops / seconds / 1e9,
             limit_ms=limit * 1e3,
             share=limit / seconds,
-            peak_mib=peaks[id(side)],
-            against_peak_mib=peaks[id(peer)],
+            peak_mib=peaks.get(id(side)),
+            against_peak_mib=peaks.get(id(peer)),
             threads=threads,
             **self.about,
         )
@@ -322,8 +325,8 @@ def _count(value: str) -> int:
     return int(value)
 
 
-def _positive(value: str) -> float:
+def _seconds(value: str) -> float:
     number = float(value)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {value}")
     return number

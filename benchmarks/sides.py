@@ -108,7 +108,7 @@ def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compil
         try:
             side.ran = _backend(side, x, job.train)
         except NotImplementedError as error:
-            found.cannot.append(f"{job.name}: {error}")
+            found.cannot.append(str(error))
             continue
         found.ours.append(side)
         if case.group in ("resets", "lengths"):

@@ -38,12 +38,12 @@ def block(work: Work, repeats: int, device: str) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def least(work: Work, device: str, seconds: float) -> float:
-    """The shortest of many single calls, in seconds: for limits, where whatever disturbs makes it longer."""
+def least(work: Work, device: str, seconds: float, repeats: int = 1) -> float:
+    """Seconds a call in the shortest of many blocks: for limits, where whatever disturbs makes it longer."""
     work()
-    found, begin = [block(work, 1, device)], time.perf_counter()
+    found, begin = [block(work, repeats, device)], time.perf_counter()
     while time.perf_counter() - begin < seconds or len(found) < ROUNDS:
-        found.append(block(work, 1, device))
+        found.append(block(work, repeats, device))
     return min(found)
 
 
