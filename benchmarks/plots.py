@@ -15,6 +15,7 @@ from .sides import ORT, TORCH
 from .targets import geometric_mean, judged
 
 COLOURS = {"RNN": "#d1495b", "LSTM": "#00798c", "GRU": "#8d6a9f"}
+TITLES = {"inference": "inference", "training": "training (forward and backward)"}
 OURS, THEIRS, RUNTIME = "#00798c", "0.55", "#edae49"
 
 
@@ -27,7 +28,7 @@ def draw(folder: Path, rows: Sequence[Row]) -> list[Path]:
         some = [row for row in rows if (row.threads, row.launch) == (threads, launch)]
         suffix = f"-{threads}t" if len({t for t, _ in settings}) > 1 else ""
         suffix += f"-{launch}" if len({kind for _, kind in settings}) > 1 else ""
-        for name, figure in (("ratios", ratios(some)), ("sizes", sizes(some))):
+        for name, figure in (("ratios", ratios(some)), *((f"sizes-{mode}", sizes(some, mode)) for mode in MODES)):
             if figure is not None:
                 written.append(folder / f"{name}{suffix}.png")
                 figure.savefig(written[-1], dpi=130)
@@ -71,38 +72,38 @@ def ratios(rows: Sequence[Row]) -> Figure | None:
             label = f"{cell}  {mean:.2f}"
             axes.errorbar(x, y, xerr=spread, fmt="o", ms=4.5, lw=1.2, color=COLOURS[cell], label=label)
             axes.axvline(mean, color=COLOURS[cell], lw=1, ls=":", zorder=0)
-        axes.set_title(mode if mode == "inference" else "training (forward and backward)", fontsize=10)
+        axes.set_title(TITLES[mode], fontsize=10)
         axes.legend(title="geometric mean", fontsize=8, title_fontsize=8, loc="best", framealpha=0.9)
         axes.set_xscale("log")
         axes.set_xlim(*limits)
         _plain_ticks(axes.xaxis, limits)
-        axes.set_xlabel("torch.nn's time / rnnkit's      faster →")
+        axes.set_xlabel("torch.nn's time / rnnkit's   (right of 1: rnnkit is faster)")
         axes.grid(axis="x", alpha=0.25)
     every[0].set_yticks(range(len(shapes)), [shape.replace("x", "×") for shape in shapes], fontsize=8)
     every[0].set_ylim(len(shapes) - 0.5, -0.5)
-    every[0].set_ylabel("B × T × I × H")
-    figure.suptitle(f"rnnkit against torch.nn, the grid\n{about(grid)}", fontsize=10)
+    every[0].set_ylabel("B × T × I × H   (2b: two layers, both directions)")
+    figure.suptitle(f"rnnkit against torch.nn: median of paired runs, p20 to p80\n{about(grid)}", fontsize=10)
     return figure
 
 
-def sizes(rows: Sequence[Row]) -> Figure | None:
-    """Time against T, B and H through one shape: a row of panels for each cell and mode, log on both axes."""
-    sweep = [row for row in rows if row.group == "sweep"]
+def sizes(rows: Sequence[Row], mode: str) -> Figure | None:
+    """Time against T, B and H through one shape: a row of panels for each cell, log on both axes."""
+    sweep = [row for row in rows if row.group == "sweep" and row.mode == mode]
     if not sweep:
         return None
     lines = {axis: _line(sweep, axis) for axis in "TBH"}
-    kinds = [(c, m) for c in CELLS for m in MODES if any((row.cell, row.mode) == (c, m) for row in sweep)]
-    figure = Figure(figsize=(11.5, 1.1 + 2.1 * len(kinds)), layout="constrained")
+    kinds = [cell for cell in CELLS if any(row.cell == cell for row in sweep)]
+    figure = Figure(figsize=(11.5, 1.2 + 2.4 * len(kinds)), layout="constrained")
     panels = figure.subplots(len(kinds), 3, sharex="col", sharey="row", squeeze=False)
-    for (cell, mode), row_of_panels in zip(kinds, panels, strict=True):
+    for cell, row_of_panels in zip(kinds, panels, strict=True):
         for axes, axis in zip(row_of_panels, "TBH", strict=True):
-            some = [row for row in lines[axis] if (row.cell, row.mode) == (cell, mode)]
+            some = [row for row in lines[axis] if row.cell == cell]
             ours = {getattr(row, axis): row for row in some}
             _curve(axes, {at: row.limit_ms for at, row in ours.items()}, "the machine's limit", "0.2", ls=":", lw=1.2)
-            for peer, colour in ((TORCH, THEIRS), (ORT, RUNTIME)):
+            for peer, words, colour in ((TORCH, "torch.nn", THEIRS), (ORT, "ONNX Runtime", RUNTIME)):
                 times = {getattr(row, axis): row.against_ms for row in some if row.against == peer}
-                _curve(axes, times, peer, colour, marker="s", ms=4)
-            _curve(axes, {at: row.ms for at, row in ours.items()}, "rnnkit", OURS, marker="o", ms=4.5, lw=2)
+                _curve(axes, times, words, colour, marker="s", ms=6, lw=2)
+            _curve(axes, {at: row.ms for at, row in ours.items()}, "rnnkit", OURS, marker="o", ms=4, lw=1.6)
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.grid(alpha=0.25)
@@ -110,7 +111,7 @@ def sizes(rows: Sequence[Row]) -> Figure | None:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f}"))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        row_of_panels[0].set_ylabel(f"{cell} {mode}\nms")
+        row_of_panels[0].set_ylabel(f"{cell}, ms")
     words = {"T": "T, steps (B = 16, H = 128)", "B": "B, rows (T = 64, H = 128)", "H": "H = I, units (B = 16, T = 64)"}
     for axes, axis in zip(panels[-1], "TBH", strict=True):
         axes.set_xlabel(words[axis])
@@ -118,7 +119,9 @@ def sizes(rows: Sequence[Row]) -> Figure | None:
     for axes in panels.flat:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles), fontsize=9)
-    figure.suptitle(f"Time against T, B and H\n{about(sweep)}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(
+        f"{TITLES[mode].capitalize()}: time against T, B and H\n{about(sweep)}", fontsize=10, x=0.01, ha="left"
+    )
     return figure
 
 

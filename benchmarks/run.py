@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ from typing import Any
 
 import torch
 
+from rnnkit.demo import check_out
 from rnnkit.demo.progress import Progress
+from rnnkit.demo.text import InputError
 
 from . import machine as limits
 from . import report, sides, targets, timing
@@ -69,8 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Measure, report; returns the exit code."""
     try:
+        check_out(options.out)
         bench = Bench(options)
-    except BadInput as error:
+    except (BadInput, InputError) as error:
         return _complain(error, 2)
     except NoDevice as error:
         return _complain(error, 3)
@@ -135,7 +139,14 @@ class Bench:
             torch.set_num_threads(before)
             if progress:
                 progress.close()
-        self._report(interrupted)
+        before_report = signal.getsignal(signal.SIGINT)
+        if interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one does not spoil what is being written
+        try:
+            self._report(interrupted)
+        finally:
+            if interrupted:
+                signal.signal(signal.SIGINT, before_report)
         if not (self.rows or self.wrong or interrupted):
             return _complain("nothing could be measured, for the reasons above", 2)
         missed = self.options.targets and any(v.met is False for v in targets.judge(self.rows))

@@ -51,13 +51,14 @@ def alternate(works: Sequence[Work], device: str, seconds: float) -> list[list[f
     """For each piece of work its seconds a call, one reading for each round in which all took their turn.
 
     seconds: what a piece of work may take in all; there are at least ROUNDS rounds whatever they cost. Every piece
-    is called twice to warm up, and twice more to find how many calls fill a block.
+    is first called to warm up, and to find how many calls fill a block.
     """
     repeats = []
     for work in works:
-        for _ in range(2):
-            work()
-        once = block(work, 2, device)
+        work()
+        once = block(work, 1, device)
+        if once < BLOCK / 10:  # one short call says little
+            once = block(work, 10, device)
         repeats.append(max(1, int(min(BLOCK, seconds / ROUNDS) / max(once, 1e-7))))
     rounds: list[list[float]] = []
     begin = time.perf_counter()
