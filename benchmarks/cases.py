@@ -46,10 +46,15 @@ class Case:
         more = f"x{self.layers}{'b' if self.directions > 1 else ''}" if deep else ""
         return f"{self.batch}x{self.steps}x{self.inputs}x{self.hidden}{more}"
 
-    def products(self, cell: str) -> int:
+    @property
+    def rows(self) -> float:
+        """How many rows are at work in a step, on average: lengths are drawn evenly from 1 to T."""
+        return self.batch * (self.steps + 1) / (2 * self.steps) if self.group == "lengths" else self.batch
+
+    def products(self, cell: str) -> float:
         """Floating-point operations of the forward products, two for each multiply-add; training has three times it."""
         width = self.inputs + self.hidden + (self.layers - 1) * self.hidden * (self.directions + 1)
-        return 2 * self.steps * self.batch * GATES[cell] * self.hidden * self.directions * width
+        return 2 * self.steps * self.rows * GATES[cell] * self.hidden * self.directions * width
 
 
 TABLE = (
@@ -137,7 +142,7 @@ class Job:
         return f"{self.case.group} {self.case.name} {self.cell} {self.mode}"
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> float:
         """Operations of the products; of the recurrent one alone in group `scan`."""
         case = self.case
         if case.group == "scan":

@@ -34,13 +34,21 @@ INTEL = {85: "Cascade Lake", 106: "Ice Lake", 143: "Sapphire Rapids", 173: "Gran
 class Machine:
     """peak: FLOP/s of one core (of the whole GPU); stream(bytes): bytes/s from the cache that holds so many.
 
-    Measured on one thread; `limit` multiplies by the threads of a row. On a GPU the products run with the TF32
-    setting of the run, and the caches are those below the multiprocessors: a kernel that keeps its weights on chip
-    may beat the limit of a scan there.
+    Whatever else runs meanwhile makes a machine look slower, and a share of its limit larger than it is: `measure` is
+    called several times in a run, and the best counts. Measured on one thread; `limit` multiplies by the threads of a
+    row. On a GPU the products run with the TF32 setting of the run, and the caches are those below the
+    multiprocessors: a kernel that keeps its weights on chip may beat the limit of a scan there.
     """
 
-    def __init__(self, device: str, seconds: float = 0.5) -> None:
-        threads = torch.get_num_threads()
+    def __init__(self, device: str, seconds: float) -> None:
+        self.device = device
+        self.peak = 0.0
+        self.rates = [(kib * 1024, 0.0) for kib in CACHE[device]]  # bytes, bytes/s
+        self.measure(seconds)
+
+    def measure(self, seconds: float) -> None:
+        """Look again, for about three times so many seconds."""
+        device, threads = self.device, torch.get_num_threads()
         torch.set_num_threads(1)
         size = 1024 if device == "cpu" else 4096
         x, w, b = (torch.randn(shape, device=device) for shape in ((size, size), (size, size), (size,)))
@@ -49,13 +57,13 @@ class Machine:
             ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""))
         few = torch.randn(16, device=device)
         with torch.no_grad():
-            self.peak = FULL * 2 * size**3 / min(timing.least(way, device, seconds) for way in ways)
+            peak = FULL * 2 * size**3 / min(timing.least(way, device, seconds) for way in ways)
+            self.peak = max(self.peak, peak)
             call = timing.least(few.sum, device, seconds / 10, BLOCK[device])
-            self.rates = []  # bytes, bytes/s
-            for kib in CACHE[device]:
-                v = torch.randn(kib * 256, device=device)
+            for k, (held, known) in enumerate(self.rates):
+                v = torch.randn(held // 4, device=device)
                 took = timing.least(v.sum, device, seconds / 10, BLOCK[device])
-                self.rates.append((kib * 1024, kib * 1024 / max(took - call, took / 10)))
+                self.rates[k] = (held, max(known, held / max(took - call, took / 10)))
         torch.set_num_threads(threads)
 
     def stream(self, size: int) -> float:
@@ -79,16 +87,16 @@ def limit(machine: Machine, job: Job, device: str, threads: int) -> float:
     cores = threads if device == "cpu" else 1
     peak = machine.peak * cores
     gates, hidden = GATES[job.cell], case.hidden
-    product = 2 * case.batch * gates * hidden**2 / peak
+    product = 2 * case.rows * gates * hidden**2 / peak
     size = 4 * gates * hidden**2
     step = max(product, size / machine.stream(size))
     if case.group == "scan":
         return case.steps * step
-    exps = case.batch * hidden * EXPS[job.cell] * EXP / cores if device == "cpu" else 0.0
+    exps = case.rows * hidden * EXPS[job.cell] * EXP / cores if device == "cpu" else 0.0
     total = 0.0
     for layer in range(case.layers):
         width = case.inputs if layer == 0 else hidden * case.directions
-        project = 2 * case.steps * case.batch * gates * hidden * width / peak
+        project = 2 * case.steps * case.rows * gates * hidden * width / peak
         once = project + case.steps * (step + exps) + CALL
         if job.train:
             once += 2 * project + case.steps * (step + product) + BACKWARD

@@ -100,9 +100,9 @@ def sizes(rows: Sequence[Row], mode: str) -> Figure | None:
             some = [row for row in lines[axis] if row.cell == cell]
             ours = {getattr(row, axis): row for row in some}
             _curve(axes, {at: row.limit_ms for at, row in ours.items()}, "the machine's limit", "0.2", ls=":", lw=1.2)
-            for peer, words, colour in ((TORCH, "torch.nn", THEIRS), (ORT, "ONNX Runtime", RUNTIME)):
+            for peer, label, colour in ((TORCH, "torch.nn", THEIRS), (ORT, "ONNX Runtime", RUNTIME)):
                 times = {getattr(row, axis): row.against_ms for row in some if row.against == peer}
-                _curve(axes, times, words, colour, marker="s", ms=6, lw=2)
+                _curve(axes, times, label, colour, marker="s", ms=6, lw=2)
             _curve(axes, {at: row.ms for at, row in ours.items()}, "rnnkit", OURS, marker="o", ms=4, lw=1.6)
             axes.set_xscale("log")
             axes.set_yscale("log")

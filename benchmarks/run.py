@@ -34,6 +34,7 @@ from .rows import RESULTS, Row, merge, read, write
 
 SECONDS = 0.25  # for each side of a job
 QUICK = 0.02
+LOOK = 20  # jobs between two looks at what the machine can do
 
 
 class NoDevice(RuntimeError):
@@ -93,6 +94,10 @@ class Bench:
         self.options, self.device = options, options.device
         self.jobs = select(options.device, options.case, options.cell, options.mode, options.quick)
         self.backends = known("backend", options.backend, sides.NAMES) or sides.NAMES
+        if options.record and not RESULTS.is_dir():
+            raise BadInput(
+                f"--record puts rows into a clone, and there is no {RESULTS}; rows.csv in --out has them too"
+            )
         self.threads = [_count(n) for n in options.threads] or [1]
         if self.device == "cuda":
             if not torch.cuda.is_available():
@@ -109,6 +114,8 @@ class Bench:
                 raise BadInput(f"--module {options.module} has the gates of none of the cells that were asked for")
         self.seconds = options.seconds or (QUICK if options.quick else SECONDS)
         self.rows: list[Row] = []
+        self.done: list[Job] = []
+        """The job of each row."""
         self.wrong: list[str] = []
         self.notes: list[str] = []
         self.about: dict[str, Any] = {}
@@ -156,9 +163,12 @@ class Bench:
         everything = [(threads, job) for threads in self.threads for job in self.jobs]
         costs = [self._cost(threads, job) for threads, job in everything]
         for done, (threads, job) in enumerate(everything, 1):
+            if done % LOOK == 0:
+                self.machine.measure(0.1)
             torch.set_num_threads(threads)
             found = self._job(job, threads, progress)
             self.rows += found
+            self.done += [job] * len(found)
             for row in found:
                 progress.say(row.line())
             if found:
@@ -277,8 +287,16 @@ class Bench:
 
     def _report(self, interrupted: bool) -> None:
         out, written = self.options.out, []
+        self.rows = [self._limited(row, job) for row, job in zip(self.rows, self.done, strict=True)]
         verdicts = targets.judge(self.rows)
         if self.rows:
+            write(out / "rows.csv", self.rows)
+            beyond = sum(row.share > 1.05 for row in self.rows)
+            if beyond and self.device == "cpu":
+                self.notes.append(
+                    f"{beyond} rows are faster than the limit: the machine was busy whenever it was measured, or the "
+                    "clock was higher since; take no share of the limit from this run"
+                )
             text = report.markdown(self.rows, verdicts, str(self.machine), self.wrong, self.notes)
             (out / "report.md").write_text(text, encoding="utf-8")
             written = [out / "rows.csv", out / "report.md"]
@@ -305,6 +323,11 @@ class Bench:
             print(line)
         if written:
             print("written:", ", ".join(map(str, written)))
+
+    def _limited(self, row: Row, job: Job) -> Row:
+        """The row against the best that the machine has shown by now."""
+        limit = limits.limit(self.machine, job, self.device, row.threads) * 1e3
+        return dataclasses.replace(row, limit_ms=limit, share=limit / row.ms, peak_gflops=self.machine.peak / 1e9)
 
     def _result(self, verdicts: list[targets.Verdict], interrupted: bool) -> dict[str, Any]:
         return {

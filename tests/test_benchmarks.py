@@ -44,6 +44,8 @@ class Made:
 
     def __init__(self, *_: object) -> None: ...
 
+    def measure(self, seconds: float) -> None: ...
+
     def stream(self, size: int) -> float:
         return 5e10
 
@@ -175,6 +177,15 @@ def test_a_run(bench: Callable[..., int], tmp_path: Path, capsys: pytest.Capture
     text = (tmp_path / "report.md").read_text()
     assert "## Targets" in text and "7x33x19x45" in text and timing.MEMORY["cpu"] in text
     assert "job 3/3" in said.err and "0 s left" in said.err
+
+
+def test_every_row_is_held_against_the_best_look_at_the_machine(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "LOOK", 1)
+    monkeypatch.setattr(Made, "measure", lambda self, _: setattr(self, "peak", self.peak * 2))
+    assert bench("--case", SHAPE, "--cell", "gru", "--backend", "reference") == 0
+    found = rows.read(tmp_path / "rows.csv")
+    assert {r.peak_gflops for r in found} == {400.0} and {r.mode for r in found} == set(cases.MODES)
+    assert all(r.share == pytest.approx(r.limit_ms / r.ms, rel=2e-3) for r in found)
 
 
 def test_a_module_of_ones_own(
@@ -335,6 +346,8 @@ def test_the_limit_of_a_row() -> None:
     assert machine.limit(made, training, "cpu", 1) == pytest.approx(forward + backward)
     scan = Job(Case("scan", 2, 10, 1, 64), "GRU", "inference")
     assert machine.limit(made, scan, "cpu", 1) == pytest.approx(10 * reading)
+    ragged = Job(Case("lengths", 2, 9, 32, 64), "GRU", "inference")
+    assert ragged.flops == 2 * 5 * 2 * 3 * 64 * (32 + 64), "of 9 steps 5 on average"
     deep = Job(Case("grid", 16, 100, 128, 128, layers=2, directions=2), "RNN", "inference")
     assert deep.flops == 2 * 100 * 16 * 128 * 2 * (128 + 128 + 256 + 128)
 
@@ -434,8 +447,9 @@ def test_the_readme_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (layers,) = [line for line in text.splitlines() if line.startswith("| layers, against torch.nn")]
         assert layers.split(" | ")[1:] == ["", "", "", "", "", "4.00 (2.00) |"]
         assert "| 4.00 |" in text.replace("|  |", "|"), "one case has no worst"
-    readme.write_text("# A\n")
-    assert report.main(words) == 2 and report.BEGIN in capsys.readouterr().err and readme.read_text() == "# A\n"
+    for broken in ("# A\n", f"{report.BEGIN}\n" * 2 + report.END, f"{report.END}\n{report.BEGIN}\n"):
+        readme.write_text(broken)
+        assert report.main(words) == 2 and report.BEGIN in capsys.readouterr().err and readme.read_text() == broken
 
 
 def test_choose_takes_plain_layers_and_averages_processors() -> None:
