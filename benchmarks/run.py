@@ -174,6 +174,7 @@ class Bench:
             if found:
                 write(self.options.out / "rows.csv", self.rows)
             progress.show(done, job.name, sum(costs[:done]) / sum(costs))
+        self.machine.measure(0.1)
 
     def _cost(self, threads: int, job: Job) -> float:
         """About how many seconds a job takes: its time on the clock, and its work many times over."""

@@ -184,7 +184,7 @@ def test_every_row_is_held_against_the_best_look_at_the_machine(bench: Any, tmp_
     monkeypatch.setattr(Made, "measure", lambda self, _: setattr(self, "peak", self.peak * 2))
     assert bench("--case", SHAPE, "--cell", "gru", "--backend", "reference") == 0
     found = rows.read(tmp_path / "rows.csv")
-    assert {r.peak_gflops for r in found} == {400.0} and {r.mode for r in found} == set(cases.MODES)
+    assert {r.peak_gflops for r in found} == {800.0} and {r.mode for r in found} == set(cases.MODES)
     assert all(r.share == pytest.approx(r.limit_ms / r.ms, rel=2e-3) for r in found)
 
 
