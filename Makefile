@@ -12,7 +12,7 @@ EXTRAS := dev,triton,plots,onnx,data
 COMPILED := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test bench lint wheel clean
 
 help: ## say what the verbs do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ demo: .venv/installed ## the main job, on real text
 
 test: .venv/installed ## all tests, in two processes
 	$(BIN)/python -m pytest -n 2 -q
+
+bench: .venv/installed ## every backend against torch.nn; BENCH=--quick for a minute of it
+	$(BIN)/python -m rnnkit bench $(BENCH)
 
 lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check

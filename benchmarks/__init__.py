@@ -1,1 +1,1 @@
-"""Benchmarks: rnnkit against torch.nn, correctness first, both sides alternating in one process."""
+"""Benchmarks: every backend against torch.nn and its peers, correctness first, all sides in turn in one process."""

@@ -1,186 +1,367 @@
-"""What a layer costs in rnnkit against torch.nn: `python -m rnnkit.benchmarks.run [--threads N] [--csv FILE]`.
+"""`python -m rnnkit bench`: how fast every backend is, against torch.nn, ONNX Runtime, and what the machine can do.
 
-Each row first holds the output and the gradients against float64 (at most twice torch.nn's error, and a rounding
-band), then times the two sides in turn in one process on the same random input, and gives the ratio of the paired
-times, torch.nn over rnnkit: above 1, rnnkit is faster. Absolute times drift from machine to machine; ratios of one
-run are what counts. `steps` times a loop over torch's cell, which is how resets are done without rnnkit.
+For each case, cell and mode: first every implementation's output and gradients are held against float64 (at most
+twice torch.nn's error, and a rounding band); what is wrong is not timed. Then all sides take turns in one process,
+and the ratio is that of paired times, the peer's over the implementation's: above 1, rnnkit is faster. Written are
+rows.csv, after every job, so that Ctrl-C keeps what was measured; at the end report.md and, with matplotlib,
+pictures. Results depend on what else runs on the machine: a p20 far from a p80 says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
+import dataclasses
+import gc
+import json
+import signal
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-import rnnkit
-from rnnkit.backends import record
+from rnnkit.demo import check_out
+from rnnkit.demo.progress import Progress
+from rnnkit.demo.text import InputError
 
-SHAPES = [(1, 1, 64, 64), (1, 128, 64, 64), (32, 100, 128, 128), (128, 64, 64, 256)]  # B, T, I, H
-COLUMNS = [
-    *("cell", "what", "mode", "B", "T", "I", "H", "backend", "torch_ms", "rnnkit_ms"),
-    *("ratio_p20", "ratio_p50", "ratio_p80", "threads", "torch", "commit", "processor"),
-]
-BAND = 2e-6  # a few float32 roundings, relative to the largest element
+from . import machine as limits
+from . import report, sides, targets, timing
+from .cases import CELLS, GROUPS, MODES, BadInput, Job, known, select
+from .gate import Gate
+from .rows import RESULTS, Row, merge, read, write
 
-
-def gradients(module: nn.Module, x: torch.Tensor, run: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    x = x.clone().requires_grad_()
-    y = run(module, x)
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
+SECONDS = 0.25  # for each side of a job
+QUICK = 0.02
+LOOK = 20  # jobs between two looks at what the machine can do
 
 
-def correct(sides: list[list[torch.Tensor]], exact: list[torch.Tensor]) -> bool:
-    """Ours (the second side) within twice the error of torch's."""
-    for theirs, ours, truth in zip(*sides, exact, strict=True):
-        error = [(v.double() - truth).abs().max().item() for v in (theirs, ours)]
-        if error[1] > 2 * error[0] + BAND * max(1.0, truth.abs().max().item()):
-            return False
-    return True
+class NoDevice(RuntimeError):
+    """--device names what is not here; exit code 3."""
 
 
-def clock(work: Callable[[], Any], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    return (time.perf_counter() - start) / repeats
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    for name, letter, about in (
+        ("case", "C", f"groups ({', '.join(GROUPS)}), shapes as 32x100x256x256, or both as grid/32x100x256x256"),
+        ("cell", "C", ", ".join(CELLS)),
+        ("mode", "M", ", ".join(MODES)),
+        ("backend", "B", f"{', '.join(sides.NAMES)}; default: all that can run a case"),
+        ("threads", "N", "numbers, as 1,2; default: 1"),
+    ):
+        parser.add_argument(f"--{name}", type=_names, action="extend", default=[], metavar=letter, help=about)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="a few small cases, in under a minute")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help=f"for each side of a row; default: {SECONDS}")
+    parser.add_argument("--module", metavar="M", help="measure this class too: my.package:Class, made as nn.LSTM is")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help=f"measure the reference under torch.compile too, up to {sides.COMPILED_STEPS} steps: its loop is "
+        "unrolled, and compiling takes seconds a case",
+    )
+    parser.add_argument("--tf32", choices=("on", "off"), help="on a GPU; default: as torch is set")
+    parser.add_argument("--targets", action="store_true", help="exit with 1 also where a target is missed")
+    parser.add_argument(
+        "--record", action="store_true", help="also put the rows into benchmarks/results/ of this clone"
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s/")
+    parser.add_argument("--json", action="store_true", help="print rows and targets as a JSON object")
 
 
-def plain(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return module(x)[0]
+def main(options: argparse.Namespace) -> int:
+    """Measure, report; returns the exit code."""
+    try:
+        check_out(options.out)
+        bench = Bench(options)
+    except (BadInput, InputError) as error:
+        return _complain(error, 2)
+    except NoDevice as error:
+        return _complain(error, 3)
+    try:
+        return bench.run()
+    except BadInput as error:
+        return _complain(error, 2)
+    except OSError as error:
+        return _complain(f"cannot write to {options.out}: {error.strerror or error}", 2)
 
 
-def by_steps(cell: nn.RNNCellBase, x: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
-    """A sequence with resets as a loop over torch's cell."""
-    pair = isinstance(cell, nn.LSTMCell)
-    h = x.new_zeros((x.shape[1], cell.hidden_size))
-    state: Any = (h, h) if pair else h
-    ys = []
-    for x_t, keep in zip(x, (1 - reset).unsqueeze(-1), strict=True):
-        state = cell(x_t, tuple(s * keep for s in state) if pair else state * keep)
-        ys.append(state[0] if pair else state)
-    return torch.stack(ys)
+class Bench:
+    """One run: the jobs, what came of them, and what is said and written."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, options.device
+        self.jobs = select(options.device, options.case, options.cell, options.mode, options.quick)
+        self.backends = known("backend", options.backend, sides.NAMES) or sides.NAMES
+        if options.record and not RESULTS.is_dir():
+            raise BadInput(
+                f"--record puts rows into a clone, and there is no {RESULTS}; rows.csv in --out has them too"
+            )
+        self.threads = [_count(n) for n in options.threads] or [1]
+        if self.device == "cuda":
+            if not torch.cuda.is_available():
+                raise NoDevice(
+                    "--device cuda: torch finds no CUDA device here"
+                    + ("" if torch.version.cuda else ", and this torch is built without CUDA")
+                    + "; `python -m rnnkit info` says what is here"
+                )
+            if options.tf32:
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32 == "on"
+        if options.module is not None:
+            fitting = [job for job in self.jobs if sides.custom(options.module, job) is not None]
+            if not fitting:
+                raise BadInput(f"--module {options.module} has the gates of none of the cells that were asked for")
+        self.seconds = options.seconds or (QUICK if options.quick else SECONDS)
+        self.rows: list[Row] = []
+        self.done: list[Job] = []
+        """The job of each row."""
+        self.wrong: list[str] = []
+        self.notes: list[str] = []
+        self.about: dict[str, Any] = {}
 
-def cases() -> Iterator[tuple[str, str, tuple[int, int, int, int], nn.Module, nn.Module, Callable, Callable]]:
-    """Name, what is compared, shape, torch's module, ours, and how each is run."""
-    for name in ("RNN", "LSTM", "GRU"):
-        for shape in SHAPES:
-            theirs, ours = getattr(nn, name)(*shape[2:]), getattr(rnnkit, name)(*shape[2:])
-            ours.load_state_dict(theirs.state_dict())
-            yield name, "plain", shape, theirs, ours, plain, plain
-        shape = (64, 64, 32, 128)
-        reset = (torch.rand(shape[1], shape[0]) < 0.02).float()
-        cell, ours = getattr(nn, f"{name}Cell")(*shape[2:]), getattr(rnnkit, name)(*shape[2:])
-        ours.load_state_dict({f"{k}_l0": v for k, v in cell.state_dict().items()})
-        yield (
-            name,
-            "resets, steps",
-            shape,
-            cell,
-            ours,
-            lambda m, x, r=reset: by_steps(m, x, r.to(x.dtype)),
-            lambda m, x, r=reset: m(x, reset=r)[0],
+    def run(self) -> int:
+        """All jobs; report and write what was reached, also after Ctrl-C."""
+        interrupted = False
+        before = torch.get_num_threads()
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        progress = None
+        try:
+            self._say("measuring what this machine can do")
+            self.machine = limits.Machine(self.device, 0.1 if self.options.quick else 0.5)
+            self.about = {
+                "device": self.device,
+                "processor": limits.processor(self.device),
+                "tf32": limits.tf32(self.device),
+                "torch": torch.__version__,
+                "commit": limits.commit(),
+                "peak_gflops": self.machine.peak / 1e9,
+            }
+            self._say(f"{self.about['processor']}: {self.machine}")
+            progress = Progress("bench", len(self.threads) * len(self.jobs), sys.stderr, "job")
+            self._measure(progress)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            torch.set_num_threads(before)
+            if progress:
+                progress.close()
+        before_report = signal.getsignal(signal.SIGINT)
+        if interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one does not spoil what is being written
+        try:
+            self._report(interrupted)
+        finally:
+            if interrupted:
+                signal.signal(signal.SIGINT, before_report)
+        if not (self.rows or self.wrong or interrupted):
+            return _complain("nothing could be measured, for the reasons above", 2)
+        missed = self.options.targets and any(v.met is False for v in targets.judge(self.rows))
+        return 130 if interrupted else 1 if self.wrong or missed else 0
+
+    def _measure(self, progress: Progress) -> None:
+        everything = [(threads, job) for threads in self.threads for job in self.jobs]
+        costs = [self._cost(threads, job) for threads, job in everything]
+        for done, (threads, job) in enumerate(everything, 1):
+            if done % LOOK == 0:
+                self.machine.measure(0.1)
+            torch.set_num_threads(threads)
+            found = self._job(job, threads, progress)
+            self.rows += found
+            self.done += [job] * len(found)
+            for row in found:
+                progress.say(row.line())
+            if found:
+                write(self.options.out / "rows.csv", self.rows)
+            progress.show(done, job.name, sum(costs[:done]) / sum(costs))
+        self.machine.measure(0.1)
+
+    def _cost(self, threads: int, job: Job) -> float:
+        """About how many seconds a job takes: its time on the clock, and its work many times over."""
+        return self.seconds * (len(self.backends) + 2) + 60 * job.flops / (self.machine.peak * threads) + 0.1
+
+    def _job(self, job: Job, threads: int, progress: Progress) -> list[Row]:
+        """Set up, gate, memory, clock: the rows of one job."""
+        made = sides.setup(job, self.device, threads, self.backends, self.options.compile, self.options.module)
+        if self.options.backend:
+            self.notes += made.cannot
+        gate = Gate(job, made)
+        for side in list(made.ours):
+            excess = gate.excess(side)
+            if excess > 1:
+                made.ours.remove(side)
+                self.wrong.append(
+                    f"{job.name}: {side.name} is WRONG, its error {excess:.3g} times what is allowed; not timed"
+                )
+                progress.say(self.wrong[-1])
+        for side in list(made.peers):
+            if gate.excess(side, peer=True) > 1:
+                made.peers.remove(side)
+                self.notes.append(f"{job.name}: {side.name} computes something else here and is left out")
+        del gate
+        pairs = [
+            (side, peer)
+            for side in made.ours
+            for peer in (*made.peers, *([made.without[side.name]] if side.name in made.without else []))
+        ]
+        return self._time(job, threads, made.x, pairs) if pairs else []
+
+    def _time(self, job: Job, threads: int, x: torch.Tensor, pairs: list[tuple[sides.Side, sides.Side]]) -> list[Row]:
+        every = list({id(side): side for pair in pairs for side in pair}.values())
+        works = {id(side): side.work(x, job.train) for side in every}
+        for work in works.values():
+            work()
+        gc.collect()  # else what earlier jobs left behind is freed at some moment of this one
+        peaks = {}
+        for side in every:
+            if job.train:
+                side.module.zero_grad()
+            if side.name != sides.ORT:  # it takes its memory by itself
+                peaks[id(side)] = timing.peak_mib(works[id(side)], self.device)
+        limit = limits.limit(self.machine, job, self.device, threads)
+        rows = []
+        for launch in ("call", "graph") if self.device == "cuda" else ("call",):
+            if launch == "graph":
+                works = self._graphs(job, every, works)
+            took = dict(zip(works, timing.alternate(list(works.values()), self.device, self.seconds), strict=True))
+            for side, peer in pairs:
+                if id(side) in took and id(peer) in took:
+                    rows.append(
+                        self._row(job, threads, side, peer, launch, took[id(side)], took[id(peer)], peaks, limit)
+                    )
+        return rows
+
+    def _graphs(self, job: Job, every: list[sides.Side], works: dict[int, timing.Work]) -> dict[int, timing.Work]:
+        """The sides that can be captured."""
+        captured = {}
+        for side in every:
+            try:
+                captured[id(side)] = timing.graph(works[id(side)])
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                self.notes.append(f"{job.name}: {side.name} cannot be captured in a CUDA graph: {reason}")
+                torch.cuda.synchronize()
+        return captured
+
+    def _row(
+        self,
+        job: Job,
+        threads: int,
+        side: sides.Side,
+        peer: sides.Side,
+        launch: str,
+        times: Sequence[float],
+        theirs: Sequence[float],
+        peaks: dict[int, float],
+        limit: float,
+    ) -> Row:
+        case, seconds = job.case, statistics.median(times)
+        low, middle, high = timing.percentiles([b / a for a, b in zip(times, theirs, strict=True)])
+        return Row(
+            group=case.group,
+            case=case.name,
+            B=case.batch,
+            T=case.steps,
+            I=case.inputs,
+            H=case.hidden,
+            layers=case.layers,
+            directions=case.directions,
+            cell=job.cell,
+            mode=job.mode,
+            implementation=side.name,
+            ran=side.ran,
+            against=peer.name,
+            launch=launch,
+            ms=seconds * 1e3,
+            against_ms=statistics.median(theirs) * 1e3,
+            ratio_p20=low,
+            ratio_p50=middle,
+            ratio_p80=high,
+            gflops=job.flops / seconds / 1e9,
+            limit_ms=limit * 1e3,
+            share=limit / seconds,
+            peak_mib=peaks.get(id(side)),
+            against_peak_mib=peaks.get(id(peer)),
+            threads=threads,
+            **self.about,
         )
 
+    def _report(self, interrupted: bool) -> None:
+        out, written = self.options.out, []
+        self.rows = [self._limited(row, job) for row, job in zip(self.rows, self.done, strict=True)]
+        verdicts = targets.judge(self.rows)
+        if self.rows:
+            write(out / "rows.csv", self.rows)
+            beyond = sum(row.share > 1.05 for row in self.rows)
+            if beyond and self.device == "cpu":
+                self.notes.append(
+                    f"{beyond} rows are faster than the limit: the machine was busy whenever it was measured, or the "
+                    "clock was higher since; take no share of the limit from this run"
+                )
+            text = report.markdown(self.rows, verdicts, str(self.machine), self.wrong, self.notes)
+            (out / "report.md").write_text(text, encoding="utf-8")
+            written = [out / "rows.csv", out / "report.md"]
+            try:
+                from . import plots
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each row")
-    parser.add_argument("--csv", type=Path, help="write the rows here")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rows, wrong = [], 0
-    for name, what, (b, t, i, h), theirs, ours, run_theirs, run_ours in cases():
-        x = torch.randn(t, b, i)
-        sides = [gradients(theirs, x, run_theirs), gradients(ours, x, run_ours)]
-        exact = gradients(theirs.double(), x.double(), run_theirs)
-        theirs.float()
-        if not correct(sides, exact):
-            wrong += 1
-            print(f"{name} {what} B={b} T={t} I={i} H={h}: WRONG, not timed", file=sys.stderr)
-            continue
-        for mode in ("inference", "training"):
-            work = [partial(step, m, x, r, mode) for m, r in ((theirs, run_theirs), (ours, run_ours))]
-            ratios, times = alternate(work, options.seconds)
-            low, middle, high = (statistics.quantiles(ratios, n=10)[k] for k in (1, 4, 7))
-            row = [
-                name,
-                what,
-                mode,
-                b,
-                t,
-                i,
-                h,
-                backend(ours, x, run_ours, mode),
-                times[0] * 1e3,
-                times[1] * 1e3,
-                low,
-                middle,
-                high,
-            ]
-            rows.append([f"{v:.3g}" if isinstance(v, float) else v for v in row])
-            print(
-                f"{name:4} {what:13} {mode:9} B={b:<3} T={t:<3} I={i:<3} H={h:<3} {row[7]:9} "
-                f"{times[1] * 1e3:8.2f} ms, ratio {middle:.2f} ({low:.2f}–{high:.2f})",
-                flush=True,
-            )
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            about = [options.threads, torch.__version__, commit(), processor()]
-            writer.writerows([*row, *about] for row in rows)
-    return 1 if wrong else 0
+                written += plots.draw(out, self.rows)
+            except ImportError as error:
+                if error.name is None or not error.name.startswith("matplotlib"):
+                    raise
+                self.notes.append(report.NO_PLOTS)
+            if self.options.record:
+                recorded = RESULTS / f"{limits.file_name(self.device, self.about['processor'])}.csv"
+                write(recorded, merge(read(recorded) if recorded.exists() else [], self.rows))
+                written.append(recorded)
+        if self.options.json:
+            print(json.dumps(self._result(verdicts, interrupted), indent=2))
+            return
+        if interrupted:
+            print(f"stopped by Ctrl-C after {len(self.rows)} rows; so far:\n")
+        if verdicts:
+            print(report.aligned(report.HEAD, [report.cells(v) for v in verdicts]))
+        for line in [*self.wrong, *dict.fromkeys(self.notes)]:
+            print(line)
+        if written:
+            print("written:", ", ".join(map(str, written)))
 
+    def _limited(self, row: Row, job: Job) -> Row:
+        """The row against the best that the machine has shown by now."""
+        limit = limits.limit(self.machine, job, self.device, row.threads) * 1e3
+        return dataclasses.replace(row, limit_ms=limit, share=limit / row.ms, peak_gflops=self.machine.peak / 1e9)
 
-def step(module: nn.Module, x: torch.Tensor, run: Callable[..., torch.Tensor], mode: str) -> None:
-    if mode == "inference":
-        with torch.inference_mode():
-            run(module, x)
-    else:
-        run(module, x).sum().backward()
+    def _result(self, verdicts: list[targets.Verdict], interrupted: bool) -> dict[str, Any]:
+        return {
+            "interrupted": interrupted,
+            "wrong": self.wrong,
+            "notes": list(dict.fromkeys(self.notes)),
+            "machine": str(self.machine) if self.about else None,
+            "memory": timing.MEMORY[self.device],
+            "targets": [dataclasses.asdict(verdict) for verdict in verdicts],
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+    def _say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
 
-def alternate(work: Sequence[Callable[[], None]], seconds: float) -> tuple[list[float], list[float]]:
-    """Ratios of paired times, first over second, and the median time of each, after a warm-up."""
-    repeats = max(1, int(0.01 / max(max(clock(w, 2) for w in work), 1e-7)))
-    pairs: list[list[float]] = []
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(pairs) < 9:
-        pairs.append([clock(w, repeats) for w in work])
-    return [a / b for a, b in pairs], [statistics.median(column) for column in zip(*pairs, strict=True)]
+def _complain(error: Exception | str, code: int) -> int:
+    print(f"rnnkit bench: {error}", file=sys.stderr)
+    return code
 
 
-def backend(module: nn.Module, x: torch.Tensor, run: Callable[..., torch.Tensor], mode: str) -> str:
-    """Which backend runs our side."""
-    with record() as met:
-        step(module, x, run, mode)
-    return met[0][2]
+def _names(value: str) -> list[str]:
+    return [name for name in value.split(",") if name]
 
 
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+def _count(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise BadInput(f"--threads takes numbers of at least 1, as 1,2; got {value!r}")
+    return int(value)
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _seconds(value: str) -> float:
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {value}")
+    return number

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends import BACKENDS, Problem, preference, record
+from .backends import BACKENDS, Problem, preference, record, recorded
 from .nn.base import Recurrent
 
+UNMEASURED = "in the table's order: nothing is recorded of this cell on this device"
 NOTE = (
     "vmap, torch.func, forward mode and derivatives beyond the first run the reference's formulas, whatever backend "
     "is named."
@@ -27,6 +28,8 @@ class Choice:
     asked: str
     backend: str
     reasons: dict[str, list[str]]
+    measured: str | None
+    """The recorded shape whose times put the backends in order; None where nothing is recorded."""
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, the dtype by its name."""
@@ -39,6 +42,7 @@ class Choice:
             "asked": self.asked,
             "backend": self.backend,
             "reasons": self.reasons,
+            "measured": self.measured,
         }
 
 
@@ -49,7 +53,10 @@ class Explanation:
     choices: tuple[Choice, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons": {backend: [...]}}, ...], "note"}."""
+        """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons", "measured"}, ...], "note"}.
+
+        `reasons` is {backend: [...]} of those that were not chosen.
+        """
         return {"layers": [choice.to_dict() for choice in self.choices], "note": NOTE}
 
     def __str__(self) -> str:
@@ -63,6 +70,10 @@ class Explanation:
             size += f" P={p.proj_size}" if p.proj_size else ""
             kind = f"{p.cell} {size} {str(p.dtype).removeprefix('torch.')} on {p.device}"
             lines.append(f"{choice.name or '(the module)'}, {where}: {kind}")
+            if choice.asked == "auto":
+                lines.append(
+                    f"    in the order measured at {choice.measured}" if choice.measured else f"    {UNMEASURED}"
+                )
             for backend in preference(p):
                 if backend.name == choice.backend:
                     how = "chosen" if choice.asked == "auto" else f"chosen, as backend={choice.asked!r} asks"
@@ -119,7 +130,9 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
         layer = -1
         for problem, asked, backend in problems[start:end]:
             layer += not problem.reverse  # each layer's forward direction comes first
-            choices.append(Choice(name, layer, problem, asked, backend, _reasons(problem, asked, backend)))
+            row = recorded(problem)
+            measured = None if row is None else str(row)
+            choices.append(Choice(name, layer, problem, asked, backend, _reasons(problem, asked, backend), measured))
         start = end
     return Explanation(tuple(choices))
 

@@ -309,7 +309,7 @@ def test_a_bar_moves_in_place_on_a_terminal() -> None:
     terminal = Terminal()
     progress = Progress("torch.nn", 10, terminal)  # type: ignore[arg-type]
     for step in range(1, 11):
-        progress.show(step, 3.0)
+        progress.show(step, "3.000 bits per character")
     progress.close()
     assert terminal.written.startswith("\r") and terminal.written.count("\n") == 1
     assert "10/10" in terminal.written and "0 s left" in terminal.written

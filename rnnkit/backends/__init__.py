@@ -1,7 +1,8 @@
 """The literal table of backends and the choice among them.
 
-`auto` takes the first backend whose list of reasons against the problem is empty; a named backend runs or raises
-with its reasons. Nothing falls back silently. What was found for a problem is remembered, for eager calls (`choose`).
+`auto` takes the first backend, in the order of recorded measurements, whose list of reasons against the problem is
+empty; a named backend runs or raises with its reasons. Nothing falls back silently. What was found for a problem is
+remembered, for eager calls (`choose`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any
 
 from torch._C import _get_mkldnn_enabled
 
+from torch.compiler import is_compiling  # `torch` is here the name of a backend's file
+
+from . import measured
 from .cpu import CPU
 from .planned import Planned
 from .problem import Options, Outputs, Problem, Result, Tensors, describe
@@ -29,6 +33,8 @@ BACKENDS: tuple[Backend, ...] = (
 )
 BY_NAME: dict[str, Backend] = {backend.name: backend for backend in BACKENDS}
 NAMES = ("auto", *BY_NAME)
+_KEPT = 4096  # orders found so far; a program that meets more shapes starts over
+_orders: dict[tuple, tuple[Backend, ...]] = {}
 
 
 class _Thread(threading.local):  # not a ContextVar: torch.compile cannot trace one
@@ -79,9 +85,41 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
 
 
+def _order(measured_order: tuple[str, ...]) -> tuple[Backend, ...]:
+    """The table in the measured order. What was not measured keeps its place before, or after, all that was."""
+    known = [BY_NAME[name] for name in measured_order]
+    first = min(BACKENDS.index(backend) for backend in known)
+    return (*BACKENDS[:first], *known, *(backend for backend in BACKENDS[first:] if backend not in known))
+
+
+_TYPICAL = {kind: _order(names) for kind, names in measured.TYPICAL.items()}
+
+
 def preference(problem: Problem) -> tuple[Backend, ...]:
-    """The order in which `auto` asks."""
-    return BACKENDS
+    """The order in which `auto` asks: by the times of the nearest recorded shape, else the table's.
+
+    Under torch.compile T and B may stand for any size, and a look at their values would be a guard. There one order
+    serves every shape of a cell.
+    """
+    batch, steps = problem.batch, problem.steps
+    if is_compiling() or type(batch) is not int or type(steps) is not int:
+        cell = measured.ALIKE.get(problem.cell, problem.cell)
+        return _TYPICAL.get((problem.device, cell, problem.train), BACKENDS)
+    key = (problem.device, problem.cell, problem.train, batch, steps, problem.input_size, problem.hidden_size)
+    order = _orders.get(key)
+    if order is None:
+        row = recorded(problem)
+        order = BACKENDS if row is None else _order(measured.fastest_first(row.ms))
+        if len(_orders) >= _KEPT:
+            _orders.clear()
+        _orders[key] = order
+    return order
+
+
+def recorded(problem: Problem) -> measured.Row | None:
+    """The recorded shape whose times order the backends for this problem, outside of torch.compile."""
+    sizes = (problem.batch, problem.steps, problem.input_size, problem.hidden_size)
+    return measured.nearest(problem.device, problem.cell, problem.train, sizes)
 
 
 def resolve(name: str, problem: Problem) -> Backend:
@@ -156,6 +194,7 @@ __all__ = [
     "preference",
     "recall",
     "record",
+    "recorded",
     "resolve",
     "use_backend",
 ]

@@ -127,7 +127,7 @@ def train(
             run.loss.append(where.mean(loss.detach()) / math.log(2))
             run.rows = len(inputs) * where.world
             if progress:
-                progress.show(step, run.loss[-1])
+                progress.show(step, f"{run.loss[-1]:.3f} bits per character")
     finally:
         run.peak_mib = peak.mib()
         if progress:

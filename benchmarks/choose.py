@@ -1,0 +1,69 @@
+"""Writes rnnkit/backends/measured.csv, by which `auto` orders the backends, from the rows under benchmarks/results/.
+
+    python -m rnnkit.benchmarks.choose [--results DIR] [--to FILE]
+
+Taken are plain layers of one layer and direction, on one thread, by call. Several processors that measured one shape
+give it the geometric mean of their times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from rnnkit.backends import BY_NAME, measured
+
+from .cases import BadInput
+from .rows import RESULTS, Row, read
+from .targets import geometric_mean
+
+GROUPS = ("grid", "field", "sweep")  # plain layers
+CELLS = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}
+
+
+def table(files: dict[str, list[Row]]) -> list[list[str]]:
+    """The lines of measured.csv, without its head, of rows by the file that holds them."""
+    found: dict[tuple, dict[str, dict[str, float]]] = {}  # shape -> source -> backend -> ms
+    for source, rows in sorted(files.items()):
+        for row in rows:
+            single = row.layers == row.directions == row.threads == 1 and row.launch == "call"
+            if row.group in GROUPS and single and row.implementation in BY_NAME:
+                shape = (row.device, CELLS[row.cell], int(row.mode == "training"), row.B, row.T, row.I, row.H)
+                found.setdefault(shape, {}).setdefault(source, {})[row.implementation] = row.ms
+    lines = []
+    for shape, sources in sorted(found.items()):
+        everywhere = [name for name in BY_NAME if all(name in ms for ms in sources.values())]
+        times = {name: geometric_mean(ms[name] for ms in sources.values()) for name in everywhere}
+        if times:
+            ms = [f"{times[name]:.4g}" if name in times else "" for name in BY_NAME]
+            lines.append([*map(str, shape), "+".join(sources), *ms])
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read, write, say what was written; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--to", type=Path, default=measured.FILE, metavar="FILE", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        files = {path.stem: read(path) for path in sorted(options.results.glob("*.csv"))}
+        lines = table(files)
+        if not lines:
+            raise BadInput(
+                f"{options.results} has no rows of plain layers by backend; `python -m rnnkit bench --record`"
+            )
+    except BadInput as error:
+        print(f"rnnkit.benchmarks.choose: {error}", file=sys.stderr)
+        return 2
+    with options.to.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([[*measured.FACTS, *BY_NAME], *lines])
+    print(f"{options.to}: {len(lines)} shapes from {', '.join(files)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What is said of rows: the tables of a run, and the summary in README.md that a script writes from recorded rows.
+
+python -m rnnkit.benchmarks.report --readme README.md     between its two marks, from benchmarks/results/
+python -m rnnkit.benchmarks.report bench-out/rows.csv     a run's tables once more
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import targets, timing
+from .cases import CELLS, MODES, BadInput
+from .rows import RESULTS, Row, read
+from .sides import CELLS as STEPWISE
+from .sides import ORT, PACKED, SPLIT, TORCH, WITHOUT
+from .targets import Verdict
+
+NO_PLOTS = "no pictures, since matplotlib is not installed: pip install rnnkit[plots]"
+BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+HEAD = ["what", "cell", "mode", "threads", "cases", "mean", "worst", "at", "of the limit", "wanted", ""]
+
+
+def cells(v: Verdict) -> list[str]:
+    """A verdict as the cells of a line."""
+    form = "{:.0%}".format if v.group == "scan" else "{:.2f}".format
+    who = "" if v.implementation == "auto" else f"{v.implementation}: "
+    return [f"{who}{v.group}, against {v.against}", v.cell, v.mode, str(v.threads), str(v.cases), form(v.mean),
+            form(v.worst), v.worst_case, f"{v.share:.0%}", v.wanted, v.mark]  # fmt: skip
+
+
+def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal."""
+    widths = [max(len(line[k]) for line in (head, *lines)) for k in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (head, *lines)
+    )
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def markdown(
+    rows: Sequence[Row], verdicts: Sequence[Verdict], machine: str, wrong: Sequence[str], notes: Sequence[str]
+) -> str:
+    """A run's report."""
+    about = rows[0]
+    parts = [
+        "# rnnkit bench",
+        f"{about.processor}, torch {about.torch}, commit {about.commit}, float32"
+        + (f", TF32: {about.tf32}" if about.tf32 != "-" else "")
+        + f". One core, or the GPU: {machine}.",
+    ]
+    if wrong:
+        parts.append("\n".join(f"- **{line}**" for line in wrong))
+    parts += [
+        "## Targets",
+        "Ratios are the peer's time over rnnkit's (`auto`): above 1, rnnkit is faster. Mean: geometric mean. Of the "
+        "limit: geometric mean of the least possible time, at this machine's measured rates, over the time taken. In "
+        "`scan` mean and worst are shares of the machine.",
+        table(HEAD, [cells(v) for v in verdicts]),
+        "## Rows",
+        f"p20–p80 of the paired ratios. Memory: {timing.MEMORY[about.device]}.",
+    ]
+    for group in dict.fromkeys(row.group for row in rows):
+        for mode in MODES:
+            some = [row for row in rows if row.group == group and row.mode == mode]
+            if some:
+                parts += [f"### {group}, {mode}", table(ROW_HEAD, [_row(row) for row in some])]
+    if notes:
+        parts += ["## Notes", "\n".join(f"- {line}" for line in dict.fromkeys(notes))]
+    return "\n\n".join(parts) + "\n"
+
+
+ROW_HEAD = ["B×T×I×H", "cell", "threads", "implementation", "against", "ms", "its ms", "ratio", "p20–p80", "GFLOP/s",
+            "of the limit", "MiB", "its MiB"]  # fmt: skip
+
+
+def _row(row: Row) -> list[str]:
+    who = f"{row.implementation} → {row.ran}" if row.implementation == "auto" else row.implementation
+    who += "" if row.launch == "call" else f", {row.launch}"
+    return [row.case, row.cell, str(row.threads), who, row.against, f"{row.ms:.4g}", f"{row.against_ms:.4g}",
+            f"{row.ratio_p50:.2f}", f"{row.ratio_p20:.2f}–{row.ratio_p80:.2f}", f"{row.gflops:.1f}", f"{row.share:.0%}",
+            _mib(row.peak_mib), _mib(row.against_peak_mib)]  # fmt: skip
+
+
+def _mib(size: float | None) -> str:
+    return "-" if size is None else f"{size:.3g}"
+
+
+# What the summary shows, line by line: group, peer, words. One column for each cell and mode.
+SUMMARY = (
+    ("grid", TORCH, "layers, against torch.nn"),
+    ("grid", ORT, "layers, against ONNX Runtime"),
+    ("step", TORCH, "one step of a cell, B = 1, H = 64, against torch.nn"),
+    ("resets", SPLIT, "resets, against torch.nn on rows split at them"),
+    ("resets", STEPWISE, "resets, against a loop over torch.nn's cell"),
+    ("resets", WITHOUT, "resets, against rnnkit without"),
+    ("lengths", PACKED, "lengths, against torch.nn on packed rows"),
+    ("lengths", WITHOUT, "lengths, against rnnkit without"),
+)
+
+
+def summary(files: dict[str, list[Row]]) -> str:
+    """The README's tables, one for each processor, number of threads and way of launching."""
+    parts = []
+    for name, rows in files.items():
+        for threads, launch in sorted({(row.threads, row.launch) for row in rows}):
+            some = [row for row in rows if (row.threads, row.launch) == (threads, launch)]
+            about = some[-1]
+            found = {(v.group, v.against, v.cell, v.mode): v for v in targets.judge(some)}
+            lines = []
+            for group, peer, words in SUMMARY:
+                line = []
+                for cell in CELLS:
+                    for mode in MODES:
+                        v = found.get((group, peer, cell, mode))
+                        line.append("" if v is None else _figures(v))
+                if any(line):
+                    lines.append([words, *line])
+            if lines:
+                device = f"{threads} {'thread' if threads == 1 else 'threads'}" if about.device == "cpu" else launch
+                parts += [
+                    f"{about.processor}, {device}, torch {about.torch}, float32 "
+                    f"([rows](benchmarks/results/{name}.csv)):",
+                    table(["", *(f"{cell} {mode}" for cell in CELLS for mode in MODES)], lines),
+                ]
+    return "\n\n".join(parts)
+
+
+def _figures(v: Verdict) -> str:
+    return f"{v.mean:.2f}" if v.cases == 1 else f"{v.mean:.2f} ({v.worst:.2f})"
+
+
+def put(text: str, between: str) -> str:
+    """`text` with what stands between the marks replaced. Raises BadInput where the marks are not there once each."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise BadInput(f"expected one line {BEGIN} and below it one line {END}")
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}\n\n{between}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The script; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="?", type=Path, help="a run's rows.csv: print its targets")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the summary into this file")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if (options.rows is None) == (options.readme is None):
+        parser.error("give either a rows.csv or --readme FILE")
+    try:
+        if options.rows is not None:
+            print(aligned(HEAD, [cells(v) for v in targets.judge(read(options.rows))]))
+            return 0
+        files = {path.stem: read(path) for path in sorted(options.results.glob("*.csv"))}
+        if not any(files.values()):
+            raise BadInput(f"{options.results} has no rows; `python -m rnnkit bench --record` puts some there")
+        text = put(options.readme.read_text(encoding="utf-8"), summary(files))
+        options.readme.write_text(text, encoding="utf-8")
+    except BadInput as error:
+        print(f"rnnkit.benchmarks.report: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"rnnkit.benchmarks.report: {options.readme}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(f"{options.readme}: summary of {', '.join(files)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What was measured of the backends, as far as `auto` needs it to put them in order.
+
+`measured.csv` beside this file holds, for each recorded shape of one layer in one direction, the milliseconds of
+every backend that ran it. `python -m rnnkit.benchmarks.choose` writes it from benchmarks/results/, nobody by hand.
+For a problem the nearest recorded shape decides, nearest in log B, log T, log I and log H. All was measured in
+float32; other dtypes go by the same rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+FILE = Path(__file__).with_name("measured.csv")
+FACTS = ("device", "cell", "train", "B", "T", "I", "H", "source")  # the columns before those of the backends
+TIE = 1.03  # within 3 % two backends are equally fast, and the order of the columns, the table's, decides
+# Cells that are recorded under another one's name: the same products, and an activation that costs little beside them.
+ALIKE = {"rnn_relu": "rnn_tanh", "gru_reset_before": "gru"}
+
+Kind = tuple[str, str, bool]  # device, cell, whether a backward follows
+
+
+class Row(NamedTuple):
+    """One recorded shape, and the milliseconds that each backend took, in the order of the table of backends."""
+
+    batch: int
+    steps: int
+    input_size: int
+    hidden_size: int
+    source: str
+    """The file or files under benchmarks/results/, joined by "+"."""
+    ms: dict[str, float]
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {self.ms[name]:.3g} ms" for name in fastest_first(self.ms))
+        return f"B={self.batch} T={self.steps} I={self.input_size} H={self.hidden_size} on {self.source}: {times}"
+
+
+def read(path: Path) -> dict[Kind, list[Row]]:
+    """The rows of a file by device, cell and whether they train."""
+    found: dict[Kind, list[Row]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            ms = {name: float(v) for name, v in line.items() if name not in FACTS and v}
+            row = Row(int(line["B"]), int(line["T"]), int(line["I"]), int(line["H"]), line["source"], ms)
+            found.setdefault((line["device"], line["cell"], line["train"] == "1"), []).append(row)
+    return found
+
+
+def fastest_first(cost: Mapping[str, float]) -> tuple[str, ...]:
+    """Names by cost; of those within TIE of the best, the first in the mapping's own order comes first."""
+    left, order = dict(cost), []
+    while left:
+        best = min(left.values())
+        order.append(next(name for name, ms in left.items() if ms <= best * TIE))
+        del left[order[-1]]
+    return tuple(order)
+
+
+def typical(rows: list[Row]) -> tuple[str, ...]:
+    """One order for every shape: by the geometric mean of how much slower than a row's fastest each backend is."""
+    logs: dict[str, list[float]] = {}
+    for row in rows:
+        for name, ms in row.ms.items():
+            logs.setdefault(name, []).append(math.log(ms / min(row.ms.values())))
+    return fastest_first({name: math.exp(sum(some) / len(some)) for name, some in logs.items()})
+
+
+ROWS = read(FILE)
+TYPICAL = {kind: typical(rows) for kind, rows in ROWS.items()}
+
+
+def nearest(device: str, cell: str, train: bool, sizes: tuple[int, int, int, int]) -> Row | None:
+    """The recorded shape nearest to sizes (B, T, I, H); None where nothing is recorded of this cell and device."""
+    rows = ROWS.get((device, ALIKE.get(cell, cell), train), ())
+    place = [math.log(max(size, 1)) for size in sizes]
+
+    def distance(row: Row) -> float:
+        return sum((a - math.log(b)) ** 2 for a, b in zip(place, row[:4], strict=True))
+
+    return min(rows, key=distance, default=None)

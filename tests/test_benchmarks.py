@@ -1,0 +1,494 @@
+"""The benchmark as an instrument: filters, the gate, Ctrl-C, targets on made-up rows, the scripts, auto's lookup.
+
+Nothing here says how fast anything is: where a job runs, it runs for a moment, and on a machine that is made up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rnnkit
+from rnnkit.__main__ import main
+from rnnkit.backends import BY_NAME, measured
+from rnnkit.benchmarks import cases, choose, machine, report, rows, run, sides, targets, timing
+from rnnkit.benchmarks.cases import BadInput, Case, Job, select
+from rnnkit.benchmarks.gate import Gate
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = "grid/7x33x19x45"
+HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+RECORDED = pytest.mark.skipif(not rows.RESULTS.is_dir(), reason="not a clone: an sdist carries no results")
+
+
+class Made:
+    """A machine of round figures: 100 GFLOP/s, 50 GB/s."""
+
+    peak = 1e11
+
+    def __init__(self, *_: object) -> None: ...
+
+    def measure(self, seconds: float) -> None: ...
+
+    def stream(self, size: int) -> float:
+        return 5e10
+
+    def __str__(self) -> str:
+        return "made up"
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command, on the made-up machine, writing to `tmp_path`; every side for a moment."""
+    monkeypatch.setattr(machine, "Machine", Made)
+
+    def call(*options: str) -> int:
+        return main(["bench", "--out", str(tmp_path), "--seconds", "0.001", *options])
+
+    return call
+
+
+def row(**facts: Any) -> rows.Row:
+    """A made-up row."""
+    plain: dict[str, Any] = dict(
+        group="grid", case="1x1x64x64", B=1, T=1, I=64, H=64, layers=1, directions=1, cell="GRU", mode="training",
+        implementation="auto", ran="cpu", against="torch.nn", launch="call", ms=1.0, against_ms=4.0, ratio_p20=3.5,
+        ratio_p50=4.0, ratio_p80=4.5, gflops=10.0, limit_ms=0.5, share=0.5, peak_mib=1.0, against_peak_mib=2.0,
+        device="cpu", processor="Abacus (Zen 9)", threads=1, tf32="-", torch="2.99", commit="abc", peak_gflops=100.0,
+    )  # fmt: skip
+    return rows.Row(**{**plain, **facts})
+
+
+# What is measured.
+
+
+def test_the_grid_is_the_one_that_releases_are_judged_by() -> None:
+    grid = [case.name for case in cases.TABLE if case.group == "grid"]
+    judged = (
+        "1x1x64x64 1x128x64x64 1x128x256x256 1x128x512x512 1x1024x40x128 4x100x128x128 8x64x256x256 16x128x128x128 "
+        "32x100x256x256 64x50x512x512 16x64x768x768 128x64x64x256 256x32x32x512 64x24x8x16 512x10x4x32 7x33x19x45 "
+        "16x100x128x128x2b"
+    )
+    assert grid == judged.split()
+    for device in ("cpu", "cuda"):
+        here = [(case.group, case.name) for case in cases.TABLE if device in case.devices]
+        assert len(set(here)) == len(here)
+
+
+def test_filters() -> None:
+    (job,) = select("cpu", [SHAPE], ["gru"], ["inference"])
+    assert (job.case.batch, job.case.steps, job.case.inputs, job.case.hidden) == (7, 33, 19, 45)
+    assert job.cell == "GRU" and not job.train
+    assert {j.case.group for j in select("cpu", ["step", "RESETS".lower()])} == {"step", "resets"}
+    assert {j.case.group for j in select("cpu", ["16x128x128x128"])} == {"grid", "resets", "lengths"}
+    assert {j.mode for j in select("cpu", [], [], ["training"])} == {"training"}
+    assert {j.cell for j in select("cpu", [], ["LSTM", "rnn"])} == {"LSTM", "RNN"}
+    assert 0 < len(select("cpu", quick=True)) < len(select("cpu")) / 4
+    only_cuda = {j.case for j in select("cuda")} - {j.case for j in select("cpu")}
+    assert any(case.steps == 1024 and case.hidden == 768 for case in only_cuda), "FlashRNN's"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--case", "grid/7x33x19x46"], ["'grid/7x33x19x46'", "grid, field", "7x33x19x45"]),
+        (["--case", "grid,nonsense"], ["'nonsense'", "lengths"]),
+        (["--cell", "lstmcell"], ["'lstmcell'", "RNN, LSTM, GRU"]),
+        (["--mode", "eval"], ["'eval'", "inference, training"]),
+        (["--backend", "cpu,mkl"], ["'mkl'", "auto, cuda, triton, cpu, torch, reference"]),
+        (["--threads", "two"], ["'two'", "at least 1"]),
+        (["--threads", "0"], ["'0'", "at least 1"]),
+        (["--case", "step", "--mode", "training"], ["no case in common"]),
+        (["--module", "nowhere:Thing"], ["nowhere:Thing", "my.package:Class"]),
+        (["--module", "torch.nn:Linear"], ["torch.nn:Linear", "my.package:Class"]),
+        (["--case", SHAPE, "--cell", "lstm", "--module", "torch.nn:GRU"], ["torch.nn:GRU", "gates"]),
+        (["--out", __file__], ["is not a folder"]),
+    ],
+    ids=lambda v: " ".join(v)[:40],
+)
+def test_what_does_not_exist_is_refused(
+    options: list[str], named: list[str], capsys: pytest.CaptureFixture[str], bench: Callable[..., int], tmp_path: Path
+) -> None:
+    assert bench(*options) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("rnnkit bench: ") and said.err.count("\n") == 1 and not said.out
+    for words in named:
+        assert words in said.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--seconds", "0"], ["--seconds", "x"], ["--device", "tpu"]], ids=" ".join)
+def test_bad_values(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *options])
+    assert stop.value.code == 2 and "error: argument" in capsys.readouterr().err
+
+
+@HERE
+def test_no_device_is_3(bench: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert bench("--device", "cuda") == 3
+    assert "no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_backend_that_cannot_says_why(bench: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--case", "resets/64x64x32x128", "--cell", "rnn", "--mode", "inference", "--backend", "torch") == 2
+    said = capsys.readouterr()
+    assert "do not know reset" in said.out and "nothing could be measured" in said.err
+
+
+# A run.
+
+
+def test_a_run(bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--case", f"{SHAPE},step", "--cell", "gru", "--backend", "auto,reference", "--json") == 0
+    said = capsys.readouterr()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    result = json.loads(said.out, parse_constant=refuse)
+    kept = rows.read(tmp_path / "rows.csv")
+    assert len(kept) == len(result["rows"]) and not result["wrong"] and not result["interrupted"]
+    assert {(r.group, r.mode) for r in kept} == {("grid", "inference"), ("grid", "training"), ("step", "inference")}
+    assert {r.implementation for r in kept} == {"auto", "reference"} and "torch.nn" in {r.against for r in kept}
+    for found in kept:
+        assert 0 < found.ratio_p20 <= found.ratio_p50 <= found.ratio_p80 and found.ms > 0 and found.share > 0
+        assert found.ran == "reference" if found.implementation == "reference" else found.ran in BY_NAME
+        assert found.torch == torch.__version__ and found.threads == 1 and found.commit and found.processor
+    trained = [r for r in kept if r.mode == "training" and r.against == "torch.nn"]
+    weights = sum(p.numel() for p in nn.GRU(19, 45).parameters()) * 4 / 2**20
+    assert all(r.peak_mib and r.peak_mib > weights for r in trained), "a training step has room for the gradients"
+    text = (tmp_path / "report.md").read_text()
+    assert "## Targets" in text and "7x33x19x45" in text and timing.MEMORY["cpu"] in text
+    assert "job 3/3" in said.err and "0 s left" in said.err
+
+
+def test_every_row_is_held_against_the_best_look_at_the_machine(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "LOOK", 1)
+    monkeypatch.setattr(Made, "measure", lambda self, _: setattr(self, "peak", self.peak * 2))
+    assert bench("--case", SHAPE, "--cell", "gru", "--backend", "reference") == 0
+    found = rows.read(tmp_path / "rows.csv")
+    assert {r.peak_gflops for r in found} == {800.0} and {r.mode for r in found} == set(cases.MODES)
+    assert all(r.share == pytest.approx(r.limit_ms / r.ms, rel=2e-3) for r in found)
+
+
+def test_a_module_of_ones_own(
+    bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_module.py").write_text("from torch import nn\n\n\nclass Own(nn.LSTM):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    job = ["--case", SHAPE, "--mode", "inference", "--backend", "reference", "--module", "own_module:Own"]
+    assert bench(*job) == 0
+    found = [r for r in rows.read(tmp_path / "rows.csv") if r.implementation == "own_module:Own"]
+    assert {r.cell for r in found} == {"LSTM"} and {r.ran for r in found} == {""}
+
+
+def test_without_matplotlib(
+    bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "rnnkit.benchmarks.plots", raising=False)
+    assert bench("--case", SHAPE, "--cell", "rnn", "--mode", "inference", "--backend", "auto") == 0
+    assert "pip install rnnkit[plots]" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.md", "rows.csv"]
+
+
+class WrongOutput(rnnkit.GRU):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y, h = super().forward(*args, **kwargs)
+        return y * 1.0001, h
+
+
+class WrongState(rnnkit.GRU):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y, h = super().forward(*args, **kwargs)
+        return y, h * 1.0001
+
+
+class WrongGradient(rnnkit.GRU):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y, h = super().forward(*args, **kwargs)
+        bias = self.bias_hh_l0
+        return y + 1e-4 * (bias - bias.detach()).sum(), h
+
+
+class NotANumber(rnnkit.GRU):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y, h = super().forward(*args, **kwargs)
+        return torch.where(y == y.flatten()[3], math.nan, y), h
+
+
+@pytest.mark.parametrize(
+    ("wrong", "modes"),
+    [(WrongOutput, 2), (WrongState, 2), (WrongGradient, 1), (NotANumber, 2)],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_what_is_wrong_is_not_timed(
+    wrong: type, modes: int, bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(rnnkit, "GRU", wrong)
+    timed: list[int] = []
+
+    def alternate(works: list[timing.Work], *_: object) -> list[list[float]]:
+        timed.append(len(works))
+        return [[1.0, 1.0] for _ in works]
+
+    monkeypatch.setattr(timing, "alternate", alternate)
+    assert bench("--case", SHAPE, "--cell", "gru", "--backend", "auto,reference") == 1
+    assert len(timed) == 2 - modes
+    assert capsys.readouterr().out.count("is WRONG") == 2 * modes
+    kept = rows.read(tmp_path / "rows.csv") if (tmp_path / "rows.csv").exists() else []
+    assert {r.mode for r in kept} == ({"inference"} if modes == 1 else set())
+
+
+def test_missed_targets_fail_only_where_asked(bench: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "alternate", lambda works, *_: [[1.0, 1.0] for _ in works])
+    job = ["--case", SHAPE, "--cell", "gru", "--mode", "training", "--backend", "auto"]
+    assert bench(*job) == 0 and bench(*job, "--targets") == 1
+
+
+def test_ctrl_c_keeps_the_finished_rows(
+    bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = itertools.count(1)
+
+    def alternate(works: list[timing.Work], *_: object) -> list[list[float]]:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return [[1.0, 1.0] for _ in works]
+
+    monkeypatch.setattr(timing, "alternate", alternate)
+    handler = signal.getsignal(signal.SIGINT)
+    assert bench("--case", SHAPE, "--mode", "training", "--backend", "reference") == 130
+    assert [r.cell for r in rows.read(tmp_path / "rows.csv")] == ["RNN", "LSTM"]
+    assert "stopped by Ctrl-C after 2 rows" in capsys.readouterr().out
+    assert "LSTM" in (tmp_path / "report.md").read_text()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent to a process")
+def test_ctrl_c_from_outside(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rnnkit", "bench", "--case", "grid", "--backend", "auto", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    end = time.monotonic() + 120
+    while process.poll() is None and not (tmp_path / "rows.csv").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "stopped by Ctrl-C" in out and rows.read(tmp_path / "rows.csv")
+
+
+# The gate and the peers.
+
+
+@pytest.mark.parametrize("cell", cases.CELLS)
+@pytest.mark.parametrize("train", [False, True])
+def test_torchs_two_ways_with_resets_agree(cell: str, train: bool) -> None:
+    job = Job(Case("resets", 5, 13, 3, 4, resets=0.3), cell, "training" if train else "inference")
+    made = sides.setup(job, "cpu", 1, ("reference",), False, None)
+    split, loop = made.peers
+    x = made.x.double()
+    truth, other = split.double().numbers(x, train), loop.double().numbers(x, train)
+    plain = sides.Side("plain", split.double().module, sides._plain).numbers(x, train)
+    assert len(truth) == len(other) == (3 if cell == "LSTM" else 2) + (5 if train else 0)
+    for a, b in zip(truth, other):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(truth[0], plain[0]), "nothing was reset"
+    assert Gate(job, made).excess(made.ours[0]) <= 1
+
+
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_packing_is_the_truth_for_lengths(cell: str) -> None:
+    job = Job(Case("lengths", 6, 9, 3, 4), cell, "training")
+    made = sides.setup(job, "cpu", 1, ("reference",), False, None)
+    gate = Gate(job, made)
+    assert gate.excess(made.ours[0]) <= 1
+    assert gate.excess(made.without["reference"]) > 1, "the same without lengths is another problem"
+
+
+def test_memory_is_exact() -> None:
+    def work() -> torch.Tensor:
+        first = torch.zeros(2**18)  # 1 MiB
+        second = first + 1
+        del first
+        return second[:1].clone()
+
+    assert timing.peak_mib(work, "cpu") == pytest.approx(2, abs=0.01)
+
+
+def test_the_limit_of_a_row() -> None:
+    inference, training = (Job(Case("grid", 2, 10, 32, 64), "GRU", mode) for mode in cases.MODES)
+    project, step, reading = 2 * 10 * 2 * 3 * 64 * 32 / 1e11, 2 * 2 * 3 * 64 * 64 / 1e11, 4 * 3 * 64 * 64 / 5e10
+    assert reading > step
+    forward = project + 10 * (reading + 2 * 64 * 3 * 2e-10) + 5e-6
+    backward = 2 * project + 10 * (reading + step) + 3e-5
+    made: Any = Made()
+    assert machine.limit(made, inference, "cpu", 1) == pytest.approx(forward)
+    assert machine.limit(made, training, "cpu", 1) == pytest.approx(forward + backward)
+    scan = Job(Case("scan", 2, 10, 1, 64), "GRU", "inference")
+    assert machine.limit(made, scan, "cpu", 1) == pytest.approx(10 * reading)
+    ragged = Job(Case("lengths", 2, 9, 32, 64), "GRU", "inference")
+    assert ragged.flops == 2 * 5 * 2 * 3 * 64 * (32 + 64), "of 9 steps 5 on average"
+    deep = Job(Case("grid", 16, 100, 128, 128, layers=2, directions=2), "RNN", "inference")
+    assert deep.flops == 2 * 100 * 16 * 128 * 2 * (128 + 128 + 256 + 128)
+
+
+# Targets.
+
+
+@pytest.mark.parametrize(
+    ("facts", "met"),
+    [
+        ([dict(ratio_p50=2.0), dict(ratio_p50=8.0)], True),  # geometric mean 4
+        ([dict(ratio_p50=2.0), dict(ratio_p50=7.9)], False),
+        ([dict(ratio_p50=0.99), dict(ratio_p50=40.0)], False),  # the worst
+        ([dict(ratio_p50=1.1, share=0.9), dict(ratio_p50=1.2, share=0.63)], True),  # the limit: 0.753
+        ([dict(ratio_p50=1.1, share=0.9), dict(ratio_p50=1.2, share=0.62)], False),
+        ([dict(ratio_p50=0.9, share=0.9)], False),
+        ([dict(cell="LSTM", ratio_p50=1.3), dict(cell="LSTM", ratio_p50=1.3)], True),
+        ([dict(cell="LSTM", ratio_p50=0.96), dict(cell="LSTM", ratio_p50=3.0)], False),
+        ([dict(cell="LSTM", mode="inference", ratio_p50=1.21)], True),
+        ([dict(mode="inference", ratio_p50=3.0)], True),
+        ([dict(mode="inference", ratio_p50=2.9)], False),
+        ([dict(mode="inference", against="onnxruntime", ratio_p50=1.31)], True),
+        ([dict(mode="inference", against="onnxruntime", ratio_p50=1.29)], False),
+        ([dict(group="step", mode="inference", ratio_p50=2.0)], True),
+        ([dict(group="step", mode="inference", ratio_p50=1.9)], False),
+        ([dict(group="step", mode="inference", cell="RNN", ratio_p50=1.5)], True),
+        ([dict(group="scan", mode="inference", B=32, H=128, share=0.81, ratio_p50=0.1)], True),
+        ([dict(group="scan", mode="inference", share=0.9), dict(group="scan", mode="inference", share=0.79)], False),
+        ([dict(group="resets", against="without", ratio_p50=0.96)], True),
+        ([dict(group="lengths", against="without", ratio_p50=1.5), dict(group="lengths", against="without",
+                                                                          ratio_p50=0.94)], False),
+        ([dict(group="resets", against="torch.nn, split", ratio_p50=0.1)], None),
+        ([dict(group="field", ratio_p50=0.1)], None),
+        ([dict(device="cuda", ratio_p50=0.1)], None),
+    ],
+)  # fmt: skip
+def test_targets(facts: list[dict[str, Any]], met: bool | None) -> None:
+    (verdict,) = targets.judge([row(case=f"case {k}", **some) for k, some in enumerate(facts)])
+    assert verdict.met is met and verdict.mark == {True: "met", False: "MISSED", None: "-"}[met]
+    assert verdict.cases == len(facts) and verdict.mark in report.cells(verdict)
+
+
+def test_groups_are_judged_apart_and_by_auto() -> None:
+    some = [
+        row(threads=1, ratio_p50=5.0),
+        row(threads=2, ratio_p50=3.0),
+        row(implementation="cpu", ratio_p50=0.1),
+        row(mode="inference", ratio_p50=3.0),
+        row(group="scan", mode="inference", B=1, share=0.9),
+        row(group="scan", mode="inference", B=32, share=0.7),
+    ]
+    found = {(v.group, v.against, v.mode, v.threads): v for v in targets.judge(some)}
+    assert len(found) == 5 and all(v.implementation == "auto" for v in found.values())
+    assert found["grid", "torch.nn", "training", 1].met and not found["grid", "torch.nn", "training", 2].met
+    assert found["scan", "the cache", "inference", 1].met and not found["scan", "the peak", "inference", 1].met
+    assert [v.implementation for v in targets.judge([row(implementation="cpu")])] == ["cpu"]
+
+
+def test_percentiles_and_means() -> None:
+    assert timing.percentiles([float(k) for k in range(11)]) == (2.0, 5.0, 8.0)
+    assert targets.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert targets.geometric_mean([2.0, 0.0]) == 0.0
+
+
+# Files.
+
+
+def test_rows_come_back_and_newer_ones_take_the_place(tmp_path: Path) -> None:
+    first, second = row(), row(mode="inference", peak_mib=None)
+    rows.write(tmp_path / "deep" / "rows.csv", [first, second])
+    assert rows.read(tmp_path / "deep" / "rows.csv") == [first, second]
+    newer = row(ratio_p50=9.0, commit="def")
+    assert rows.merge([first, second], [newer]) == [newer, second]
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(BadInput, match=r"other\.csv has the columns"):
+        rows.read(tmp_path / "other.csv")
+
+
+def test_names_of_files() -> None:
+    assert machine.file_name("cpu", "AMD EPYC (Zen 4)") == "cpu-amd-epyc-zen4"
+    assert machine.file_name("cuda", "NVIDIA H100 80GB HBM3") == "cuda-nvidia-h100-80gb-hbm3"
+    assert machine.processor("cpu") and re.fullmatch("[0-9a-f]{7,}[+]?|0[.].*", machine.commit())
+
+
+def test_the_readme_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    words = ["--readme", str(readme), "--results", str(results)]
+    readme.write_text(f"# A\n\n{report.BEGIN}\nold\n{report.END}\n\nlast\n")
+    assert report.main(words) == 2 and "has no rows" in capsys.readouterr().err
+    some = [row(case="a", ratio_p50=2.0), row(case="b", ratio_p50=8.0), row(group="step", mode="inference")]
+    rows.write(results / "cpu-abacus-zen9.csv", some)
+    for _ in range(2):
+        assert report.main(words) == 0
+        text = readme.read_text()
+        assert text.startswith(f"# A\n\n{report.BEGIN}\n") and text.endswith(f"{report.END}\n\nlast\n")
+        assert "old" not in text and "Abacus (Zen 9), 1 thread" in text and "results/cpu-abacus-zen9.csv" in text
+        (layers,) = [line for line in text.splitlines() if line.startswith("| layers, against torch.nn")]
+        assert layers.split(" | ")[1:] == ["", "", "", "", "", "4.00 (2.00) |"]
+        assert "| 4.00 |" in text.replace("|  |", "|"), "one case has no worst"
+    for broken in ("# A\n", f"{report.BEGIN}\n" * 2 + report.END, f"{report.END}\n{report.BEGIN}\n"):
+        readme.write_text(broken)
+        assert report.main(words) == 2 and report.BEGIN in capsys.readouterr().err and readme.read_text() == broken
+
+
+def test_choose_takes_plain_layers_and_averages_processors() -> None:
+    def facts(name: str, ms: float, **more: Any) -> rows.Row:
+        return row(implementation=name, ms=ms, **more)
+
+    others = [facts("auto", 9), facts("cpu", 9, threads=2), facts("cpu", 9, layers=2), facts("cpu", 9, group="step")]
+    one = [facts("cpu", 1.0), facts("torch", 2.0), facts("reference", 3.0), *others]
+    two = [facts("cpu", 4.0), facts("torch", 8.0), facts("cpu", 5.0, mode="inference", cell="RNN")]
+    assert choose.table({"b": two, "a": one}) == [
+        ["cpu", "gru", "1", "1", "1", "64", "64", "a+b", "", "", "2", "4", ""],
+        ["cpu", "rnn_tanh", "0", "1", "1", "64", "64", "b", "", "", "5", "", ""],
+    ]
+    assert choose.table({"a": others}) == []
+
+
+@RECORDED
+def test_what_is_recorded_is_what_the_readme_and_auto_say() -> None:
+    """Both are written by a script, from benchmarks/results/ alone."""
+    files = {path.stem: rows.read(path) for path in sorted(rows.RESULTS.glob("*.csv"))}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.put(readme, report.summary(files)) == readme, "python -m rnnkit.benchmarks.report --readme README.md"
+    head, *lines = [line.split(",") for line in measured.FILE.read_text(encoding="utf-8").splitlines()]
+    assert [head, *lines] == [[*measured.FACTS, *BY_NAME], *choose.table(files)], "python -m rnnkit.benchmarks.choose"
+
+
+def test_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from rnnkit.benchmarks import plots
+
+    sweep = [row(group="sweep", T=t, B=16, H=128, I=128, ms=t / 10, against_ms=t / 5) for t in (1, 8, 64)]
+    drawn = plots.draw(tmp_path, [row(), row(case="2x2x2x2", threads=2), *sweep])
+    assert sorted(path.name for path in drawn) == ["ratios-1t.png", "ratios-2t.png", "sizes-training-1t.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000 for path in drawn)
+    assert plots.draw(tmp_path, [row(group="resets", against="without")]) == []
+
+
+def test_every_option_has_words() -> None:
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    assert all(action.help for action in parser._actions)
+    assert {field.name for field in dataclasses.fields(rows.Row)} == set(rows.TYPES)

@@ -1,0 +1,117 @@
+"""The order in which `auto` asks the backends: read from recorded rows, nearest shape first, never under compile.
+
+How the rows come about is in test_benchmarks.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rnnkit
+from rnnkit.backends import BACKENDS, BY_NAME, Problem, measured, preference
+
+PLAIN = Problem("gru", "cpu", torch.float32, 100, 32, 256, 256, 0, True, False, False, False, False, False, False, True)
+
+
+def test_the_fastest_first_and_the_tables_order_in_a_tie() -> None:
+    assert measured.fastest_first({"cpu": 3.0, "torch": 2.0, "reference": 1.0}) == ("reference", "torch", "cpu")
+    assert measured.fastest_first({"cpu": 1.02, "torch": 1.0, "reference": 9.0}) == ("cpu", "torch", "reference")
+    assert measured.fastest_first({"cpu": 1.04, "torch": 1.0, "reference": 9.0}) == ("torch", "cpu", "reference")
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two recorded shapes of a GRU: torch wins the small one, cpu the large one, and cpu on the whole."""
+    lines = [",".join([*measured.FACTS, *BY_NAME]), "cpu,gru,1,1,1,64,64,x,,,2,1,4", "cpu,gru,1,64,64,64,64,x,,,1,9,4"]
+    (tmp_path / "measured.csv").write_text("\n".join(lines) + "\n")
+    found = measured.read(tmp_path / "measured.csv")
+    monkeypatch.setattr(measured, "ROWS", found)
+    backends = sys.modules["rnnkit.backends"]
+    monkeypatch.setattr(backends, "_orders", {})
+    monkeypatch.setattr(backends, "_TYPICAL", {k: backends._order(measured.typical(v)) for k, v in found.items()})
+
+
+def names(problem: Problem) -> list[str]:
+    return [backend.name for backend in preference(problem)]
+
+
+def test_the_nearest_recorded_shape_decides(table: None) -> None:
+    small, large = ["cuda", "triton", "torch", "cpu", "reference"], ["cuda", "triton", "cpu", "reference", "torch"]
+    for _ in range(2):  # looked up, and remembered
+        assert names(PLAIN._replace(batch=1, steps=1)) == small
+        assert names(PLAIN) == large
+        assert names(PLAIN._replace(batch=7, steps=7)) == small, "7 is nearer to 1 than to 64, by factors"
+        assert names(PLAIN._replace(batch=9, steps=9)) == large
+        assert names(PLAIN._replace(batch=0, steps=0)) == small
+        assert names(PLAIN._replace(cell="gru_reset_before")) == large
+    for other in ({"cell": "lstm"}, {"train": False}, {"device": "cuda"}):
+        assert preference(PLAIN._replace(**other)) == BACKENDS, "nothing is recorded"
+    row = rnnkit.backends.recorded(PLAIN)
+    assert str(row) == "B=64 T=64 I=64 H=64 on x: cpu 1 ms, reference 4 ms, torch 9 ms"
+
+
+def test_orders_are_remembered_but_not_without_end(table: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = sys.modules["rnnkit.backends"]._orders
+    monkeypatch.setattr(sys.modules["rnnkit.backends"], "_KEPT", 3)
+    for steps in range(1, 9):
+        preference(PLAIN._replace(steps=steps))
+        assert 0 < len(kept) <= 3
+    monkeypatch.setattr(measured, "nearest", None)
+    assert names(PLAIN._replace(steps=8))[2] == "cpu"
+
+
+def test_what_was_not_measured_keeps_its_place() -> None:
+    order = sys.modules["rnnkit.backends"]._order
+    assert [b.name for b in order(("reference", "torch"))] == ["cuda", "triton", "cpu", "reference", "torch"]
+    assert [b.name for b in order(("torch", "cpu"))] == ["cuda", "triton", "torch", "cpu", "reference"]
+
+
+def test_compiled_code_does_not_look_at_sizes(table: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "nearest", None)
+    graphs: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(rnnkit.GRU(8, 8), backend=count, dynamic=True, fullgraph=True)
+    for batch, steps in ((2, 3), (3, 70), (64, 5), (70, 70)):
+        compiled(torch.randn(steps, batch, 8))
+    assert len(graphs) == 1
+
+
+def test_a_symbolic_size_is_not_looked_up(table: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    env = ShapeEnv()
+    symbol = env.create_symbol(5, ConstantSource("s"), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    size: Any = env.create_symintnode(symbol, hint=5)
+    monkeypatch.setattr(measured, "nearest", None)
+    assert names(PLAIN._replace(steps=size)) == names(PLAIN._replace(batch=size)) == [
+        *("cuda", "triton", "cpu", "torch", "reference")
+    ]  # fmt: skip
+    assert not env.guards
+
+
+def test_explain_shows_the_row_that_decided(table: None) -> None:
+    found = rnnkit.explain(rnnkit.GRU(64, 64), torch.randn(1, 1, 64))
+    assert "in the order measured at B=1 T=1 I=64 H=64 on x: torch 1 ms, cpu 2 ms, reference 4 ms" in str(found)
+    assert found.to_dict()["layers"][0]["measured"].startswith("B=1 T=1")
+    assert found.to_dict()["layers"][0]["backend"] == "torch"
+    assert "nothing is recorded" in str(rnnkit.explain(rnnkit.LSTM(64, 64), torch.randn(1, 1, 64)))
+    named = str(rnnkit.explain(rnnkit.GRU(64, 64, backend="torch"), torch.randn(1, 1, 64)))
+    assert "measured at" not in named
+
+
+def test_every_problem_gets_every_backend() -> None:
+    for cell, train in itertools.product(rnnkit.cells.CELLS, (False, True)):
+        order = preference(PLAIN._replace(cell=cell, train=train))
+        assert sorted(b.name for b in order) == sorted(BY_NAME)
