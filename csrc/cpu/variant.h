@@ -7,14 +7,16 @@ namespace rnnkit {
 namespace RNNKIT_VARIANT {
 namespace {
 
+// Each builds on those before it.
+// clang-format off
 #include "simd.h"
-// math.h is used by everything below.
-#include "backward.h"
-#include "forward.h"
-#include "large.h"
 #include "math.h"
 #include "product.h"
 #include "steps.h"
+#include "forward.h"
+#include "backward.h"
+#include "large.h"
+// clang-format on
 
 template <class Use>
 auto dispatch(Dtype dtype, Use use) {

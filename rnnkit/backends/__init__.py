@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 from torch._C import _get_mkldnn_enabled
-
 from torch.compiler import is_compiling  # `torch` is here the name of a backend's file
 
 from . import measured
