@@ -115,6 +115,10 @@ void recurrent(const LayerInputs& in, const OptionalTensor& states, const Tensor
     outer(rows(d, 0, all, column, columns), rows(*states, 0, all, 0, in.N), dw, false);
     return;
   }
+  if (all == 0) {  // no step, no gradient: zeros
+    outer(rows(d, 0, 0, column, columns), rows(y, 0, 0, 0, in.N), dw, false);
+    return;
+  }
   // The step before is the row B further up (down, in reverse), but for the first that was made.
   const int64_t later = in.reverse ? 0 : in.B, earlier = in.reverse ? in.B : 0;
   outer(rows(d, later, all - in.B, column, columns), rows(y, earlier, all - in.B, 0, in.N), dw, false);
