@@ -12,15 +12,21 @@ Tensor wide_copy(const Tensor& v, Dtype dtype);
 
 namespace {
 
+// Bytes; unlike memcpy and memset, of tensors without elements too, whose pointers are null.
+void copy(const void* from, int64_t bytes, void* to) {
+  std::copy_n(static_cast<const char*>(from), bytes, static_cast<char*>(to));
+}
+void clear(void* to, int64_t bytes) { std::fill_n(static_cast<char*>(to), bytes, 0); }
+
 // A [B, width] gradient in the compute type that the scan turns from that of the last state into that of the first.
 Tensor carried(const LayerInputs& in, const OptionalTensor& g, const char* name, int64_t width) {
   const int64_t bytes = in.dtype == Dtype::f64 ? 8 : 4;
   Tensor d = torch::stable::new_empty(in.x, {in.B, width}, wide(in.dtype));
   if (g.has_value()) {
     const Tensor from = wide_copy(expect(*g, name, in.x.scalar_type(), {in.B, width}), in.dtype);
-    std::memcpy(d.mutable_data_ptr(), from.const_data_ptr(), in.B * width * bytes);
+    copy(from.const_data_ptr(), in.B * width * bytes, d.mutable_data_ptr());
   } else {
-    std::memset(d.mutable_data_ptr(), 0, in.B * width * bytes);
+    clear(d.mutable_data_ptr(), in.B * width * bytes);
   }
   return d;
 }
@@ -71,8 +77,8 @@ Tensor selected(const LayerInputs& in, const Tensor& v, const Tensor& d) {
   const char* from = static_cast<const char*>(v.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   by_gradient(
-      d, in.T * in.B, [&](int64_t r) { std::memcpy(to + r * bytes, from + r * bytes, bytes); },
-      [&](int64_t r) { std::memset(to + r * bytes, 0, bytes); });
+      d, in.T * in.B, [&](int64_t r) { copy(from + r * bytes, bytes, to + r * bytes); },
+      [&](int64_t r) { clear(to + r * bytes, bytes); });
   return out;
 }
 
@@ -84,9 +90,9 @@ Tensor before(const LayerInputs& in, const Tensor& y, const Tensor& d, const Cut
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const auto put = [&](int64_t r, const void* from, int64_t b) {
     if (from == nullptr) {
-      std::memset(to + r * bytes, 0, bytes);
+      clear(to + r * bytes, bytes);
     } else {
-      std::memcpy(to + r * bytes, static_cast<const char*>(from) + b * bytes, bytes);
+      copy(static_cast<const char*>(from) + b * bytes, bytes, to + r * bytes);
     }
   };
   by_gradient(
