@@ -10,12 +10,19 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := dev,triton,plots,onnx,data
 COMPILED := $(shell find csrc -name '*.h' -o -name '*.cpp')
+comma := ,
+HARNESS := $(wildcard tests/harness/*.cpp csrc/cpu/*.cpp)
+HARNESS_HEADERS := $(wildcard tests/harness/*.h csrc/cpu/*.h csrc/cells/*.h)
+# How many random problems, each in its several ways: for the harness alone, with sanitizers, emulated.
+PROBLEMS ?= 2000
+CROSS ?= aarch64-linux-gnu-g++
+EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint wheel clean
+.PHONY: help demo test bench lint harness sanitize aarch64 wheel clean
 
 help: ## say what the verbs do
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed ## the main job, on real text
 	$(BIN)/python -m rnnkit demo
@@ -30,7 +37,33 @@ lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/ci/typecheck.py
-	$(BIN)/clang-format --dry-run -Werror $(COMPILED)
+	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard tests/harness/*.cpp tests/harness/*.h)
+
+harness: build/harness/plain/harness ## the CPU engine against plain loops, without torch
+	$< --problems $(PROBLEMS)
+
+# Threads take a tenth of the problems: each of theirs is large, and ThreadSanitizer slow.
+sanitize: build/harness/asan/harness build/harness/tsan/harness .venv/installed ## the engine and the extension under sanitizers
+	$< --problems $(PROBLEMS) --seed 2
+	build/harness/tsan/harness --threads --problems $(shell expr $(PROBLEMS) / 10) --seed 3
+	$(BIN)/python tests/ci/sanitize.py --problems $(shell expr $(PROBLEMS) / 4)
+
+aarch64: build/harness/aarch64/harness ## the engine built for aarch64, emulated
+	$(EMULATOR) $< --problems $(shell expr $(PROBLEMS) / 20) --seed 4
+
+# A way to build the harness: name, compiler, flags.
+define flavour
+build/harness/$(1)/%.o: %.cpp $$(HARNESS_HEADERS)
+	@mkdir -p $$(@D)
+	$(2) -std=c++17 -g1 -Wall -Wextra -Wno-psabi -Werror $(3) -c $$< -o $$@
+
+build/harness/$(1)/harness: $$(HARNESS:%.cpp=build/harness/$(1)/%.o)
+	$(2) $(3) $$^ -o $$@ -pthread
+endef
+$(eval $(call flavour,plain,$(CXX),-O3))
+$(eval $(call flavour,asan,$(CXX),-O1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all))
+$(eval $(call flavour,tsan,$(CXX),-O1 -fsanitize=thread))
+$(eval $(call flavour,aarch64,$(CROSS),-O2 -static))
 
 wheel: .venv/installed ## sdist and wheel into dist/, tried in a fresh environment
 	bash tests/ci/wheel.sh

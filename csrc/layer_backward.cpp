@@ -2,8 +2,6 @@
 // weight does the rest. With lengths or resets, what stands where no gradient came is left out by selection,
 // never by a multiplication: 0 * NaN is NaN.
 
-#include <cstring>
-
 #include "layer.h"
 
 namespace rnnkit {
@@ -17,11 +15,12 @@ namespace {
 Tensor carried(const LayerInputs& in, const OptionalTensor& g, const char* name, int64_t width) {
   const int64_t bytes = in.dtype == Dtype::f64 ? 8 : 4;
   Tensor d = torch::stable::new_empty(in.x, {in.B, width}, wide(in.dtype));
+  char* to = static_cast<char*>(d.mutable_data_ptr());  // null without elements, which memcpy may not be given
   if (g.has_value()) {
     const Tensor from = wide_copy(expect(*g, name, in.x.scalar_type(), {in.B, width}), in.dtype);
-    std::memcpy(d.mutable_data_ptr(), from.const_data_ptr(), in.B * width * bytes);
+    std::copy_n(static_cast<const char*>(from.const_data_ptr()), in.B * width * bytes, to);
   } else {
-    std::memset(d.mutable_data_ptr(), 0, in.B * width * bytes);
+    std::fill_n(to, in.B * width * bytes, 0);
   }
   return d;
 }

@@ -1,286 +1,294 @@
-"""The extension's operators against a loop written out here in float64, their gradients against autograd's.
+"""The extension's operators, called as backend `cpu` calls them: what they refuse, strides, chunks, NaN, the library.
 
-What they are asked: lengths, resets, the state at a reset, both directions, both activations, chunks of time,
-NaN where nothing may read it, odd sizes, no steps and no rows.
+Their numbers are held by test_parity.py and, step by step, by tests/harness; here every result is compared bit by bit
+with that of another call which must give the same. Threads and processes: test_extension_threads.py.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, replace
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from layers import CELLS_AND_PROJECTION, ORDER, assert_same, backward, both, forward, gradients_for, make
 from torch import Tensor
 
+import rnnkit.ops
 from rnnkit.backends import extension
+from rnnkit.backends.cpu import NUMBERS
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.reason())
 
 NAN = float("nan")
-SIZES = [(7, 5, 13), (1, 1, 1), (9, 3, 33), (0, 4, 6), (5, 0, 6)]
-KINDS = list(itertools.product((False, True), repeat=5))  # lengths, reset, h_r, relu, reverse
+every_cell = pytest.mark.parametrize(("cell", "proj"), CELLS_AND_PROJECTION)
+both_ways = pytest.mark.parametrize("reverse", [False, True])
 
 
-@dataclass(frozen=True)
-class Case:
-    """The operands of a scan over T steps, B rows and H units."""
+@every_cell
+@both_ways
+def test_any_strides(cell, proj, reverse):
+    layer = make(cell, proj, reverse=reverse)
+    t = layer.t
 
-    gx: Tensor  # [T, B, H]
-    w_hh: Tensor  # [H, H]
-    h: Tensor  # [B, H]
-    lengths: Tensor | None  # [B]
-    reset: Tensor | None  # [T, B]
-    h_r: Tensor | None  # [B, H]
-    relu: bool
-    reverse: bool
+    def turned(v: Tensor) -> Tensor:
+        return v.transpose(0, 1).contiguous().transpose(0, 1)
 
-    def live(self, t: int, b: int) -> bool:
-        return self.lengths is None or t < int(self.lengths[b])
+    def every_second(v: Tensor) -> Tensor:
+        return v.repeat_interleave(2, 0)[::2]
 
-    def cut(self, t: int, b: int) -> bool:
-        """The state is replaced before step t: by its own reset forwards, by that of t + 1 backwards."""
-        at = t + 1 if self.reverse else t
-        return self.reset is not None and at < len(self.reset) and self.live(at, b) and bool(self.reset[at, b])
-
-    def times(self) -> list[int]:
-        steps = list(range(len(self.gx)))
-        return steps[::-1] if self.reverse else steps
-
-
-def make(sizes: tuple[int, int, int], kind: tuple[bool, ...], seed: int = 0) -> Case:
-    steps, rows, width = sizes
-    lengths, reset, h_r, relu, reverse = kind
-    g = torch.Generator().manual_seed(seed)
-    return Case(
-        gx=torch.randn(steps, rows, width, generator=g),
-        w_hh=torch.randn(width, width, generator=g) / max(width, 1) ** 0.5,
-        h=torch.randn(rows, width, generator=g),
-        lengths=torch.randint(0, steps + 1, (rows,), generator=g) if lengths else None,
-        reset=torch.rand(steps, rows, generator=g) < 0.4 if reset else None,
-        h_r=torch.randn(rows, width, generator=g) if h_r else None,
-        relu=relu,
-        reverse=reverse,
-    )
+    kinds = {
+        "x": turned(t.x),
+        **{name: turned(getattr(t, name)) for name in ("w_ih", "w_hh", "w_hr", "reset", "h_r")},
+        **{name: every_second(getattr(t, name)) for name in ("h_0", "c_0", "b_ih", "b_hh", "lengths", "c_r")},
+    } if proj else {
+        "x": t.x.repeat(1, 1, 2)[:, :, : t.x.shape[2]],
+        **{name: turned(getattr(t, name)) for name in ("w_ih", "w_hh", "reset", "h_0")},
+        **{name: every_second(getattr(t, name)) for name in ("h_r", "b_ih", "b_hh", "lengths")},
+    }  # fmt: skip
+    assert not any(v.is_contiguous() for v in kinds.values())
+    assert_same(both(layer.change(**kinds), all_states=True), both(layer, all_states=True))
 
 
-def loop(c: Case) -> tuple[Tensor, Tensor]:
-    """y [T, B, H] and h_n [B, H], row by row and step by step, differentiable."""
-    ys = [[torch.zeros_like(c.h[b]) for b in range(len(c.h))] for _ in c.gx]
-    states = list(c.h.unbind(0))
-    for t, b in itertools.product(c.times(), range(len(states))):
-        if not c.live(t, b):
-            continue
-        state = states[b]
-        if c.cut(t, b):
-            state = torch.zeros_like(state) if c.h_r is None else c.h_r[b]
-        a = c.gx[t, b] + c.w_hh @ state
-        states[b] = ys[t][b] = torch.relu(a) if c.relu else torch.tanh(a)
-    y = torch.stack([torch.stack(row) for row in ys]) if c.gx.numel() else c.gx * 1
-    return y, torch.stack(states) if states else c.h.clone()
+@every_cell
+@both_ways
+@pytest.mark.parametrize("name", ["batch first", "one number a row", "one number a step", "one number", "gaps"])
+def test_any_strides_of_a_gradient(cell, proj, reverse, name):
+    layer = make(cell, proj, reverse=reverse)
+    results = forward(layer, all_states=True)
+    grads = gradients_for(results)
+    steps, rows, width = results["y"].shape
+    gy = {
+        "batch first": grads["gy"].transpose(0, 1).contiguous().transpose(0, 1),
+        "one number a row": torch.randn(steps, rows, 1).expand(steps, rows, width),
+        "one number a step": torch.randn(steps, 1, 1).expand(steps, rows, width),
+        "one number": torch.ones(()).expand(steps, rows, width),
+        "gaps": grads["gy"].repeat_interleave(3, 2)[:, :, ::3],
+    }[name]
+    assert not gy.is_contiguous()
+    strided = {**grads, "gy": gy}
+    if "gc_all" in grads:
+        strided["gc_all"] = grads["gc_all"].transpose(0, 1).contiguous().transpose(0, 1)
+    plain = {**grads, "gy": gy.contiguous()}
+    assert_same(backward(layer, results, strided), backward(layer, results, plain))
 
 
-def wide(c: Case, grad: bool = False) -> Case:
-    """The case in float64, its floating tensors leaves of a graph where `grad`."""
-    names = ("gx", "w_hh", "h", "h_r")
-    tensors = {name: getattr(c, name) for name in names}
-    return replace(c, **{n: v.double().requires_grad_(grad) for n, v in tensors.items() if v is not None})
+@every_cell
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("save", [False, True])
+def test_chunks_change_nothing(cell, proj, reverse, dtype, save):
+    layer = make(cell, proj, size=(9, 3, 4, 17), dtype=dtype, reverse=reverse)
+    whole = forward(layer, save=save, all_states=True, chunk=9)
+    for chunk in (0, 1, 2, 4, 1000):
+        assert_same(forward(layer, save=save, all_states=True, chunk=chunk), whole)
 
 
-def forward(c: Case, first: int = 0, last: int | None = None, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    gx = c.gx[first:last]
-    start = c.h if h is None else h
-    return torch.ops.rnnkit.rnn_scan_forward(gx, c.w_hh, start, c.lengths, c.reset, c.h_r, first, c.relu, c.reverse)
+@every_cell
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chunks_change_nothing_in_the_scan(cell, proj, dtype):
+    """torch's product of halves may depend on the number of rows: here the input is exact in any order."""
+    layer = make(cell, proj, size=(9, 3, 1, 17), dtype=dtype)
+    whole = forward(layer, all_states=True, chunk=9)
+    for chunk in (0, 1, 2, 4):
+        assert_same(forward(layer, all_states=True, chunk=chunk), whole)
 
 
-def backward(c: Case, gy: Tensor, gh_n: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.rnnkit.rnn_scan_backward(gy, gh_n, y, c.w_hh, c.lengths, c.reset, c.relu, c.reverse)
+@every_cell
+def test_saving_changes_nothing(cell, proj):
+    layer = make(cell, proj)
+    saved, not_saved = forward(layer), forward(layer, save=False)
+    assert_same(not_saved, {name: saved[name] for name in not_saved})
 
 
-def close(got: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """At most twice the error of the same loop in float32, and four ulp of the largest value."""
-    if got.numel():
-        error, budget = ((v.double() - exact).abs().max() for v in (got, plain))
-        assert error <= 2 * budget + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
-    assert got.shape == exact.shape
+@every_cell
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_gives_the_same_gradients(cell, proj, reverse, dtype):
+    layer = make(cell, proj, dtype=dtype, reverse=reverse)
+    t, found = layer.t, []
+    weights = [w.requires_grad_() for w in (t.w_ih, t.w_hh, t.b_ih, t.b_hh, t.w_hr) if w is not None]
+    leaves = [t.x.requires_grad_(), t.h_0.requires_grad_(), *weights]
+    for recompute in (False, True):
+        y, h_n, _, _ = rnnkit.ops.layer(
+            cell, t.x, t.h_0, t.c_0, weights, lengths=t.lengths, reset=t.reset, reverse=reverse,
+            recompute=recompute, backend="cpu",
+        )  # fmt: skip
+        found.append((y, h_n, *torch.autograd.grad((y, h_n), leaves, (torch.ones_like(y), torch.ones_like(h_n)))))
+    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
 
 
-def narrow(c: Case) -> Case:
-    """The case in float32, its floating tensors leaves of a graph of their own."""
-    w = wide(c)
-    tensors = {name: getattr(w, name) for name in ("gx", "w_hh", "h", "h_r")}
-    return replace(w, **{n: v.detach().float().requires_grad_() for n, v in tensors.items() if v is not None})
+@every_cell
+def test_what_is_missing_is_zero(cell, proj):
+    layer = make(cell, proj, dtype=torch.float64)
+    names = [name for name in ("h_0", "c_0", "h_r", "c_r") if getattr(layer.t, name) is not None]
+    biases = ("b_ih", "b_hh")
+    zeros = layer.change(**{name: torch.zeros_like(getattr(layer.t, name)) for name in (*names, *biases)})
+    missing = layer.change(**dict.fromkeys((*names, *biases)))
+    results = forward(zeros)
+    assert_same(forward(missing), results)
+    grads = gradients_for(results)
+    want, got = backward(zeros, results, grads), backward(missing, results, grads)
+    assert all(torch.equal(got[name], want[name]) for name in got)
 
 
-def gradients(graph: Case, gy: Tensor, gh_n: Tensor) -> tuple[Tensor, ...]:
-    """Of gx, h and h_r, by autograd through the loop."""
-    leaves = [graph.gx, graph.h] + ([] if graph.h_r is None else [graph.h_r])
-    given = (gy.to(graph.gx.dtype), gh_n.to(graph.gx.dtype))
-    return torch.autograd.grad(loop(graph), leaves, given, allow_unused=True, materialize_grads=True)
+@every_cell
+def test_each_gradient_alone(cell, proj):
+    layer = make(cell, proj)
+    results = forward(layer)
+    grads = gradients_for(results)
+    every = backward(layer, results, grads)
+    for k, name in enumerate(ORDER):
+        if layer.needs >> k & 1:
+            assert_same(backward(layer, results, grads, 1 << k), {name: every[name]})
+    assert backward(layer, results, grads, 0) == {}
+    for given in grads:  # each gradient of a result alone; those that are missing are zeros
+        zeros = {name: v if name == given else torch.zeros_like(v) for name, v in grads.items()}
+        assert_same(backward(layer, results, {given: grads[given]}), backward(layer, results, zeros))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", SIZES)
-def test_forward(sizes, kind):
-    case = make(sizes, kind)
-    for got, exact, plain in zip(forward(case), loop(wide(case)), loop(case)):
-        close(got, exact, plain)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", SIZES)
-def test_backward(sizes, kind):
-    case = make(sizes, kind)
-    y, h_n = forward(case)
-    gy, gh_n = torch.randn_like(y), torch.randn_like(h_n)
-    exact, plain = (gradients(graph, gy, gh_n) for graph in (wide(case, grad=True), narrow(case)))
-    for got, want, rounded in zip(backward(case, gy, gh_n, y), exact, plain):
-        close(got, want, rounded)
-
-
-def test_backward_counts_h_r_where_none_was_given():
-    case = make((7, 5, 13), (True, True, True, False, False))
-    zeros = replace(case, h_r=torch.zeros_like(case.h))
-    y, h_n = forward(zeros)
-    same_y, _ = forward(replace(case, h_r=None))
-    assert torch.equal(y, same_y)
-    assert backward(case, y, h_n, y)[2].abs().sum() > 0
-    assert torch.equal(backward(replace(case, reset=None), y, h_n, y)[2], torch.zeros_like(h_n))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_chunks_change_nothing(kind):
-    case = make((9, 3, 33), kind)
-    y, h_n = forward(case)
-    bounds = [0, 2, 2, 3, 7, 9]
-    chunks = list(itertools.pairwise(bounds))
-    h, parts = case.h, []
-    for first, last in chunks[::-1] if case.reverse else chunks:
-        part, h = forward(case, first, last, h)
-        parts.append(part)
-    assert torch.equal(torch.cat(parts[::-1] if case.reverse else parts), y)
-    assert torch.equal(h, h_n)
-
-
-def test_threads_change_nothing():
-    case = make((40, 8, 64), (True, True, True, False, False))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            y, h_n = forward(case)
-            results.append((y, h_n, *backward(case, y, h_n, y)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("relu", [False, True])
-def test_nan_in_padding_and_before_a_reset_stays_there(relu, reverse):
-    clean = make((7, 5, 13), (True, True, True, relu, reverse))
-    clean.lengths.copy_(torch.tensor([7, 4, 0, 6, 5]))
-    clean.reset.zero_()[3] = True
-    gx = clean.gx.clone()
-    gx[4:, 1] = gx[:, 2] = NAN  # padding
+@every_cell
+@both_ways
+def test_nan_in_padding_and_before_a_reset_stays_there(cell, proj, reverse):
+    clean = make(cell, proj, reverse=reverse)
+    clean.t.lengths.copy_(torch.tensor([7, 4, 0, 6, 5]))
+    clean.t.reset.zero_()[3] = True
+    x, h_0 = clean.t.x.clone(), clean.t.h_0.clone()
+    x[4:, 1] = x[:, 2] = NAN  # padding
     lost = slice(3, None) if reverse else slice(None, 3)
-    gx[lost, 0] = NAN  # what the reset separates from the rest
     kept = slice(None, 3) if reverse else slice(3, None)
-    h_0 = clean.h.clone()
-    h_0[0] = NAN
-    dirty = replace(clean, gx=gx, h=h_0)
+    x[lost, 0] = h_0[0] = NAN  # what the reset separates from the rest
+    dirty = clean.change(x=x, h_0=h_0)
 
-    y, h_n = forward(dirty)
-    want_y, want_h_n = forward(clean)
-    assert y[lost, 0].isnan().all()
-    assert torch.equal(y[kept], want_y[kept])
-    assert torch.equal(y[:, 1:], want_y[:, 1:])
-    assert torch.equal(h_n, want_h_n)
+    got, want = forward(dirty), forward(clean)
+    assert got["y"][lost, 0].isnan().all()
+    assert torch.equal(got["y"][kept], want["y"][kept])
+    assert torch.equal(got["y"][:, 1:], want["y"][:, 1:])
+    assert all(torch.equal(got[name], want[name]) for name in ("h_n", "c_n") if name in got)
 
-    gy = torch.randn(7, 5, 13)
-    gy[lost, 0] = 0  # no gradient enters the lost part, so none may leave it
-    gh_n = torch.randn(5, 13)
-    for got, want in zip(backward(dirty, gy, gh_n, y), backward(clean, gy, gh_n, want_y), strict=True):
-        assert torch.equal(got, want)
+    grads = gradients_for(want)
+    grads["gy"][lost, 0] = 0  # no gradient enters the lost part, so none may leave it
+    found = backward(dirty, got, grads)
+    assert all(v.isfinite().all() for v in found.values())
+    assert_same(found, backward(clean, want, grads))
 
 
-def test_nan_spreads_where_nothing_cuts():
+@every_cell
+def test_nan_spreads_where_nothing_cuts(cell, proj):
     """Without lengths and resets it is plain arithmetic, as in torch."""
-    case = make((3, 1, 4), (False,) * 5)
-    y = torch.full((3, 1, 4), NAN)
-    dg, dh_0, _ = backward(case, torch.zeros_like(y), torch.zeros(1, 4), y)
-    assert dg.isnan().all()
-    assert dh_0.isnan().all()
-    relu = replace(case, relu=True)
-    assert forward(replace(relu, gx=y))[0].isnan().all()
+    layer = make(cell, proj, size=(3, 2, 2, 6), lengths=False, reset=False)
+    layer.t.x[1, 0] = NAN
+    found = both(layer)
+    assert found["y"][1:, 0].isnan().all()
+    assert cell == "rnn_relu" or found["dx"][:2, 0].isnan().all()  # relu passes a gradient on, whatever the state
+    assert found["y"][:, 1].isfinite().all() and found["y"][0].isfinite().all() and found["dx"][:, 1].isfinite().all()
 
 
-def test_any_strides_and_fresh_memory():
-    case = make((6, 4, 8), (True, True, True, False, True))
-    y, h_n = forward(case)
-    strided = replace(
-        case,
-        gx=case.gx.transpose(0, 1).contiguous().transpose(0, 1),
-        w_hh=case.w_hh.T.contiguous().T,
-        h=case.h.repeat_interleave(2, 0)[::2],
-        lengths=case.lengths.repeat_interleave(2)[::2],
-        reset=case.reset.T.contiguous().T,
-    )
-    for got, want in zip(forward(strided), (y, h_n), strict=True):
-        assert torch.equal(got, want)
-    nothing, state = forward(case, 0, 0)
-    assert nothing.shape == (0, 4, 8)
-    assert torch.equal(state, case.h)
-    assert state.data_ptr() != case.h.data_ptr()
+@every_cell
+@pytest.mark.parametrize("size", [(0, 4, 3, 6), (5, 0, 3, 6), (0, 0, 3, 6), (5, 4, 0, 6), (1, 1, 1, 1), (5, 4, 3, 0)])
+def test_empty_sizes_and_fresh_memory(cell, proj, size):
+    if proj and size[3] != 6:
+        pytest.skip("a projection is narrower than the state")
+    layer = make(cell, proj, size=size, lengths=False, reset=False)
+    found = both(layer, all_states=True)
+    steps, rows, features, hidden = size
+    assert found["y"].shape == (steps, rows, proj or hidden)
+    assert found["dx"].shape == (steps, rows, features) and found["dw_hh"].shape == layer.t.w_hh.shape
+    assert all(v.isfinite().all() for v in found.values())
+    if steps == 0:
+        assert torch.equal(found["h_n"], layer.t.h_0)
+        assert not found["dw_ih"].any() and not found["dw_hh"].any() and not found["db_ih"].any()
+    if rows and hidden:
+        assert found["h_n"].data_ptr() != layer.t.h_0.data_ptr()
+
+
+WRONG = [
+    ({"x": torch.zeros(3, 4)}, r"x must be \[T, B, I\], got \[3, 4\]"),
+    ({"x": torch.zeros(7, 5, 3, dtype=torch.int64)}, "x must be Float, Double, BFloat16 or Half, got Long"),
+    ({"w_hh": torch.zeros(52)}, r"w_hh must be \[G H, N\], got \[52\]"),
+    ({"w_hh": torch.zeros(53, 13)}, "w_hh must have 4 blocks of rows, got 53 rows"),
+    ({"w_hh": torch.zeros(52, 12)}, r"w_hh must be Float \[52, 13\], got Float \[52, 12\]"),
+    ({"w_ih": torch.zeros(52, 4)}, r"w_ih must be Float \[52, 3\], got Float \[52, 4\]"),
+    ({"w_ih": torch.zeros(52, 3).double()}, r"w_ih must be Float \[52, 3\], got Double \[52, 3\]"),
+    ({"b_ih": torch.zeros(51)}, r"b_ih must be Float \[52\], got Float \[51\]"),
+    ({"b_hh": None}, "b_ih and b_hh must both be given, or neither"),
+    ({"w_hr": torch.zeros(0, 13)}, r"w_hr must be \[P, H\] with P > 0, got \[0, 13\]"),
+    ({"w_hr": torch.zeros(13, 12)}, r"w_hr must be Float \[13, 13\], got Float \[13, 12\]"),
+    ({"h_0": torch.zeros(4, 13)}, r"h_0 must be Float \[5, 13\], got Float \[4, 13\]"),
+    ({"c_0": torch.zeros(5, 12)}, r"c_0 must be Float \[5, 13\], got Float \[5, 12\]"),
+    ({"h_r": torch.zeros(13)}, r"h_r must be Float \[5, 13\], got Float \[13\]"),
+    ({"c_r": torch.zeros(5, 13).half()}, r"c_r must be Float \[5, 13\], got Half \[5, 13\]"),
+    ({"lengths": torch.zeros(5)}, r"lengths must be Long \[5\], got Float \[5\]"),
+    ({"lengths": torch.zeros(4, dtype=torch.int64)}, r"lengths must be Long \[5\], got Long \[4\]"),
+    ({"reset": torch.zeros(6, 5) > 0}, r"reset must be Bool \[7, 5\], got Bool \[6, 5\]"),
+    ({"reset": torch.zeros(7, 5)}, r"reset must be Bool \[7, 5\], got Float \[7, 5\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_messages(change, message):
+    right = make()
+    results = forward(right)
+    with pytest.raises(RuntimeError, match=f"^rnnkit: {message}$"):
+        forward(right.change(**change))
+    with pytest.raises(RuntimeError, match=f"^rnnkit: {message}$"):
+        backward(right.change(**change), results, gradients_for(results))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "value", "message"),
     [
-        ({"gx": torch.zeros(3, 4)}, r"gx must be \[n, B, H\], got \[3, 4\]"),
-        ({"gx": torch.zeros(7, 5, 13).double()}, r"gx must be Float \[7, 5, 13\], got Double \[7, 5, 13\]"),
-        ({"w_hh": torch.zeros(13, 12)}, r"w_hh must be Float \[13, 13\], got Float \[13, 12\]"),
-        ({"h": torch.zeros(4, 13)}, r"h must be Float \[5, 13\], got Float \[4, 13\]"),
-        ({"h_r": torch.zeros(13)}, r"h_r must be Float \[5, 13\], got Float \[13\]"),
-        ({"lengths": torch.zeros(5)}, r"lengths must be Long \[5\], got Float \[5\]"),
-        (
-            {"reset": torch.zeros(6, 5) > 0},
-            r"reset must be \[T, B\] with T at least t0 \+ n = 7, got \[6, 5\]",
-        ),
-        ({"reset": torch.zeros(7, 5)}, r"reset must be Bool \[7, 5\], got Float \[7, 5\]"),
+        ("y", torch.zeros(6, 5, 13), r"y must be Float \[7, 5, 13\], got Float \[6, 5, 13\]"),
+        ("gates", None, "gates must be given, as the forward saved them"),
+        ("gates", torch.zeros(7, 5, 39), r"gates must be Float \[7, 5, 52\], got Float \[7, 5, 39\]"),
+        ("c", None, "c must be given, as the forward saved it"),
+        ("c", torch.zeros(7, 5, 13).double(), r"c must be Float \[7, 5, 13\], got Double \[7, 5, 13\]"),
+        ("gy", torch.zeros(7, 5, 12), r"gy must be Float \[7, 5, 13\], got Float \[7, 5, 12\]"),
+        ("gh_n", torch.zeros(5, 12), r"gh_n must be Float \[5, 13\], got Float \[5, 12\]"),
+        ("gc_n", torch.zeros(5, 13).half(), r"gc_n must be Float \[5, 13\], got Half \[5, 13\]"),
+        ("gc_all", torch.zeros(5, 13), r"gc_all must be Float \[7, 5, 13\], got Float \[5, 13\]"),
     ],
 )
-def test_messages(change, message):
-    case = replace(make((7, 5, 13), (True,) * 5), **change)
-    with pytest.raises(RuntimeError, match=message):
-        forward(case)
+def test_messages_of_the_backward(name, value, message):
+    layer = make()
+    results = forward(layer)
+    grads = gradients_for(results)
+    (results if name in results else grads)[name] = value
+    with pytest.raises(RuntimeError, match=f"^rnnkit: {message}$"):
+        backward(layer, results, grads)
 
 
-def test_messages_of_times():
-    case = make((7, 5, 13), (True, True, False, False, False))
-    with pytest.raises(RuntimeError, match="t0 must not be negative, got -1"):
-        torch.ops.rnnkit.rnn_scan_forward(case.gx, case.w_hh, case.h, None, None, None, -1, False, False)
-    with pytest.raises(RuntimeError, match=r"t0 \+ n = 8, got \[7, 5\]"):
-        torch.ops.rnnkit.rnn_scan_forward(case.gx, case.w_hh, case.h, case.lengths, case.reset, None, 1, False, False)
-    y, h_n = forward(case)
-    with pytest.raises(RuntimeError, match=r"y must be Float \[7, 5, 13\], got Float \[6, 5, 13\]"):
-        backward(case, y, h_n, y[1:])
+def test_messages_of_a_cell():
+    layer = make("gru")
+    with pytest.raises(RuntimeError, match=r"^rnnkit: cell must lie in \[0, 4\], got 5$"):
+        torch.ops.rnnkit.cpu_layer_forward(5, *layer.t, False, False, False, 0)
+    with pytest.raises(RuntimeError, match=r"^rnnkit: w_hr must be absent but for an LSTM$"):
+        forward(layer.change(w_hr=torch.zeros(5, 13)))
 
 
-def test_opcheck():
-    case = make((4, 3, 5), (True,) * 5)
-    y, h_n = forward(case)
-    tests = ("test_schema", "test_faketensor")
+def test_other_devices_have_no_kernel():
+    layer = make()
+    elsewhere = layer.t._make(None if v is None else v.to("meta") for v in layer.t)
+    with pytest.raises(NotImplementedError, match="cpu_layer_forward"):
+        torch.ops.rnnkit.cpu_layer_forward(NUMBERS["lstm"], *elsewhere, False, False, False, 0)
+
+
+@every_cell
+def test_schema(cell, proj):
+    layer = make(cell, proj)
     torch.library.opcheck(
-        torch.ops.rnnkit.rnn_scan_forward.default,
-        (case.gx, case.w_hh, case.h, case.lengths, case.reset, case.h_r, 0, True, True),
-        test_utils=tests,
+        torch.ops.rnnkit.cpu_layer_forward.default,
+        (NUMBERS[cell], *layer.t, False, True, True, 0),
+        test_utils=("test_schema",),
     )
+    results = forward(layer)
+    saved = (results["y"], results.get("gates"), results.get("c"))
+    grads = (gradients_for(results).get(name) for name in ("gy", "gh_n", "gc_n", "gc_all"))
     torch.library.opcheck(
-        torch.ops.rnnkit.rnn_scan_backward.default,
-        (y, h_n, y, case.w_hh, case.lengths, case.reset, True, True),
-        test_utils=tests,
+        torch.ops.rnnkit.cpu_layer_backward.default,
+        (NUMBERS[cell], *layer.t, False, *saved, *grads, layer.needs),
+        test_utils=("test_schema",),
     )
 
 
@@ -288,3 +296,35 @@ def test_missing_library_has_a_reason(tmp_path):
     assert "not built" in extension._load(tmp_path)
     (tmp_path / "_C.abi3.so").write_bytes(b"no library")
     assert "_C.abi3.so does not load" in extension._load(tmp_path)
+
+
+CHOSEN = """
+import torch, rnnkit
+print(torch.ops.rnnkit.cpu_variants())
+print(torch.ops.rnnkit.cpu_function(1, torch.ones(1)).item())
+"""
+
+
+def choose(name: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "RNNKIT_CPU_ISA": name}
+    return subprocess.run([sys.executable, "-c", CHOSEN], env=env, capture_output=True, text=True, timeout=120)
+
+
+def at_hand() -> list[str]:
+    return torch.ops.rnnkit.cpu_variants().split()[1:] if extension.available() else []
+
+
+@pytest.mark.parametrize("name", ["", *at_hand()])
+def test_a_variant_can_be_asked_for(name):
+    done = choose(name)
+    assert done.returncode == 0, done.stderr
+    first, value = done.stdout.splitlines()
+    assert first.split() == [name or at_hand()[0], *at_hand()]
+    assert abs(float(value) - 0.7615941559557649) < 2e-7
+
+
+def test_an_unknown_variant_is_an_error_that_lists_those_there_are():
+    done = choose("sse9")
+    assert done.returncode != 0
+    known = ", ".join(at_hand())
+    assert f"RNNKIT_CPU_ISA must be one of {known} on this processor, got 'sse9'" in done.stderr

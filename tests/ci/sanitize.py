@@ -1,0 +1,135 @@
+"""The extension under AddressSanitizer and UndefinedBehaviorSanitizer: random layers through `rnnkit.ops.layer`.
+
+Without arguments of its own it builds the extension with the sanitizers into build/sanitize, by the same setup.py,
+beside links to the package's Python files, and starts itself again there with the sanitizer's library loaded first.
+There every problem runs forward and backward on backend `cpu`; memory that nobody wrote is NaN, and no result may be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TREE = ROOT / "build" / "sanitize"
+# After the flags of setup.py: at its -O3 the sanitized templates compile for minutes.
+FLAGS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+COMPILER = os.environ.get("CXX", "g++")
+
+
+def build() -> None:
+    """The sanitized library and the links."""
+    package = TREE / "rnnkit"
+    package.mkdir(parents=True, exist_ok=True)
+    for source in [*(ROOT / "rnnkit").iterdir(), ROOT / "kernels", ROOT / "benchmarks"]:
+        link = package / source.name
+        if source.name != "__pycache__" and source.suffix != ".so" and not link.is_symlink():
+            link.symlink_to(source)
+    compiler = TREE / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" {FLAGS}\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    env = {**os.environ, "CXX": str(compiler), "RNNKIT_EXTENSION": "1"}
+    env.setdefault("MAX_JOBS", "2")
+    command = ["setup.py", "-q", "build_ext", f"--build-lib={TREE}", f"--build-temp={TREE / 'objects'}"]
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=env, check=True)
+
+
+def again(arguments: list[str]) -> int:
+    """This file with the sanitizers' libraries first in the process."""
+    names = ("libasan.so", "libubsan.so")
+    found = [subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip() for name in names]
+    env = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(found),
+        # Python and torch leave memory behind at exit.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(TREE),
+        "RNNKIT_SANITIZED": "1",
+    }
+    return subprocess.run([sys.executable, __file__, *arguments], cwd=TREE, env=env).returncode
+
+
+def problem(r: random.Random) -> str:
+    """Run one random layer forward and backward. Returns what it was."""
+    import torch
+
+    import rnnkit.ops
+    from rnnkit.cells import CELLS
+
+    cell = r.choice(sorted(CELLS))
+    dtype = r.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+    steps, rows, features = r.choice((0, 1, 2, 5, 9)), r.choice((0, 1, 2, 3, 8, 17)), r.choice((0, 1, 3, 17, 33))
+    hidden = r.choice((1, 2, 7, 16, 31, 64, 67, 130))
+    proj = r.choice((1, 5, 70)) if cell == "lstm" and r.random() < 0.3 else 0
+    state, gates = proj or hidden, CELLS[cell].gates
+    bias, lengths, reset, reset_state, reverse, all_states, recompute, expanded = (r.random() < 0.5 for _ in range(8))
+    what = (
+        f"{cell} {dtype} T={steps} B={rows} I={features} H={hidden} P={proj} bias={bias} lengths={lengths}"
+        f" reset={reset} reset_state={reset_state} reverse={reverse} all_states={all_states} recompute={recompute}"
+    )
+
+    def leaf(*sizes: int) -> torch.Tensor:
+        v = torch.randn(sizes, dtype=torch.float64) / max(sizes[-1], 1) ** 0.5
+        if len(sizes) > 1 and r.random() < 0.3:  # other strides
+            v = v.transpose(0, 1).contiguous().transpose(0, 1)
+        return v.to(dtype).requires_grad_()
+
+    shapes = [(gates * hidden, features), (gates * hidden, state)]
+    shapes += [(gates * hidden,)] * (2 * bias) + [(proj, hidden)] * bool(proj)
+    weights = [leaf(*shape) for shape in shapes]
+    x = leaf(steps, rows, features)
+    h = leaf(rows, state) if r.random() < 0.7 else None
+    c = leaf(rows, hidden) if cell == "lstm" and h is not None else None
+    h_r = [leaf(rows, state)] + ([leaf(rows, hidden)] if cell == "lstm" else [])
+    extra = {
+        "lengths": torch.tensor([r.randint(0, steps) for _ in range(rows)], dtype=torch.int64) if lengths else None,
+        "reset": torch.rand(steps, rows) < 0.4 if reset else None,
+        "reset_state": (h_r if cell == "lstm" else h_r[0]) if reset and reset_state else None,
+    }
+    torch.set_num_threads(r.choice((1, 2, 3)))
+    y, h_n, c_n, c_all = rnnkit.ops.layer(
+        cell, x, h, c, weights, reverse=reverse, all_states=all_states, recompute=recompute, backend="cpu", **extra
+    )
+    outputs = [v for v in (y, h_n, c_n, c_all) if v is not None and r.random() < 0.7] or [y]
+    given = [torch.ones((), dtype=dtype).expand_as(v) if expanded else torch.randn_like(v) for v in outputs]
+    leaves = [v for v in (x, h, c, *weights, *(h_r if extra["reset_state"] is not None else [])) if v is not None]
+    grads = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
+    if not all(v.isfinite().all() for v in (*outputs, *grads) if v is not None):
+        raise SystemExit(f"not finite: {what}")
+    return what
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--problems", type=int, default=300)
+    arguments.add_argument("--seed", type=int, default=1)
+    o = arguments.parse_args()
+    if "RNNKIT_SANITIZED" not in os.environ:
+        build()
+        return again(sys.argv[1:])
+
+    import torch
+
+    from rnnkit.backends import extension
+
+    if extension.reason():
+        raise SystemExit(extension.reason())
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    r = random.Random(o.seed)
+    torch.manual_seed(o.seed)
+    for k in range(1, o.problems + 1):
+        what = problem(r)
+        if k % 100 == 0:
+            print(f"{k} layers, the last: {what}", flush=True)
+    print(f"{o.problems} layers forward and backward under AddressSanitizer and UBSan: nothing found")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
