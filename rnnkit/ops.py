@@ -33,6 +33,7 @@ from .cells import CELLS
 from .registry import run_backward, run_forward, second_backward, states_of
 
 _transforming = torch._C._are_functorch_transforms_active
+_batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
 _grad = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled  # for any type of device
 _FORWARD, _REVERSE = Options(), Options(reverse=True)
@@ -118,11 +119,8 @@ def _quick_step(
     found = _quick(cell, 2, x, h, c, weights, _FORWARD, backend)
     if found is None or found[1]:
         return None
-    run = getattr(found[0], "step", None)
-    if run is None:
-        return None
     try:
-        return run(cell, x, h, c, *found[2])
+        return found[0].step(cell, x, h, c, *found[2])
     except RuntimeError:
         return None
 
@@ -133,7 +131,7 @@ def _quick_layer(
     """`layer` without lengths, resets and options the quick way; None where there is none."""
     o = _REVERSE if reverse is True else _FORWARD
     found = _quick(cell, 3, x, h_0, c_0, weights, o, backend) if o.reverse is reverse else None
-    if found is None or not getattr(found[0], "takes_none_states", False):
+    if found is None or not found[0].takes_none_states:
         return None
     known, train, four = found
     try:
@@ -213,7 +211,7 @@ def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tenso
 
 def _direct(cell: str, backend: Backend, t: Tensors, o: Options, train: bool) -> Outputs:
     """The backend itself on plain tensors, below an autograd function when a gradient is wanted."""
-    if not getattr(backend, "takes_none_states", False):
+    if not backend.takes_none_states:
         t = t.filled(CELLS[cell].has_c)
     if not train:
         return backend.forward(cell, t, o, train=False).outputs
@@ -261,7 +259,8 @@ class _Layer(torch.autograd.Function):
         given = Outputs(*grads, *_MISSING[len(grads) :])  # type: ignore[arg-type]
         if all(g is None for g in grads):
             return (None,) * (1 + count)
-        if torch.is_grad_enabled() or _transforming():  # create_graph, batched gradients: torch's own operators
+        # create_graph, batched gradients: torch's own operators
+        if _grad() or _transforming() or any(g is not None and _batched(g) for g in grads):
             found = second_backward(cell, t.filled(CELLS[cell].has_c), o, given, needs)
         else:
             y, result = kept[0] if kept else t.x, Result(given, kept[1:], ctx.graph)

@@ -297,43 +297,39 @@ def test_a_reset_on_the_wrong_side_backwards(kind: str, monkeypatch: pytest.Monk
 
 
 def misused(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The C++ scan called wrongly."""
+    """The C++ engine called wrongly."""
     cpu = BY_NAME["cpu"]
-    forward, backward = cpu.scan_forward, cpu.scan_backward
+    right_forward, right_backward = cpu.forward, cpu.backward
 
-    def scan_forward(*args: Any, **kwargs: Any) -> tuple:
+    def forward(cell: str, t: Any, o: Any, **how: Any) -> Any:
         if error == "reverse":
-            kwargs["reverse"] = not kwargs["reverse"]
-        return forward(*args, **kwargs)
+            o = o._replace(reverse=not o.reverse)
+        return right_forward(cell, t, o, **how)
 
-    def scan_backward(*args: Any) -> Any:
-        *first, t, o = args
+    def backward(cell: str, t: Any, o: Any, *rest: Any) -> Any:
         if error == "reverse in backward":
             o = o._replace(reverse=not o.reverse)
         if error == "resets in backward":
             t = t._replace(reset=None)
         if error == "lengths in backward":
             t = t._replace(lengths=None)
-        g = backward(*first, t, o)
-        if error == "dg":
-            g = g._replace(dgx=1.001 * g.dgx, dgh=1.001 * g.dgh)
-        if error == "dh_0":
-            g = g._replace(dh_0=1.001 * g.dh_0)
-        if error == "dh_r":
-            g = g._replace(dh_r=torch.zeros_like(g.dh_r))
-        return g
+        every = right_backward(cell, t, o, *rest)
+        if error in PLACES:
+            at = PLACES.index(error)
+            every = [1.001 * g if k == at and g is not None else g for k, g in enumerate(every)]
+        return every
 
-    monkeypatch.setattr(cpu, "scan_forward", scan_forward)
-    monkeypatch.setattr(cpu, "scan_backward", scan_backward)
+    monkeypatch.setattr(cpu, "forward", forward)
+    monkeypatch.setattr(cpu, "backward", backward)
 
 
-MISUSES = ("reverse", "reverse in backward", "resets in backward", "lengths in backward", "dg", "dh_0", "dh_r")
+MISUSES = ("reverse", "reverse in backward", "resets in backward", "lengths in backward", "x", "w_hh", "h_0", "h_r")
 
 
 @pytest.mark.skipif(BY_NAME["cpu"].available() is not None, reason="needs the C++ extension")
 @pytest.mark.parametrize("error", MISUSES)
-@pytest.mark.parametrize("kind", ["rnn_tanh", "rnn_relu"])
-def test_the_scan_misused(kind: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_misused(kind: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(Case(kind, **EVERYTHING), "cpu", F32)
     misused(error, monkeypatch)
     with red("^y: off by" if error == "reverse" else "^d .*: off by"):

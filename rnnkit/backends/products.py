@@ -91,7 +91,8 @@ class Backend:
 
     name = ""
     takes_none_states = False
-    """Whether `forward` takes h_0 and c_0 that are None for zeros."""
+    """Whether its operators check all that they are given: it then gets plain tensors unchecked, h_0 and c_0 None for
+    zeros, and raises RuntimeError for what it does not take."""
 
     def available(self) -> str | None:
         """Why it cannot run anything on this machine; None where it can."""
@@ -104,6 +105,23 @@ class Backend:
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
         """Run the layer. `train`: keep what `backward` needs; `graph`: an autograd graph may be kept for it."""
         raise NotImplementedError(self.name)
+
+    def step(
+        self,
+        cell: str,
+        x: Tensor,
+        h: Tensor | None,
+        c: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """One step of a cell without gradients: x [B, I], h and c [B, H] or None for zeros -> h and, for an LSTM, c.
+
+        None where the backend has no shorter way than `forward`.
+        """
+        return None
 
     def backward(
         self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
