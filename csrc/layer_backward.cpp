@@ -15,7 +15,8 @@ namespace {
 Tensor carried(const LayerInputs& in, const OptionalTensor& g, const char* name, int64_t width) {
   const int64_t bytes = in.dtype == Dtype::f64 ? 8 : 4;
   Tensor d = torch::stable::new_empty(in.x, {in.B, width}, wide(in.dtype));
-  char* to = static_cast<char*>(d.mutable_data_ptr());  // null without elements, which memcpy may not be given
+  char* to =
+      static_cast<char*>(d.mutable_data_ptr());  // null without elements, which memcpy may not be given
   if (g.has_value()) {
     const Tensor from = wide_copy(expect(*g, name, in.x.scalar_type(), {in.B, width}), in.dtype);
     std::copy_n(static_cast<const char*>(from.const_data_ptr()), in.B * width * bytes, to);
@@ -25,23 +26,25 @@ Tensor carried(const LayerInputs& in, const OptionalTensor& g, const char* name,
   return d;
 }
 
-// Some columns of all rows of [T, B, width], as a matrix.
+// Some columns of all rows of [n, B, width], as a matrix.
 Tensor matrix(const Tensor& v, int64_t column, int64_t columns) {
   const int64_t width = v.size(2);
   return view(v, {v.size(0) * v.size(1), columns}, {width, 1}, column);
 }
 
+// A range of time, and what the scan gives for it.
 struct Scanned {
-  Tensor dgx;              // [T, B, G H]
-  OptionalTensor dgn, dp;  // [T, B, H], [T, B, P]
-  OptionalTensor inner;    // [T, B, H]
+  int64_t t0, n;
+  Tensor dgx;                     // [n, B, G H]
+  OptionalTensor dgn, dp, inner;  // [n, B, H], [n, B, P], [n, B, H]
 };
 
 using Rows = std::vector<const void*>;
 
-// Whether each row of d [T, B, width] holds a gradient: where it is all zero none came, so nothing that
-// stands there may pass on NaN.
-std::vector<bool> reached(const Tensor& d) {
+// Whether each row of d [n, B, width] holds a gradient: where it is all zero none came, so nothing that
+// stands there may pass on NaN. Empty where `guarded` is false: everywhere.
+std::vector<bool> reached(const Tensor& d, bool guarded) {
+  if (!guarded) return {};
   const int64_t count = d.size(0) * d.size(1), width = d.size(2);
   std::vector<bool> any(count);
   const auto look = [&](auto bits) {
@@ -65,50 +68,135 @@ std::vector<bool> reached(const Tensor& d) {
   return any;
 }
 
-// The rows of v [T, B, width] in any strides of time and batch, where `any` says so (empty: everywhere).
-Rows rows_of(const Tensor& v, const std::vector<bool>& any) {
+// The rows of v at n steps from t0 on, in any strides of time and batch, where `any` says so (empty:
+// everywhere).
+Rows rows_of(const Tensor& v, int64_t t0, int64_t n, const std::vector<bool>& any) {
   const int64_t bytes = static_cast<int64_t>(v.element_size()), B = v.size(1);
-  const char* base = static_cast<const char*>(v.const_data_ptr());
-  Rows rows(v.size(0) * B);
-  for (int64_t t = 0, r = 0; t < v.size(0); ++t) {
-    for (int64_t b = 0; b < B; ++b, ++r) {
-      rows[r] = any.empty() || any[r] ? base + (t * v.stride(0) + b * v.stride(1)) * bytes : nullptr;
-    }
+  const int64_t step = v.stride(0) * bytes, row = v.stride(1) * bytes;
+  const char* base = static_cast<const char*>(v.const_data_ptr()) + t0 * step;
+  Rows rows(n * B);
+  for (int64_t t = 0, r = 0; t < n; ++t) {
+    for (int64_t b = 0; b < B; ++b, ++r)
+      rows[r] = any.empty() || any[r] ? base + t * step + b * row : nullptr;
   }
   return rows;
 }
 
-// The states [N] that each step started from.
-Rows before(const LayerInputs& in, const Tensor& y, const std::vector<bool>& any, const Cuts& cuts) {
+// The states [N] that the range's steps started from.
+Rows before(const LayerInputs& in, const Scanned& s, const Tensor& y, const std::vector<bool>& any,
+            const Cuts& cuts) {
   const int64_t bytes = in.N * bytes_of(in.dtype);
   const auto row = [&](const void* base, int64_t r) -> const void* {
     return base == nullptr ? nullptr : static_cast<const char*>(base) + r * bytes;
   };
-  Rows rows(in.T * in.B);
-  for (int64_t t = 0, r = 0; t < in.T; ++t) {
+  const void *states = y.const_data_ptr(), *h_0 = pointer(in.h_0), *h_r = pointer(in.h_r);
+  Rows rows(s.n * in.B);
+  for (int64_t k = 0, r = 0; k < s.n; ++k) {
+    const int64_t t = s.t0 + k;
     for (int64_t b = 0; b < in.B; ++b, ++r) {
       const int64_t start = in.reverse ? (cuts.lengths != nullptr ? cuts.lengths[b] : in.T) - 1 : 0;
       if (!any.empty() && !any[r]) {
         rows[r] = nullptr;
       } else if (cuts.cut(t, b, in.reverse)) {
-        rows[r] = row(pointer(in.h_r), b);
+        rows[r] = row(h_r, b);
       } else if (t == start) {
-        rows[r] = row(pointer(in.h_0), b);
+        rows[r] = row(h_0, b);
       } else {
-        rows[r] = row(y.const_data_ptr(), in.reverse ? r + in.B : r - in.B);
+        rows[r] = row(states, (in.reverse ? t + 1 : t - 1) * in.B + b);
       }
     }
   }
   return rows;
 }
 
+// Steps whose pre-activations' gradients are held at a time: enough for a weight's gradient to be summed at
+// its rate.
+int64_t steps_at_a_time(const LayerInputs& in) {
+  constexpr int64_t rows = 256;
+  return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));
+}
+
+// The gradients of the weights and of x, range by range.
+class Products {
+ public:
+  Products(const LayerInputs& in, const LayerGradients& g, const Cuts& cuts, int64_t needs)
+      : in_(in), g_(g), cuts_(cuts), guarded_(cuts.any()), width_(in.G * in.H) {
+    const auto wanted = [&](int bit) { return (needs >> bit & 1) != 0; };
+    const auto zeros = [&](std::initializer_list<int64_t> sizes) -> OptionalTensor {
+      return torch::stable::new_zeros(in.x, sizes, wide(in.dtype));
+    };
+    if (wanted(0)) {
+      dx = torch::stable::new_empty(in.x, {in.T, in.B, in.I});
+      times_w_ih_.emplace(in.w_ih, true, in.T * in.B);
+    }
+    if (wanted(3)) {
+      dw_ih = zeros({width_, in.I});
+      x_ = in.x.stride(2) == 1 || in.I == 1 ? in.x : torch::stable::contiguous(in.x);
+    }
+    if (wanted(4)) dw_hh = zeros({width_, in.N});
+    if (wanted(5) || wanted(6)) db = zeros({width_});
+    if (wanted(6) && in.cell == Cell::gru) db_hn = zeros({in.H});
+    if (wanted(7)) dw_hr = zeros({in.P, in.H});
+  }
+
+  void add(const Scanned& s) {
+    const Tensor d = matrix(s.dgx, 0, width_);
+    if (dx.has_value()) {
+      Tensor part = view(*dx, {s.n * in_.B, in_.I}, {in_.I, 1}, s.t0 * in_.B * in_.I);
+      times_w_ih_->run(d, part);
+    }
+    if (!dw_ih && !dw_hh && !db && !dw_hr) return;
+    const std::vector<bool> any = reached(s.dgx, guarded_);
+    if (dw_ih.has_value()) {
+      outer(d, rows_of(*x_, s.t0, s.n, any), *dw_ih, db);
+    } else if (db.has_value()) {
+      sum(d, *db);
+    }
+    if (dw_hh.has_value()) {
+      const Rows states = before(in_, s, g_.y, any, cuts_);
+      const auto block = [&](int64_t first, int64_t count) {
+        return view(*dw_hh, {count * in_.H, in_.N}, {in_.N, 1}, first * in_.H * in_.N);
+      };
+      if (in_.cell == Cell::gru) {
+        outer(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {});
+        outer(matrix(*s.dgn, 0, in_.H), states, block(2, 1), db_hn);
+      } else if (in_.cell == Cell::gru_before) {
+        outer(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {});
+        outer(matrix(s.dgx, 2 * in_.H, in_.H), rows_of(*s.inner, 0, s.n, any), block(2, 1), {});
+      } else {
+        outer(d, states, *dw_hh, {});
+      }
+    } else if (db_hn.has_value()) {
+      sum(matrix(*s.dgn, 0, in_.H), *db_hn);
+    }
+    if (dw_hr.has_value()) {
+      outer(matrix(*s.dp, 0, in_.P), rows_of(*s.inner, 0, s.n, reached(*s.dp, guarded_)), *dw_hr, {});
+    }
+  }
+
+  OptionalTensor dx, dw_ih, dw_hh, db, db_hn, dw_hr;
+
+ private:
+  void sum(const Tensor& d, const Tensor& into) {
+    outer(d, Rows(d.size(0), nullptr), torch::stable::new_empty(into, {d.size(1), 0}), into);
+  }
+
+  const LayerInputs& in_;
+  const LayerGradients& g_;
+  const Cuts cuts_;
+  const bool guarded_;
+  const int64_t width_;
+  std::optional<RowsTimes> times_w_ih_;
+  OptionalTensor x_;
+};
+
 }  // namespace
 
 std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t needs) {
   in.check();
   const ScalarType type = in.x.scalar_type();
-  const bool lstm = in.cell == Cell::lstm, guarded = in.lengths.has_value() || in.reset.has_value();
-  const int64_t saved = saved_of(in.cell), width = in.G * in.H, all = in.T * in.B;
+  const bool lstm = in.cell == Cell::lstm;
+  const int64_t saved = saved_of(in.cell), width = in.G * in.H;
   g.y = expect(g.y, "y", type, {in.T, in.B, in.N});
   RNNKIT_CHECK(!saved || g.gates.has_value(), "gates must be given, as the forward saved them");
   RNNKIT_CHECK(!lstm || g.c_kept.has_value(), "c must be given, as the forward saved it");
@@ -122,17 +210,11 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
     q.gy_strides = {g.gy->stride(0), g.gy->stride(1), in.N == 1 ? 1 : g.gy->stride(2)};
   }
   Tensor dh = carried(in, g.gh_n, "gh_n", in.N);
-  OptionalTensor dc, dh_r, dc_r;
+  OptionalTensor dc, dh_r, dc_r, h_0, c_0;
   if (lstm) dc = carried(in, g.gc_n, "gc_n", in.H);
   const bool resets = (needs >> 8 & 3) != 0;
   if (resets) dh_r = torch::stable::new_zeros(dh, {in.B, in.N});
   if (resets && lstm) dc_r = torch::stable::new_zeros(dh, {in.B, in.H});
-
-  Scanned s{torch::stable::new_empty(in.x, {in.T, in.B, width}), {}, {}, {}};
-  if (in.cell == Cell::gru) s.dgn = torch::stable::new_empty(in.x, {in.T, in.B, in.H});
-  if (in.P) s.dp = torch::stable::new_empty(in.x, {in.T, in.B, in.P});
-  if (in.P || in.cell == Cell::gru_before) s.inner = torch::stable::new_empty(in.x, {in.T, in.B, in.H});
-  OptionalTensor h_0, c_0;
   if (in.h_0.has_value()) h_0 = wide_copy(*in.h_0, in.dtype);
   if (in.c_0.has_value()) c_0 = wide_copy(*in.c_0, in.dtype);
   q.layer = in.layer();
@@ -145,65 +227,56 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   q.c_kept = pointer(g.c_kept);
   q.h_0 = pointer(h_0);
   q.c_0 = pointer(c_0);
-  q.dgx = s.dgx.mutable_data_ptr();
-  q.dgn = s.dgn.has_value() ? s.dgn->mutable_data_ptr() : nullptr;
-  q.dp = s.dp.has_value() ? s.dp->mutable_data_ptr() : nullptr;
-  q.inner = s.inner.has_value() ? s.inner->mutable_data_ptr() : nullptr;
   q.dh = dh.mutable_data_ptr();
   q.dc = dc.has_value() ? dc->mutable_data_ptr() : nullptr;
   q.dh_r = dh_r.has_value() ? dh_r->mutable_data_ptr() : nullptr;
   q.dc_r = dc_r.has_value() ? dc_r->mutable_data_ptr() : nullptr;
-  if (all > 0 && in.H > 0) engine().backward(q);
+
+  Products products(in, g, q.layer.cuts, needs);
+  if (in.T > 0 && in.B > 0 && in.H > 0) {
+    const int64_t most = std::min(in.T, steps_at_a_time(in));
+    const auto held = [&](int64_t columns) { return torch::stable::new_empty(in.x, {most, in.B, columns}); };
+    Scanned s{0, 0, held(width), {}, {}, {}};
+    if (in.cell == Cell::gru) s.dgn = held(in.H);
+    if (in.P) s.dp = held(in.P);
+    if (in.P || in.cell == Cell::gru_before) s.inner = held(in.H);
+    const auto memory = [](const OptionalTensor& v) {
+      return v.has_value() ? v->mutable_data_ptr() : nullptr;
+    };
+    const BackwardRange range{0, 0, memory(s.dgx), memory(s.dgn), memory(s.dp), memory(s.inner)};
+    const std::unique_ptr<BackwardScan> scan = engine().backward(q);
+    for (int64_t done = 0; done < in.T;) {
+      const int64_t n = std::min(most, in.T - done);
+      BackwardRange here = range;
+      here.n = n, here.t0 = in.reverse ? done : in.T - done - n;
+      scan->run(here);
+      const auto first = [&](const OptionalTensor& v) -> OptionalTensor {
+        if (!v.has_value()) return std::nullopt;
+        return view(*v, {n, in.B, v->size(2)}, {in.B * v->size(2), v->size(2), 1}, 0);
+      };
+      products.add({here.t0, n, *first(s.dgx), first(s.dgn), first(s.dp), first(s.inner)});
+      done += n;
+    }
+  }
 
   const auto narrow = [&](const Tensor& v) { return is_half(in.dtype) ? torch::stable::to(v, type) : v; };
   std::vector<Tensor> out;
   const auto wanted = [&](int bit) { return (needs >> bit & 1) != 0; };
-  const Tensor d = matrix(s.dgx, 0, width);
-  const std::vector<bool> any = guarded ? reached(s.dgx) : std::vector<bool>();
-  if (wanted(0)) {
-    Tensor dx = torch::stable::new_empty(in.x, {in.T, in.B, in.I});
-    Tensor flat = matrix(dx, 0, in.I);
-    RowsTimes(in.w_ih, true, all).run(d, flat);
-    out.push_back(dx);
-  }
+  if (wanted(0)) out.push_back(*products.dx);
   if (wanted(1)) out.push_back(narrow(dh));
   if (wanted(2)) out.push_back(narrow(*dc));
-  OptionalTensor db_ih, db_hh;
-  if (wanted(5) || wanted(6)) db_ih = torch::stable::new_empty(in.x, {width});
-  if (wanted(3)) {
-    const Tensor x = in.x.stride(2) == 1 || in.I == 1 ? in.x : torch::stable::contiguous(in.x);
-    Tensor dw = torch::stable::new_empty(in.x, {width, in.I});
-    outer(d, rows_of(x, any), dw, db_ih.has_value() ? &*db_ih : nullptr);
-    out.push_back(dw);
-  } else if (db_ih.has_value()) {
-    outer(d, Rows(all, nullptr), torch::stable::new_empty(in.x, {width, 0}), &*db_ih);
-  }
-  if (wanted(6)) db_hh = torch::stable::clone(*db_ih);
-  if (wanted(4) || (wanted(6) && s.dgn.has_value())) {
-    const Rows states = before(in, g.y, any, q.layer.cuts);
-    Tensor dw = torch::stable::new_empty(in.x, {width, in.N});
-    const auto block = [&](int64_t first, int64_t count) {
-      return view(dw, {count * in.H, in.N}, {in.N, 1}, first * in.H * in.N);
-    };
-    if (in.cell == Cell::gru) {
-      outer(matrix(s.dgx, 0, 2 * in.H), states, block(0, 2), nullptr);
-      Tensor inside = db_hh.has_value() ? view(*db_hh, {in.H}, {1}, 2 * in.H) : dw;
-      outer(matrix(*s.dgn, 0, in.H), states, block(2, 1), db_hh.has_value() ? &inside : nullptr);
-    } else if (in.cell == Cell::gru_before) {
-      outer(matrix(s.dgx, 0, 2 * in.H), states, block(0, 2), nullptr);
-      outer(matrix(s.dgx, 2 * in.H, in.H), rows_of(*s.inner, any), block(2, 1), nullptr);
-    } else {
-      outer(d, states, dw, nullptr);
+  if (wanted(3)) out.push_back(narrow(*products.dw_ih));
+  if (wanted(4)) out.push_back(narrow(*products.dw_hh));
+  if (wanted(5)) out.push_back(narrow(*products.db));
+  if (wanted(6)) {
+    Tensor recurrent = wanted(5) ? torch::stable::clone(*products.db) : *products.db;
+    if (products.db_hn.has_value()) {
+      Tensor inside = view(recurrent, {in.H}, {1}, 2 * in.H);
+      torch::stable::copy_(inside, *products.db_hn);
     }
-    if (wanted(4)) out.push_back(dw);
+    out.push_back(narrow(recurrent));
   }
-  if (wanted(5)) out.push_back(*db_ih);
-  if (wanted(6)) out.push_back(*db_hh);
-  if (wanted(7)) {
-    Tensor dw = torch::stable::new_empty(in.x, {in.P, in.H});
-    outer(matrix(*s.dp, 0, in.P), rows_of(*s.inner, guarded ? reached(*s.dp) : any), dw, nullptr);
-    out.push_back(dw);
-  }
+  if (wanted(7)) out.push_back(narrow(*products.dw_hr));
   if (wanted(8)) out.push_back(narrow(*dh_r));
   if (wanted(9)) out.push_back(narrow(*dc_r));
   return out;

@@ -20,17 +20,15 @@ void torch_rows_times(const Tensor& a, const Tensor& w, Tensor& out) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), w.get()));
 }
 
-void torch_outer(const Tensor& a, const Tensor& b, Tensor& out, bool add) {
+// out += a^T b
+void torch_outer(const Tensor& a, const Tensor& b, Tensor& out) {
   const Tensor left = turned(a);
-  if (add) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), b.get(), 1.0, 1.0));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), b.get()));
-  }
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), b.get(), 1.0, 1.0));
 }
 
-void own_outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out, void* sum) {
+void own_outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
+               const OptionalTensor& sum) {
   Outer q{};
   q.dtype = dtype_of(a);
   q.M = a.size(1), q.N = out.size(1), q.K = a.size(0);
@@ -39,7 +37,7 @@ void own_outer(const Tensor& a, const std::vector<const void*>& rows, const Tens
   q.rows = rows.data();
   q.out = out.mutable_data_ptr();
   q.ldo = out.stride(0);
-  q.sum = sum;
+  q.sum = sum.has_value() ? sum->mutable_data_ptr() : nullptr;
   q.threads = threads();
   q.parallel = &in_parallel;
   engine().outer(q);
@@ -71,7 +69,7 @@ void torch_outer_of(const Tensor& a, const std::vector<const void*>& rows, const
     using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
     const Tensor b = torch::stable::from_blob(const_cast<void*>(rows[first]), Ints(sizes, 2),
                                               Ints(strides, 2), a.device(), a.scalar_type());
-    torch_outer(view(a, {count, a.size(1)}, {a.stride(0), 1}, first * a.stride(0)), b, into, s > 0);
+    torch_outer(view(a, {count, a.size(1)}, {a.stride(0), 1}, first * a.stride(0)), b, into);
   }
 }
 
@@ -100,7 +98,7 @@ bool measure(Kind kind, const Tensor& like) {
   constexpr int64_t M = 384, N = 256, K = 256;
   const Tensor a = torch::stable::full({M, K}, 0.5, like.scalar_type());
   const Tensor w = torch::stable::full({N, K}, 0.5, like.scalar_type());
-  Tensor out = torch::stable::new_empty(like, {kind == Kind::outer ? K : M, N});
+  Tensor out = torch::stable::new_zeros(like, {kind == Kind::outer ? K : M, N});
   if (kind == Kind::rows_times) {
     const auto own = engine().by_rows(dtype_of(like), N, K, w.const_data_ptr(), true);
     const double ours = seconds(
@@ -112,8 +110,8 @@ bool measure(Kind kind, const Tensor& like) {
   const int64_t bytes = N * bytes_of(dtype_of(like));
   const Tensor b = torch::stable::full({M, N}, 0.5, like.scalar_type());
   for (int64_t k = 0; k < M; ++k) rows[k] = static_cast<const char*>(b.const_data_ptr()) + k * bytes;
-  const double ours = seconds([&] { own_outer(a, rows, out, nullptr); });
-  return seconds([&] { torch_outer(a, b, out, false); }) < 0.95 * ours;
+  const double ours = seconds([&] { own_outer(a, rows, out, {}); });
+  return seconds([&] { torch_outer(a, b, out); }) < 0.95 * ours;
 }
 
 template <Kind kind>
@@ -171,19 +169,17 @@ void RowsTimes::run(const Tensor& a, Tensor& out) const {
             &in_parallel);
 }
 
-void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out, Tensor* sum) {
-  if (large(a.size(1), out.size(1), a.size(0)) && torch_is_faster<Kind::outer>(a)) {
+void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
+           const OptionalTensor& sum) {
+  if (!is_half(dtype_of(a)) && large(a.size(1), out.size(1), a.size(0)) && torch_is_faster<Kind::outer>(a)) {
     const std::vector<int64_t> starts = stretches(rows, out.size(1) * static_cast<int64_t>(a.element_size()));
     if (!starts.empty()) {
       torch_outer_of(a, rows, starts, out);
-      if (sum != nullptr) {
-        const int64_t first = 0;
-        torch::stable::sum_out(*sum, a, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1));
-      }
+      if (sum.has_value()) own_outer(a, rows, view(out, {a.size(1), 0}, {1, 1}, 0), sum);
       return;
     }
   }
-  own_outer(a, rows, out, sum == nullptr ? nullptr : sum->mutable_data_ptr());
+  own_outer(a, rows, out, sum);
 }
 
 }  // namespace rnnkit

@@ -123,8 +123,9 @@ class RowsTimes {
   std::unique_ptr<Product> own_;
 };
 
-// out [M, N] = sum over k of a[k]^T row[k], with a [K, M] and rows of N elements (null: zeros); `sum` [M], or
-// null: the sum over k of a[k].
-void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out, Tensor* sum);
+// out [M, N] += sum over k of a[k]^T row[k], with a [K, M] and rows of N elements (null: zeros); `sum` [M],
+// where there is one, += the sum over k of a[k]. `out` and `sum` are in the compute type.
+void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
+           const OptionalTensor& sum);
 
 }  // namespace rnnkit

@@ -3,7 +3,7 @@
 // second one). Included once per variant, inside its namespace.
 
 template <class S>
-class BackwardOf {
+class BackwardOf final : public BackwardScan {
   using A = compute_t<S>;
   using V = value_t<S>;
   using M = Math<A>;
@@ -39,14 +39,15 @@ class BackwardOf {
     }
   }
 
-  void run() {
+  void run(const BackwardRange& range) override {
+    r_ = range;
     const Split split(l_.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors), G_ * H_ * N_,
                       q_.T);
     alive_.assign(guarded_ ? split.parts * l_.B : 0, 0);
     run_parts(split, l_.parallel, [&](int64_t first, int64_t last, Meeting& meeting) {
       std::vector<Rows> rows(last - first);
-      for (int64_t k = 0; k < q_.T; ++k) {
-        const int64_t t = l_.reverse ? k : q_.T - 1 - k;
+      for (int64_t k = 0; k < r_.n; ++k) {
+        const int64_t t = r_.t0 + (l_.reverse ? k : r_.n - 1 - k);
         const int now = static_cast<int>(k & 1);
         const auto each = [&](auto phase) {
           for (int64_t p = first; p < last; ++p) phase(split.part(p, l_.B), rows[p - first]);
@@ -75,14 +76,15 @@ class BackwardOf {
 
  private:
   struct Place {
-    int64_t at;  // row of [T, B, ...]
+    int64_t at;   // row of [T, B, ...]
+    int64_t out;  // row of the range's results
     int64_t b, j;
     int n;  // units that exist
   };
 
   Place place(int64_t t, int32_t b, int u, int64_t width) const {
     const int64_t j = static_cast<int64_t>(u) * L;
-    return {t * l_.B + b, b, j, static_cast<int>(std::min<int64_t>(L, width - j))};
+    return {t * l_.B + b, (t - r_.t0) * l_.B + b, b, j, static_cast<int>(std::min<int64_t>(L, width - j))};
   }
 
   // Calls use(place) for each vector of `width` units that is the part's, of each row.
@@ -115,7 +117,7 @@ class BackwardOf {
         dh += incoming(p, t);
         store(to, dh, L);
       }
-      if (q_.dp != nullptr) store(static_cast<S*>(q_.dp) + p.at * N_ + p.j, dh, p.n);
+      if (r_.dp != nullptr) store(static_cast<S*>(r_.dp) + p.out * N_ + p.j, dh, p.n);
       if (guarded_) alive[p.b] |= nonzero(dh, p.n);
     });
     if (l_.cell != Cell::lstm) return;
@@ -148,9 +150,9 @@ class BackwardOf {
     const int64_t j0 = static_cast<int64_t>(first) * L;
     const int64_t n = std::max<int64_t>(0, std::min<int64_t>(static_cast<int64_t>(last) * L, H_) - j0);
     const auto clear = [&](int64_t b) {
-      const int64_t at = t * l_.B + b;
-      for (int64_t g = 0; g < G_; ++g) std::fill_n(static_cast<S*>(q_.dgx) + (at * G_ + g) * H_ + j0, n, S{});
-      if (q_.dgn != nullptr) std::fill_n(static_cast<S*>(q_.dgn) + at * H_ + j0, n, S{});
+      const int64_t at = (t - r_.t0) * l_.B + b;
+      for (int64_t g = 0; g < G_; ++g) std::fill_n(static_cast<S*>(r_.dgx) + (at * G_ + g) * H_ + j0, n, S{});
+      if (r_.dgn != nullptr) std::fill_n(static_cast<S*>(r_.dgn) + at * H_ + j0, n, S{});
     };
     size_t kept = 0;
     for (int32_t b : rows.live) {
@@ -167,11 +169,11 @@ class BackwardOf {
     for (int64_t b = part.row0; b < part.row1; ++b) {
       if (l_.cuts.live(t, b)) continue;
       clear(b);
-      if (q_.dp == nullptr) continue;
+      if (r_.dp == nullptr) continue;
       part.vectors(N_, L, &first, &last);
       for (int u = first; u < last; ++u) {
         const Place p = place(t, static_cast<int32_t>(b), u, N_);
-        store(static_cast<S*>(q_.dp) + p.at * N_ + p.j, V{}, p.n);
+        store(static_cast<S*>(r_.dp) + p.out * N_ + p.j, V{}, p.n);
       }
     }
   }
@@ -203,13 +205,13 @@ class BackwardOf {
   // The gradient of a pre-activation: out, and for the product with the recurrent weights.
   void give(const Place& p, int now, int64_t g, V da) { give(p, now, g, da, da); }
   void give(const Place& p, int now, int64_t g, V dgx, V dgh) {
-    store(static_cast<S*>(q_.dgx) + (p.at * G_ + g) * H_ + p.j, dgx, p.n);
+    store(static_cast<S*>(r_.dgx) + (p.out * G_ + g) * H_ + p.j, dgx, p.n);
     if (!direct_) store(da_[now].row(p.b) + g * H_ + p.j, dgh, p.n);
   }
 
   // What the recurrent products of step t multiply: [B, G H], rows stride() apart.
   const A* gradients(int64_t t, int now) const {
-    if (direct_) return static_cast<const A*>(q_.dgx) + t * l_.B * G_ * H_;
+    if (direct_) return static_cast<const A*>(r_.dgx) + (t - r_.t0) * l_.B * G_ * H_;
     return da_[now].row(0);
   }
   int64_t stride() const { return direct_ ? G_ * H_ : da_[0].stride; }
@@ -242,7 +244,7 @@ class BackwardOf {
           give(p, now, 0, d.r);
           give(p, now, 1, d.z);
           give(p, now, 2, d.n, d.hn);
-          store(static_cast<S*>(q_.dgn) + p.at * H_ + p.j, d.hn, p.n);
+          store(static_cast<S*>(r_.dgn) + p.out * H_ + p.j, d.hn, p.n);
           store(dh, d.h_before, L);
         });
         break;
@@ -271,7 +273,7 @@ class BackwardOf {
     give(p, now, 3, d.ao);
     store(dc, d.c_before, L);
     if (l_.P)
-      store(static_cast<S*>(q_.inner) + p.at * H_ + p.j, Lstm::before_projection<M>(gate(p, 3), c), p.n);
+      store(static_cast<S*>(r_.inner) + p.out * H_ + p.j, Lstm::before_projection<M>(gate(p, 3), c), p.n);
   }
 
   void through_projection(const Part& part, const Rows& rows, int64_t t, int now) {
@@ -285,7 +287,7 @@ class BackwardOf {
       const V r = gate(p, 0), h = h_before(p, t);
       const auto d = GruBefore::reset_vjp<M>(whole<V>(z), r, h);
       give(p, now, 0, d.r);
-      store(static_cast<S*>(q_.inner) + p.at * H_ + p.j, r * h, p.n);
+      store(static_cast<S*>(r_.inner) + p.out * H_ + p.j, r * h, p.n);
       A* dh = dh_.row(b) + p.j;
       store(dh, whole<V>(dh) + d.h_before, L);
     });
@@ -323,6 +325,7 @@ class BackwardOf {
   }
 
   const Backward q_;
+  BackwardRange r_{};
   const Layer l_;
   const int64_t H_, N_, G_;
   const bool guarded_;

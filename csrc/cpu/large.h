@@ -118,7 +118,10 @@ class OuterOf {
     const int64_t width = std::min(columns, q_.N), padded = ceil_div(width, L) * L;
     Aligned<A> a(block * outer_rows), b(std::min(block, q_.K) * padded);
     Padded<A> out(m1 - m0, q_.N);
+    for (int64_t m = m0; m < m1; ++m)
+      std::copy_n(static_cast<const A*>(q_.out) + m * q_.ldo, q_.N, out.row(m - m0));
     std::vector<A> sum(m1 - m0 + outer_rows);
+    if (q_.sum != nullptr) std::copy_n(static_cast<const A*>(q_.sum) + m0, m1 - m0, sum.begin());
     for (int64_t j0 = 0; j0 == 0 || j0 < q_.N; j0 += columns) {
       const int64_t n = std::min(columns, q_.N - j0);
       const int vectors = static_cast<int>(ceil_div(n, L)),
@@ -149,17 +152,9 @@ class OuterOf {
         }
       }
     }
-    for (int64_t m = m0; m < m1; ++m) {
-      copy(out.row(m - m0), static_cast<S*>(q_.out) + m * q_.ldo, q_.N);
-    }
-    if (q_.sum != nullptr) copy(sum.data(), static_cast<S*>(q_.sum) + m0, m1 - m0);
-  }
-
-  static void copy(const A* from, S* to, int64_t n) {
-    for (int64_t j = 0; j < n; j += L) {
-      const int here = static_cast<int>(std::min<int64_t>(L, n - j));
-      store(to + j, load(from + j, here), here);
-    }
+    for (int64_t m = m0; m < m1; ++m)
+      std::copy_n(out.row(m - m0), q_.N, static_cast<A*>(q_.out) + m * q_.ldo);
+    if (q_.sum != nullptr) std::copy_n(sum.begin(), m1 - m0, static_cast<A*>(q_.sum) + m0);
   }
 
   // Panels [K, in_panel, L] one after another.

@@ -114,15 +114,28 @@ struct Backward {
   const void* c_kept;  // A [T, B, H], LSTM
   const void* h_0;     // A [B, N]
   const void* c_0;     // A [B, H]
-  void* dgx;           // S [T, B, G H] of the pre-activations, 0 where no gradient comes
-  void* dgn;           // S [T, B, H] GRU with reset after: of W_hn h + b_hn, else null
-  void* dp;            // S [T, B, P] of the projected state, with a projection, else null
-  void* inner;  // S [T, B, H] what a step's second product multiplied: r h, or o tanh(c); else null. Not
-                // written where no gradient comes
-  void* dh;     // A [B, N] in: of h_n; out: of h_0
-  void* dc;     // A [B, H] in: of c_n; out: of c_0
-  void* dh_r;   // A [B, N] summed over the resets, or null
-  void* dc_r;   // A [B, H]
+  void* dh;            // A [B, N] in: of h_n; out: of the state before the steps that have run
+  void* dc;            // A [B, H] the same of c, LSTM
+  void* dh_r;          // A [B, N] summed over the resets, or null
+  void* dc_r;          // A [B, H]
+};
+
+// One range of time for a backward scan, and its results there; those a cell does not have are null.
+struct BackwardRange {
+  int64_t t0, n;  // the steps t0 .. t0 + n - 1
+  void* dgx;      // S [n, B, G H] of the pre-activations, 0 where no gradient comes
+  void* dgn;      // S [n, B, H] of W_hn h + b_hn: GRU with reset after
+  void* dp;       // S [n, B, P] of the projected state: with a projection
+  void* inner;  // S [n, B, H] what a step's second product multiplied, r h or o tanh(c): the textbook GRU, or
+                // with a projection. Not written where no gradient comes
+};
+
+// A backward scan, from the end of time to its start (from the start where the forward ran in reverse) in any
+// number of ranges. The weights are packed when it is made. The results do not depend on the ranges.
+class BackwardScan {
+ public:
+  virtual ~BackwardScan() = default;
+  virtual void run(const BackwardRange& range) = 0;
 };
 
 // out [M, N] = a [M, K] times one matrix for any number of M, packed once (or not at all, for a few rows).
@@ -135,16 +148,16 @@ class Product {
                    Parallel parallel) const = 0;
 };
 
-// out [M, N] = sum over k of a[k]^T row[k], for a weight's gradient; sums are made in the order of k.
+// out [M, N] += sum over k of a[k]^T row[k], for a weight's gradient; sums are made in the order of k.
 struct Outer {
   Dtype dtype;
   int64_t M, N, K;
   const void* a;  // S [K, M], rows lda apart
   int64_t lda;
   const void* const* rows;  // K rows, S [N] each, or null: zeros
-  void* out;                // S [M, N], rows ldo apart
+  void* out;                // A [M, N], rows ldo apart
   int64_t ldo;
-  void* sum;  // S [M] sum over k of a[k], or null
+  void* sum;  // A [M] += sum over k of a[k], or null
   int64_t threads;
   Parallel parallel;
 };
@@ -153,7 +166,7 @@ struct Engine {
   const char* name;
   bool (*supported)();
   std::unique_ptr<ForwardScan> (*forward)(const Forward& problem, int64_t T);
-  void (*backward)(const Backward& problem);
+  std::unique_ptr<BackwardScan> (*backward)(const Backward& problem);
   // a w^T with w S [N, K]; pack: false for a few rows.
   std::unique_ptr<Product> (*by_rows)(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack);
   // a w with w S [K, N]

@@ -38,8 +38,10 @@ std::unique_ptr<ForwardScan> forward(const Forward& problem, int64_t T) {
   });
 }
 
-void backward(const Backward& problem) {
-  dispatch(problem.layer.dtype, [&](auto s) { BackwardOf<decltype(s)>(problem).run(); });
+std::unique_ptr<BackwardScan> backward(const Backward& problem) {
+  return dispatch(problem.layer.dtype, [&](auto s) -> std::unique_ptr<BackwardScan> {
+    return std::make_unique<BackwardOf<decltype(s)>>(problem);
+  });
 }
 
 std::unique_ptr<Product> by_rows(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack) {
