@@ -87,7 +87,7 @@ class Carried {
 // Steps that are projected and scanned at a time: few enough that they stay in the second-level cache beside
 // weights.
 int64_t steps_at_a_time(const LayerInputs& in) {
-  const int64_t bytes = std::max<int64_t>(1, in.G * in.H * bytes_of(in.dtype));
+  const int64_t bytes = std::max<int64_t>(1, in.G * in.H * 4);
   const int64_t rows = std::clamp<int64_t>((int64_t{256} << 10) / bytes, 48, 512);
   return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));
 }
@@ -119,7 +119,7 @@ std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, in
     const bool in_place = saved && !is_half(in.dtype);
     const int64_t stride = in_place ? saved * in.H : width;
     OptionalTensor buffer;
-    if (!in_place) buffer = torch::stable::new_empty(in.x, {most * in.B, width});
+    if (!in_place) buffer = torch::stable::new_empty(in.x, {most * in.B, width}, wide(in.dtype));
     const bool straight = in.x.is_contiguous();
     const int64_t bytes = bytes_of(in.dtype), wide_bytes = in.dtype == Dtype::f64 ? 8 : 4;
     for (int64_t done = 0; done < in.T;) {
@@ -183,16 +183,17 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
     problem.h = state.data();
     problem.c = cell_state ? cell_state->data() : nullptr;
     const int64_t bytes = bytes_of(dtype);
-    std::vector<char> memory(B * (width + H) *
-                             bytes);  // gx, and the step's output, which is the state as well
+    const int64_t wide_bytes = dtype == Dtype::f64 ? 8 : 4;
+    // gx, and the step's output, which is the state as well
+    std::vector<char> memory(B * (width * wide_bytes + H * bytes));
     engine()
         .by_rows(dtype, width, I, w.const_data_ptr(), B > 2)
-        ->run(B, input.const_data_ptr(), I, memory.data(), width, l.threads, l.parallel);
+        ->run(B, input.const_data_ptr(), I, memory.data(), width, true, l.threads, l.parallel);
     Range range{};
     range.n = 1;
     range.gx = memory.data();
     range.gx_stride = width;
-    range.y = memory.data() + B * width * bytes;
+    range.y = memory.data() + B * width * wide_bytes;
     engine().forward(problem, 1)->run(range);
   }
   return {state.result(type), cell_state ? OptionalTensor(cell_state->result(type)) : std::nullopt};

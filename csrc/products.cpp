@@ -101,8 +101,9 @@ bool measure(Kind kind, const Tensor& like) {
   Tensor out = torch::stable::new_zeros(like, {kind == Kind::outer ? K : M, N});
   if (kind == Kind::rows_times) {
     const auto own = engine().by_rows(dtype_of(like), N, K, w.const_data_ptr(), true);
-    const double ours = seconds(
-        [&] { own->run(M, a.const_data_ptr(), K, out.mutable_data_ptr(), N, threads(), &in_parallel); });
+    const double ours = seconds([&] {
+      own->run(M, a.const_data_ptr(), K, out.mutable_data_ptr(), N, true, threads(), &in_parallel);
+    });
     const Tensor w_t = turned(w);
     return seconds([&] { torch_rows_times(a, w_t, out); }) < 0.95 * ours;
   }
@@ -114,26 +115,15 @@ bool measure(Kind kind, const Tensor& like) {
   return seconds([&] { torch_outer(a, b, out); }) < 0.95 * ours;
 }
 
+// For float32 and float64; half types are multiplied in float32, which torch does not offer.
 template <Kind kind>
 bool torch_is_faster(const Tensor& like) {
-  switch (dtype_of(like)) {
-    case Dtype::f64: {
-      static const bool faster = measure(kind, like);
-      return faster;
-    }
-    case Dtype::bf16: {
-      static const bool faster = measure(kind, like);
-      return faster;
-    }
-    case Dtype::f16: {
-      static const bool faster = measure(kind, like);
-      return faster;
-    }
-    default: {
-      static const bool faster = measure(kind, like);
-      return faster;
-    }
+  if (dtype_of(like) == Dtype::f64) {
+    static const bool faster = measure(kind, like);
+    return faster;
   }
+  static const bool faster = measure(kind, like);
+  return faster;
 }
 
 }  // namespace
@@ -154,7 +144,7 @@ void in_parallel(int64_t parts, void* context, void (*body)(void* context, int64
 
 RowsTimes::RowsTimes(const Tensor& w, bool by_columns, int64_t rows) : w_(by_columns ? w : turned(w)) {
   const int64_t K = w_.size(0), N = w_.size(1);
-  if (large(rows, N, K) && torch_is_faster<Kind::rows_times>(w)) return;
+  if (!is_half(dtype_of(w)) && large(rows, N, K) && torch_is_faster<Kind::rows_times>(w)) return;
   const Dtype dtype = dtype_of(w);
   own_ = by_columns ? engine().by_columns(dtype, N, K, w.const_data_ptr())
                     : engine().by_rows(dtype, N, K, w.const_data_ptr(), rows > 2);
@@ -165,8 +155,8 @@ void RowsTimes::run(const Tensor& a, Tensor& out) const {
     torch_rows_times(a, w_, out);
     return;
   }
-  own_->run(a.size(0), a.const_data_ptr(), a.stride(0), out.mutable_data_ptr(), out.stride(0), threads(),
-            &in_parallel);
+  own_->run(a.size(0), a.const_data_ptr(), a.stride(0), out.mutable_data_ptr(), out.stride(0),
+            out.scalar_type() == wide(dtype_of(a)), threads(), &in_parallel);
 }
 
 void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,

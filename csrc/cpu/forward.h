@@ -133,7 +133,7 @@ class ForwardOf final : public ForwardScan {
     return {step * l_.B + b, b, j, static_cast<int>(std::min<int64_t>(L, width - j))};
   }
   V input(const Place& p, int64_t g) const {
-    return load(static_cast<const S*>(r_.gx) + p.at * r_.gx_stride + g * H_ + p.j, p.n) + bias(p, g);
+    return load(static_cast<const A*>(r_.gx) + p.at * r_.gx_stride + g * H_ + p.j, p.n) + bias(p, g);
   }
   V bias(const Place& p, int64_t g) const { return whole<V>(bias_.row(g) + p.j); }
   void keep(const Place& p, int64_t g, V v) const {
@@ -166,7 +166,7 @@ class ForwardOf final : public ForwardScan {
   // a function of nothing but prefetches for one without effect.
   __attribute__((always_inline)) void ahead(int64_t at, int64_t j) const {
     for (int64_t g = 0; g < G_; ++g) {
-      __builtin_prefetch(static_cast<const S*>(r_.gx) + at * r_.gx_stride + g * H_ + j);
+      __builtin_prefetch(static_cast<const A*>(r_.gx) + at * r_.gx_stride + g * H_ + j);
     }
     __builtin_prefetch(static_cast<S*>(r_.y) + at * N_ + j, 1);
     if (r_.gates == nullptr) return;

@@ -9,13 +9,15 @@ class ProductOf final : public Product {
  public:
   Weights<S> weights;
 
-  void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, int64_t threads,
+  void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, bool wide, int64_t threads,
            Parallel parallel) const override {
     const Split split(threads, M, 1, weights.units * weights.K, 1);
     run_parts(split, parallel, [&](int64_t first, int64_t last, Meeting&) {
       for (int64_t p = first; p < last; ++p) {
         const Part part = split.part(p, M);
-        rows(part.row0, part.row1, static_cast<const S*>(a), lda, static_cast<S*>(out), ldo);
+        const S* from = static_cast<const S*>(a);
+        wide ? rows(part.row0, part.row1, from, lda, static_cast<A*>(out), ldo)
+             : rows(part.row0, part.row1, from, lda, static_cast<S*>(out), ldo);
       }
     });
   }
@@ -23,7 +25,8 @@ class ProductOf final : public Product {
  private:
   static constexpr int64_t block = 96;  // rows that stay in cache beside a panel
 
-  void rows(int64_t row0, int64_t row1, const S* a, int64_t lda, S* out, int64_t ldo) const {
+  template <class Out>
+  void rows(int64_t row0, int64_t row1, const S* a, int64_t lda, Out* out, int64_t ldo) const {
     std::array<int32_t, block> in_order;
     for (int64_t r = 0; r < block; ++r) in_order[r] = static_cast<int32_t>(r);
     Padded<A> converted;

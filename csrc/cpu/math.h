@@ -1,6 +1,6 @@
 // exp, sigmoid and tanh on vectors, and the arithmetic that csrc/cells asks for. At most 4 ulp of float32
 // over the whole range, subnormal results and saturation included; NaN stays NaN. Included once per variant,
-// inside its namespace. tests/test_cpu_math.py holds every float32 against float64.
+// inside its namespace. tests/test_cpu_math.py holds them against float64.
 //
 // Method: x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) - 1 = r + r² q(r), so that nothing cancels near 0.
 
@@ -81,18 +81,22 @@ struct Math {
 
   static Value sigmoid(Value x) {
     const Value e = exp_negative(negative_magnitude(x));
-    const Value s = T(1) / (e + T(1));
-    return x < T(0) ? e * s : s;
+    return (x < T(0) ? e : set(T(1))) / (e + T(1));
   }
 
-  // With m = exp(-2|x|) - 1: tanh |x| = -m / (m + 2).
+  // With e = exp(-2|x|): tanh |x| = (1 - e) / (1 + e), from e - 1 without cancellation where |x| is small,
+  // and as 1 - 2e / (1 + e) where it is not, so that 1 - tanh², which a backward takes, is as exact as can
+  // be.
   static Value tanh(Value x) {
     Value a = negative_magnitude(x) * T(2);
     a = a < C::small ? set(C::small) : a;
-    const Reduced e = reduce(a);
-    const Value scale = power(e.n);
-    const Value m = e.m1 * scale + (scale - T(1));
-    const Value t = m / (m + T(2));  // negative
-    return (Value)(((Bits)t & ~sign()) | ((Bits)x & sign()));
+    const Reduced r = reduce(a);
+    const Value scale = power(r.n);
+    const Value e = (r.m1 + T(1)) * scale;
+    const Bits large = e < T(0.34);
+    const Value m = r.m1 * scale + (scale - T(1));
+    const Value q = (large ? e + e : -m) / (large ? e + T(1) : m + T(2));
+    const Value t = large ? T(1) - q : q;
+    return (Value)((Bits)t | ((Bits)x & sign()));
   }
 };

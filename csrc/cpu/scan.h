@@ -70,7 +70,7 @@ struct Layer {
 // One range of time for a forward scan.
 struct Range {
   int64_t t0, n;   // the steps t0 .. t0 + n - 1
-  const void* gx;  // S [n, B, gx_stride >= G H] x W_ih^T, without biases
+  const void* gx;  // A [n, B, gx_stride >= G H] x W_ih^T, without biases
   int64_t gx_stride;
   void* y;      // S [n, B, N], 0 where a row does not live
   void* c_all;  // S [n, B, H], or null
@@ -144,7 +144,8 @@ class BackwardScan {
 class Product {
  public:
   virtual ~Product() = default;
-  virtual void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, int64_t threads,
+  // out is S, or A where `wide`.
+  virtual void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, bool wide, int64_t threads,
                    Parallel parallel) const = 0;
 };
 
