@@ -19,7 +19,7 @@ CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint harness sanitize aarch64 wheel clean
+.PHONY: help demo test variants bench lint harness sanitize aarch64 wheel clean
 
 help: ## say what the verbs do
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,13 @@ demo: .venv/installed ## the main job, on real text
 
 test: .venv/installed ## all tests, in two processes
 	$(BIN)/python -m pytest -n 2 -q
+
+variants: .venv/installed ## parity, lengths and resets on the instruction sets that make test did not choose
+	@set -e; for isa in $$($(BIN)/python -c 'import torch, rnnkit; chosen, *able = torch.ops.rnnkit.cpu_variants().split(); print(*[v for v in able if v != chosen])'); do \
+	  echo "RNNKIT_CPU_ISA=$$isa"; \
+	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 -q tests/test_lengths.py tests/test_resets.py tests/test_states.py -k cpu; \
+	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 -q tests/test_parity.py -k 'cells or wide_and_long'; \
+	done
 
 bench: .venv/installed ## every backend against torch.nn; BENCH=--quick for a minute of it
 	$(BIN)/python -m rnnkit bench $(BENCH)

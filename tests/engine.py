@@ -72,9 +72,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Checking:
     """The stand-in, in the place of `cpu` and first in every order."""
     stand_in = Checking()
     monkeypatch.setitem(BY_NAME, "cpu", stand_in)
-    for order in ("BACKENDS", "PRODUCTS_FIRST"):
-        others = [b for b in getattr(backends, order) if b.name != "cpu"]
-        monkeypatch.setattr(backends, order, (stand_in, *others))
+    others = [b for b in backends.BACKENDS if b.name != "cpu"]
+    monkeypatch.setattr(backends, "BACKENDS", (stand_in, *others))
+    monkeypatch.setattr(backends, "preference", lambda problem: backends.BACKENDS)
     monkeypatch.setattr(backends, "_chosen", {})
     return stand_in
 

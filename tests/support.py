@@ -62,9 +62,9 @@ class Config:
 
     @property
     def samples(self) -> int:
-        """Runs to pool, so that an initial state has 48 values: the largest error of a few numbers is luck."""
+        """Runs to pool, so that an initial state has 96 values: the largest error of a few numbers is luck."""
         _, rows, _, hidden = self.size
-        return min(8, -(-48 // (rows * (self.proj_size or hidden))))
+        return min(16, -(-96 // (rows * (self.proj_size or hidden))))
 
     @property
     def packed(self) -> bool:

@@ -90,7 +90,7 @@ Ran run_forward(const rnnkit::Engine& engine, const Problem& p, const How& how) 
   const int64_t gates_stride = how.in_place ? gx_stride : kept + p.gap;
   const int64_t in = format(p.dtype).bytes, wide = format(p.wide()).bytes;
   const Common common(p, how.way);
-  const Buffer gx(spread(p.gx, all, width, gx_stride), p.dtype, p.unaligned);
+  const Buffer gx(spread(p.gx, all, width, gx_stride), p.wide(), p.unaligned);
   const Buffer gates(how.in_place || kept == 0 ? 0 : all * gates_stride, p.wide(), p.unaligned);
   const Buffer b_ih(p.b_ih, p.dtype, p.unaligned), b_hh(p.b_hh, p.dtype, p.unaligned);
   const Buffer h(p.h_0, p.wide(), p.unaligned), c(p.c_0, p.wide(), p.unaligned);
@@ -110,7 +110,7 @@ Ran run_forward(const rnnkit::Engine& engine, const Problem& p, const How& how) 
     const int64_t t0 = p.reverse ? p.T - done - n : done, first = t0 * p.B;
     rnnkit::Range r{};
     r.t0 = t0, r.n = n;
-    r.gx = gx.data() + first * gx_stride * in;
+    r.gx = gx.data() + first * gx_stride * wide;
     r.gx_stride = gx_stride;
     r.y = y.data() + first * N * in;
     if (p.all_states) r.c_all = c_all.data() + first * H * in;
@@ -139,7 +139,8 @@ Ran run_forward(const rnnkit::Engine& engine, const Problem& p, const How& how) 
   return ran;
 }
 
-Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Saved& saved, const Way& way) {
+Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Saved& saved, const Way& way,
+                       const std::vector<int64_t>& ranges) {
   const int64_t N = p.N(), H = p.H, kept = p.saved() * H, all = p.T * p.B, stride = kept + p.gap;
   const Common common(p, way);
   const Dtype wide = p.wide();
@@ -164,14 +165,26 @@ Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Sav
   if (p.lstm()) q.c_kept = c.data(), q.dc = dc.data();
   q.h_0 = p.has_h_0 ? h_0.data() : nullptr;
   q.c_0 = p.lstm() && p.has_c_0 ? c_0.data() : nullptr;
-  q.dgx = dgx.data();
-  q.dgn = gru ? dgn.data() : nullptr;
-  q.dp = p.P ? dp.data() : nullptr;
-  q.inner = twice ? inner.data() : nullptr;
   q.dh = dh.data();
   q.dh_r = p.asks_h_r ? dh_r.data() : nullptr;
   q.dc_r = p.asks_c_r ? dc_r.data() : nullptr;
-  engine.backward(q);
+  const auto scan = engine.backward(q);
+  const int64_t size = p.dtype == Dtype::f64 ? 8 : p.dtype == Dtype::f32 ? 4 : 2;
+  std::vector<int64_t> steps = ranges.empty() ? std::vector<int64_t>{p.T} : ranges;
+  int64_t done = 0;
+  for (int64_t n : steps) {
+    rnnkit::BackwardRange range{};
+    range.t0 = p.reverse ? done : p.T - done - n, range.n = n;
+    const auto from = [&](const Buffer& v, int64_t width) {
+      return v.data() + range.t0 * p.B * width * size;
+    };
+    range.dgx = from(dgx, p.G() * H);
+    range.dgn = gru ? from(dgn, H) : nullptr;
+    range.dp = p.P ? from(dp, N) : nullptr;
+    range.inner = twice ? from(inner, H) : nullptr;
+    scan->run(range);
+    done += n;
+  }
   return {{dgx.values(), dgn.values(), dp.values(), dh.values(), dc.values(), dh_r.values(), dc_r.values()}};
 }
 

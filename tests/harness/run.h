@@ -47,6 +47,8 @@ struct Gradients {
   Values of[7];  // by Result
 };
 
-Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Saved& saved, const Way& way);
+// ranges: numbers of steps, in the order of the backward; empty: all in one.
+Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Saved& saved, const Way& way,
+                       const std::vector<int64_t>& ranges = {});
 
 }  // namespace harness
