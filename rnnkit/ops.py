@@ -120,7 +120,7 @@ def _quick_step(
     if found is None or found[1]:
         return None
     try:
-        return found[0].step(cell, x, h, c, *found[2])
+        return found[0].step(cell, x, h, c, *found[2])  # type: ignore[arg-type]
     except RuntimeError:
         return None
 
