@@ -112,7 +112,7 @@ Rows before(const LayerInputs& in, const Scanned& s, const Tensor& y, const std:
 // Steps whose pre-activations' gradients are held at a time: rows enough for a weight's gradient to be summed
 // at its rate, but no more than an eighth of all.
 int64_t steps_at_a_time(const LayerInputs& in) {
-  const int64_t rows = std::clamp<int64_t>(in.T * in.B / 8, 32, 256);
+  const int64_t rows = std::clamp<int64_t>(in.T * in.B / 8, 32, 512);
   return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));
 }
 
@@ -126,7 +126,9 @@ class Products {
       return torch::stable::new_zeros(in.x, sizes, wide(in.dtype));
     };
     if (wanted(0)) {
-      dx = torch::stable::new_empty(in.x, {in.T, in.B, in.I});
+      // without units no product writes it
+      dx = in.H > 0 ? torch::stable::new_empty(in.x, {in.T, in.B, in.I})
+                    : torch::stable::new_zeros(in.x, {in.T, in.B, in.I});
       times_w_ih_.emplace(in.w_ih, true, in.T * in.B);
     }
     if (wanted(3)) {

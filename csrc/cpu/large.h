@@ -66,7 +66,7 @@ constexpr int outer_vectors = 3;
 
 template <class A, int vectors>
 void outer_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restrict out, int64_t ldo,
-                int rows) {
+                int rows, int last) {
   using V = typename Vector<A>::Value;
   constexpr int L = lanes<A>;
   V sum[outer_rows][vectors] = {};
@@ -87,7 +87,8 @@ void outer_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __re
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       A* to = out + r * ldo + v * L;
-      store(to, whole<V>(to) + sum[r][v], L);
+      const int n = v + 1 < vectors ? L : last;
+      store(to, load(to, n) + sum[r][v], n);
     }
   }
 }
@@ -120,11 +121,6 @@ class OuterOf {
   void rows(int64_t m0, int64_t m1) {
     const int64_t width = std::min(columns, q_.N), padded = ceil_div(width, L) * L;
     Aligned<A> a(block * outer_rows), b(std::min(block, q_.K) * padded);
-    Padded<A> out(m1 - m0, q_.N);
-    for (int64_t m = m0; m < m1; ++m)
-      std::copy_n(static_cast<const A*>(q_.out) + m * q_.ldo, q_.N, out.row(m - m0));
-    std::vector<A> sum(m1 - m0 + outer_rows);
-    if (q_.sum != nullptr) std::copy_n(static_cast<const A*>(q_.sum) + m0, m1 - m0, sum.begin());
     for (int64_t j0 = 0; j0 == 0 || j0 < q_.N; j0 += columns) {
       const int64_t n = std::min(columns, q_.N - j0);
       const int vectors = static_cast<int>(ceil_div(n, L)),
@@ -134,20 +130,23 @@ class OuterOf {
         pack_b(k0, K, j0, n, vectors, panels, b.data);
         for (int64_t m = m0; m < m1; m += outer_rows) {
           const int here = static_cast<int>(std::min<int64_t>(outer_rows, m1 - m));
-          pack_a(k0, K, m, here, a.data, j0 == 0 ? sum.data() + (m - m0) : nullptr);
+          const bool sums = j0 == 0 && q_.sum != nullptr;
+          pack_a(k0, K, m, here, a.data, sums ? static_cast<A*>(q_.sum) + m : nullptr);
           const A* from = b.data;
           for (int p = 0, u = 0; p < panels; ++p) {
             const int in_panel = (vectors - u) / (panels - p);
-            A* to = out.row(m - m0) + j0 + static_cast<int64_t>(u) * L;
+            A* to = static_cast<A*>(q_.out) + m * q_.ldo + j0 + static_cast<int64_t>(u) * L;
+            const int last =
+                static_cast<int>(std::min<int64_t>(L, n - static_cast<int64_t>(u + in_panel - 1) * L));
             switch (in_panel) {
               case 1:
-                outer_tile<A, 1>(a.data, from, K, to, out.stride, here);
+                outer_tile<A, 1>(a.data, from, K, to, q_.ldo, here, last);
                 break;
               case 2:
-                outer_tile<A, 2>(a.data, from, K, to, out.stride, here);
+                outer_tile<A, 2>(a.data, from, K, to, q_.ldo, here, last);
                 break;
               default:
-                outer_tile<A, 3>(a.data, from, K, to, out.stride, here);
+                outer_tile<A, 3>(a.data, from, K, to, q_.ldo, here, last);
             }
             from += K * in_panel * L;
             u += in_panel;
@@ -155,9 +154,6 @@ class OuterOf {
         }
       }
     }
-    for (int64_t m = m0; m < m1; ++m)
-      std::copy_n(out.row(m - m0), q_.N, static_cast<A*>(q_.out) + m * q_.ldo);
-    if (q_.sum != nullptr) std::copy_n(sum.begin(), m1 - m0, static_cast<A*>(q_.sum) + m0);
   }
 
   // Panels [K, in_panel, L] one after another.
