@@ -345,3 +345,10 @@ def seeds(config: Config) -> Iterator[int]:
                 continue
         yield seed
     raise AssertionError(f"no seed where float64 and {config.dtype} agree on the signs of relu, in {config}")
+
+
+def no_worse(theirs: Sequence[Tensor], ours: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Ours within the budget of torch.nn's error, both against float64."""
+    for u, v, truth in zip(theirs, ours, exact, strict=True):
+        off = [(w.double() - truth).abs().max() for w in (u, v)]
+        assert off[1] <= 2 * off[0] + BAND_ULPS * torch.finfo(v.dtype).eps * truth.abs().max()
