@@ -97,6 +97,6 @@ struct Math {
     const Value m = r.m1 * scale + (scale - T(1));
     const Value q = (large ? e + e : -m) / (large ? e + T(1) : m + T(2));
     const Value t = large ? T(1) - q : q;
-    return (Value)((Bits)t | ((Bits)x & sign()));
+    return (Value)(((Bits)t & ~sign()) | ((Bits)x & sign()));
   }
 };
