@@ -24,8 +24,8 @@ EMULATOR ?= qemu-aarch64
 help: ## say what the verbs do
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/installed ## the main job, on real text
-	$(BIN)/python -m rnnkit demo
+demo: .venv/installed ## the main job, on real text, for each cell
+	set -e; for cell in lstm gru rnn; do $(BIN)/python -m rnnkit demo --cell $$cell --out demo-out/$$cell; done
 
 test: .venv/installed ## all tests, in two processes
 	$(BIN)/python -m pytest -n 2 -q
