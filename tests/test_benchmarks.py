@@ -5,8 +5,8 @@ Nothing here says how fast anything is: where a job runs, it runs for a moment, 
 
 from __future__ import annotations
 
-import contextlib
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
