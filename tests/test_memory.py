@@ -45,12 +45,16 @@ def training(layer: nn.Module, x: torch.Tensor, **extra: torch.Tensor) -> Callab
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("shape", [(32, 50, 64, 64), (4, 100, 128, 128), (64, 24, 8, 16)])
+@pytest.mark.parametrize("shape", [(32, 50, 64, 64), (4, 100, 128, 128), (1, 128, 96, 96), (64, 24, 8, 16)])
 def test_training_needs_no_more_than_torch(name: str, shape: tuple[int, int, int, int]) -> None:
     rows, steps, features, hidden = shape
     x = torch.randn(steps, rows, features)
     theirs = peak(training(getattr(nn, name)(features, hidden), x))
     ours = peak(training(getattr(rnnkit, name)(features, hidden, backend="cpu"), x))
+    if name == "RNN" and rows == 1:
+        pytest.xfail(
+            f"{ours / theirs:.2f} of torch.nn's peak: torch frees each step's output as its backward passes it"
+        )
     assert ours <= 1.05 * theirs, f"{ours / theirs:.2f} of torch.nn's peak"
 
 
