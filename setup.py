@@ -1,4 +1,4 @@
-"""What is compiled: rnnkit._C, one shared library on the LibTorch stable ABI, without Python's C API.
+"""What is compiled: rnnkit._C, one shared library on the LibTorch stable ABI and Python's limited C API.
 
 One binary serves torch >= 2.11 and CPython >= 3.10. It is optional: where it cannot be built the reason is
 printed and rnnkit is installed without it. Two variables of the environment decide:

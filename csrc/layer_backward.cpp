@@ -14,7 +14,7 @@ namespace {
 // first.
 Tensor carried(const LayerInputs& in, const OptionalTensor& g, const char* name, int64_t width) {
   const int64_t bytes = in.dtype == Dtype::f64 ? 8 : 4;
-  Tensor d = torch::stable::new_empty(in.x, {in.B, width}, wide(in.dtype));
+  Tensor d = empty({in.B, width}, wide(in.dtype));
   char* to =
       static_cast<char*>(d.mutable_data_ptr());  // null without elements, which memcpy may not be given
   if (g.has_value()) {
@@ -122,23 +122,21 @@ class Products {
   Products(const LayerInputs& in, const LayerGradients& g, const Cuts& cuts, int64_t needs)
       : in_(in), g_(g), cuts_(cuts), guarded_(cuts.any()), width_(in.G * in.H) {
     const auto wanted = [&](int bit) { return (needs >> bit & 1) != 0; };
-    const auto zeros = [&](std::initializer_list<int64_t> sizes) -> OptionalTensor {
-      return torch::stable::new_zeros(in.x, sizes, wide(in.dtype));
-    };
+    const auto sum = [&](std::initializer_list<int64_t> sizes) { return zeros(sizes, wide(in.dtype)); };
     if (wanted(0)) {
       // without units no product writes it
-      dx = in.H > 0 ? torch::stable::new_empty(in.x, {in.T, in.B, in.I})
-                    : torch::stable::new_zeros(in.x, {in.T, in.B, in.I});
+      dx = in.H > 0 ? empty({in.T, in.B, in.I}, in.x.scalar_type())
+                    : zeros({in.T, in.B, in.I}, in.x.scalar_type());
       times_w_ih_.emplace(in.w_ih, true, in.T * in.B);
     }
     if (wanted(3)) {
-      dw_ih = zeros({width_, in.I});
+      dw_ih = sum({width_, in.I});
       x_ = in.x.stride(2) == 1 || in.I == 1 ? in.x : torch::stable::contiguous(in.x);
     }
-    if (wanted(4)) dw_hh = zeros({width_, in.N});
-    if (wanted(5) || wanted(6)) db = zeros({width_});
-    if (wanted(6) && in.cell == Cell::gru) db_hn = zeros({in.H});
-    if (wanted(7)) dw_hr = zeros({in.P, in.H});
+    if (wanted(4)) dw_hh = sum({width_, in.N});
+    if (wanted(5) || wanted(6)) db = sum({width_});
+    if (wanted(6) && in.cell == Cell::gru) db_hn = sum({in.H});
+    if (wanted(7)) dw_hr = sum({in.P, in.H});
   }
 
   void add(const Scanned& s) {
@@ -180,7 +178,7 @@ class Products {
 
  private:
   void sum(const Tensor& d, const Tensor& into) {
-    outer(d, Rows(d.size(0), nullptr), torch::stable::new_empty(into, {d.size(1), 0}), into);
+    outer(d, Rows(d.size(0), nullptr), view(into, {d.size(1), 0}, {1, 1}, 0), into);
   }
 
   const LayerInputs& in_;
@@ -215,8 +213,8 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   OptionalTensor dc, dh_r, dc_r, h_0, c_0;
   if (lstm) dc = carried(in, g.gc_n, "gc_n", in.H);
   const bool resets = (needs >> 8 & 3) != 0;
-  if (resets) dh_r = torch::stable::new_zeros(dh, {in.B, in.N});
-  if (resets && lstm) dc_r = torch::stable::new_zeros(dh, {in.B, in.H});
+  if (resets) dh_r = zeros({in.B, in.N}, wide(in.dtype));
+  if (resets && lstm) dc_r = zeros({in.B, in.H}, wide(in.dtype));
   if (in.h_0.has_value()) h_0 = wide_copy(*in.h_0, in.dtype);
   if (in.c_0.has_value()) c_0 = wide_copy(*in.c_0, in.dtype);
   q.layer = in.layer();
@@ -237,7 +235,7 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   Products products(in, g, q.layer.cuts, needs);
   if (in.T > 0 && in.B > 0 && in.H > 0) {
     const int64_t most = std::min(in.T, steps_at_a_time(in));
-    const auto held = [&](int64_t columns) { return torch::stable::new_empty(in.x, {most, in.B, columns}); };
+    const auto held = [&](int64_t columns) { return empty({most, in.B, columns}, type); };
     Scanned s{0, 0, held(width), {}, {}, {}};
     if (in.cell == Cell::gru) s.dgn = held(in.H);
     if (in.P) s.dp = held(in.P);

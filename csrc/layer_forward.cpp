@@ -64,9 +64,8 @@ namespace {
 // The state [B, width] in the compute type, for a scan to carry; in the end in the dtype of x.
 class Carried {
  public:
-  Carried(const Tensor& like, const OptionalTensor& first, int64_t rows, int64_t width, Dtype dtype)
-      : dtype_(dtype) {
-    state_ = torch::stable::new_empty(like, {rows, width}, wide(dtype));
+  Carried(const OptionalTensor& first, int64_t rows, int64_t width, Dtype dtype)
+      : dtype_(dtype), state_(empty({rows, width}, wide(dtype))) {
     if (first.has_value()) {
       const Tensor from = wide_copy(*first, dtype);
       std::copy_n(static_cast<const char*>(from.const_data_ptr()), bytes(), static_cast<char*>(data()));
@@ -101,15 +100,15 @@ std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, in
   const ScalarType type = in.x.scalar_type();
   const bool lstm = in.cell == Cell::lstm;
   const int64_t saved = save ? saved_of(in.cell) : 0, width = in.G * in.H;
-  Carried h(in.x, in.h_0, in.B, in.N, in.dtype);
+  Carried h(in.h_0, in.B, in.N, in.dtype);
   std::optional<Carried> c;
-  if (lstm) c.emplace(in.x, in.c_0, in.B, in.H, in.dtype);
+  if (lstm) c.emplace(in.c_0, in.B, in.H, in.dtype);
 
-  Tensor y = torch::stable::new_empty(in.x, {in.T, in.B, in.N});
+  Tensor y = empty({in.T, in.B, in.N}, type);
   OptionalTensor c_all, gates, c_kept;
-  if (lstm && all_states) c_all = torch::stable::new_empty(in.x, {in.T, in.B, in.H});
-  if (saved) gates = torch::stable::new_empty(in.x, {in.T, in.B, saved * in.H}, wide(in.dtype));
-  if (saved && lstm) c_kept = torch::stable::new_empty(in.x, {in.T, in.B, in.H}, wide(in.dtype));
+  if (lstm && all_states) c_all = empty({in.T, in.B, in.H}, type);
+  if (saved) gates = empty({in.T, in.B, saved * in.H}, wide(in.dtype));
+  if (saved && lstm) c_kept = empty({in.T, in.B, in.H}, wide(in.dtype));
 
   if (in.T > 0 && in.B > 0 && in.H > 0) {
     Forward problem{in.layer(), pointer(in.b_ih), pointer(in.b_hh), h.data(), lstm ? c->data() : nullptr};
@@ -119,7 +118,7 @@ std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, in
     const bool in_place = saved && !is_half(in.dtype);
     const int64_t stride = in_place ? saved * in.H : width;
     OptionalTensor buffer;
-    if (!in_place) buffer = torch::stable::new_empty(in.x, {most * in.B, width}, wide(in.dtype));
+    if (!in_place) buffer = empty({most * in.B, width}, wide(in.dtype));
     const bool straight = in.x.is_contiguous();
     const int64_t bytes = bytes_of(in.dtype), wide_bytes = in.dtype == Dtype::f64 ? 8 : 4;
     for (int64_t done = 0; done < in.T;) {
@@ -169,9 +168,9 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
   const OptionalTensor bias = expect(b_ih, "b_ih", type, {width}),
                        inner = expect(b_hh, "b_hh", type, {width});
   const OptionalTensor h_0 = expect(h, "h", type, {B, H}), c_0 = expect(c, "c", type, {B, H});
-  Carried state(x, h_0, B, H, dtype);
+  Carried state(h_0, B, H, dtype);
   std::optional<Carried> cell_state;
-  if (cell == Cell::lstm) cell_state.emplace(x, c_0, B, H, dtype);
+  if (cell == Cell::lstm) cell_state.emplace(c_0, B, H, dtype);
   if (B > 0 && H > 0) {
     Forward problem{};
     Layer& l = problem.layer;

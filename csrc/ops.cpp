@@ -2,7 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "layer.h"
+#include "operators.h"
 
 namespace rnnkit {
 namespace {
@@ -23,6 +23,8 @@ LayerInputs inputs(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_
   in.lengths = lengths, in.reset = reset, in.h_r = h_r, in.c_r = c_r;
   return in;
 }
+
+}  // namespace
 
 std::vector<Tensor> cpu_layer_forward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
                                       Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
@@ -46,6 +48,28 @@ std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_
       LayerGradients{y, gates, c_kept, gy, gh_n, gc_n, gc_all}, needs);
 }
 
+std::vector<Tensor> cpu_single(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensor w_ih,
+                               Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, bool batch_first) {
+  RNNKIT_CHECK(x.dim() == 3, "x must have 3 dimensions, got ", shown(x.sizes()));
+  const auto turned = [&](const Tensor& v) {
+    return view(v, {v.size(1), v.size(0), v.size(2)}, {v.stride(1), v.stride(0), v.stride(2)}, 0);
+  };
+  const auto rows = [](const OptionalTensor& v) -> OptionalTensor {
+    if (!v.has_value()) return std::nullopt;
+    RNNKIT_CHECK(v->dim() == 3 && v->size(0) == 1, "a state must be [1, B, .], got ", shown(v->sizes()));
+    return view(*v, {v->size(1), v->size(2)}, {v->stride(1), v->stride(2)}, 0);
+  };
+  std::vector<Tensor> out = layer_forward(inputs(cell, batch_first ? turned(x) : x, rows(h_0), rows(c_0),
+                                                 w_ih, w_hh, b_ih, b_hh, {}, {}, {}, {}, {}, false),
+                                          false, false, 0);
+  if (batch_first) out[0] = turned(out[0]);
+  for (size_t k = 1; k < out.size(); ++k) {
+    const int64_t B = out[k].size(0), N = out[k].size(1);
+    out[k] = view(out[k], {1, B, N}, {B * N, N, 1}, 0);
+  }
+  return out;
+}
+
 Tensor cpu_step(int64_t cell, Tensor x, OptionalTensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
                 OptionalTensor b_hh) {
   RNNKIT_CHECK(cell != static_cast<int64_t>(Cell::lstm), "an LSTM's step is cpu_lstm_step");
@@ -57,6 +81,8 @@ std::tuple<Tensor, Tensor> cpu_lstm_step(Tensor x, OptionalTensor h, OptionalTen
   auto [h_new, c_new] = cell_step(Cell::lstm, x, h, c, w_ih, w_hh, b_ih, b_hh);
   return {h_new, *c_new};
 }
+
+namespace {
 
 Tensor cpu_function(int64_t which, Tensor x) {
   const Dtype dtype = dtype_of(x);

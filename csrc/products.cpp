@@ -1,18 +1,21 @@
 // The large products around a scan: the package's own, or torch's where a measurement, made once in a process
 // for each kind of product and dtype, finds them faster on this processor.
 
+#include <pthread.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <unistd.h>
 
+#include <array>
 #include <chrono>
+#include <cstring>
 
 #include "tensors.h"
 
 namespace rnnkit {
 namespace {
 
-const pid_t loaded_by = getpid();
+bool forked = false;  // after this library was loaded
+const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 Tensor turned(const Tensor& m) { return view(m, {m.size(1), m.size(0)}, {m.stride(1), m.stride(0)}, 0); }
 
@@ -98,7 +101,7 @@ bool measure(Kind kind, const Tensor& like) {
   constexpr int64_t M = 384, N = 256, K = 256;
   const Tensor a = torch::stable::full({M, K}, 0.5, like.scalar_type());
   const Tensor w = torch::stable::full({N, K}, 0.5, like.scalar_type());
-  Tensor out = torch::stable::new_zeros(like, {kind == Kind::outer ? K : M, N});
+  Tensor out = zeros({kind == Kind::outer ? K : M, N}, like.scalar_type());
   if (kind == Kind::rows_times) {
     const auto own = engine().by_rows(dtype_of(like), N, K, w.const_data_ptr(), true);
     const double ours = seconds([&] {
@@ -126,7 +129,40 @@ bool torch_is_faster(const Tensor& like) {
   return faster;
 }
 
+int32_t number_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
 }  // namespace
+
+// By torch's C interface: torch::stable::new_empty goes by the dispatcher, at three times the price.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[d]))
+    strides[d] = stride;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                         strides.data(), number_of(type),
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type) {
+  const Tensor made = empty(sizes, type);
+  const auto bytes = made.numel() * static_cast<int64_t>(made.element_size());
+  if (bytes > 0) std::memset(made.mutable_data_ptr(), 0, bytes);
+  return made;
+}
 
 Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
             int64_t offset) {
@@ -136,7 +172,10 @@ Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initial
   return Tensor(made);
 }
 
-int64_t threads() { return getpid() == loaded_by ? torch::stable::get_num_threads() : 1; }
+int64_t threads() {
+  RNNKIT_CHECK(watching_forks == 0, "pthread_atfork failed with error ", watching_forks);
+  return forked ? 1 : torch::stable::get_num_threads();
+}
 
 void in_parallel(int64_t parts, void* context, void (*body)(void* context, int64_t first, int64_t last)) {
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) { body(context, first, last); });

@@ -60,6 +60,7 @@ inline void check(const Tensor& tensor, const char* name, ScalarType type,
                name, " must be ", toString(type), " ", shown(sizes), ", got ", toString(tensor.scalar_type()),
                " ", shown(got));
   RNNKIT_CHECK(tensor.is_cpu(), name, " must be on the CPU, got device index ", tensor.get_device_index());
+  RNNKIT_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name, " has no memory of its own");
 }
 
 // `tensor` in contiguous memory, after checking what it is.
@@ -104,6 +105,10 @@ inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype ==
 // not there.
 int64_t threads();
 void in_parallel(int64_t parts, void* context, void (*body)(void* context, int64_t first, int64_t last));
+
+// Contiguous memory on the CPU. `zeros` fills it.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type);
+Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type);
 
 // A view of the same memory; `offset` counts elements from the first of `of`.
 Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,

@@ -239,6 +239,12 @@ def stack(
     recompute: bool,
 ) -> Any:
     """What `lstm`, `gru` and `rnn` have in common: the cell by its name, every argument by place. For the modules."""
+    simple = num_layers == 1 and bidirectional is False and dropout == 0.0 and proj_size == 0
+    bare = lengths is None and reset is None and reset_state is None and return_all_states is False
+    if simple and bare and type(batch_first) is bool and recompute is False:
+        found = _single(cell, input, hx, weights, batch_first, backend)
+        if found is not None:
+            return found
     kind = CELLS[cell]
     directions = 2 if bidirectional else 1
     checks.probability(dropout)
@@ -317,6 +323,21 @@ def stack(
     if return_all_states:
         return layout.output(x), states, _pair(kind.has_c, everything, layout.all_states)
     return layout.output(x), states
+
+
+def _single(cell: str, input: Any, hx: Any, weights: Sequence[Tensor], batch_first: bool, backend: str) -> Any:
+    """The call that most programs make, a layer without gradients, the short way; None where it is another."""
+    if cell != "lstm":
+        found = ops.single(cell, input, hx, None, weights, batch_first, backend)
+        return None if found is None else (found[0], found[1])
+    if hx is None:
+        h_0 = c_0 = None
+    elif type(hx) is tuple and len(hx) == 2:
+        h_0, c_0 = hx
+    else:
+        return None
+    found = ops.single(cell, input, h_0, c_0, weights, batch_first, backend)
+    return None if found is None else (found[0], (found[1], found[2]))
 
 
 def _pair(has_c: bool, parts: list[tuple[Tensor, Tensor | None]], restore: Any) -> State:

@@ -32,6 +32,7 @@ from .backends import (
 from .cells import CELLS
 from .registry import run_backward, run_forward, second_backward, states_of
 
+plain = checks.plain
 _transforming = torch._C._are_functorch_transforms_active
 _batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
 _grad = torch.is_grad_enabled
@@ -110,6 +111,45 @@ def step(
 
 # The quick way: a backend whose operators check all that they are given gets the tensors as they are. What it refuses,
 # by a RuntimeError, goes the ordinary way over `checks`, which says what is wrong or makes it right.
+
+
+def single(
+    cell: str,
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_first: bool,
+    backend: str,
+) -> Sequence[Tensor] | None:
+    """A module's only layer, one direction, without gradients and in the module's layouts, see `Backend.single`.
+
+    None where the call is not that plain, or something is wrong with it: `layer` says what.
+    """
+    if _grad() or type(x) is not Tensor or x.dim() != 3 or not plain() or _autocast():
+        return None
+    steps, rows, features = x.shape
+    if batch_first:
+        steps, rows = rows, steps
+    if len(weights) == 4:
+        w_ih, w_hh, b_ih, b_hh = weights
+    elif len(weights) == 2:
+        (w_ih, w_hh), b_ih, b_hh = weights, None, None
+    else:
+        return None
+    if not isinstance(w_hh, Tensor) or w_hh.dim() != 2:
+        return None
+    hidden, bias = w_hh.shape[1], b_ih is not None
+    known = recall(
+        backend,  # and what `Problem` holds
+        (cell, "cpu", x.dtype, steps, rows, features, hidden, 0, bias, False, False, False, *_FORWARD, False),
+    )
+    if known is None:
+        return None
+    try:
+        return known.single(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first)
+    except RuntimeError:
+        return None
 
 
 def _quick_step(

@@ -8,6 +8,8 @@ and raise RuntimeError for it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from .products import Backend, Gradient
 NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 """The cells as csrc/cpu/scan.h numbers them."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_modes = torch._C._len_torch_dispatch_stack
+_transforming = torch._C._are_functorch_transforms_active
 LENGTHS, RESET = Tensors._fields.index("lengths"), Tensors._fields.index("reset")
 
 
@@ -37,8 +41,19 @@ class CPU(Backend):
     def __init__(self) -> None:
         if extension.available():
             ops = torch.ops.rnnkit
-            self._forward, self._backward = ops.cpu_layer_forward.default, ops.cpu_layer_backward.default
-            self._step, self._lstm_step = ops.cpu_step.default, ops.cpu_lstm_step.default
+            operators = ops.cpu_layer_forward, ops.cpu_layer_backward, ops.cpu_step, ops.cpu_lstm_step
+            self._operators = tuple(op.default for op in operators)
+            found = extension.direct
+            self._single = None if found is None else found.single
+            self._direct = (
+                self._operators
+                if found is None
+                else (found.layer_forward, found.layer_backward, found.step, found.lstm_step)
+            )
+
+    def _functions(self) -> tuple[Callable[..., Any], ...]:
+        """Layer forward and backward, step and LSTM step: as operators, where a mode of torch wants to see them."""
+        return self._operators if _modes() or _transforming() else self._direct
 
     def available(self) -> str | None:
         return None if extension.available() else extension.reason()
@@ -56,11 +71,27 @@ class CPU(Backend):
 
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
         save = train and not o.recompute
-        y, h_n, *more = self._forward(NUMBERS[cell], *t, o.reverse, o.all_states, save, 0)
+        y, h_n, *more = self._functions()[0](NUMBERS[cell], *t, o.reverse, o.all_states, save, 0)
         if cell != "lstm":
             return Result(Outputs(y, h_n, None, None), tuple(more))
         c_all = more.pop(1) if o.all_states else None
         return Result(Outputs(y, h_n, more[0], c_all), tuple(more[1:]))
+
+    def single(
+        self,
+        cell: str,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+        batch_first: bool,
+    ) -> Sequence[Tensor] | None:
+        if self._single is None:
+            return None
+        return self._single(NUMBERS[cell], x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first)
 
     def step(
         self,
@@ -75,8 +106,8 @@ class CPU(Backend):
     ) -> tuple[Tensor, Tensor | None]:
         """One step without gradients: x [B, I] -> h and, for an LSTM, c [B, H]. h and c may be None for zeros."""
         if cell == "lstm":
-            return self._lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh)
-        return self._step(NUMBERS[cell], x, h, w_ih, w_hh, b_ih, b_hh), None
+            return self._functions()[3](x, h, c, w_ih, w_hh, b_ih, b_hh)
+        return self._functions()[2](NUMBERS[cell], x, h, w_ih, w_hh, b_ih, b_hh), None
 
     def backward(
         self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
@@ -87,5 +118,5 @@ class CPU(Backend):
             saved = self.forward(cell, t, o._replace(recompute=False, all_states=False), train=True).saved
         gates = saved[0] if kind.saved else None
         c = saved[1] if kind.has_c else None
-        found = iter(self._backward(NUMBERS[cell], *t, o.reverse, y, gates, c, *grads, asked(tuple(needs))))
+        found = iter(self._functions()[1](NUMBERS[cell], *t, o.reverse, y, gates, c, *grads, asked(tuple(needs))))
         return [next(found) if need else None for need in needs]

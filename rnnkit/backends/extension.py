@@ -6,7 +6,9 @@ Importing this never fails. Where the library is missing or does not load, `avai
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -36,3 +38,22 @@ def available() -> bool:
 def reason() -> str:
     """Why the extension is not available, and the way out; empty where it is."""
     return _reason
+
+
+def _bind() -> ModuleType | None:
+    """The extension as a module whose functions are its operators without the dispatcher; see csrc/direct.cpp."""
+    crossing = getattr(torch._C, "_aoti", None)
+    to_handle = getattr(crossing, "unsafe_alloc_void_ptr_from_tensor", None)
+    to_tensors = getattr(crossing, "alloc_tensors_by_stealing_from_void_ptrs", None)
+    if _reason or to_handle is None or to_tensors is None:
+        return None
+    module = importlib.import_module("rnnkit._C")
+    ops = torch.ops.rnnkit
+    operators = (ops.cpu_layer_forward, ops.cpu_layer_backward, ops.cpu_step, ops.cpu_lstm_step)
+    kinds = (torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg)
+    module.bind(to_handle, to_tensors, *kinds, *(op.default for op in operators))
+    return module
+
+
+direct = _bind()
+"""The module of functions, or None where this torch has no way for tensors to cross."""

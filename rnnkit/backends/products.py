@@ -7,6 +7,8 @@ multiplication: 0 · NaN is NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -105,6 +107,25 @@ class Backend:
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
         """Run the layer. `train`: keep what `backward` needs; `graph`: an autograd graph may be kept for it."""
         raise NotImplementedError(self.name)
+
+    def single(
+        self,
+        cell: str,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+        batch_first: bool,
+    ) -> Sequence[Tensor] | None:
+        """A module's only layer without gradients, in the module's layouts: x and y [T, B, ·], or [B, T, ·] where
+        batch_first, states [1, B, ·] or None for zeros -> y, h_n and, for an LSTM, c_n.
+
+        None where the backend has no shorter way than `forward`.
+        """
+        return None
 
     def step(
         self,

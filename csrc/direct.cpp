@@ -1,0 +1,189 @@
+// The extension as a Python module: its operators as plain functions, for eager calls on ordinary tensors.
+// Torch's dispatcher takes 6 to 10 microseconds for a layer's seventeen arguments, more than a small layer's
+// work; these functions take one or two. Python's limited C API alone, so one binary still serves every
+// version.
+//
+// A tensor crosses by torch._C._aoti, which turns a Python tensor into a handle of the stable ABI and back,
+// as the code that torch.compile writes does it. Where an argument is no plain tensor the operator is called.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <array>
+#include <tuple>
+#include <utility>
+
+#include "operators.h"
+
+namespace rnnkit {
+namespace {
+
+// What `bind` was given; borrowed for good, the module holds them.
+struct Bound {
+  PyObject *to_handle = nullptr, *to_tensors = nullptr;
+  PyObject *tensor = nullptr, *parameter = nullptr, *is_neg = nullptr;
+  std::array<PyObject*, 4> operators{};
+} bound;
+
+// Raised in Python already.
+struct PythonError {};
+
+template <class T>
+T from_python(PyObject* o) {
+  if constexpr (std::is_same_v<T, OptionalTensor>) {
+    return o == Py_None ? OptionalTensor() : OptionalTensor(from_python<Tensor>(o));
+  } else if constexpr (std::is_same_v<T, Tensor>) {
+    PyObject* capsule = PyObject_CallFunctionObjArgs(bound.to_handle, o, nullptr);
+    if (capsule == nullptr) throw PythonError{};
+    void* handle = PyCapsule_GetPointer(capsule, nullptr);
+    Py_DecRef(capsule);
+    if (handle == nullptr) throw PythonError{};
+    return Tensor(static_cast<AtenTensorHandle>(handle));
+  } else {
+    const long long value = PyLong_AsLongLong(o);
+    if (value == -1 && PyErr_Occurred() != nullptr) throw PythonError{};
+    return static_cast<T>(value);
+  }
+}
+
+// A list of tensors.
+PyObject* to_python(const std::vector<Tensor>& all) {
+  PyObject* capsules = PyList_New(static_cast<Py_ssize_t>(all.size()));
+  if (capsules == nullptr) throw PythonError{};
+  for (size_t k = 0; k < all.size(); ++k) {
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(all[k].get(), &handle));
+    PyList_SetItem(capsules, static_cast<Py_ssize_t>(k), PyCapsule_New(handle, nullptr, nullptr));
+  }
+  PyObject* made = PyObject_CallFunctionObjArgs(bound.to_tensors, capsules, nullptr);
+  Py_DecRef(capsules);
+  if (made == nullptr) throw PythonError{};
+  return made;
+}
+
+PyObject* to_python(const Tensor& v) {
+  PyObject* list = to_python(std::vector<Tensor>{v});
+  PyObject* made = PyList_GetItem(list, 0);
+  Py_IncRef(made);
+  Py_DecRef(list);
+  return made;
+}
+
+PyObject* to_python(const std::tuple<Tensor, Tensor>& pair) {
+  PyObject* list = to_python(std::vector<Tensor>{std::get<0>(pair), std::get<1>(pair)});
+  PyObject* made = PyList_AsTuple(list);
+  Py_DecRef(list);
+  if (made == nullptr) throw PythonError{};
+  return made;
+}
+
+// Lets other Python threads run while the engine works.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
+// Whether the memory of `o` holds its values: in a subclass, and where torch keeps a minus sign back until
+// someone looks (the imaginary part of a conjugate), it does not.
+bool plain(PyObject* o) {
+  if (o == Py_None || PyLong_Check(o)) return true;
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(o));
+  if (type != bound.tensor && type != bound.parameter) return false;
+  PyObject* negative = PyObject_CallFunctionObjArgs(bound.is_neg, o, nullptr);
+  if (negative == nullptr) PyErr_Clear();
+  Py_DecRef(negative);
+  return negative == Py_False;
+}
+
+template <class Result, class... Args, size_t... k>
+PyObject* call(Result (*f)(Args...), PyObject* const* given, std::index_sequence<k...>) {
+  std::tuple<Args...> args{from_python<Args>(given[k])...};
+  Result found = [&] {
+    const WithoutGil released;
+    return f(std::move(std::get<k>(args))...);
+  }();
+  return to_python(found);
+}
+
+// number: of the operator that is called where an argument is no plain tensor; -1: None is returned.
+template <int number, class Result, class... Args>
+PyObject* checked(Result (*f)(Args...), PyObject* const* given, Py_ssize_t count) {
+  if (count != sizeof...(Args)) {
+    return PyErr_Format(PyExc_TypeError, "rnnkit: %zd arguments must be given, got %zd",
+                        static_cast<Py_ssize_t>(sizeof...(Args)), count);
+  }
+  if (!std::all_of(given, given + count, plain)) {
+    if constexpr (number < 0) {
+      Py_IncRef(Py_None);
+      return Py_None;
+    }
+    PyObject* all = PyTuple_New(count);
+    if (all == nullptr) return nullptr;
+    for (Py_ssize_t k = 0; k < count; ++k) {
+      Py_IncRef(given[k]);
+      PyTuple_SetItem(all, k, given[k]);
+    }
+    PyObject* found = PyObject_Call(bound.operators[number < 0 ? 0 : number], all, nullptr);
+    Py_DecRef(all);
+    return found;
+  }
+  try {
+    return call(f, given, std::index_sequence_for<Args...>{});
+  } catch (const PythonError&) {
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+template <int number, auto f>
+PyObject* method(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return checked<number>(f, given, count);
+}
+
+// bind(to_handle, to_tensors, Tensor, Parameter, Tensor.is_neg, the four operators in the order of the
+// methods below)
+PyObject* bind(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 9) return PyErr_Format(PyExc_TypeError, "rnnkit: 9 arguments must be given, got %zd", count);
+  for (Py_ssize_t k = 0; k < count; ++k) Py_IncRef(given[k]);
+  bound = {given[0], given[1], given[2], given[3], given[4], {given[5], given[6], given[7], given[8]}};
+  Py_IncRef(Py_None);
+  return Py_None;
+}
+
+template <class F>
+PyCFunction function(F f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(f));
+}
+
+PyMethodDef methods[] = {
+    {"bind", function(&bind), METH_FASTCALL, "What the functions need of torch."},
+    {"layer_forward", function(&method<0, &cpu_layer_forward>), METH_FASTCALL, "rnnkit::cpu_layer_forward"},
+    {"layer_backward", function(&method<1, &cpu_layer_backward>), METH_FASTCALL,
+     "rnnkit::cpu_layer_backward"},
+    {"single", function(&method<-1, &cpu_single>), METH_FASTCALL,
+     "cpu_single of csrc/operators.h; None where an argument is no plain tensor"},
+    {"step", function(&method<2, &cpu_step>), METH_FASTCALL, "rnnkit::cpu_step"},
+    {"lstm_step", function(&method<3, &cpu_lstm_step>), METH_FASTCALL, "rnnkit::cpu_lstm_step"},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_C",
+                      "rnnkit's engine for CPUs.",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
+
+}  // namespace
+}  // namespace rnnkit
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  return PyModule_Create(&rnnkit::module);
+}
