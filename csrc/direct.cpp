@@ -87,16 +87,32 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-// Whether the memory of `o` holds its values: in a subclass, and where torch keeps a minus sign back until
-// someone looks (the imaginary part of a conjugate), it does not.
+// Whether the memory of a tensor holds its values: in a subclass, and where torch keeps a minus sign back
+// until someone looks (the imaginary part of a conjugate), it does not.
 bool plain(PyObject* o) {
-  if (o == Py_None || PyLong_Check(o)) return true;
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(o));
   if (type != bound.tensor && type != bound.parameter) return false;
   PyObject* negative = PyObject_CallFunctionObjArgs(bound.is_neg, o, nullptr);
   if (negative == nullptr) PyErr_Clear();
   Py_DecRef(negative);
   return negative == Py_False;
+}
+
+// Whether from_python<T> takes `o`.
+template <class T>
+bool fits(PyObject* o) {
+  if constexpr (std::is_same_v<T, OptionalTensor>) {
+    return o == Py_None || plain(o);
+  } else if constexpr (std::is_same_v<T, Tensor>) {
+    return plain(o);
+  } else {
+    return PyLong_Check(o);
+  }
+}
+
+template <class... Args, size_t... k>
+bool all_fit(PyObject* const* given, std::index_sequence<k...>) {
+  return (fits<Args>(given[k]) && ...);
 }
 
 template <class Result, class... Args, size_t... k>
@@ -116,7 +132,7 @@ PyObject* checked(Result (*f)(Args...), PyObject* const* given, Py_ssize_t count
     return PyErr_Format(PyExc_TypeError, "rnnkit: %zd arguments must be given, got %zd",
                         static_cast<Py_ssize_t>(sizeof...(Args)), count);
   }
-  if (!std::all_of(given, given + count, plain)) {
+  if (!all_fit<Args...>(given, std::index_sequence_for<Args...>{})) {
     if constexpr (number < 0) {
       Py_IncRef(Py_None);
       return Py_None;
@@ -167,6 +183,8 @@ PyMethodDef methods[] = {
      "rnnkit::cpu_layer_backward"},
     {"single", function(&method<-1, &cpu_single>), METH_FASTCALL,
      "cpu_single of csrc/operators.h; None where an argument is no plain tensor"},
+    {"single_backward", function(&method<-1, &cpu_single_backward>), METH_FASTCALL,
+     "Its gradients, likewise"},
     {"step", function(&method<2, &cpu_step>), METH_FASTCALL, "rnnkit::cpu_step"},
     {"lstm_step", function(&method<3, &cpu_lstm_step>), METH_FASTCALL, "rnnkit::cpu_lstm_step"},
     {nullptr, nullptr, 0, nullptr}};

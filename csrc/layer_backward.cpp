@@ -26,6 +26,14 @@ Tensor carried(const LayerInputs& in, const OptionalTensor& g, const char* name,
   return d;
 }
 
+Tensor copy_of(const Tensor& v) {
+  Tensor made = empty({v.size(0)}, v.scalar_type());
+  const auto bytes = v.numel() * static_cast<int64_t>(v.element_size());
+  std::copy_n(static_cast<const char*>(v.const_data_ptr()), bytes,
+              static_cast<char*>(made.mutable_data_ptr()));
+  return made;
+}
+
 // Some columns of all rows of [n, B, width], as a matrix.
 Tensor matrix(const Tensor& v, int64_t column, int64_t columns) {
   const int64_t width = v.size(2);
@@ -269,10 +277,11 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   if (wanted(4)) out.push_back(narrow(*products.dw_hh));
   if (wanted(5)) out.push_back(narrow(*products.db));
   if (wanted(6)) {
-    Tensor recurrent = wanted(5) ? torch::stable::clone(*products.db) : *products.db;
+    Tensor recurrent = wanted(5) ? copy_of(*products.db) : *products.db;
     if (products.db_hn.has_value()) {
-      Tensor inside = view(recurrent, {in.H}, {1}, 2 * in.H);
-      torch::stable::copy_(inside, *products.db_hn);
+      const int64_t bytes = in.H * (in.dtype == Dtype::f64 ? 8 : 4);
+      std::copy_n(static_cast<const char*>(products.db_hn->const_data_ptr()), bytes,
+                  static_cast<char*>(recurrent.mutable_data_ptr()) + 2 * bytes);
     }
     out.push_back(narrow(recurrent));
   }

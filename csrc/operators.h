@@ -23,10 +23,18 @@ std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_
                                        OptionalTensor gh_n, OptionalTensor gc_n, OptionalTensor gc_all,
                                        int64_t needs);
 
-// A module's only layer without gradients, in the module's layouts: x and y [T, B, .], or [B, T, .] where
-// batch_first, and states [1, B, .]. Gives y, h_n, and c_n of an LSTM.
+// A module's only layer in the module's layouts: x and y [T, B, .], or [B, T, .] where batch_first, states
+// [1, B, .]. Gives y, h_n, c_n of an LSTM, and with save what the backward wants.
 std::vector<Tensor> cpu_single(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensor w_ih,
-                               Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, bool batch_first);
+                               Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, bool batch_first,
+                               bool save);
+
+// The gradients in the same layouts, those of `needs`, see layer_backward.
+std::vector<Tensor> cpu_single_backward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
+                                        Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                        bool batch_first, Tensor y, OptionalTensor gates,
+                                        OptionalTensor c_kept, OptionalTensor gy, OptionalTensor gh_n,
+                                        OptionalTensor gc_n, int64_t needs);
 
 Tensor cpu_step(int64_t cell, Tensor x, OptionalTensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
                 OptionalTensor b_hh);

@@ -24,6 +24,30 @@ LayerInputs inputs(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_
   return in;
 }
 
+// Time first for the engine, or time first turned into batch first: the same either way.
+Tensor in_time(const Tensor& v, bool batch_first) {
+  RNNKIT_CHECK(v.dim() == 3, "x and y must have 3 dimensions, got ", shown(v.sizes()));
+  if (!batch_first) return v;
+  return view(v, {v.size(1), v.size(0), v.size(2)}, {v.stride(1), v.stride(0), v.stride(2)}, 0);
+}
+
+// A module's states of one layer [1, B, width] as rows, and rows as such states.
+OptionalTensor rows(const OptionalTensor& v) {
+  if (!v.has_value()) return std::nullopt;
+  RNNKIT_CHECK(v->dim() == 3 && v->size(0) == 1, "a state must be [1, B, .], got ", shown(v->sizes()));
+  return view(*v, {v->size(1), v->size(2)}, {v->stride(1), v->stride(2)}, 0);
+}
+Tensor of_layers(const Tensor& v) {
+  const int64_t B = v.size(0), N = v.size(1);
+  return view(v, {1, B, N}, {B * N, v.stride(0), v.stride(1)}, 0);
+}
+
+LayerInputs single(int64_t cell, const Tensor& x, const OptionalTensor& h_0, const OptionalTensor& c_0,
+                   Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, bool batch_first) {
+  return inputs(cell, in_time(x, batch_first), rows(h_0), rows(c_0), w_ih, w_hh, b_ih, b_hh, {}, {}, {}, {},
+                {}, false);
+}
+
 }  // namespace
 
 std::vector<Tensor> cpu_layer_forward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
@@ -49,23 +73,29 @@ std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_
 }
 
 std::vector<Tensor> cpu_single(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensor w_ih,
-                               Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, bool batch_first) {
-  RNNKIT_CHECK(x.dim() == 3, "x must have 3 dimensions, got ", shown(x.sizes()));
-  const auto turned = [&](const Tensor& v) {
-    return view(v, {v.size(1), v.size(0), v.size(2)}, {v.stride(1), v.stride(0), v.stride(2)}, 0);
-  };
-  const auto rows = [](const OptionalTensor& v) -> OptionalTensor {
-    if (!v.has_value()) return std::nullopt;
-    RNNKIT_CHECK(v->dim() == 3 && v->size(0) == 1, "a state must be [1, B, .], got ", shown(v->sizes()));
-    return view(*v, {v->size(1), v->size(2)}, {v->stride(1), v->stride(2)}, 0);
-  };
-  std::vector<Tensor> out = layer_forward(inputs(cell, batch_first ? turned(x) : x, rows(h_0), rows(c_0),
-                                                 w_ih, w_hh, b_ih, b_hh, {}, {}, {}, {}, {}, false),
-                                          false, false, 0);
-  if (batch_first) out[0] = turned(out[0]);
-  for (size_t k = 1; k < out.size(); ++k) {
-    const int64_t B = out[k].size(0), N = out[k].size(1);
-    out[k] = view(out[k], {1, B, N}, {B * N, N, 1}, 0);
+                               Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, bool batch_first,
+                               bool save) {
+  std::vector<Tensor> out =
+      layer_forward(single(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first), false, save, 0);
+  out[0] = in_time(out[0], batch_first);
+  const size_t states = checked_cell(cell) == Cell::lstm ? 2 : 1;
+  for (size_t k = 1; k <= states; ++k) out[k] = of_layers(out[k]);
+  return out;
+}
+
+std::vector<Tensor> cpu_single_backward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
+                                        Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                        bool batch_first, Tensor y, OptionalTensor gates,
+                                        OptionalTensor c_kept, OptionalTensor gy, OptionalTensor gh_n,
+                                        OptionalTensor gc_n, int64_t needs) {
+  if (gy.has_value()) gy = in_time(*gy, batch_first);
+  std::vector<Tensor> out = layer_backward(
+      single(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first),
+      LayerGradients{in_time(y, batch_first), gates, c_kept, gy, rows(gh_n), rows(gc_n), {}}, needs);
+  size_t k = 0;
+  if ((needs & 1) != 0) out[k] = in_time(out[k], batch_first), ++k;
+  for (int bit : {1, 2}) {
+    if ((needs >> bit & 1) != 0) out[k] = of_layers(out[k]), ++k;
   }
   return out;
 }

@@ -33,6 +33,7 @@ from .cells import CELLS
 from .registry import run_backward, run_forward, second_backward, states_of
 
 plain = checks.plain
+_modes = torch._C._len_torch_dispatch_stack
 _transforming = torch._C._are_functorch_transforms_active
 _batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
 _grad = torch.is_grad_enabled
@@ -122,33 +123,35 @@ def single(
     batch_first: bool,
     backend: str,
 ) -> Sequence[Tensor] | None:
-    """A module's only layer, one direction, without gradients and in the module's layouts, see `Backend.single`.
+    """A module's only layer, one direction, in the module's layouts, see `Backend.single`: y, h_n and, for an LSTM,
+    c_n.
 
-    None where the call is not that plain, or something is wrong with it: `layer` says what.
+    None where the call is not plain, the backend has no such way, or something is wrong: `layer` says what.
     """
-    if _grad() or type(x) is not Tensor or x.dim() != 3 or not plain() or _autocast():
+    if type(x) is not Tensor or x.dim() != 3 or not plain() or _autocast():
         return None
-    steps, rows, features = x.shape
-    if batch_first:
-        steps, rows = rows, steps
     if len(weights) == 4:
         w_ih, w_hh, b_ih, b_hh = weights
     elif len(weights) == 2:
         (w_ih, w_hh), b_ih, b_hh = weights, None, None
     else:
         return None
-    if not isinstance(w_hh, Tensor) or w_hh.dim() != 2:
-        return None
-    hidden, bias = w_hh.shape[1], b_ih is not None
-    known = recall(
-        backend,  # and what `Problem` holds
-        (cell, "cpu", x.dtype, steps, rows, features, hidden, 0, bias, False, False, False, *_FORWARD, False),
-    )
-    if known is None:
+    steps, rows, features = x.shape
+    if batch_first:
+        steps, rows = rows, steps
+    if steps == 0:  # torch's layers refuse it
         return None
     try:
-        return known.single(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first)
-    except RuntimeError:
+        train = _grad() and _any_grad((w_ih, w_hh, b_ih, b_hh, x, h_0, c_0))
+        facts = (cell, "cpu", x.dtype, steps, rows, features, w_hh.shape[1], 0, b_ih is not None)
+        known = recall(backend, (*facts, False, False, False, *_FORWARD, train))
+        if known is None or not known.singles:
+            return None
+        if train:
+            how = cell, known, _FORWARD, batch_first
+            return _Layer.apply(how, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh)
+        return known.single(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first, False)
+    except (RuntimeError, AttributeError, IndexError):
         return None
 
 
@@ -256,7 +259,7 @@ def _direct(cell: str, backend: Backend, t: Tensors, o: Options, train: bool) ->
     if not train:
         return backend.forward(cell, t, o, train=False).outputs
     bare = t.w_hr is None and t.lengths is None and t.reset is None
-    found: tuple[Tensor, ...] = _Layer.apply((cell, backend, o), *(t[:_BARE] if bare else t))
+    found: tuple[Tensor, ...] = _Layer.apply((cell, backend, o, None), *(t[:_BARE] if bare else t))
     return Outputs(*found, *_MISSING[len(found) :])
 
 
@@ -266,18 +269,27 @@ def _opaque(cell: str, backend: str, t: Tensors, o: Options, train: bool) -> Out
     return Outputs(y, h_n, c_n if has_c_n else None, c_all if has_c_all else None)
 
 
+How = tuple[str, Backend, Options, bool | None]
+"""Cell, backend, options; whether a `single` is batch first, None for any other layer."""
+
+
 class _Layer(torch.autograd.Function):
     """A backend's forward and backward as one node of torch's graph. Takes `Tensors`, without trailing Nones."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[str, Backend, Options], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        cell, backend, o = how
-        outputs, saved, graph = backend.forward(cell, Tensors(*tensors), o, train=True, graph=True)  # type: ignore[arg-type]
+    def forward(ctx: Any, how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        cell, backend, o, batch_first = how
+        graph = None
+        if batch_first is None:
+            outputs, saved, graph = backend.forward(cell, Tensors(*tensors), o, train=True, graph=True)  # type: ignore[arg-type]
+            given = outputs[: 2 if outputs.c_n is None else 3 if outputs.c_all is None else 4]
+        else:
+            given, saved = _run_single(how, tensors)
         ctx.how, ctx.graph, ctx.watched = how, graph, None
-        y, h_n, c_n, c_all = outputs
+        y: Tensor = given[0]  # type: ignore[assignment]
         if graph is not None:
             ctx.save_for_backward(*tensors)
-        elif c_n is not None:
+        elif len(given) > 2:
             ctx.save_for_backward(*tensors, y, *saved)
         else:  # torch's RNN and GRU let a program change y in place before the backward
             ctx.save_for_backward(*tensors, y.data, *saved)
@@ -285,27 +297,69 @@ class _Layer(torch.autograd.Function):
             counter.data = _NOTHING  # but does not keep its memory
             ctx.watched = counter, counter._version
         ctx.set_materialize_grads(False)
-        if c_n is None:
-            return y, h_n
-        return (y, h_n, c_n) if c_all is None else (y, h_n, c_n, c_all)
+        return given  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        cell, backend, o = ctx.how
+        cell, backend, o, batch_first = ctx.how
         saved = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
-        count = len(ctx.needs_input_grad) - 1
-        t, kept = Tensors(*saved[:count]), saved[count:]
-        needs = [*ctx.needs_input_grad[1:], *(False,) * (len(t) - count)]
-        given = Outputs(*grads, *_MISSING[len(grads) :])  # type: ignore[arg-type]
-        if all(g is None for g in grads):
+        needs = ctx.needs_input_grad[1:]
+        count = len(needs)
+        inputs, kept = saved[:count], saved[count:]
+        changed = ctx.watched is not None and ctx.watched[0]._version != ctx.watched[1]
+        received = [g for g in grads if g is not None]
+        if not received:
             return (None,) * (1 + count)
         # create_graph, batched gradients: torch's own operators
-        if _grad() or _transforming() or any(g is not None and _batched(g) for g in grads):
-            found = second_backward(cell, t.filled(CELLS[cell].has_c), o, given, needs)
+        through_graph = _grad() or _transforming() or any(map(_batched, received))
+        if batch_first is not None and not through_graph and not _modes():
+            if changed:
+                (y, *_), kept = _run_single(ctx.how, inputs)
+                kept = (y, *kept)
+            found = backend.single_backward(cell, inputs, batch_first, kept[0], kept[1:], grads, needs)
+            if found is not None:
+                return (None, *found)
+        t, given = _as_layer(batch_first, Tensors(*inputs), Outputs(*grads, *_MISSING[len(grads) :]))  # type: ignore[arg-type]
+        wanted = [*needs, *(False,) * (len(t) - count)]
+        if through_graph:
+            found = second_backward(cell, t.filled(CELLS[cell].has_c), o, given, wanted)
         else:
             y, result = kept[0] if kept else t.x, Result(given, kept[1:], ctx.graph)
-            if ctx.watched is not None and ctx.watched[0]._version != ctx.watched[1]:  # y was changed: make it again
+            if batch_first is True:
+                y = y.transpose(0, 1)
+            if changed:  # make y again
                 result = run_forward(backend.name, cell, t, o, train=True, graph=False)
                 y = result.outputs.y
-            found = run_backward(backend.name, cell, t, o, y, result, given, needs)
-        return (None, *found[:count])
+            found = run_backward(backend.name, cell, t, o, y, result, given, wanted)
+        return (None, *_as_single(batch_first, found[:count]))
+
+
+def _run_single(how: How, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The forward of a `single`: its outputs, and what it saves."""
+    cell, backend, _, batch_first = how
+    made = backend.single(cell, *tensors, batch_first, True)  # type: ignore[arg-type,call-arg]
+    if made is None:
+        raise RuntimeError("rnnkit: not every tensor is plain")
+    outputs = 3 if cell == "lstm" else 2
+    return tuple(made[:outputs]), tuple(made[outputs:])
+
+
+def _as_layer(batch_first: bool | None, t: Tensors, grads: Outputs) -> tuple[Tensors, Outputs]:
+    """Inputs and gradients of a `single` in the layouts of a layer. Any other's as they are."""
+    if batch_first is None:
+        return t, grads
+    states = [None if v is None else v[0] for v in (t.h_0, t.c_0, grads.h_n, grads.c_n)]
+    x, gy = t.x, grads.y
+    if batch_first:
+        x, gy = x.transpose(0, 1), None if gy is None else gy.transpose(0, 1)
+    return t._replace(x=x, h_0=states[0], c_0=states[1]), Outputs(gy, states[2], states[3], None)  # type: ignore[arg-type]
+
+
+def _as_single(batch_first: bool | None, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Gradients of a layer in the layouts of a `single`, where it was one."""
+    if batch_first is None:
+        return found
+    dx, dh, dc, *weights = found
+    if dx is not None and batch_first:
+        dx = dx.transpose(0, 1)
+    return dx, None if dh is None else dh[None], None if dc is None else dc[None], *weights

@@ -12,7 +12,7 @@ struct Constants<float> {
   static constexpr float round = 0x1.8p23f;  // added and taken away: rounds to an integer
   static constexpr float log2e = 0x1.715476p0f, ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
   static constexpr float least = -105.0f;  // exp is 0 from here on down
-  static constexpr float small = -40.0f;   // exp(x) - 1 is -1 from here on down
+  static constexpr float large = 40.0f;    // 2 / (1 + exp(x)) is nothing beside 1 from here on up
   static constexpr int mantissa = 23, bias = 127;
   // Minimax for r² q(r) against exp(r) on the interval, 3e-9.
   static constexpr float q[] = {1.3950631e-3f, 8.3689699e-3f, 4.16662022e-2f, 1.66665182e-1f, 0.5f};
@@ -23,7 +23,7 @@ struct Constants<double> {
   static constexpr double round = 0x1.8p52;
   static constexpr double log2e = 0x1.71547652b82fep0, ln2_high = 0x1.62e42feep-1,
                           ln2_low = 0x1.a39ef35793c76p-33;
-  static constexpr double least = -746.0, small = -60.0;
+  static constexpr double least = -746.0, large = 60.0;
   static constexpr int mantissa = 52, bias = 1023;
   // 1 / k!, k = 14 .. 2: the next term is below 2^-60.
   static constexpr double q[] = {1.1470745597729725e-11,
@@ -41,6 +41,27 @@ struct Constants<double> {
                                  0.5};
 };
 
+// v 2^n for whole n: rounded once where the result is subnormal.
+template <class V>
+inline V scaled(V v, V n) {
+  using T = std::decay_t<decltype(v[0])>;
+  using Bits = typename Vector<T>::Bits;
+  using C = Constants<T>;
+  const Bits whole = (Bits)(n + C::round) - (Bits)(C::round - V{}), half = whole >> 1;
+  return v * (V)((half + C::bias) << C::mantissa) * (V)((whole - half + C::bias) << C::mantissa);
+}
+#if defined(RNNKIT_AVX512)
+constexpr int every = -1;  // a mask, since gcc 12 warns of the intrinsic without one
+template <>
+inline Vector<float>::Value scaled(Vector<float>::Value v, Vector<float>::Value n) {
+  return (Vector<float>::Value)_mm512_mask_scalef_ps((__m512)v, every, (__m512)v, (__m512)n);
+}
+template <>
+inline Vector<double>::Value scaled(Vector<double>::Value v, Vector<double>::Value n) {
+  return (Vector<double>::Value)_mm512_mask_scalef_pd((__m512d)v, every, (__m512d)v, (__m512d)n);
+}
+#endif
+
 template <class T>
 struct Math {
   using Value = typename Vector<T>::Value;
@@ -52,31 +73,27 @@ struct Math {
   static Bits less_equal(Value a, Value b) { return a <= b; }
   static Value select(Bits where, Value a, Value b) { return where ? a : b; }
   static Bits sign() { return (Bits)set(T(-0.0)); }
+  static Value magnitude(Value x) { return (Value)((Bits)x & ~sign()); }
   static Value negative_magnitude(Value x) { return (Value)((Bits)x | sign()); }
 
-  // n of x = n ln 2 + r as an integer, and exp(r) - 1.
+  // n of x = n ln 2 + r, and exp(r) - 1.
   struct Reduced {
-    Bits n;
+    Value n;
     Value m1;
   };
   static Reduced reduce(Value x) {
-    const Value shifted = x * C::log2e + C::round;
-    const Value whole = shifted - C::round;
-    Value r = x - whole * C::ln2_high;
-    r = r - whole * C::ln2_low;
+    const Value n = (x * C::log2e + C::round) - C::round;
+    const Value r = (x - n * C::ln2_high) - n * C::ln2_low;
     Value q = set(C::q[0]);
     for (unsigned k = 1; k < sizeof C::q / sizeof(T); ++k) q = q * r + C::q[k];
-    return {(Bits)shifted - (Bits)set(C::round), r * r * q + r};
+    return {n, r * r * q + r};
   }
-  // 2^n for n within the normal numbers.
-  static Value power(Bits n) { return (Value)((n + C::bias) << C::mantissa); }
 
-  // exp(x) for x <= 0. Two factors of 2, so that a subnormal result is rounded once.
+  // exp(x) for x <= 0.
   static Value exp_negative(Value x) {
     x = x < C::least ? set(C::least) : x;
     const Reduced e = reduce(x);
-    const Bits half = e.n >> 1;
-    return (e.m1 + T(1)) * power(half) * power(e.n - half);
+    return scaled(e.m1 + T(1), e.n);
   }
 
   static Value sigmoid(Value x) {
@@ -84,19 +101,18 @@ struct Math {
     return (x < T(0) ? e : set(T(1))) / (e + T(1));
   }
 
-  // With e = exp(-2|x|): tanh |x| = (1 - e) / (1 + e), from e - 1 without cancellation where |x| is small,
-  // and as 1 - 2e / (1 + e) where it is not, so that 1 - tanh², which a backward takes, is as exact as can
-  // be.
+  // With m = exp(2|x|) - 1: tanh |x| = m / (m + 2) where |x| is small, so that nothing cancels, and
+  // 1 - 2 / (m + 2) where it is not, so that 1 - tanh², which a backward takes, is as exact as can be.
   static Value tanh(Value x) {
-    Value a = negative_magnitude(x) * T(2);
-    a = a < C::small ? set(C::small) : a;
+    Value a = magnitude(x);
+    a = a + a;
+    a = a > C::large ? set(C::large) : a;
     const Reduced r = reduce(a);
-    const Value scale = power(r.n);
-    const Value e = (r.m1 + T(1)) * scale;
-    const Bits large = e < T(0.34);
+    const Value scale = scaled(set(T(1)), r.n);
     const Value m = r.m1 * scale + (scale - T(1));
-    const Value q = (large ? e + e : -m) / (large ? e + T(1) : m + T(2));
+    const Bits large = a > T(1.08);
+    const Value q = (large ? set(T(2)) : m) / (m + T(2));
     const Value t = large ? T(1) - q : q;
-    return (Value)(((Bits)t & ~sign()) | ((Bits)x & sign()));
+    return (Value)((Bits)t | ((Bits)x & sign()));
   }
 };

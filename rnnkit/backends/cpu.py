@@ -44,7 +44,9 @@ class CPU(Backend):
             operators = ops.cpu_layer_forward, ops.cpu_layer_backward, ops.cpu_step, ops.cpu_lstm_step
             self._operators = tuple(op.default for op in operators)
             found = extension.direct
-            self._single = None if found is None else found.single
+            if found is not None:
+                self.singles = True
+                self._single, self._single_backward = found.single, found.single_backward
             self._direct = (
                 self._operators
                 if found is None
@@ -88,10 +90,27 @@ class CPU(Backend):
         b_ih: Tensor | None,
         b_hh: Tensor | None,
         batch_first: bool,
-    ) -> Sequence[Tensor] | None:
-        if self._single is None:
-            return None
-        return self._single(NUMBERS[cell], x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first)
+        save: bool,
+    ) -> list[Tensor] | None:
+        return self._single(NUMBERS[cell], x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first, save)
+
+    def single_backward(
+        self,
+        cell: str,
+        inputs: Sequence[Tensor | None],
+        batch_first: bool,
+        y: Tensor,
+        saved: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        needs: tuple[bool, ...],
+    ) -> list[Gradient] | None:
+        gates, c = saved if len(saved) == 2 else (saved[0] if saved else None, None)
+        gy, gh_n, gc_n = grads if len(grads) == 3 else (*grads, None)
+        found = self._single_backward(NUMBERS[cell], *inputs, batch_first, y, gates, c, gy, gh_n, gc_n, asked(needs))
+        if found is None or all(needs):
+            return found
+        given = iter(found)
+        return [next(given) if need else None for need in needs]
 
     def step(
         self,

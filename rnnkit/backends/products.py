@@ -92,6 +92,8 @@ class Backend:
     """One way to run a layer. Knows plain tensors; nothing of autograd, stacks, packing or layouts."""
 
     name = ""
+    singles = False
+    """Whether it has `single` and `single_backward`."""
     takes_none_states = False
     """Whether its operators check all that they are given: it then gets plain tensors unchecked, h_0 and c_0 None for
     zeros, and raises RuntimeError for what it does not take."""
@@ -119,13 +121,27 @@ class Backend:
         b_ih: Tensor | None,
         b_hh: Tensor | None,
         batch_first: bool,
-    ) -> Sequence[Tensor] | None:
-        """A module's only layer without gradients, in the module's layouts: x and y [T, B, ·], or [B, T, ·] where
-        batch_first, states [1, B, ·] or None for zeros -> y, h_n and, for an LSTM, c_n.
+        save: bool,
+    ) -> list[Tensor] | None:
+        """A module's only layer in the module's layouts, where `singles`: x and y [T, B, ·], or [B, T, ·] where
+        batch_first, states [1, B, ·] or None for zeros -> y, h_n, c_n of an LSTM, and what is saved.
 
-        None where the backend has no shorter way than `forward`.
+        None for tensors that are not plain. Raises RuntimeError for what it does not take.
         """
-        return None
+        raise NotImplementedError(self.name)
+
+    def single_backward(
+        self,
+        cell: str,
+        inputs: Sequence[Tensor | None],
+        batch_first: bool,
+        y: Tensor,
+        saved: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        needs: tuple[bool, ...],
+    ) -> list[Gradient] | None:
+        """Gradients of the seven `inputs` of `single`, given those of y, h_n and c_n; None as there."""
+        raise NotImplementedError(self.name)
 
     def step(
         self,
