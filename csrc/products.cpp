@@ -181,9 +181,13 @@ void in_parallel(int64_t parts, void* context, void (*body)(void* context, int64
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) { body(context, first, last); });
 }
 
+bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K) {
+  return !is_half(dtype_of(w)) && large(M, N, K) && torch_is_faster<Kind::rows_times>(w);
+}
+
 RowsTimes::RowsTimes(const Tensor& w, bool by_columns, int64_t rows) : w_(by_columns ? w : turned(w)) {
   const int64_t K = w_.size(0), N = w_.size(1);
-  if (!is_half(dtype_of(w)) && large(rows, N, K) && torch_is_faster<Kind::rows_times>(w)) return;
+  if (torch_multiplies(w, rows, N, K)) return;
   const Dtype dtype = dtype_of(w);
   own_ = by_columns ? engine().by_columns(dtype, N, K, w.const_data_ptr())
                     : engine().by_rows(dtype, N, K, w.const_data_ptr(), rows > 2);

@@ -116,6 +116,9 @@ Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initial
 
 // The large products around a scan; products.cpp.
 
+// Whether torch's product is taken for M rows of K times a matrix like w, with N outputs.
+bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K);
+
 // Rows of a [M, K] times one matrix, M at a time, into rows of `out` [M, N].
 class RowsTimes {
  public:

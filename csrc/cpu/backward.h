@@ -278,26 +278,27 @@ class BackwardOf final : public BackwardScan {
 
   void through_projection(const Part& part, const Rows& rows, int64_t t, int now) {
     multiply(part, rows, first_, dh_.row(0), dh_.stride,
-             [&](int32_t b, int u, const A* z) { lstm(place(t, b, u, H_), t, now, whole<V>(z)); });
+             [&](int32_t b, int u, const A* z, const A*) { lstm(place(t, b, u, H_), t, now, whole<V>(z)); });
   }
 
   void through_reset(const Part& part, const Rows& rows, int64_t t, int now) {
-    multiply(part, rows, first_, gradients(t, now) + 2 * H_, stride(), [&](int32_t b, int u, const A* z) {
-      const Place p = place(t, b, u, H_);
-      const V r = gate(p, 0), h = h_before(p, t);
-      const auto d = GruBefore::reset_vjp<M>(whole<V>(z), r, h);
-      give(p, now, 0, d.r);
-      store(static_cast<S*>(r_.inner) + p.out * H_ + p.j, r * h, p.n);
-      A* dh = dh_.row(b) + p.j;
-      store(dh, whole<V>(dh) + d.h_before, L);
-    });
+    multiply(part, rows, first_, gradients(t, now) + 2 * H_, stride(),
+             [&](int32_t b, int u, const A* z, const A*) {
+               const Place p = place(t, b, u, H_);
+               const V r = gate(p, 0), h = h_before(p, t);
+               const auto d = GruBefore::reset_vjp<M>(whole<V>(z), r, h);
+               give(p, now, 0, d.r);
+               store(static_cast<S*>(r_.inner) + p.out * H_ + p.j, r * h, p.n);
+               A* dh = dh_.row(b) + p.j;
+               store(dh, whole<V>(dh) + d.h_before, L);
+             });
   }
 
   // The gradient of the state before the step; where that was a reset's, it goes there and no further.
   void send(const Part& part, const Rows& rows, int64_t t, int now) {
     const bool gru =
         l_.cell == Cell::gru || l_.cell == Cell::gru_before;  // where a part of dh passes the product by
-    multiply(part, rows, last_, gradients(t, now), stride(), [&](int32_t b, int u, const A* z) {
+    multiply(part, rows, last_, gradients(t, now), stride(), [&](int32_t b, int u, const A* z, const A*) {
       A* dh = dh_.row(b) + static_cast<int64_t>(u) * L;
       store(dh, gru ? whole<V>(dh) + whole<V>(z) : whole<V>(z), L);
     });

@@ -21,6 +21,11 @@ class ForwardOf final : public ForwardScan {
       first_.by_rows(w, H_, static_cast<int>(G_), H_, N_, pack);
       if (l_.P) second_.by_rows(static_cast<const S*>(l_.w_hr), l_.P, 1, l_.P, H_, pack);
     }
+    if (f.w_ih != nullptr) {
+      const S* w_ih = static_cast<const S*>(f.w_ih);
+      first_x_.by_rows(w_ih, H_, first_.gates, H_, f.I, true);
+      if (l_.cell == Cell::gru_before) second_x_.by_rows(w_ih + 2 * H_ * f.I, H_, 1, H_, f.I, true);
+    }
     const bool after = l_.cell == Cell::gru;
     bias_ = Padded<A>(G_ + after, H_);
     if (f.b_ih != nullptr) {
@@ -132,8 +137,12 @@ class ForwardOf final : public ForwardScan {
     const int64_t j = static_cast<int64_t>(u) * L;
     return {step * l_.B + b, b, j, static_cast<int>(std::min<int64_t>(L, width - j))};
   }
-  V input(const Place& p, int64_t g) const {
-    return load(static_cast<const A*>(r_.gx) + p.at * r_.gx_stride + g * H_ + p.j, p.n) + bias(p, g);
+  // The part of x in pre-activation g; where the scan multiplies x, zx [.., lanes] begins with that of g0.
+  V input(const Place& p, int64_t g, const A* zx, int64_t g0 = 0) const {
+    const V v = r_.gx == nullptr
+                    ? whole<V>(zx + (g - g0) * L)
+                    : load(static_cast<const A*>(r_.gx) + p.at * r_.gx_stride + g * H_ + p.j, p.n);
+    return v + bias(p, g);
   }
   V bias(const Place& p, int64_t g) const { return whole<V>(bias_.row(g) + p.j); }
   void keep(const Place& p, int64_t g, V v) const {
@@ -153,19 +162,24 @@ class ForwardOf final : public ForwardScan {
 
   template <int gates, class Use>
   void multiply(const Part& part, const Rows& rows, int64_t step, const Weights<S>& w, const Padded<A>& a,
-                Use use) {
+                Use use, const Weights<S>* w_x = nullptr) {
     int first, last;
     panels(part, w, &first, &last);
-    product<gates>(w, first, last, rows.live.data(), static_cast<int>(rows.live.size()), a.row(0), a.stride,
-                   use, [&](int32_t b, int u) __attribute__((always_inline)) {
-                     ahead(step * l_.B + b, static_cast<int64_t>(u) * L);
-                   });
+    Beside<S> x;
+    if (w_x != nullptr && f_.w_ih != nullptr) {
+      x = {w_x, static_cast<const A*>(r_.x) + step * r_.x_step, r_.x_row};
+    }
+    product<gates>(
+        w, first, last, rows.live.data(), static_cast<int>(rows.live.size()), a.row(0), a.stride, use,
+        [&](int32_t b, int u)
+            __attribute__((always_inline)) { ahead(step * l_.B + b, static_cast<int64_t>(u) * L); },
+        x);
   }
 
   // Asks for the input of one vector of units, and for the places of its results. Inlined by force: gcc takes
   // a function of nothing but prefetches for one without effect.
   __attribute__((always_inline)) void ahead(int64_t at, int64_t j) const {
-    for (int64_t g = 0; g < G_; ++g) {
+    for (int64_t g = 0; r_.gx != nullptr && g < G_; ++g) {
       __builtin_prefetch(static_cast<const A*>(r_.gx) + at * r_.gx_stride + g * H_ + j);
     }
     __builtin_prefetch(static_cast<S*>(r_.y) + at * N_ + j, 1);
@@ -181,49 +195,64 @@ class ForwardOf final : public ForwardScan {
     const Padded<A>& h = h_[now];
     switch (l_.cell) {
       case Cell::rnn_tanh:
-        multiply<1>(part, rows, step, first_, h, [&](int32_t b, int u, const A* z) {
-          const Place p = place(step, b, u, H_);
-          give(p, now, RnnTanh::step<M>(input(p, 0) + whole<V>(z)));
-        });
+        multiply<1>(
+            part, rows, step, first_, h,
+            [&](int32_t b, int u, const A* z, const A* zx) {
+              const Place p = place(step, b, u, H_);
+              give(p, now, RnnTanh::step<M>(input(p, 0, zx) + whole<V>(z)));
+            },
+            &first_x_);
         break;
       case Cell::rnn_relu:
-        multiply<1>(part, rows, step, first_, h, [&](int32_t b, int u, const A* z) {
-          const Place p = place(step, b, u, H_);
-          give(p, now, RnnRelu::step<M>(input(p, 0) + whole<V>(z)));
-        });
+        multiply<1>(
+            part, rows, step, first_, h,
+            [&](int32_t b, int u, const A* z, const A* zx) {
+              const Place p = place(step, b, u, H_);
+              give(p, now, RnnRelu::step<M>(input(p, 0, zx) + whole<V>(z)));
+            },
+            &first_x_);
         break;
       case Cell::lstm:
-        multiply<4>(part, rows, step, first_, h,
-                    [&](int32_t b, int u, const A* z) { lstm(place(step, b, u, H_), now, z); });
+        multiply<4>(
+            part, rows, step, first_, h,
+            [&](int32_t b, int u, const A* z, const A* zx) { lstm(place(step, b, u, H_), now, z, zx); },
+            &first_x_);
         break;
       case Cell::gru:
-        multiply<3>(part, rows, step, first_, h, [&](int32_t b, int u, const A* z) {
-          const Place p = place(step, b, u, H_);
-          const V hn = whole<V>(z + 2 * L) + bias(p, 3);
-          const auto s = GruAfter::step<M>(input(p, 0) + whole<V>(z), input(p, 1) + whole<V>(z + L),
-                                           input(p, 2), hn, whole<V>(h.row(b) + p.j));
-          keep(p, 0, s.r), keep(p, 1, s.z), keep(p, 2, s.n), keep(p, 3, hn);
-          give(p, now, s.h);
-        });
+        multiply<3>(
+            part, rows, step, first_, h,
+            [&](int32_t b, int u, const A* z, const A* zx) {
+              const Place p = place(step, b, u, H_);
+              const V hn = whole<V>(z + 2 * L) + bias(p, 3);
+              const auto s =
+                  GruAfter::step<M>(input(p, 0, zx) + whole<V>(z), input(p, 1, zx) + whole<V>(z + L),
+                                    input(p, 2, zx), hn, whole<V>(h.row(b) + p.j));
+              keep(p, 0, s.r), keep(p, 1, s.z), keep(p, 2, s.n), keep(p, 3, hn);
+              give(p, now, s.h);
+            },
+            &first_x_);
         break;
       case Cell::gru_before:
-        multiply<2>(part, rows, step, first_, h, [&](int32_t b, int u, const A* z) {
-          const Place p = place(step, b, u, H_);
-          const V r = M::sigmoid(input(p, 0) + whole<V>(z));
-          const V update = M::sigmoid(input(p, 1) + whole<V>(z + L));
-          keep(p, 0, r), keep(p, 1, update);
-          store(z_.row(b) + p.j, update, L);
-          store(inner_.row(b) + p.j, r * whole<V>(h.row(b) + p.j), L);
-        });
+        multiply<2>(
+            part, rows, step, first_, h,
+            [&](int32_t b, int u, const A* z, const A* zx) {
+              const Place p = place(step, b, u, H_);
+              const V r = M::sigmoid(input(p, 0, zx) + whole<V>(z));
+              const V update = M::sigmoid(input(p, 1, zx) + whole<V>(z + L));
+              keep(p, 0, r), keep(p, 1, update);
+              store(z_.row(b) + p.j, update, L);
+              store(inner_.row(b) + p.j, r * whole<V>(h.row(b) + p.j), L);
+            },
+            &first_x_);
         break;
     }
   }
 
-  void lstm(const Place& p, int now, const A* z) {
+  void lstm(const Place& p, int now, const A* z, const A* zx) {
     A* c = c_.row(p.b) + p.j;
-    const auto s =
-        Lstm::step<M>(input(p, 0) + whole<V>(z), input(p, 1) + whole<V>(z + L),
-                      input(p, 2) + whole<V>(z + 2 * L), input(p, 3) + whole<V>(z + 3 * L), whole<V>(c));
+    const auto s = Lstm::step<M>(input(p, 0, zx) + whole<V>(z), input(p, 1, zx) + whole<V>(z + L),
+                                 input(p, 2, zx) + whole<V>(z + 2 * L), input(p, 3, zx) + whole<V>(z + 3 * L),
+                                 whole<V>(c));
     keep(p, 0, s.i), keep(p, 1, s.f), keep(p, 2, s.g), keep(p, 3, s.o);
     store(c, s.c, L);
     if (r_.c_kept != nullptr) store(static_cast<A*>(r_.c_kept) + p.at * H_ + p.j, s.c, p.n);
@@ -238,16 +267,20 @@ class ForwardOf final : public ForwardScan {
   // The second product, with what `advance` left in inner_.
   void finish(const Part& part, const Rows& rows, int64_t step, int now) {
     if (l_.P) {
-      multiply<1>(part, rows, step, second_, inner_,
-                  [&](int32_t b, int u, const A* z) { give(place(step, b, u, N_), now, whole<V>(z)); });
+      multiply<1>(part, rows, step, second_, inner_, [&](int32_t b, int u, const A* z, const A*) {
+        give(place(step, b, u, N_), now, whole<V>(z));
+      });
       return;
     }
-    multiply<1>(part, rows, step, second_, inner_, [&](int32_t b, int u, const A* z) {
-      const Place p = place(step, b, u, H_);
-      const V n = GruBefore::candidate<M>(input(p, 2) + whole<V>(z));
-      keep(p, 2, n);
-      give(p, now, gru_state<M>(whole<V>(z_.row(b) + p.j), n, whole<V>(h_[now].row(b) + p.j)));
-    });
+    multiply<1>(
+        part, rows, step, second_, inner_,
+        [&](int32_t b, int u, const A* z, const A* zx) {
+          const Place p = place(step, b, u, H_);
+          const V n = GruBefore::candidate<M>(input(p, 2, zx, 2) + whole<V>(z));
+          keep(p, 2, n);
+          give(p, now, gru_state<M>(whole<V>(z_.row(b) + p.j), n, whole<V>(h_[now].row(b) + p.j)));
+        },
+        &second_x_);
   }
 
   const Forward f_;
@@ -255,10 +288,11 @@ class ForwardOf final : public ForwardScan {
   const int64_t H_, N_, G_;
   Range r_{};
   Weights<S> first_, second_;
-  Padded<A> bias_;   // [G, H], and b_hn of a GRU with reset after
-  Padded<A> h_[2];   // [B, N] the state before the step and after it, in turns
-  Padded<A> c_;      // [B, H]
-  Padded<A> inner_;  // [B, H] what the second product multiplies: r h, or o tanh(c)
-  Padded<A> z_;      // [B, H] the textbook GRU's update gate between its two products
+  Weights<S> first_x_, second_x_;  // those that multiply x, where the scan does
+  Padded<A> bias_;                 // [G, H], and b_hn of a GRU with reset after
+  Padded<A> h_[2];                 // [B, N] the state before the step and after it, in turns
+  Padded<A> c_;                    // [B, H]
+  Padded<A> inner_;                // [B, H] what the second product multiplies: r h, or o tanh(c)
+  Padded<A> z_;                    // [B, H] the textbook GRU's update gate between its two products
   int now_ = 0;
 };

@@ -43,7 +43,7 @@ class ProductOf final : public Product {
       }
       product<1>(
           weights, 0, weights.count(), in_order.data(), count, from, stride,
-          [&](int32_t r, int u, const A* z) {
+          [&](int32_t r, int u, const A* z, const A*) {
             const int64_t j = static_cast<int64_t>(u) * L;
             store(out + (m + r) * ldo + j, whole<value_t<S>>(z),
                   static_cast<int>(std::min<int64_t>(L, weights.units - j)));

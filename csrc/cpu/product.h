@@ -187,17 +187,25 @@ struct Weights {
   }
 };
 
-// Calls use(row, u, z) for each row of `rows` and each vector u of units in the panels [p0, p1), with z
-// [gates, lanes] the product of a[row] and the weights. Before a tile is summed, ahead(row, u) may ask for
-// the memory that use(row, u) will need: it arrives meanwhile. `use` stands at one place only: in copies of
-// it, one for each kind of tile, the compiler would fuse other multiplications with additions, and a row's
-// result would depend on the rows beside it.
+// A second product beside the one of the states: rows x[row] times packed weights with the same outputs.
+template <class S>
+struct Beside {
+  const Weights<S>* w = nullptr;
+  const compute_t<S>* x = nullptr;
+  int64_t ldx = 0;
+};
+
+// Calls use(row, u, z, zx) for each row of `rows` and each vector u of units in the panels [p0, p1), with z
+// [gates, lanes] the product of a[row] and the weights, and zx that beside it where there is one. Before a
+// tile is summed, ahead(row, u) may ask for the memory that use(row, u) will need: it arrives meanwhile.
+// `use` stands at one place only: in copies of it, one for each kind of tile, the compiler would fuse other
+// multiplications with additions, and a row's result would depend on the rows beside it.
 template <int gates, class S, class Use, class Ahead>
 inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, int count,
-                    const compute_t<S>* a, int64_t lda, Use use, Ahead ahead) {
+                    const compute_t<S>* a, int64_t lda, Use use, Ahead ahead, const Beside<S>& beside = {}) {
   using A = compute_t<S>;
   constexpr int L = lanes<A>;
-  alignas(64) A out[max_rows * max_vectors * L];
+  alignas(64) A out[max_rows * max_vectors * L], out_x[max_rows * max_vectors * L];
   if (count == 0) return;
   Aligned<A> once(w.raw == nullptr ? 0 : w.panel_size());
   for (int p = p0; p < p1; ++p) {
@@ -223,10 +231,19 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
       } else {
         tile_for<A>(vectors, here)(row, panel, w.K, out);
       }
+      if (beside.w != nullptr) {
+        const A* row_x[max_rows];
+        for (int r = 0; r < here; ++r) row_x[r] = beside.x + rows[done + r] * beside.ldx;
+        for (int second = 0; second <= (pair ? 1 : 0); ++second) {
+          tile_for<A>(vectors, here)(row_x, beside.w->panel(p + second), beside.w->K,
+                                     out_x + second * vectors * L);
+        }
+      }
       const int units = pair ? 2 * in_panel : in_panel;
       for (int r = 0; r < here; ++r) {
         for (int u = 0; u < units; ++u) {
-          use(rows[done + r], p * w.wide() + u, out + (r * vectors + u * gates) * L);
+          const int at = (r * vectors + u * gates) * L;
+          use(rows[done + r], p * w.wide() + u, out + at, out_x + at);
         }
       }
       done += here;

@@ -70,8 +70,10 @@ struct Layer {
 // One range of time for a forward scan.
 struct Range {
   int64_t t0, n;   // the steps t0 .. t0 + n - 1
-  const void* gx;  // A [n, B, gx_stride >= G H] x W_ih^T, without biases
+  const void* gx;  // A [n, B, gx_stride >= G H] x W_ih^T, without biases; null where the scan multiplies x
   int64_t gx_stride;
+  const void* x;  // A [n, B, I] by these strides; see Forward::w_ih
+  int64_t x_step, x_row;
   void* y;      // S [n, B, N], 0 where a row does not live
   void* c_all;  // S [n, B, H], or null
   void* gates;  // A [n, B, saved_of H], or null; where S is A it may be gx itself, with that stride
@@ -94,6 +96,9 @@ struct Forward {
   const void* b_hh;  // S [G H], or null
   void* h;           // A [B, N]
   void* c;           // A [B, H], LSTM
+  const void*
+      w_ih;   // A [G H, I] where the scan shall multiply x itself, tile by tile, null where it gets gx.
+  int64_t I;  // Only for types that are stored as they are computed in, and more than one step
 };
 
 // Strides of a gradient that came from outside: unit is 1, or 0 for a gradient expanded from one number a

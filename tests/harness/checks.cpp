@@ -228,14 +228,23 @@ void check_scan(const rnnkit::Engine& engine, const Problem& p, bool every_way) 
     in_place.ranges = random_ranges(p.T, r);
     compare("in place", run_forward(engine, p, in_place), ran);
   }
+  const bool may_multiply = !is_half(p.dtype) && !p.nan;  // 0 NaN is NaN
+  if (may_multiply) {
+    How inside;
+    inside.inside = true;
+    inside.save = r.chance(0.5);
+    inside.ranges = random_ranges(p.T, r);
+    compare("x in the scan", run_forward(engine, p, inside), ran);
+  }
   check_rows(engine, p, ran, gradients, r);
 
   std::vector<Way> ways = ways_for(p.B);
   for (size_t k = ways.size(); k-- > 1;) std::swap(ways[k], ways[r.between(0, static_cast<int64_t>(k))]);
   if (!every_way) ways.resize(2);
   for (const Way& way : ways) {
-    How among{way, r.chance(0.7), false, {}};
+    How among{way, r.chance(0.7), false, {}, false};
     if (r.chance(0.3)) among.ranges = random_ranges(p.T, r);
+    among.inside = may_multiply && r.chance(0.3);
     compare(way.name, run_forward(engine, p, among), ran);
     const std::vector<int64_t> back = r.chance(0.5) ? random_ranges(p.T, r) : std::vector<int64_t>();
     compare(way.name, run_backward(engine, p, ran.saved, way, back), gradients);

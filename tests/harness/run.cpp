@@ -82,6 +82,12 @@ class Common {
   std::unique_ptr<bool[]> reset_;
 };
 
+Values identity(int64_t n) {
+  Values eye(n * n, 0);
+  for (int64_t k = 0; k < n; ++k) eye[k * n + k] = 1;
+  return eye;
+}
+
 }  // namespace
 
 Ran run_forward(const rnnkit::Engine& engine, const Problem& p, const How& how) {
@@ -97,7 +103,9 @@ Ran run_forward(const rnnkit::Engine& engine, const Problem& p, const How& how) 
   const Buffer y(all * N, p.dtype, p.unaligned), c_all(p.all_states ? all * H : 0, p.dtype, p.unaligned);
   const bool keeps_c = p.lstm() && kept != 0;
   const Buffer c_kept(keeps_c ? all * H : 0, p.wide(), p.unaligned);
-  rnnkit::Forward f{common.layer, nullptr, nullptr, h.data(), p.lstm() ? c.data() : nullptr};
+  rnnkit::Forward f{common.layer, nullptr, nullptr, h.data(), p.lstm() ? c.data() : nullptr, nullptr, 0};
+  const Buffer w_ih(how.inside ? identity(width) : Values{}, p.dtype, p.unaligned);
+  if (how.inside) f.w_ih = w_ih.data(), f.I = width;
   if (p.bias) f.b_ih = b_ih.data(), f.b_hh = b_hh.data();
   const std::unique_ptr<rnnkit::ForwardScan> scan = engine.forward(f, p.T);
 
@@ -110,8 +118,8 @@ Ran run_forward(const rnnkit::Engine& engine, const Problem& p, const How& how) 
     const int64_t t0 = p.reverse ? p.T - done - n : done, first = t0 * p.B;
     rnnkit::Range r{};
     r.t0 = t0, r.n = n;
-    r.gx = gx.data() + first * gx_stride * wide;
-    r.gx_stride = gx_stride;
+    (how.inside ? r.x : r.gx) = gx.data() + first * gx_stride * wide;
+    r.gx_stride = r.x_row = gx_stride, r.x_step = p.B * gx_stride;
     r.y = y.data() + first * N * in;
     if (p.all_states) r.c_all = c_all.data() + first * H * in;
     if (kept != 0) r.gates = (how.in_place ? gx : gates).data() + first * gates_stride * wide;

@@ -32,6 +32,7 @@ struct How {
   bool save = true;             // gates and c for the backward
   bool in_place = false;        // gates over gx
   std::vector<int64_t> ranges;  // numbers of steps, in the order of the forward; empty: all in one
+  bool inside = false;          // the scan multiplies x, which is gx, by a W_ih, which is the identity
 };
 
 struct Ran {
