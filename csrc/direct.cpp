@@ -22,7 +22,7 @@ namespace {
 struct Bound {
   PyObject *to_handle = nullptr, *to_tensors = nullptr;
   PyObject *tensor = nullptr, *parameter = nullptr, *is_neg = nullptr;
-  std::array<PyObject*, 4> operators{};
+  std::array<PyObject*, 2> operators{};
 } bound;
 
 // Raised in Python already.
@@ -161,12 +161,12 @@ PyObject* method(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return checked<number>(f, given, count);
 }
 
-// bind(to_handle, to_tensors, Tensor, Parameter, Tensor.is_neg, the four operators in the order of the
+// bind(to_handle, to_tensors, Tensor, Parameter, Tensor.is_neg, the two operators in the order of the
 // methods below)
 PyObject* bind(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  if (count != 9) return PyErr_Format(PyExc_TypeError, "rnnkit: 9 arguments must be given, got %zd", count);
+  if (count != 7) return PyErr_Format(PyExc_TypeError, "rnnkit: 7 arguments must be given, got %zd", count);
   for (Py_ssize_t k = 0; k < count; ++k) Py_IncRef(given[k]);
-  bound = {given[0], given[1], given[2], given[3], given[4], {given[5], given[6], given[7], given[8]}};
+  bound = {given[0], given[1], given[2], given[3], given[4], {given[5], given[6]}};
   Py_IncRef(Py_None);
   return Py_None;
 }
@@ -185,8 +185,8 @@ PyMethodDef methods[] = {
      "cpu_single of csrc/operators.h; None where an argument is no plain tensor"},
     {"single_backward", function(&method<-1, &cpu_single_backward>), METH_FASTCALL,
      "Its gradients, likewise"},
-    {"step", function(&method<2, &cpu_step>), METH_FASTCALL, "rnnkit::cpu_step"},
-    {"lstm_step", function(&method<3, &cpu_lstm_step>), METH_FASTCALL, "rnnkit::cpu_lstm_step"},
+    {"step", function(&method<-1, &cpu_step>), METH_FASTCALL, "rnnkit::cpu_step, likewise"},
+    {"lstm_step", function(&method<-1, &cpu_lstm_step>), METH_FASTCALL, "rnnkit::cpu_lstm_step, likewise"},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,

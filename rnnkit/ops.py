@@ -128,13 +128,8 @@ def single(
 
     None where the call is not plain, the backend has no such way, or something is wrong: `layer` says what.
     """
-    if type(x) is not Tensor or x.dim() != 3 or not plain() or _autocast():
-        return None
-    if len(weights) == 4:
-        w_ih, w_hh, b_ih, b_hh = weights
-    elif len(weights) == 2:
-        (w_ih, w_hh), b_ih, b_hh = weights, None, None
-    else:
+    four = _four(weights)
+    if four is None or type(x) is not Tensor or x.dim() != 3 or not plain() or _autocast():
         return None
     steps, rows, features = x.shape
     if batch_first:
@@ -142,15 +137,14 @@ def single(
     if steps == 0:  # torch's layers refuse it
         return None
     try:
-        train = _grad() and _any_grad((w_ih, w_hh, b_ih, b_hh, x, h_0, c_0))
-        facts = (cell, "cpu", x.dtype, steps, rows, features, w_hh.shape[1], 0, b_ih is not None)
+        train = _grad() and _any_grad((*four, x, h_0, c_0))
+        facts = (cell, "cpu", x.dtype, steps, rows, features, four[1].shape[1], 0, four[2] is not None)
         known = recall(backend, (*facts, False, False, False, *_FORWARD, train))
         if known is None or not known.singles:
             return None
         if train:
-            how = cell, known, _FORWARD, batch_first
-            return _Layer.apply(how, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh)
-        return known.single(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first, False)
+            return _Layer.apply((cell, known, _FORWARD, batch_first), x, h_0, c_0, *four)
+        return known.single(cell, x, h_0, c_0, *four, batch_first, False)  # type: ignore[call-arg]
     except (RuntimeError, AttributeError, IndexError):
         return None
 
@@ -159,13 +153,28 @@ def _quick_step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, Tensor | None] | None:
     """`step` without gradients the quick way; None where there is none."""
-    found = _quick(cell, 2, x, h, c, weights, _FORWARD, backend)
-    if found is None or found[1]:
+    four = _four(weights)
+    if four is None or type(x) is not Tensor or x.dim() != 2 or not plain() or _autocast():
+        return None
+    if c is not None and cell != "lstm":
         return None
     try:
-        return found[0].step(cell, x, h, c, *found[2])  # type: ignore[arg-type]
-    except RuntimeError:
+        if _grad() and _any_grad((x, h, c, *four)):
+            return None
+        facts = (cell, "cpu", x.dtype, 1, *x.shape, four[1].shape[1], 0, four[2] is not None)
+        known = recall(backend, (*facts, False, False, False, *_FORWARD, False))
+        return None if known is None else known.step(cell, x, h, c, *four)
+    except (RuntimeError, AttributeError, IndexError):
         return None
+
+
+def _four(weights: Sequence[Tensor]) -> Sequence[Any] | None:
+    """w_ih, w_hh, b_ih and b_hh, the last two None where there is no bias; None for anything else."""
+    if type(weights) is not list and type(weights) is not tuple:
+        return None
+    if len(weights) == 2:
+        return (*weights, None, None)
+    return weights if len(weights) == 4 and weights[2] is not None and weights[3] is not None else None
 
 
 def _quick_layer(
@@ -173,7 +182,7 @@ def _quick_layer(
 ) -> Outputs | None:
     """`layer` without lengths, resets and options the quick way; None where there is none."""
     o = _REVERSE if reverse is True else _FORWARD
-    found = _quick(cell, 3, x, h_0, c_0, weights, o, backend) if o.reverse is reverse else None
+    found = _quick(cell, x, h_0, c_0, weights, o, backend) if o.reverse is reverse else None
     if found is None or not found[0].takes_none_states:
         return None
     known, train, four = found
@@ -185,7 +194,6 @@ def _quick_layer(
 
 def _quick(
     cell: str,
-    dims: int,
     x: Tensor,
     h: Tensor | None,
     c: Tensor | None,
@@ -195,24 +203,18 @@ def _quick(
 ) -> tuple[Backend, bool, Sequence[Tensor | None]] | None:
     """The backend that an earlier call with the same facts came to, whether a gradient is wanted, and w_ih, w_hh, b_ih,
     b_hh. None where the call is not plain, there was no such call, or no operator would see what is wrong."""
-    if type(weights) is not list and type(weights) is not tuple:
+    four = _four(weights)
+    if four is None:
         return None
-    if len(weights) != 4 and len(weights) != 2:
-        return None
-    for w in weights:
-        if w is None:
-            return None
-    four = weights if len(weights) == 4 else (*weights, None, None)
-    if type(x) is not Tensor or x.dim() != dims or not checks.plain(h, c, *weights) or not x.is_cpu or _autocast():
+    if type(x) is not Tensor or x.dim() != 3 or not checks.plain(h, c, *weights) or not x.is_cpu or _autocast():
         return None
     w_hh = weights[1]
     if w_hh.dim() != 2 or (c is not None and cell != "lstm"):
         return None
     train = _grad() and _any_grad((x, h, c, *weights))
-    sizes = x.shape if dims == 3 else (1, *x.shape)
     known = recall(
         backend,  # and what `Problem` holds
-        (cell, "cpu", x.dtype, *sizes, w_hh.shape[1], 0, four is weights, False, False, False, *o, train),
+        (cell, "cpu", x.dtype, *x.shape, w_hh.shape[1], 0, four is weights, False, False, False, *o, train),
     )
     return None if known is None else (known, train, four)
 

@@ -34,6 +34,7 @@ def both_ways(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple
     quick = outcome(call)
     with monkeypatch.context() as patch:
         patch.setattr(ops, "_quick", lambda *_: None)
+        patch.setattr(ops, "_quick_step", lambda *_: None)
         return quick, outcome(call)
 
 

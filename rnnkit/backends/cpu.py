@@ -40,21 +40,18 @@ class CPU(Backend):
 
     def __init__(self) -> None:
         if extension.available():
-            ops = torch.ops.rnnkit
-            operators = ops.cpu_layer_forward, ops.cpu_layer_backward, ops.cpu_step, ops.cpu_lstm_step
-            self._operators = tuple(op.default for op in operators)
-            found = extension.direct
+            ops, found = torch.ops.rnnkit, extension.direct
+            self._operators = ops.cpu_layer_forward.default, ops.cpu_layer_backward.default
+            self._direct = self._operators
+            self._step, self._lstm_step = ops.cpu_step.default, ops.cpu_lstm_step.default
             if found is not None:
                 self.singles = True
+                self._direct = found.layer_forward, found.layer_backward
+                self._step, self._lstm_step = found.step, found.lstm_step
                 self._single, self._single_backward = found.single, found.single_backward
-            self._direct = (
-                self._operators
-                if found is None
-                else (found.layer_forward, found.layer_backward, found.step, found.lstm_step)
-            )
 
     def _functions(self) -> tuple[Callable[..., Any], ...]:
-        """Layer forward and backward, step and LSTM step: as operators, where a mode of torch wants to see them."""
+        """A layer's forward and backward; as operators, where a mode of torch wants to see them."""
         return self._operators if _modes() or _transforming() else self._direct
 
     def available(self) -> str | None:
@@ -122,11 +119,13 @@ class CPU(Backend):
         w_hh: Tensor,
         b_ih: Tensor | None,
         b_hh: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One step without gradients: x [B, I] -> h and, for an LSTM, c [B, H]. h and c may be None for zeros."""
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """One step without gradients: x [B, I] -> h and, for an LSTM, c [B, H]. h and c may be None for zeros. None for
+        tensors that are not plain."""
         if cell == "lstm":
-            return self._functions()[3](x, h, c, w_ih, w_hh, b_ih, b_hh)
-        return self._functions()[2](NUMBERS[cell], x, h, w_ih, w_hh, b_ih, b_hh), None
+            return self._lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        new = self._step(NUMBERS[cell], x, h, w_ih, w_hh, b_ih, b_hh)
+        return None if new is None else (new, None)
 
     def backward(
         self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]

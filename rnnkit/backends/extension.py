@@ -49,7 +49,7 @@ def _bind() -> ModuleType | None:
         return None
     module = importlib.import_module("rnnkit._C")
     ops = torch.ops.rnnkit
-    operators = (ops.cpu_layer_forward, ops.cpu_layer_backward, ops.cpu_step, ops.cpu_lstm_step)
+    operators = (ops.cpu_layer_forward, ops.cpu_layer_backward)
     kinds = (torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg)
     module.bind(to_handle, to_tensors, *kinds, *(op.default for op in operators))
     return module
