@@ -4,7 +4,8 @@
 // version.
 //
 // A tensor crosses by torch._C._aoti, which turns a Python tensor into a handle of the stable ABI and back,
-// as the code that torch.compile writes does it. Where an argument is no plain tensor the operator is called.
+// as the code that torch.compile writes does it. Where an argument is no plain
+// tensor the operator is called, or None is returned.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -120,36 +121,42 @@ PyObject* call(Result (*f)(Args...), PyObject* const* given, std::index_sequence
   std::tuple<Args...> args{from_python<Args>(given[k])...};
   Result found = [&] {
     const WithoutGil released;
-    return f(std::move(std::get<k>(args))...);
+    return f(std::get<k>(args)...);  // copies: `args` goes when the GIL is back
   }();
   return to_python(found);
 }
 
-// number: of the operator that is called where an argument is no plain tensor; -1: None is returned.
-template <int number, class Result, class... Args>
-PyObject* checked(Result (*f)(Args...), PyObject* const* given, Py_ssize_t count) {
-  if (count != sizeof...(Args)) {
-    return PyErr_Format(PyExc_TypeError, "rnnkit: %zd arguments must be given, got %zd",
-                        static_cast<Py_ssize_t>(sizeof...(Args)), count);
-  }
-  if (!all_fit<Args...>(given, std::index_sequence_for<Args...>{})) {
-    if constexpr (number < 0) {
-      Py_IncRef(Py_None);
-      return Py_None;
-    }
+// Where an argument is no plain tensor: calls operator `number`, or gives None where that is -1.
+template <int number>
+PyObject* otherwise(PyObject* const* given, Py_ssize_t count) {
+  if constexpr (number < 0) {
+    Py_IncRef(Py_None);
+    return Py_None;
+  } else {
     PyObject* all = PyTuple_New(count);
     if (all == nullptr) return nullptr;
     for (Py_ssize_t k = 0; k < count; ++k) {
       Py_IncRef(given[k]);
       PyTuple_SetItem(all, k, given[k]);
     }
-    PyObject* found = PyObject_Call(bound.operators[number < 0 ? 0 : number], all, nullptr);
+    PyObject* found = PyObject_Call(bound.operators[number], all, nullptr);
     Py_DecRef(all);
     return found;
   }
+}
+
+template <int number, class Result, class... Args>
+PyObject* checked(Result (*f)(Args...), PyObject* const* given, Py_ssize_t count) {
+  if (count != sizeof...(Args)) {
+    return PyErr_Format(PyExc_TypeError, "rnnkit: %zd arguments must be given, got %zd",
+                        static_cast<Py_ssize_t>(sizeof...(Args)), count);
+  }
+  if (!all_fit<Args...>(given, std::index_sequence_for<Args...>{})) return otherwise<number>(given, count);
   try {
     return call(f, given, std::index_sequence_for<Args...>{});
   } catch (const PythonError&) {
+  } catch (const NoMemory&) {
+    return otherwise<number>(given, count);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }

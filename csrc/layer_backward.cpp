@@ -118,7 +118,7 @@ Rows before(const LayerInputs& in, const Scanned& s, const Tensor& y, const std:
 }
 
 // Steps whose pre-activations' gradients are held at a time: rows enough for a weight's gradient to be summed
-// at its rate, but no more than an eighth of all.
+// at its rate, but no more than an eighth of all (or 16).
 int64_t steps_at_a_time(const LayerInputs& in) {
   const int64_t rows = std::clamp<int64_t>(in.T * in.B / 8, 16, 512);
   return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 
 #include "tensors.h"
@@ -154,7 +155,12 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                          strides.data(), number_of(type),
                                                          aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  const Tensor memory(made);
+  // Torch fills new memory with NaN only where its operators make it, so tests ask for the same here.
+  static const bool fill = std::getenv("RNNKIT_FILL_NEW_MEMORY") != nullptr;
+  const auto bytes = memory.numel() * static_cast<int64_t>(memory.element_size());
+  if (fill && bytes > 0) std::memset(memory.mutable_data_ptr(), 0xff, bytes);
+  return memory;
 }
 
 Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type) {

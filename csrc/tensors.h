@@ -32,6 +32,11 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
+// A tensor whose zeros torch makes when someone asks the dispatcher for them.
+struct NoMemory : std::runtime_error {
+  NoMemory() : std::runtime_error("rnnkit: a tensor has no memory of its own") {}
+};
+
 // STD_TORCH_CHECK would put the function and the path of the build before the message.
 #define RNNKIT_CHECK(condition, ...) \
   do {                               \
@@ -60,7 +65,7 @@ inline void check(const Tensor& tensor, const char* name, ScalarType type,
                name, " must be ", toString(type), " ", shown(sizes), ", got ", toString(tensor.scalar_type()),
                " ", shown(got));
   RNNKIT_CHECK(tensor.is_cpu(), name, " must be on the CPU, got device index ", tensor.get_device_index());
-  RNNKIT_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name, " has no memory of its own");
+  if (tensor.numel() != 0 && tensor.const_data_ptr() == nullptr) throw NoMemory();
 }
 
 // `tensor` in contiguous memory, after checking what it is.

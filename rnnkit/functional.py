@@ -239,7 +239,8 @@ def stack(
     recompute: bool,
 ) -> Any:
     """What `lstm`, `gru` and `rnn` have in common: the cell by its name, every argument by place. For the modules."""
-    simple = num_layers == 1 and bidirectional is False and dropout == 0.0 and proj_size == 0
+    plain = type(num_layers) is type(proj_size) is int and type(dropout) in (int, float)
+    simple = plain and num_layers == 1 and bidirectional is False and dropout == 0 and proj_size == 0
     bare = lengths is None and reset is None and reset_state is None and return_all_states is False
     if simple and bare and type(batch_first) is bool and recompute is False:
         found = _single(cell, input, hx, weights, batch_first, backend)
@@ -326,7 +327,7 @@ def stack(
 
 
 def _single(cell: str, input: Any, hx: Any, weights: Sequence[Tensor], batch_first: bool, backend: str) -> Any:
-    """The call that most programs make, a layer without gradients, the short way; None where it is another."""
+    """The call that most programs make, one layer in one direction, the short way; None where it is another."""
     if cell != "lstm":
         found = ops.single(cell, input, hx, None, weights, batch_first, backend)
         return None if found is None else (found[0], found[1])
@@ -334,6 +335,8 @@ def _single(cell: str, input: Any, hx: Any, weights: Sequence[Tensor], batch_fir
         h_0 = c_0 = None
     elif type(hx) is tuple and len(hx) == 2:
         h_0, c_0 = hx
+        if h_0 is None or c_0 is None:
+            return None
     else:
         return None
     found = ops.single(cell, input, h_0, c_0, weights, batch_first, backend)

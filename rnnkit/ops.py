@@ -27,6 +27,7 @@ from .backends import (
     choose,
     describe,
     recall,
+    record,
     resolve,
 )
 from .cells import CELLS
@@ -34,6 +35,7 @@ from .registry import run_backward, run_forward, second_backward, states_of
 
 plain = checks.plain
 _modes = torch._C._len_torch_dispatch_stack
+_watching = torch._C._len_torch_function_stack  # TorchFunctionModes, a default device among them
 _transforming = torch._C._are_functorch_transforms_active
 _batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
 _grad = torch.is_grad_enabled
@@ -129,7 +131,7 @@ def single(
     None where the call is not plain, the backend has no such way, or something is wrong: `layer` says what.
     """
     four = _four(weights)
-    if four is None or type(x) is not Tensor or x.dim() != 3 or not plain() or _autocast():
+    if four is None or type(x) is not Tensor or x.dim() != 3 or not plain() or _autocast() or _watching():
         return None
     steps, rows, features = x.shape
     if batch_first:
@@ -140,6 +142,8 @@ def single(
         train = _grad() and _any_grad((*four, x, h_0, c_0))
         facts = (cell, "cpu", x.dtype, steps, rows, features, four[1].shape[1], 0, four[2] is not None)
         known = recall(backend, (*facts, False, False, False, *_FORWARD, train))
+        if known is None:  # a call goes the same way whether there was one like it: a checkpoint runs it twice
+            known = _chosen_for_single(cell, x, h_0, c_0, weights, batch_first, backend, train)
         if known is None or not known.singles:
             return None
         if train:
@@ -149,12 +153,36 @@ def single(
         return None
 
 
+def _chosen_for_single(
+    cell: str,
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_first: bool,
+    backend: str,
+    train: bool,
+) -> Backend | None:
+    """The backend for a `single` that was not met before; None where something is wrong with it."""
+    if any(v is not None and (v.dim() != 3 or v.shape[0] != 1) for v in (h_0, c_0)):
+        return None
+    h, c = (None if v is None else v[0] for v in (h_0, c_0))
+    try:
+        t, options = checks.layer(cell, x.transpose(0, 1) if batch_first else x, h, c, weights)
+        problem = describe(cell, t, options, train=train)
+        with record():  # whoever records shall see the choice once, here or on the ordinary way
+            known = choose(backend, problem)
+        return choose(backend, problem) if known.singles else known
+    except (checks.BadInput, ValueError, TypeError, NotImplementedError):
+        return None
+
+
 def _quick_step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, Tensor | None] | None:
     """`step` without gradients the quick way; None where there is none."""
     four = _four(weights)
-    if four is None or type(x) is not Tensor or x.dim() != 2 or not plain() or _autocast():
+    if four is None or type(x) is not Tensor or x.dim() != 2 or not plain() or _autocast() or _watching():
         return None
     if c is not None and cell != "lstm":
         return None

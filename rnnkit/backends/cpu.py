@@ -23,6 +23,7 @@ NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before"
 """The cells as csrc/cpu/scan.h numbers them."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _modes = torch._C._len_torch_dispatch_stack
+_watching = torch._C._len_torch_function_stack
 _transforming = torch._C._are_functorch_transforms_active
 LENGTHS, RESET = Tensors._fields.index("lengths"), Tensors._fields.index("reset")
 
@@ -52,7 +53,7 @@ class CPU(Backend):
 
     def _functions(self) -> tuple[Callable[..., Any], ...]:
         """A layer's forward and backward; as operators, where a mode of torch wants to see them."""
-        return self._operators if _modes() or _transforming() else self._direct
+        return self._operators if _modes() or _transforming() or _watching() else self._direct
 
     def available(self) -> str | None:
         return None if extension.available() else extension.reason()
@@ -121,7 +122,7 @@ class CPU(Backend):
         b_hh: Tensor | None,
     ) -> tuple[Tensor, Tensor | None] | None:
         """One step without gradients: x [B, I] -> h and, for an LSTM, c [B, H]. h and c may be None for zeros. None for
-        tensors that are not plain."""
+        tensors that are not plain, where the operators are not called."""
         if cell == "lstm":
             return self._lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh)
         new = self._step(NUMBERS[cell], x, h, w_ih, w_hh, b_ih, b_hh)

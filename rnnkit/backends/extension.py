@@ -6,7 +6,9 @@ Importing this never fails. Where the library is missing or does not load, `avai
 
 from __future__ import annotations
 
-import importlib
+import importlib.machinery
+import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,9 +17,13 @@ import torch
 _HOW = "`pip install -v --no-build-isolation -e .` in a source tree builds it, or says what is missing"
 
 
+def _library(folder: Path) -> Path | None:
+    return next(iter(sorted(folder.glob("_C*.so"))), None)
+
+
 def _load(folder: Path) -> str:
     """Load the library in `folder`. Returns why it is not available, empty where it is."""
-    library = next(iter(sorted(folder.glob("_C*.so"))), None)
+    library = _library(folder)
     if library is None:
         return f"the C++ extension is not built; {_HOW}"
     try:
@@ -27,7 +33,8 @@ def _load(folder: Path) -> str:
     return ""
 
 
-_reason = _load(Path(__file__).parent.parent)
+_FOLDER = Path(__file__).parent.parent
+_reason = _load(_FOLDER)
 
 
 def available() -> bool:
@@ -47,7 +54,15 @@ def _bind() -> ModuleType | None:
     to_tensors = getattr(crossing, "alloc_tensors_by_stealing_from_void_ptrs", None)
     if _reason or to_handle is None or to_tensors is None:
         return None
-    module = importlib.import_module("rnnkit._C")
+    path = str(_library(_FOLDER))
+    loader = importlib.machinery.ExtensionFileLoader("rnnkit._C", path)
+    spec = importlib.util.spec_from_file_location("rnnkit._C", path, loader=loader)
+    try:
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        loader.exec_module(module)
+    except ImportError:  # built before it was a module: the operators are there
+        return None
+    sys.modules["rnnkit._C"] = module
     ops = torch.ops.rnnkit
     operators = (ops.cpu_layer_forward, ops.cpu_layer_backward)
     kinds = (torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg)

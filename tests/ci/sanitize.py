@@ -125,6 +125,7 @@ def main() -> int:
 
     if extension.reason():
         raise SystemExit(extension.reason())
+    os.environ["RNNKIT_FILL_NEW_MEMORY"] = "1"
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     r = random.Random(o.seed)
