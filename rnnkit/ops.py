@@ -133,12 +133,12 @@ def single(
     four = _four(weights)
     if four is None or type(x) is not Tensor or x.dim() != 3 or not plain() or _autocast() or _watching():
         return None
-    steps, rows, features = x.shape
-    if batch_first:
-        steps, rows = rows, steps
-    if steps == 0:  # torch's layers refuse it
-        return None
     try:
+        steps, rows, features = x.shape
+        if batch_first:
+            steps, rows = rows, steps
+        if steps == 0:  # torch's layers refuse it
+            return None
         train = _grad() and _any_grad((*four, x, h_0, c_0))
         facts = (cell, "cpu", x.dtype, steps, rows, features, four[1].shape[1], 0, four[2] is not None)
         known = recall(backend, (*facts, False, False, False, *_FORWARD, train))
