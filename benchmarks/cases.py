@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 CELLS = ("RNN", "LSTM", "GRU")
 MODES = ("inference", "training")
+DTYPES = ("float32", "bfloat16", "float16")
 CPU, CUDA = ("cpu",), ("cuda",)
 GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
@@ -125,11 +126,12 @@ GROUPS = tuple(dict.fromkeys(case.group for case in TABLE))
 
 @dataclass(frozen=True)
 class Job:
-    """A case with one cell in one mode: what is set up, checked and timed together."""
+    """A case with one cell in one mode and dtype: what is set up, checked and timed together."""
 
     case: Case
     cell: str
     mode: str
+    dtype: str = DTYPES[0]
 
     @property
     def train(self) -> bool:
@@ -139,7 +141,8 @@ class Job:
     @property
     def name(self) -> str:
         """As it stands in messages."""
-        return f"{self.case.group} {self.case.name} {self.cell} {self.mode}"
+        narrow = "" if self.dtype == DTYPES[0] else f" {self.dtype}"
+        return f"{self.case.group} {self.case.name} {self.cell} {self.mode}{narrow}"
 
     @property
     def flops(self) -> float:
@@ -162,9 +165,15 @@ def known(what: str, wanted: Iterable[str], names: Sequence[str]) -> tuple[str, 
 
 
 def select(
-    device: str, cases: Sequence[str] = (), cells: Sequence[str] = (), modes: Sequence[str] = (), quick: bool = False
+    device: str,
+    cases: Sequence[str] = (),
+    cells: Sequence[str] = (),
+    modes: Sequence[str] = (),
+    quick: bool = False,
+    dtypes: Sequence[str] = (),
 ) -> list[Job]:
-    """The jobs of a device. cases: names of groups, of shapes, or both as `grid/1x128x64x64`; empty: all.
+    """The jobs of a device. cases: names of groups, of shapes, or both as `grid/1x128x64x64`; empty: all. dtypes: of
+    DTYPES; empty: float32.
 
     Raises BadInput for a name that does not exist, and where nothing is left.
     """
@@ -178,9 +187,11 @@ def select(
                 f"{', '.join(shapes)}, and both as grid/{shapes[0]}"
             )
     cells, modes = known("cell", cells, CELLS), known("mode", modes, MODES)
+    dtypes = known("dtype", dtypes, DTYPES) or DTYPES[:1]
     wanted = {name.lower() for name in cases}
     jobs = [
-        Job(case, cell, mode)
+        Job(case, cell, mode, dtype)
+        for dtype in dtypes
         for case in here
         if not wanted or wanted & {case.group, case.name, f"{case.group}/{case.name}"}
         if case.quick or not quick

@@ -2,8 +2,8 @@
 
     python -m rnnkit.benchmarks.choose [--results DIR] [--to FILE]
 
-Taken are plain layers of one layer and direction, on one thread, by call. Several processors that measured one shape
-give it the geometric mean of their times.
+Taken are plain layers of one layer and direction in float32, on one thread, by call. Several processors that measured
+one shape give it the geometric mean of their times.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def table(files: dict[str, list[Row]]) -> list[list[str]]:
     found: dict[tuple, dict[str, dict[str, float]]] = {}  # shape -> source -> backend -> ms
     for source, rows in sorted(files.items()):
         for row in rows:
-            single = row.layers == row.directions == row.threads == 1 and row.launch == "call"
+            single = row.layers == row.directions == row.threads == 1
+            single = single and (row.launch, row.dtype) == ("call", "float32")
             if row.group in GROUPS and single and row.implementation in BY_NAME:
                 shape = (row.device, CELLS[row.cell], int(row.mode == "training"), row.B, row.T, row.I, row.H)
                 found.setdefault(shape, {}).setdefault(source, {})[row.implementation] = row.ms

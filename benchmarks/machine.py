@@ -36,12 +36,13 @@ class Machine:
 
     Whatever else runs meanwhile makes a machine look slower, and a share of its limit larger than it is: `measure` is
     called several times in a run, and the best counts. Measured on one thread; `limit` multiplies by the threads of a
-    row. On a GPU the products run with the TF32 setting of the run, and the caches are those below the
-    multiprocessors: a kernel that keeps its weights on chip may beat the limit of a scan there.
+    row. The products are of `dtype`, as a row's. On a GPU float32 ones run with the TF32 setting of the run, and the
+    caches are those below the multiprocessors: a kernel that keeps its weights on chip may beat the limit of a scan
+    there.
     """
 
-    def __init__(self, device: str, seconds: float) -> None:
-        self.device = device
+    def __init__(self, device: str, seconds: float, dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = device, dtype
         self.peak = 0.0
         self.rates = [(kib * 1024, 0.0) for kib in CACHE[device]]  # bytes, bytes/s
         self.measure(seconds)
@@ -51,7 +52,8 @@ class Machine:
         device, threads = self.device, torch.get_num_threads()
         torch.set_num_threads(1)
         size = 1024 if device == "cpu" else 4096
-        x, w, b = (torch.randn(shape, device=device) for shape in ((size, size), (size, size), (size,)))
+        shapes = ((size, size), (size, size), (size,))
+        x, w, b = (torch.randn(shape, device=device).to(self.dtype) for shape in shapes)
         ways: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, w, b)]
         if device == "cpu" and torch.backends.mkldnn.is_available():
             ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""))
@@ -88,7 +90,7 @@ def limit(machine: Machine, job: Job, device: str, threads: int) -> float:
     peak = machine.peak * cores
     gates, hidden = GATES[job.cell], case.hidden
     product = 2 * case.rows * gates * hidden**2 / peak
-    size = 4 * gates * hidden**2
+    size = getattr(torch, job.dtype).itemsize * gates * hidden**2
     step = max(product, size / machine.stream(size))
     if case.group == "scan":
         return case.steps * step
@@ -124,6 +126,17 @@ def file_name(device: str, name: str) -> str:
     """The name, without an ending, of the file of a processor's rows: "cpu-amd-epyc-zen4"."""
     words = re.sub(r"(Zen) (\d)", r"\1\2", name)
     return f"{device}-{re.sub('[^a-z0-9]+', '-', words.lower()).strip('-')}"
+
+
+def no_device() -> str | None:
+    """Why nothing can run on a GPU here, and what it takes; None where something can."""
+    if torch.cuda.is_available():
+        return None
+    built = torch.version.cuda or torch.version.hip
+    return (
+        f"torch {torch.__version__} finds no CUDA device here{'' if built else ', and is built without CUDA'}. Needed: "
+        "a GPU with its driver, and a torch >= 2.11 that is built for it; `python -m rnnkit info` says what is here"
+    )
 
 
 def commit() -> str:

@@ -20,14 +20,14 @@ OURS, THEIRS, RUNTIME = "#00798c", "0.55", "#edae49"
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Whatever pictures these rows are enough for, one of each kind for each number of threads and way of launching."""
+    """Whatever pictures these rows are enough for, one of each kind for each number of threads, launch and dtype."""
     written = []
     rows = judged(rows)
-    settings = sorted({(row.threads, row.launch) for row in rows})
-    for threads, launch in settings:
-        some = [row for row in rows if (row.threads, row.launch) == (threads, launch)]
-        suffix = f"-{threads}t" if len({t for t, _ in settings}) > 1 else ""
-        suffix += f"-{launch}" if len({kind for _, kind in settings}) > 1 else ""
+    settings = sorted({(row.threads, row.launch, row.dtype) for row in rows})
+    for setting in settings:
+        some = [row for row in rows if (row.threads, row.launch, row.dtype) == setting]
+        names = (f"-{setting[0]}t", f"-{setting[1]}", f"-{setting[2]}")
+        suffix = "".join(name for k, name in enumerate(names) if len({other[k] for other in settings}) > 1)
         for name, figure in (("ratios", ratios(some)), *((f"sizes-{mode}", sizes(some, mode)) for mode in MODES)):
             if figure is not None:
                 written.append(folder / f"{name}{suffix}.png")
@@ -39,7 +39,7 @@ def about(rows: Sequence[Row]) -> str:
     """Where these rows come from, below a title."""
     row = rows[0]
     threads = f", {row.threads} thread{'s' if row.threads > 1 else ''}" if row.device == "cpu" else f", {row.launch}"
-    return f"{row.processor}{threads}, torch {row.torch}, float32, rnnkit {row.commit}"
+    return f"{row.processor}{threads}, torch {row.torch}, {row.dtype}, rnnkit {row.commit}"
 
 
 def ratios(rows: Sequence[Row]) -> Figure | None:

@@ -27,7 +27,8 @@ def cells(v: Verdict) -> list[str]:
     """A verdict as the cells of a line."""
     form = "{:.0%}".format if v.group == "scan" else "{:.2f}".format
     who = "" if v.implementation == "auto" else f"{v.implementation}: "
-    return [f"{who}{v.group}, against {v.against}", v.cell, v.mode, str(v.threads), str(v.cases), form(v.mean),
+    how = ", ".join([v.mode, *(part for part in (v.launch, v.dtype) if part not in ("call", "float32"))])
+    return [f"{who}{v.group}, against {v.against}", v.cell, how, str(v.threads), str(v.cases), form(v.mean),
             form(v.worst), v.worst_case, f"{v.share:.0%}", v.wanted, v.mark]  # fmt: skip
 
 
@@ -50,10 +51,10 @@ def markdown(
     rows: Sequence[Row], verdicts: Sequence[Verdict], machine: str, wrong: Sequence[str], notes: Sequence[str]
 ) -> str:
     """A run's report."""
-    about = rows[0]
+    about, dtypes = rows[0], dict.fromkeys(row.dtype for row in rows)
     parts = [
         "# rnnkit bench",
-        f"{about.processor}, torch {about.torch}, commit {about.commit}, float32"
+        f"{about.processor}, torch {about.torch}, commit {about.commit}, {', '.join(dtypes)}"
         + (f", TF32: {about.tf32}" if about.tf32 != "-" else "")
         + f". One core, or the GPU: {machine}.",
     ]
@@ -84,7 +85,7 @@ ROW_HEAD = ["B×T×I×H", "cell", "threads", "implementation", "against", "ms", 
 
 def _row(row: Row) -> list[str]:
     who = f"{row.implementation} → {row.ran}" if row.implementation == "auto" else row.implementation
-    who += "" if row.launch == "call" else f", {row.launch}"
+    who += "".join(f", {how}" for how in (row.launch, row.dtype) if how not in ("call", "float32"))
     return [row.case, row.cell, str(row.threads), who, row.against, f"{row.ms:.4g}", f"{row.against_ms:.4g}",
             f"{row.ratio_p50:.2f}", f"{row.ratio_p20:.2f}–{row.ratio_p80:.2f}", f"{row.gflops:.1f}", f"{row.share:.0%}",
             _mib(row.peak_mib), _mib(row.against_peak_mib)]  # fmt: skip
@@ -108,11 +109,11 @@ SUMMARY = (
 
 
 def summary(files: dict[str, list[Row]]) -> str:
-    """The README's tables, one for each processor, number of threads and way of launching."""
+    """The README's tables, one for each processor, number of threads, way of launching and dtype."""
     parts = []
     for name, rows in files.items():
-        for threads, launch in sorted({(row.threads, row.launch) for row in rows}):
-            some = [row for row in rows if (row.threads, row.launch) == (threads, launch)]
+        for threads, launch, dtype in sorted({(row.threads, row.launch, row.dtype) for row in rows}):
+            some = [row for row in rows if (row.threads, row.launch, row.dtype) == (threads, launch, dtype)]
             about = some[-1]
             found = {(v.group, v.against, v.cell, v.mode): v for v in targets.judge(some)}
             lines = []
@@ -127,7 +128,7 @@ def summary(files: dict[str, list[Row]]) -> str:
             if lines:
                 device = f"{threads} {'thread' if threads == 1 else 'threads'}" if about.device == "cpu" else launch
                 parts += [
-                    f"{about.processor}, {device}, torch {about.torch}, float32 "
+                    f"{about.processor}, {device}, torch {about.torch}, {dtype} "
                     f"([rows](benchmarks/results/{name}.csv)):",
                     table(["", *(f"{cell} {mode}" for cell in CELLS for mode in MODES)], lines),
                 ]

@@ -52,21 +52,25 @@ class Row:
     torch: str
     commit: str
     peak_gflops: float
-    """What one core (or the GPU) was measured to reach in this run."""
+    """What one core (or the GPU) was measured to reach in this run, in this dtype."""
+    dtype: str = "float32"
 
     @property
     def key(self) -> tuple[object, ...]:
         """What was measured, without the figures: a later row of the same key takes the place of an earlier one."""
         return (self.device, self.processor, self.group, self.case, self.cell, self.mode, self.threads, self.launch,
-                self.implementation, self.against, self.tf32)  # fmt: skip
+                self.implementation, self.against, self.tf32, self.dtype)  # fmt: skip
 
     def line(self) -> str:
         """For a person who watches."""
         who = self.implementation + (f" ({self.ran})" if self.implementation == "auto" else "")
+        how = ("" if self.dtype == "float32" else f"  {self.dtype}") + (
+            "" if self.launch == "call" else f"  {self.launch}"
+        )
         return (
             f"{self.group + ' ' + self.case:<27} {self.cell:<4} {self.mode:<9} {self.threads}t {who:<17} "
             f"{self.ms:9.3f} ms  {self.ratio_p50:6.2f} × {self.against:<16} {self.gflops:7.1f} GFLOP/s  "
-            f"{self.share:4.0%} of the limit" + ("" if self.launch == "call" else f"  {self.launch}")
+            f"{self.share:4.0%} of the limit{how}"
         )
 
 
@@ -77,6 +81,8 @@ PARSE: dict[str, Callable[[str], Any]] = {
     "str": str,
 }
 TYPES = {field.name: PARSE[str(field.type)] for field in dataclasses.fields(Row)}
+LATER = {field.name for field in dataclasses.fields(Row) if field.default is not dataclasses.MISSING}
+"""Columns that a file written before they were thought of does not have."""
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
@@ -96,9 +102,10 @@ def read(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = csv.DictReader(file)
-            if lines.fieldnames is None or list(lines.fieldnames) != list(TYPES):
+            names = list(lines.fieldnames or ())
+            if names != [name for name in TYPES if name in names or name not in LATER]:
                 raise BadInput(f"{path} has the columns {lines.fieldnames}, expected {', '.join(TYPES)}")
-            return [Row(**{name: kind(line[name]) for name, kind in TYPES.items()}) for line in lines]
+            return [Row(**{name: TYPES[name](line[name]) for name in names}) for line in lines]
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from error
 

@@ -1,6 +1,6 @@
 """`python -m rnnkit bench`: how fast every backend is, against torch.nn, ONNX Runtime, and what the machine can do.
 
-For each case, cell and mode: first every implementation's output and gradients are held against float64 (at most
+For each case, cell, mode and dtype: first every implementation's output and gradients are held against float64 (at most
 twice torch.nn's error, and a rounding band); what is wrong is not timed. Then all sides take turns in one process,
 and the ratio is that of paired times, the peer's over the implementation's: above 1, rnnkit is faster. Written are
 rows.csv, after every job, so that Ctrl-C keeps what was measured; at the end report.md and, with matplotlib,
@@ -16,6 +16,7 @@ import json
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ from rnnkit.demo.text import InputError
 
 from . import machine as limits
 from . import report, sides, targets, timing
-from .cases import CELLS, GROUPS, MODES, BadInput, Job, known, select
+from .cases import CELLS, DTYPES, GROUPS, MODES, BadInput, Job, known, select
 from .gate import Gate
 from .rows import RESULTS, Row, merge, read, write
 
 SECONDS = 0.25  # for each side of a job
 QUICK = 0.02
 LOOK = 20  # jobs between two looks at what the machine can do
+LOOP = 6e-3  # seconds a step, on a GPU: operators launched one by one from Python, in all calls of a job
+NAMED = 5  # of the jobs that were left out
 
 
 class NoDevice(RuntimeError):
@@ -47,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("case", "C", f"groups ({', '.join(GROUPS)}), shapes as 32x100x256x256, or both as grid/32x100x256x256"),
         ("cell", "C", ", ".join(CELLS)),
         ("mode", "M", ", ".join(MODES)),
+        ("dtype", "D", f"{', '.join(DTYPES)}; default: {DTYPES[0]}"),
         ("backend", "B", f"{', '.join(sides.NAMES)}; default: all that can run a case"),
         ("threads", "N", "numbers, as 1,2; default: 1"),
     ):
@@ -54,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a few small cases, in under a minute")
     parser.add_argument("--seconds", type=_seconds, metavar="S", help=f"for each side of a row; default: {SECONDS}")
+    parser.add_argument("--limit", type=_seconds, metavar="S", help="start no job that would end after S seconds")
     parser.add_argument("--module", metavar="M", help="measure this class too: my.package:Class, made as nn.LSTM is")
     parser.add_argument(
         "--compile",
@@ -92,7 +97,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, options.device
-        self.jobs = select(options.device, options.case, options.cell, options.mode, options.quick)
+        self.jobs = select(options.device, options.case, options.cell, options.mode, options.quick, options.dtype)
         self.backends = known("backend", options.backend, sides.NAMES) or sides.NAMES
         if options.record and not RESULTS.is_dir():
             raise BadInput(
@@ -100,12 +105,9 @@ class Bench:
             )
         self.threads = [_count(n) for n in options.threads] or [1]
         if self.device == "cuda":
-            if not torch.cuda.is_available():
-                raise NoDevice(
-                    "--device cuda: torch finds no CUDA device here"
-                    + ("" if torch.version.cuda else ", and this torch is built without CUDA")
-                    + "; `python -m rnnkit info` says what is here"
-                )
+            missing = limits.no_device()
+            if missing is not None:
+                raise NoDevice(f"--device cuda: {missing}")
             if options.tf32:
                 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32 == "on"
         if options.module is not None:
@@ -119,25 +121,31 @@ class Bench:
         self.wrong: list[str] = []
         self.notes: list[str] = []
         self.about: dict[str, Any] = {}
+        self.machines: dict[str, limits.Machine] = {}
+        """What this machine can do, by dtype."""
+        self.left: list[str] = []
+        """Jobs for which --limit left no time."""
 
     def run(self) -> int:
         """All jobs; report and write what was reached, also after Ctrl-C."""
         interrupted = False
+        self.begin = time.monotonic()
         before = torch.get_num_threads()
         self.options.out.mkdir(parents=True, exist_ok=True)
         progress = None
         try:
             self._say("measuring what this machine can do")
-            self.machine = limits.Machine(self.device, 0.1 if self.options.quick else 0.5)
+            look = 0.1 if self.options.quick else 0.5
+            for name in dict.fromkeys(job.dtype for job in self.jobs):
+                self.machines[name] = limits.Machine(self.device, look, getattr(torch, name))
             self.about = {
                 "device": self.device,
                 "processor": limits.processor(self.device),
                 "tf32": limits.tf32(self.device),
                 "torch": torch.__version__,
                 "commit": limits.commit(),
-                "peak_gflops": self.machine.peak / 1e9,
             }
-            self._say(f"{self.about['processor']}: {self.machine}")
+            self._say(f"{self.about['processor']}: {self._machines()}")
             progress = Progress("bench", len(self.threads) * len(self.jobs), sys.stderr, "job")
             self._measure(progress)
         except KeyboardInterrupt:
@@ -164,7 +172,11 @@ class Bench:
         costs = [self._cost(threads, job) for threads, job in everything]
         for done, (threads, job) in enumerate(everything, 1):
             if done % LOOK == 0:
-                self.machine.measure(0.1)
+                self._look()
+            spent, limit = time.monotonic() - self.begin, self.options.limit
+            if limit is not None and spent + costs[done - 1] > limit:
+                self.left.append(job.name)
+                continue
             torch.set_num_threads(threads)
             found = self._job(job, threads, progress)
             self.rows += found
@@ -174,11 +186,28 @@ class Bench:
             if found:
                 write(self.options.out / "rows.csv", self.rows)
             progress.show(done, job.name, sum(costs[:done]) / sum(costs))
-        self.machine.measure(0.1)
+        self._look()
+        if self.left:
+            self.notes.append(
+                f"--limit {self.options.limit:g}: {len(self.left)} of {len(everything)} jobs were left out for want of "
+                f"time: {', '.join(self.left[:NAMED])}{', ...' if len(self.left) > NAMED else ''}"
+            )
+
+    def _look(self) -> None:
+        for machine in self.machines.values():
+            machine.measure(0.1)
+
+    def _machines(self) -> str:
+        """What the machine can do, in each dtype where there are several."""
+        several = len(self.machines) > 1
+        return "; ".join(f"{name}: {machine}" if several else str(machine) for name, machine in self.machines.items())
 
     def _cost(self, threads: int, job: Job) -> float:
         """About how many seconds a job takes: its time on the clock, and its work many times over."""
-        return self.seconds * (len(self.backends) + 2) + 60 * job.flops / (self.machine.peak * threads) + 0.1
+        clock, loop = self.seconds * (len(self.backends) + 2) + 0.1, 0.0
+        if self.device == "cuda":
+            clock, loop = 2 * clock, LOOP * job.case.steps * job.case.layers * job.case.directions
+        return clock + loop + 60 * job.flops / (self.machines[job.dtype].peak * threads)
 
     def _job(self, job: Job, threads: int, progress: Progress) -> list[Row]:
         """Set up, gate, memory, clock: the rows of one job."""
@@ -218,7 +247,7 @@ class Bench:
                 side.module.zero_grad()
             if side.name != sides.ORT:  # it takes its memory by itself
                 peaks[id(side)] = timing.peak_mib(works[id(side)], self.device)
-        limit = limits.limit(self.machine, job, self.device, threads)
+        limit = limits.limit(self.machines[job.dtype], job, self.device, threads)
         rows = []
         for launch in ("call", "graph") if self.device == "cuda" else ("call",):
             if launch == "graph":
@@ -283,6 +312,8 @@ class Bench:
             peak_mib=peaks.get(id(side)),
             against_peak_mib=peaks.get(id(peer)),
             threads=threads,
+            dtype=job.dtype,
+            peak_gflops=self.machines[job.dtype].peak / 1e9,
             **self.about,
         )
 
@@ -298,7 +329,7 @@ class Bench:
                     f"{beyond} rows are faster than the limit: the machine was busy whenever it was measured, or the "
                     "clock was higher since; take no share of the limit from this run"
                 )
-            text = report.markdown(self.rows, verdicts, str(self.machine), self.wrong, self.notes)
+            text = report.markdown(self.rows, verdicts, self._machines(), self.wrong, self.notes)
             (out / "report.md").write_text(text, encoding="utf-8")
             written = [out / "rows.csv", out / "report.md"]
             try:
@@ -327,15 +358,16 @@ class Bench:
 
     def _limited(self, row: Row, job: Job) -> Row:
         """The row against the best that the machine has shown by now."""
-        limit = limits.limit(self.machine, job, self.device, row.threads) * 1e3
-        return dataclasses.replace(row, limit_ms=limit, share=limit / row.ms, peak_gflops=self.machine.peak / 1e9)
+        machine = self.machines[job.dtype]
+        limit = limits.limit(machine, job, self.device, row.threads) * 1e3
+        return dataclasses.replace(row, limit_ms=limit, share=limit / row.ms, peak_gflops=machine.peak / 1e9)
 
     def _result(self, verdicts: list[targets.Verdict], interrupted: bool) -> dict[str, Any]:
         return {
             "interrupted": interrupted,
             "wrong": self.wrong,
             "notes": list(dict.fromkeys(self.notes)),
-            "machine": str(self.machine) if self.about else None,
+            "machine": self._machines() if self.about else None,
             "memory": timing.MEMORY[self.device],
             "targets": [dataclasses.asdict(verdict) for verdict in verdicts],
             "rows": [dataclasses.asdict(row) for row in self.rows],

@@ -97,12 +97,13 @@ def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compil
     """Weights, input and every side of a job. backends: names of rnnkit's; those that cannot run it are left out."""
     case = job.case
     torch.manual_seed(0)
-    theirs = _layer(nn, job).to(device)
-    x = torch.randn(case.steps, case.batch, case.inputs, device=device)
+    dtype: torch.dtype = getattr(torch, job.dtype)
+    theirs = _layer(nn, job).to(device, dtype)
+    x = torch.randn(case.steps, case.batch, case.inputs, device=device).to(dtype)
     run, peers = _ways(job, theirs, device)
     found = Setup(x, peers[0], peers=peers)
     for name in backends:
-        ours = _layer(rnnkit, job, backend=name).to(device)
+        ours = _layer(rnnkit, job, backend=name).to(device, dtype)
         ours.load_state_dict(theirs.state_dict())
         side = Side(name, ours, run)
         try:
@@ -118,12 +119,13 @@ def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compil
     if module is not None:
         other = custom(module, job)
         if other is not None:
-            other.to(device).load_state_dict(theirs.state_dict())
+            other.to(device, dtype).load_state_dict(theirs.state_dict())
             names = tuple(name for name, _ in theirs.named_parameters())
             found.ours.append(Side(module, other, _plain, weights=names))
     if compiled and case.steps <= COMPILED_STEPS and case.layers * case.directions == 1:
         found.ours.append(Side(COMPILE, torch.compile(_Reference(job, theirs)), _plain))
-    if device == "cpu" and not job.train and importlib.util.find_spec("onnxruntime") and case.group != "scan":
+    plain = device == "cpu" and dtype == torch.float32 and not job.train and case.group != "scan"
+    if plain and importlib.util.find_spec("onnxruntime"):
         found.peers.append(_onnxruntime(theirs, x, threads))
     return found
 
@@ -170,7 +172,7 @@ def _ways(job: Job, theirs: nn.Module, device: str) -> tuple[Run, list[Side]]:
         return step, [Side(TORCH, theirs, step)]
     if case.group == "resets":
         reset = torch.rand(case.steps, case.batch, device=device) < case.resets
-        cell = getattr(nn, f"{job.cell}Cell")(case.inputs, case.hidden).to(device)
+        cell = getattr(nn, f"{job.cell}Cell")(case.inputs, case.hidden).to(device, getattr(torch, job.dtype))
         cell.load_state_dict({name.removesuffix("_l0"): v for name, v in theirs.state_dict().items()})
         return (
             lambda m, x: _flat(m(x, reset=reset)),

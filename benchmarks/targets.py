@@ -1,8 +1,9 @@
 """What is aimed at, beside what was measured: each target met or missed, on made-up rows as on real ones.
 
 Groups of the grid are judged by the geometric mean and the worst ratio. Processors differ in what a ratio can be at
-all, so a geometric mean of SHARE of the limit is as good as the wanted ratio. All on a CPU; figures of a GPU are
-listed without a mark.
+all, so a geometric mean of SHARE of the limit is as good as the wanted ratio. These are of a CPU. On a GPU the same
+groups are listed without a mark, and what is aimed at is asked of the fused backends by name (FUSED): each against
+cuDNN, against a loop of torch operators, and against itself without resets.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from .cases import CELLS, MODES
 from .rows import Row
+from .sides import CELLS as STEPWISE
 from .sides import ORT, TORCH, WITHOUT
 
 SHARE = 0.75  # of the limit, geometric mean: as good as the mean ratio
@@ -27,6 +29,20 @@ GRID = {
 SCAN = 0.8  # of the peak at B >= 32 and H >= 128; of the cache's bandwidth at B = 1
 STEP = {"RNN": 1 / 0.7, "LSTM": 2.0, "GRU": 2.0}  # torch's time over ours, one step of a cell
 EXTRA = 1 / 1.05  # with resets or lengths: at most 5 % slower than without
+SMALL = 256  # units: what a fused backend on a GPU is to win first
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What is asked of a backend on a GPU, in bfloat16 with a backward."""
+
+    mean: float
+    """Geometric mean of the ratio to cuDNN over the group `field` with H <= SMALL."""
+    free: tuple[str, ...]
+    """Groups in which it is at most 5 % slower than without."""
+
+
+FUSED = {"triton": Fused(1.5, ("resets",)), "cuda": Fused(2.0, ("resets", "lengths"))}
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,8 @@ class Verdict:
     """Geometric mean of the share of the limit."""
     wanted: str
     met: bool | None
+    launch: str = "call"
+    dtype: str = "float32"
 
     @property
     def mark(self) -> str:
@@ -71,13 +89,14 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
     groups: dict[tuple, list[Row]] = {}
     for row in judged(rows):
         narrow = row.group == "scan" and row.B == 1
-        key = (row.threads, row.launch, row.group, narrow, row.against, row.mode, row.cell, row.implementation)
+        how = (row.threads, row.launch, row.dtype)
+        key = (how, row.group, narrow, row.against, row.mode, row.cell, row.implementation)
         groups.setdefault(key, []).append(row)
     order = {name: k for k, name in enumerate((*MODES, *CELLS))}
     verdicts = []
-    for (threads, _, group, narrow, against, mode, cell, who), some in sorted(
+    for ((threads, launch, dtype), group, narrow, against, mode, cell, who), some in sorted(
         groups.items(),
-        key=lambda g: (g[0][0], g[0][1], RANK[g[0][2]], g[0][3], g[0][4], order[g[0][5]], order[g[0][6]]),
+        key=lambda g: (g[0][0], RANK[g[0][1]], *g[0][2:4], order[g[0][4]], order[g[0][5]]),
     ):
         scan = group == "scan"
         if scan and against != TORCH:
@@ -103,9 +122,63 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
                 share=share,
                 wanted=wanted,
                 met=met,
+                launch=launch,
+                dtype=dtype,
             )
         )
+    return verdicts + fused([row for row in rows if row.device != "cpu"])
+
+
+def fused(rows: Sequence[Row]) -> list[Verdict]:
+    """The verdicts on the fused backends of a GPU, by call and by graph; none on what was not measured."""
+    loops = {_job(row): row.ms for row in rows if row.implementation == LOOP}
+    verdicts = []
+    for name, goal in FUSED.items():
+        for launch in ("call", "graph"):
+            own = [row for row in rows if (row.implementation, row.launch) == (name, launch)]
+            best = [row for row in own if (row.dtype, row.mode) == ("bfloat16", "training")]
+            small = {row: row.ratio_p50 for row in best if row.H <= SMALL and (row.group, row.against) == FIELD}
+            looped = {row: loops[_job(row)] / row.ms for row in own if _job(row) in loops}
+            looped |= {row: row.ratio_p50 for row in own if row.against == STEPWISE}
+            asked = [(f"field, H <= {SMALL}", TORCH, small, f"mean >= {goal.mean:g}", goal.mean, 0.0)]
+            asked += [("all", "a loop of torch operators", looped, "each >= 1", 0.0, 1.0)]
+            for group in goal.free:
+                without = {row: row.ratio_p50 for row in best if (row.group, row.against) == (group, WITHOUT)}
+                asked.append((group, WITHOUT, without, "at most 5 % slower than without", 0.0, EXTRA))
+            for group, against, figure, wanted, least, floor in asked:
+                if not figure:
+                    continue
+                worst = min(figure, key=lambda row: figure[row])
+                mean = geometric_mean(figure.values())
+                verdicts.append(
+                    Verdict(
+                        group=group,
+                        cell="all",
+                        mode="all" if figure is looped else "training",
+                        threads=1,
+                        implementation=name,
+                        against=against,
+                        cases=len({_job(row) for row in figure}),
+                        mean=mean,
+                        worst=figure[worst],
+                        worst_case=f"{worst.cell} {worst.case}",
+                        share=geometric_mean(row.share for row in figure),
+                        wanted=wanted,
+                        met=mean >= least and figure[worst] >= floor,
+                        launch=launch,
+                        dtype="all" if figure is looped else "bfloat16",
+                    )
+                )
     return verdicts
+
+
+LOOP = "reference"  # the backend that is a loop of torch operators
+FIELD = ("field", TORCH)
+
+
+def _job(row: Row) -> tuple[object, ...]:
+    """What was done and how, whoever did it."""
+    return (row.processor, row.group, row.case, row.cell, row.mode, row.dtype, row.tf32, row.launch)
 
 
 RANK = {name: k for k, name in enumerate(("grid", "step", "scan", "resets", "lengths", "field", "sweep"))}

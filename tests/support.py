@@ -23,11 +23,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkit
 from rnnkit.backends import BACKENDS, Problem, record
-
-BAND_ULPS = 4
-"""The band, in units in the last place of the tensor's largest value: one rounding of the result, one of what it
-was computed from (the layer below, or the saved state), each on our side and on torch's. It matters where torch's
-error happens to be near zero, as in tensors of a few elements."""
+from rnnkit.benchmarks.gate import BAND_ULPS, band, error
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 """Cells that torch.nn knows."""
@@ -248,23 +244,7 @@ def run(module: nn.Module, call: Call, dtype: torch.dtype, forward: Forward = pl
     return named([v.detach() for v in outputs]) | found
 
 
-# The budget.
-
-
-def error(value: Tensor, truth: Tensor) -> float:
-    """The largest absolute difference; infinite where either is not finite or the shapes differ."""
-    if value.shape != truth.shape:
-        return float("inf")
-    if not value.numel():
-        return 0.0
-    worst = (value.double() - truth.double()).abs().max().item()
-    return worst if worst == worst else float("inf")
-
-
-def band(truth: Tensor, dtype: torch.dtype) -> float:
-    """What rounding alone may cost a tensor in `dtype`."""
-    scale = truth.double().abs().max().item() if truth.numel() else 0.0
-    return BAND_ULPS * torch.finfo(dtype).eps * scale
+# The budget, of errors and bands as the benchmark's gate knows them.
 
 
 def complaints(got: Values, torch_gave: Values, truth: Values, dtype: torch.dtype) -> list[str]:
