@@ -19,10 +19,10 @@ CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test variants bench lint harness sanitize aarch64 wheel clean
+.PHONY: help demo test variants bench gpu-check lint harness sanitize aarch64 wheel clean
 
 help: ## say what the verbs do
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed ## the main job, on real text, for each cell
 	set -e; for cell in lstm gru rnn; do $(BIN)/python -m rnnkit demo --cell $$cell --out demo-out/$$cell; done
@@ -39,6 +39,14 @@ variants: .venv/installed ## parity, lengths and resets on the instruction sets 
 
 bench: .venv/installed ## every backend against torch.nn; BENCH=--quick for a minute of it
 	$(BIN)/python -m rnnkit bench $(BENCH)
+
+# Takes the Python, torch and Triton that it finds, offline: where there is a GPU there is maybe nothing else. What is
+# compiled is compiled in place where it is missing and there is a device; where it cannot be, the check goes on.
+gpu-check: ## every backend on this machine's GPU: right, then fast; GPU_CHECK=--quick for two minutes
+	@if ! ls rnnkit/_C*.so >/dev/null 2>&1 && $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(PYTHON) setup.py -q build_ext --inplace || echo 'rnnkit: going on without the C++ extension' >&2; \
+	fi
+	$(PYTHON) -m rnnkit gpu-check $(GPU_CHECK)
 
 lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,200 +28,7 @@ from rnnkit import ops
 from rnnkit.backends import BACKENDS, NAMES, record
 
 from .gate import band, error
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Values = dict[str, Tensor]
-POOLED, SAMPLES = 96, 16  # numbers that a state has at least, in so many runs at most: the largest of a few is luck
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of layer: its class, what the class takes, and the cell's name in `ops.layer`."""
-
-    layer: str
-    cell: str
-    options: dict[str, Any] = field(default_factory=dict)
-    known: bool = True
-    """Whether torch.nn has it."""
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """The names of its states."""
-        return ("h", "c") if self.cell == "lstm" else ("h",)
-
-
-KINDS = {
-    "rnn_tanh": Kind("RNN", "rnn_tanh"),
-    "rnn_relu": Kind("RNN", "rnn_relu", {"nonlinearity": "relu"}),
-    "lstm": Kind("LSTM", "lstm"),
-    "lstm_proj": Kind("LSTM", "lstm", {"proj_size": 3}),
-    "gru": Kind("GRU", "gru"),
-    "gru_reset_before": Kind("GRU", "gru_reset_before", {"reset_after": False}, known=False),
-}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Sizes (T, B, I, H), and what a layer is called with."""
-
-    size: tuple[int, int, int, int] = (6, 4, 5, 9)
-    layers: int = 1
-    both: bool = False
-    """Both directions."""
-    bias: bool = True
-    hx: bool = True
-    lengths: bool = False
-    resets: bool = False
-    reset_state: bool = False
-    all_states: bool = False
-    recompute: bool = False
-    quick: bool = False
-
-    def __str__(self) -> str:
-        words = [f"{name} {n}" for name, n in zip("TBIH", self.size, strict=True)]
-        words += [f"{self.layers} layers"] * (self.layers > 1) + ["both directions"] * self.both
-        for name in ("lengths", "resets", "reset_state", "all_states", "recompute"):
-            words += [name] * getattr(self, name)
-        return ", ".join(words + [f"no {name}" for name in ("bias", "hx") if not getattr(self, name)])
-
-
-EVERYTHING = Variant((7, 5, 4, 8), 2, True, lengths=True, resets=True, reset_state=True, quick=True)
-VARIANTS = (
-    Variant(quick=True),
-    Variant((1, 4, 5, 7), quick=True),
-    Variant((1, 1, 1, 4)),
-    Variant((17, 2, 19, 33)),
-    Variant((3, 17, 33, 65), quick=True),
-    Variant((5, 16, 32, 128), both=True),
-    Variant((2, 3, 7, 257)),
-    Variant(hx=False, bias=False),
-    Variant(layers=2, both=True),
-    Variant(lengths=True),
-    Variant(lengths=True, both=True, hx=False),
-    Variant(resets=True),
-    Variant(resets=True, reset_state=True, both=True),
-    Variant((9, 5, 3, 16), lengths=True, resets=True, reset_state=True, all_states=True, quick=True),
-    Variant(lengths=True, resets=True, recompute=True, quick=True),
-    EVERYTHING,
-)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A kind of layer in one variant and dtype."""
-
-    kind: str
-    variant: Variant
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"{self.kind} in {str(self.dtype)[6:]} ({self.variant})"
-
-    @property
-    def output_size(self) -> int:
-        """H, or P with a projection."""
-        return KINDS[self.kind].options.get("proj_size") or self.variant.size[3]
-
-    @property
-    def samples(self) -> int:
-        """Runs to pool."""
-        return min(SAMPLES, -(-POOLED // (self.variant.size[1] * self.output_size)))
-
-    @property
-    def known(self) -> bool:
-        """Whether torch.nn can be brought to do it."""
-        return KINDS[self.kind].known and not self.variant.all_states
-
-
-def problems(quick: bool = False) -> list[Problem]:
-    """What is examined. quick: a few variants in bfloat16, and the one with everything in float32."""
-    every = [Problem(*parts) for parts in itertools.product(KINDS, VARIANTS, DTYPES)]
-    if quick:
-        every = [
-            p
-            for p in every
-            if p.variant.quick and (p.dtype == torch.bfloat16 or (p.variant is EVERYTHING and p.dtype == torch.float32))
-        ]
-    return [p for p in every if p.kind != "rnn_relu" or p.variant.bias]  # see `_relu`
-
-
-# What a problem is given: values in float64 that its dtype holds exactly.
-
-
-@dataclass
-class Given:
-    """x [T, B, I]; h_0, c_0 and h_r, c_r [L·D, B, ·]; weights under torch's names; lengths [B], resets [T, B]."""
-
-    leaves: Values
-    weights: Values
-    lengths: Tensor | None
-    resets: Tensor | None
-
-    @property
-    def valid(self) -> list[int]:
-        """How many steps each row has."""
-        steps, rows = self.leaves["x"].shape[:2]
-        return [steps] * rows if self.lengths is None else self.lengths.tolist()
-
-    def to(self, dtype: torch.dtype, device: str) -> tuple[Values, Values]:
-        """Leaves and weights, each to be differentiated by."""
-        every = (self.leaves, self.weights)
-        first, second = ({n: v.to(device, dtype).requires_grad_() for n, v in some.items()} for some in every)
-        return first, second
-
-
-def draw(problem: Problem, seed: int) -> Given:
-    """Random numbers. Row 0 has all its steps, the last row none where there are several."""
-    variant, kind, g = problem.variant, KINDS[problem.kind], torch.Generator().manual_seed(seed)
-    steps, rows, features, hidden = variant.size
-
-    def uniform(*shape: int) -> Tensor:
-        return (torch.rand(shape, generator=g) * 2 - 1).to(problem.dtype).double()
-
-    count = variant.layers * (2 if variant.both else 1)
-    leaves = {"x": uniform(steps, rows, features)}
-    for suffix in ["0"] * variant.hx + ["r"] * variant.reset_state:
-        for name, size in zip(kind.states, (problem.output_size, hidden), strict=False):
-            leaves[f"{name}_{suffix}"] = uniform(count, rows, size)
-    weights = {}
-    for name, p in build(problem, rnnkit).named_parameters():
-        scale = _relu(name, p.shape) if problem.kind == "rnn_relu" else hidden**-0.5
-        v = uniform(*p.shape)
-        if problem.kind == "rnn_relu" and name.startswith("bias"):
-            sign = torch.ones(hidden)
-            sign[::3] = -1
-            v = (1.75 + v / 8) * sign
-        weights[name] = (v * scale).to(problem.dtype).double()
-    lengths = resets = None
-    if variant.lengths:
-        lengths = torch.randint(1, steps + 1, (rows,), generator=g)
-        lengths[0] = steps
-        if rows > 1:
-            lengths[-1] = 0
-    if variant.resets:
-        resets = torch.rand(steps, rows, generator=g) < 0.3
-    return Given(leaves, weights, lengths, resets)
-
-
-def _relu(name: str, shape: torch.Size) -> float:
-    """How large a weight of an RNN with relu may be, so that no rounding takes a sum over the kink.
-
-    There the derivative is that of another function, and no budget says how far it is off. Both biases together are
-    between 3.2 and 3.8 in size; |W_ih x| stays below 0.5 and |W_hh h|, with h below 6.7, below 2.4.
-    """
-    if name.startswith("bias"):
-        return 1.0
-    most = 0.35 if name.startswith("weight_hh") else 0.5 if "l0" in name else 0.07
-    return most / shape[1]
-
-
-def build(problem: Problem, library: Any, **more: Any) -> nn.Module:
-    """The layer, of rnnkit or of torch.nn."""
-    variant, kind = problem.variant, KINDS[problem.kind]
-    _, _, features, hidden = variant.size
-    how = dict(num_layers=variant.layers, bias=variant.bias, bidirectional=variant.both, **kind.options)
-    return getattr(library, kind.layer)(features, hidden, **how, **more)
-
+from .problems import KINDS, Given, Problem, Values, build, draw
 
 # Three ways to run it. Each takes leaves and weights and gives y [T, B, D·N], h_n, c_n [L·D, B, ·], and all states.
 
@@ -305,7 +113,8 @@ def by_steps(problem: Problem, given: Given, leaves: Values, weights: Values) ->
     sizes = (problem.output_size, variant.size[3])[: len(kind.states)]
     valid = torch.tensor(given.valid, device=x.device)[:, None]
     resets = None if given.resets is None else given.resets.to(x.device)
-    finals, histories = [], []
+    finals: list[Any] = []
+    histories: list[Any] = []
     for n in range(variant.layers):
         outputs = []
         for d in range(2 if variant.both else 1):
@@ -369,6 +178,10 @@ class Findings:
     worst: dict[tuple[str, torch.dtype], tuple[float, str]] = field(default_factory=dict)
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
     """backend -> reason -> problems that it cannot run for it"""
+    ended: bool = False
+    """Whether the device failed before the end."""
+    left: int = 0
+    """Problems for which there was no time."""
 
     def blame(self, backend: str, what: str) -> None:
         """Put a failure down."""
@@ -376,7 +189,7 @@ class Findings:
         self.wrong.append(f"{backend}: {what}")
 
     def lines(self) -> list[str]:
-        """For a person: a line for each backend and dtype, then what was left out, then what is wrong."""
+        """For a person: a line for each backend and dtype, then what was left out."""
         said = []
         for (backend, dtype), count in self.ran.items():
             share, where = self.worst.get((backend, dtype), (0.0, "nothing"))
@@ -385,23 +198,41 @@ class Findings:
             )
         for backend, reasons in self.skipped.items():
             said += [f"{backend:<10} left out of {count:>4} problems: {reason}" for reason, count in reasons.items()]
-        return said + [f"WRONG {line}" for line in self.wrong]
+        return said
 
 
 def examine(
+    findings: Findings,
     device: str,
     every: Sequence[Problem],
     backends: Sequence[str] = NAMES,
     tell: Callable[[int, str], None] | None = None,
-) -> Findings:
-    """Run the problems on every backend that can, and on `auto`; `tell` hears how many are done, and which."""
-    findings = Findings()
+    seconds: float = float("inf"),
+) -> None:
+    """Run the problems on every backend that can, and on `auto`, and put down what is found.
+
+    `tell` hears how many are done, and which. Begins no problem after so many seconds. Ends early where torch itself
+    fails: a kernel that wrote where it must not leaves a device that nothing runs on.
+    """
+    begin = time.monotonic()
     with _strict():
         for done, problem in enumerate(every, 1):
-            _examine(findings, device, problem, backends)
+            if time.monotonic() - begin > seconds:
+                findings.left = len(every) - done + 1
+                return
+            try:
+                _examine(findings, device, problem, backends)
+            except RuntimeError as error:
+                findings.ended = True
+                findings.wrong.append(f"torch fails, and the examination ends, in {problem}: {_first(error)}")
+                return
             if tell is not None:
                 tell(done, str(problem))
-    return findings
+
+
+def _first(error: Exception) -> str:
+    """What an error says before it goes into detail."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _examine(findings: Findings, device: str, problem: Problem, backends: Sequence[str]) -> None:
@@ -426,7 +257,7 @@ def _examine(findings: Findings, device: str, problem: Problem, backends: Sequen
             with record() as choices:
                 got = _pooled([numbers(named(name), problem, given, problem.dtype, device) for given in drawn])
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as raised:
-            findings.blame(name, f"raised {type(raised).__name__}: {str(raised).strip()}, in {problem}")
+            findings.blame(name, f"raised {_first(raised)}, in {problem}")
             continue
         others = {chosen for _, _, chosen in choices} - {name}
         if others and name != "auto":
@@ -453,25 +284,26 @@ def _pooled(samples: list[Values]) -> Values:
     return {name: torch.cat([sample[name].flatten() for sample in samples]) for name in samples[0]}
 
 
+FILL = "fill_uninitialized_memory"  # a property that type checkers do not see
+
+
 @contextlib.contextmanager
 def _strict() -> Iterator[None]:
     """float32 that is float32, not TF32; NaN in the memory that nobody wrote; no advice on speed."""
     os.environ.setdefault(
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
     )  # else torch warns, or cuBLAS has another order each time
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
-    fill, mode = torch.utils.deterministic.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+    matmul, cudnn, filling = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
+    before, mode = (matmul.allow_tf32, cudnn.allow_tf32), torch.get_deterministic_debug_mode()
+    fill = getattr(filling, FILL)
     try:
-        for switch in switches:
-            switch.allow_tf32 = False
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        setattr(filling, FILL, True)
         torch.use_deterministic_algorithms(True, warn_only=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for switch, allowed in zip(switches, before, strict=True):
-            switch.allow_tf32 = allowed
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+        setattr(filling, FILL, fill)
         torch.set_deterministic_debug_mode(mode)

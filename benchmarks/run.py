@@ -54,11 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("backend", "B", f"{', '.join(sides.NAMES)}; default: all that can run a case"),
         ("threads", "N", "numbers, as 1,2; default: 1"),
     ):
-        parser.add_argument(f"--{name}", type=_names, action="extend", default=[], metavar=letter, help=about)
+        parser.add_argument(f"--{name}", type=names, action="extend", default=[], metavar=letter, help=about)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a few small cases, in under a minute")
-    parser.add_argument("--seconds", type=_seconds, metavar="S", help=f"for each side of a row; default: {SECONDS}")
-    parser.add_argument("--limit", type=_seconds, metavar="S", help="start no job that would end after S seconds")
+    parser.add_argument("--seconds", type=seconds, metavar="S", help=f"for each side of a row; default: {SECONDS}")
+    parser.add_argument("--limit", type=seconds, metavar="S", help="start no job that would end after S seconds")
     parser.add_argument("--module", metavar="M", help="measure this class too: my.package:Class, made as nn.LSTM is")
     parser.add_argument(
         "--compile",
@@ -382,7 +382,8 @@ def _complain(error: Exception | str, code: int) -> int:
     return code
 
 
-def _names(value: str) -> list[str]:
+def names(value: str) -> list[str]:
+    """An option's value, for argparse: names with commas between them."""
     return [name for name in value.split(",") if name]
 
 
@@ -392,7 +393,8 @@ def _count(value: str) -> int:
     return int(value)
 
 
-def _seconds(value: str) -> float:
+def seconds(value: str) -> float:
+    """An option's value, for argparse: a time above 0."""
     number = float(value)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {value}")

@@ -1,71 +1,25 @@
-"""The benchmark's way through a GPU, where there is none: a make-believe CUDA whose clock is the CPU's.
+"""The benchmark's way through a GPU, where there is none: on a make-believe CUDA.
 
-Streams, events and graphs are stand-ins; what is checked is that each job is timed by call and by graph replay, that
-what cannot be captured is said and left out, and that the TF32 setting stands in the row.
+What is checked is that each job is timed by call and by graph replay, that what cannot be captured is said and left
+out, and that the TF32 setting stands in the row.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import SHAPE, Made
+from make_believe import CALLS, pretend
+from test_benchmarks import SHAPE
 
 from rnnkit.__main__ import main
-from rnnkit.benchmarks import machine, rows, sides, timing
-
-CALLS: list[str] = []
-
-
-class Event:
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def synchronize(self) -> None:
-        CALLS.append("synchronize")
-
-    def elapsed_time(self, end: Event) -> float:
-        return (end.at - self.at) * 1e3
-
-
-class Stream:
-    def wait_stream(self, other: Stream) -> None: ...
-
-
-class CUDAGraph:
-    def replay(self) -> None:
-        CALLS.append("replay")
-
-
-@contextlib.contextmanager
-def capture(_: CUDAGraph) -> Iterator[None]:
-    CALLS.append("capture")
-    yield
+from rnnkit.benchmarks import rows, timing
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch.cuda of this file's making; the tensors stay on the CPU."""
-    CALLS.clear()
-    real = sides.setup
-    stand_ins: dict[str, Any] = dict(
-        Event=Event, Stream=Stream, CUDAGraph=CUDAGraph, graph=capture, current_stream=Stream,
-        is_available=lambda: True, stream=contextlib.nullcontext, synchronize=lambda: None,
-        reset_peak_memory_stats=lambda: None, memory_allocated=lambda: 2**20, max_memory_allocated=lambda: 3 * 2**20,
-        get_device_name=lambda: "NVIDIA Abacus",
-    )  # fmt: skip
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(sides, "setup", lambda job, _, *rest: real(job, "cpu", *rest))
-    monkeypatch.setattr(machine, "Machine", Made)
+    pretend(monkeypatch)
 
 
 def measure(folder: Path, *options: str) -> list[rows.Row]:

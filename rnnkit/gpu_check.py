@@ -1,0 +1,201 @@
+"""`python -m rnnkit gpu-check`: whether every backend is right on this machine's GPU, and how fast, in one command.
+
+First what is here: device, driver, versions. Then parity: outputs, states and all gradients of every backend that
+runs here, against float64, for every cell, dtype and extra. Then the benchmark against cuDNN, those cases first by
+which the fused backends are judged, each result checked before it is timed; what failed parity is not timed. At the
+end the targets, each met or missed. It needs Python and torch alone, nothing is downloaded, and a clone runs as it
+is. Rows go into benchmarks/results/ of the clone, or into the folder that --out names; Ctrl-C keeps what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import info
+from .backends import BACKENDS, NAMES
+from .benchmarks import machine, parity, problems, rows, run, targets
+from .benchmarks.cases import DTYPES, BadInput, Job, known, select
+from .demo import check_out
+from .demo.progress import Progress
+from .demo.text import InputError
+
+DEVICE = "cuda"
+LIMIT, QUICK = 540.0, 100.0  # seconds, all in all
+SHARE = 0.6  # of it, at most, for parity: kernels that are compiled when they are first called take minutes
+OUT = Path("gpu-check-out")
+SHOWN = 20  # failures on the console; the file has them all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--quick", action="store_true", help="in under two minutes: a few problems, the targets' cases")
+    parser.add_argument(
+        "--limit", type=run.seconds, metavar="S", help=f"all in all; default: {LIMIT:g}, quick {QUICK:g}"
+    )
+    parser.add_argument("--seconds", type=run.seconds, metavar="S", help="for each side of a row, as in `bench`")
+    parser.add_argument("--backend", type=run.names, action="extend", default=[], metavar="B", help="default: all")
+    parser.add_argument("--dtype", type=run.names, action="extend", default=[], metavar="D",
+                        help=f"of the benchmark: {', '.join(DTYPES)}; default: bfloat16,float32")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: benchmarks/results/ of a clone, and {OUT}/")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Check, measure, judge; returns the exit code."""
+    missing = machine.no_device()
+    if missing is not None:
+        return _complain(missing, 3)
+    begin, out = time.monotonic(), options.out or OUT
+    try:
+        check_out(out)
+        backends = known("backend", options.backend, NAMES) or NAMES
+        bench = _bench(options, out)
+    except (BadInput, InputError) as error:
+        return _complain(error, 2)
+    said: list[str] = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        code = _check(options, out, backends, bench, begin, said)
+        (out / "gpu-check.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
+    except OSError as error:
+        return _complain(f"cannot write to {out}: {error.strerror or error}", 2)
+    print(f"written: {out / 'gpu-check.txt'}")
+    return code
+
+
+def _check(
+    options: argparse.Namespace,
+    out: Path,
+    backends: tuple[str, ...],
+    bench: run.Bench,
+    begin: float,
+    said: list[str],
+) -> int:
+    """The parts one after the other; what is said is also put into `said`."""
+
+    def say(line: str = "") -> None:
+        said.append(line)
+        print(line, flush=True)
+
+    for name, value in facts():
+        say(f"{name:<10} {value}")
+    say("\nparity: errors against float64, over what is allowed (twice torch.nn's, and a rounding band)")
+    findings, interrupted = _parity(options.quick, backends, SHARE * bench.options.limit)
+    for line in findings.lines():
+        say(line)
+    for line in findings.wrong[:SHOWN]:
+        say(f"WRONG {line}")
+    said += [f"WRONG {line}" for line in findings.wrong[SHOWN:]]
+    if len(findings.wrong) > SHOWN:
+        print(f"and {len(findings.wrong) - SHOWN} more, in {out / 'gpu-check.txt'}")
+    if findings.left:
+        say(f"NOT EXAMINED for want of time: {findings.left} problems; a larger --limit takes them in")
+    if interrupted or findings.ended:
+        say("stopped by Ctrl-C" if interrupted else "the device failed: nothing is timed")
+        return 130 if interrupted else 1
+    fit = [name for name in backends if name not in findings.culprits and (name != "auto" or not findings.culprits)]
+    if findings.culprits:
+        say(f"not timed, since something is wrong: {', '.join(name for name in backends if name not in fit)}")
+    code = 0
+    if fit:
+        say("\nbenchmark")
+        bench.backends = tuple(fit)
+        bench.options.limit = max(bench.options.limit - (time.monotonic() - begin), 1.0)
+        code = bench.run()
+    say("\ntargets")
+    for line in judged(bench.rows, findings):
+        say(line)
+    return 1 if findings.wrong and code != 130 else code
+
+
+def facts() -> list[tuple[str, str]]:
+    """What the results depend on, as name and value."""
+    found = info.gather()
+    major, minor = torch.cuda.get_device_capability()
+    kind = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return [
+        ("device", f"{torch.cuda.get_device_name()}, capability {major}.{minor}"),
+        ("driver", driver()),
+        ("torch", f"{found['torch']}, {kind}, cuDNN {torch.backends.cudnn.version() or 'missing'}"),
+        ("triton", found["triton"]["version"] or found["triton"]["reason"]),
+        ("python", f"{found['python']} on {found['platform']}"),
+        ("rnnkit", f"{found['rnnkit']}, commit {machine.commit()}"),
+        ("extension", found["extension"]["reason"] or "available"),
+    ]
+
+
+def driver() -> str:
+    """The version of the GPU's driver, as nvidia-smi or the kernel says it."""
+    kernel = Path("/sys/module/nvidia/version")
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.split()[0]
+    return kernel.read_text().strip() if kernel.exists() else "unknown: there is no nvidia-smi to say it"
+
+
+def _parity(quick: bool, backends: tuple[str, ...], seconds: float) -> tuple[parity.Findings, bool]:
+    """What was found, and whether Ctrl-C came first."""
+    every, findings = problems.select(quick), parity.Findings()
+    progress = Progress("parity", len(every), sys.stderr, "problem")
+    try:
+        parity.examine(findings, DEVICE, every, backends, progress.show, seconds)
+    except KeyboardInterrupt:
+        return findings, True
+    finally:
+        progress.close()
+    return findings, False
+
+
+def _bench(options: argparse.Namespace, out: Path) -> run.Bench:
+    """The benchmark with its jobs in the order in which they matter. float32 is measured as float32, TF32 off."""
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    limit = options.limit or (QUICK if options.quick else LIMIT)
+    words = ["--device", DEVICE, "--tf32", "off", "--out", str(out), "--limit", str(limit)]
+    words += ["--quick"] * options.quick + ["--record"] * (options.out is None and rows.RESULTS.is_dir())
+    words += ["--seconds", str(options.seconds)] if options.seconds else []
+    bench = run.Bench(parser.parse_args(words))
+    jobs = select(DEVICE, dtypes=options.dtype or ("bfloat16", "float32"))
+    bench.jobs = sorted((job for job in jobs if urgency(job) < 2 or not options.quick), key=urgency)
+    if options.quick:
+        bench.jobs = [job for job in bench.jobs if urgency(job) == 0 or job.case.quick]
+    return bench
+
+
+def urgency(job: Job) -> int:
+    """0 and 1: what the fused backends are judged by. Sorts the jobs of a run that may not have time for all."""
+    if job.dtype == "bfloat16" and job.train:
+        if job.case.group == "field" and job.case.hidden <= targets.SMALL:
+            return 0
+        if job.case.group in ("resets", "lengths"):
+            return 1
+    return 2 if job.dtype == "bfloat16" else 3
+
+
+def judged(found: list[rows.Row], findings: parity.Findings) -> list[str]:
+    """Each target met or missed, and why nothing is said of a backend that has no row."""
+    lines = []
+    for v in targets.fused(found):
+        lines.append(
+            f"{v.mark:<6} {v.implementation} by {v.launch}: {v.group}, {v.mode}, {v.dtype}, against {v.against}, "
+            f"{v.cases} cases: mean {v.mean:.2f}, worst {v.worst:.2f} at {v.worst_case}; wanted: {v.wanted}"
+        )
+    measured = {row.implementation for row in found}
+    for backend in BACKENDS:
+        if backend.name in targets.FUSED and backend.name not in measured:
+            why = backend.available() or ("it failed parity" if backend.name in findings.culprits else "it has no row")
+            lines.append(f"-      {backend.name}: not judged: {why}")
+    return lines
+
+
+def _complain(error: Exception | str, code: int) -> int:
+    print(f"rnnkit gpu-check: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,349 @@
+"""`gpu-check` where there is no GPU: what it says then, all its parts on a make-believe one, and that parity can fail.
+
+A fused backend is the reference in the place of `triton`, as it is or with a fault planted in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_believe import CALLS, pretend
+from test_benchmarks import row
+from torch import Tensor
+
+from rnnkit import backends, gpu_check
+from rnnkit.__main__ import main
+from rnnkit.backends import BACKENDS, BY_NAME, Options, Outputs, Result, Tensors
+from rnnkit.backends.reference import Reference
+from rnnkit.benchmarks import parity, problems, rows, run, targets
+from rnnkit.benchmarks.cases import Case, Job
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = problems.Variant((4, 3, 2, 5), lengths=True, resets=True, reset_state=True)
+F32 = torch.float32
+NAMES = ("triton", "cpu")
+
+
+class Fused(Reference):
+    """The reference by another name, and what goes wrong in it."""
+
+    name = "triton"
+
+    def __init__(
+        self,
+        before: Callable[[Tensors], Tensors] = lambda t: t,
+        after: Callable[[Outputs], Outputs] = lambda v: v,
+        gradients: Callable[[list[Any]], list[Any]] = lambda v: v,
+        options: Callable[[Options], Options] = lambda o: o,
+    ) -> None:
+        self.before, self.after, self.gradients, self.options = before, after, gradients, options
+
+    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
+        result = super().forward(cell, self.before(t), self.options(o), train=train)
+        return result._replace(outputs=self.after(result.outputs))
+
+    def backward(
+        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+    ) -> list[Any]:
+        return self.gradients(super().backward(cell, t, o, y, result, grads, needs))
+
+
+def put(monkeypatch: pytest.MonkeyPatch, backend: Fused) -> None:
+    """Into the table, in the place of `triton`."""
+    table = tuple(backend if other.name == "triton" else other for other in BACKENDS)
+    for module in (backends, parity, gpu_check):
+        monkeypatch.setattr(module, "BACKENDS", table)
+    monkeypatch.setitem(BY_NAME, "triton", backend)
+    monkeypatch.setattr(backends, "preference", lambda problem: table)
+    monkeypatch.setattr(backends, "_chosen", {})
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A make-believe GPU, and little to do on it."""
+    pretend(monkeypatch)
+    real, switches = parity.examine, (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    few = [problems.Problem(kind, SMALL, F32) for kind in ("lstm", "gru")]
+    cases = [Case("field", 3, 4, 5, 6), Case("resets", 3, 4, 5, 6, resets=0.2), Case("grid", 3, 4, 5, 6)]
+    jobs = [Job(case, "GRU", "training", dtype) for dtype in ("float32", "bfloat16") for case in reversed(cases)]
+    monkeypatch.setattr(parity, "examine", lambda findings, _, *rest: real(findings, "cpu", *rest))
+    monkeypatch.setattr(problems, "select", lambda quick: few)
+    monkeypatch.setattr(gpu_check, "select", lambda device, dtypes: jobs)
+    yield
+    for switch, allowed in zip(switches, before):
+        switch.allow_tf32 = allowed
+
+
+def check(out: Path, *options: str) -> int:
+    return main(["gpu-check", "--out", str(out), "--seconds", "0.001", *options])
+
+
+def test_without_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check(tmp_path / "out") == 3
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1
+    for part in ("rnnkit gpu-check: ", "finds no CUDA device", "Needed: a GPU with its driver, and a torch >= 2.11"):
+        assert part in said.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--backend", "mkl"], "'mkl'"), (["--out", __file__], "is not a folder"), (["--dtype", "int8"], "'int8'")],
+)
+def test_bad_input(cuda: None, tmp_path: Path, options: list[str], named: str, capsys: pytest.CaptureFixture[str],
+                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check(tmp_path, *options) == 2
+    assert named in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_all_parts(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(monkeypatch, Fused())
+    assert check(tmp_path) == 0
+    said = capsys.readouterr().out
+    found = rows.read(tmp_path / "rows.csv")
+    first = [(r.dtype, r.group) for r in found]
+    assert list(dict.fromkeys(first)) == [
+        ("bfloat16", "field"), ("bfloat16", "resets"), ("bfloat16", "grid"),
+        ("float32", "grid"), ("float32", "resets"), ("float32", "field"),
+    ]  # fmt: skip
+    assert {r.implementation for r in found} >= {"auto", "triton", "reference"}
+    assert {r.launch for r in found} == {"call", "graph"} and {r.tf32 for r in found} == {"cudnn off, matmul off"}
+    assert {r.processor for r in found} == {"NVIDIA Abacus"} and "capture" in CALLS
+    parts = [
+        "device     NVIDIA Abacus, capability 9.9",
+        "driver     ",
+        f"torch      {torch.__version__}",
+        "triton     ",
+    ]
+    parts += [
+        "parity: ",
+        "triton     float32      2 problems, at most ",
+        f"cuda       left out of    2 problems: {BY_NAME['cuda'].available()}",
+    ]
+    parts += ["benchmark", "targets", "triton by call: field, H <= 256, training, bfloat16, against torch.nn, 1 cases:"]
+    parts += ["triton by graph: all, all, all, against a loop of torch operators, 6 cases", "against without, 1 cases:"]
+    parts += [f"-      cuda: not judged: {BY_NAME['cuda'].available()}"]
+    kept = (tmp_path / "gpu-check.txt").read_text()
+    for part in parts:
+        assert part in said and part in kept, part
+    assert (tmp_path / "report.md").exists()
+
+
+def test_rows_go_into_the_clone(cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    for module in (rows, run):
+        monkeypatch.setattr(module, "RESULTS", results)
+    monkeypatch.chdir(tmp_path)
+    assert main(["gpu-check", "--seconds", "0.001", "--quick", "--backend", "reference,cpu"]) == 0
+    recorded = rows.read(results / "cuda-nvidia-abacus.csv")
+    assert {(r.group, r.dtype) for r in recorded} == {("field", "bfloat16")}, "quick: what the targets need"
+    assert rows.read(tmp_path / "gpu-check-out" / "rows.csv") == recorded
+
+
+def test_what_is_wrong_is_said_with_its_numbers_and_not_timed(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(monkeypatch, Fused(after=lambda v: v._replace(y=v.y * 1.01)))
+    assert check(tmp_path) == 1
+    said = capsys.readouterr().out
+    found = re.search(
+        r"WRONG triton: y is off by (\S+), allowed (\S+), in lstm in float32 \(T 4, B 3, I 2, H 5, len", said
+    )
+    assert found is not None and float(found[1]) > 100 * float(found[2]) > 0
+    assert "not timed, since something is wrong: auto, triton" in said
+    assert "-      triton: not judged: it failed parity" in said
+    timed = {r.implementation for r in rows.read(tmp_path / "rows.csv")}
+    assert {"reference", "torch"} <= timed and not timed & {"auto", "triton"}
+
+
+def last_step(v: Outputs) -> Outputs:
+    return v._replace(h_n=v.y[-1])
+
+
+def unwritten(v: Outputs) -> Outputs:
+    y = torch.empty_like(v.y)
+    y[:, :-1] = v.y[:, :-1]
+    return v._replace(y=y)
+
+
+def no_weight_gradient(v: list[Any]) -> list[Any]:
+    return [None if k == 4 and g is None else g * 1.0001 if k == 4 else g for k, g in enumerate(v)]
+
+
+FAULTS = {
+    "the last step for the last state": Fused(after=last_step),
+    "memory that nobody wrote": Fused(after=unwritten),
+    "a weight's gradient": Fused(gradients=no_weight_gradient),
+    "no resets": Fused(before=lambda t: t._replace(reset=None, h_r=None, c_r=None)),
+    "zeros for the state at a reset": Fused(before=lambda t: t._replace(h_r=None, c_r=None)),
+    "no lengths": Fused(before=lambda t: t._replace(lengths=None)),
+    "one step too many": Fused(before=lambda t: t._replace(lengths=None if t.lengths is None else t.lengths + 1)),
+    "forward for reverse": Fused(options=lambda o: o._replace(reverse=False)),
+    "a state that is left out": Fused(before=lambda t: t._replace(h_0=torch.zeros_like(t.h_0))),
+    "sums in bfloat16": Fused(before=lambda t: t.cast(torch.bfloat16).cast(t.x.dtype)),
+    "another dtype": Fused(after=lambda v: v._replace(y=v.y.double())),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_parity_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, FAULTS[fault])
+    findings = parity.Findings()
+    every = [problems.Problem(kind, replace(SMALL, both=True), F32) for kind in ("rnn_tanh", "gru_reset_before")]
+    parity.examine(findings, "cpu", every, NAMES)
+    assert findings.culprits == {"triton"}
+    assert all("triton: " in line for line in findings.wrong)
+    assert any("rnn_tanh" in line for line in findings.wrong) and any("gru_res" in line for line in findings.wrong)
+
+
+def test_the_problems_hold_on_this_machine() -> None:
+    """What a GPU will be asked, asked of the CPU; a way to call torch that is wrong would be met here first."""
+    whole, quick = problems.select(), problems.select(quick=True)
+    for some in (whole, quick):
+        assert {p.kind for p in some} == set(problems.KINDS)
+    assert {p.dtype for p in whole} == set(problems.DTYPES)
+    assert set(quick) < set(whole) and len(quick) < len(whole) / 5
+    every = [p for p in whole if p.dtype == F32 or p in quick]
+    findings, told = parity.Findings(), []
+    parity.examine(findings, "cpu", every, tell=lambda done, what: told.append(done))
+    assert findings.wrong == [] and told == list(range(1, len(every) + 1))
+    assert sum(count for (name, _), count in findings.ran.items() if name == "reference") == len(every)
+    assert "triton" in findings.skipped and max(share for share, _ in findings.worst.values()) <= 1
+
+
+def test_what_a_backend_raises_is_a_failure(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: Tensors) -> Tensors:
+        raise RuntimeError("launch failed: lstm_forward, 32 x 4\nand more")
+
+    put(monkeypatch, Fused(before=refuse))
+    assert check(tmp_path) == 1
+    said = capsys.readouterr().out
+    assert "WRONG triton: raised RuntimeError: launch failed: lstm_forward, 32 x 4, in lstm in float32 (T 4" in said
+    assert "and more" not in said
+
+
+def test_a_device_that_fails_ends_it(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(parity, "by_pieces", broken)
+    assert check(tmp_path) == 1
+    said = capsys.readouterr().out
+    assert "WRONG torch fails, and the examination ends, in lstm in float32" in said and "illegal memory" in said
+    assert "the device failed: nothing is timed" in said and not (tmp_path / "rows.csv").exists()
+
+
+def test_another_backend_than_the_named_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, Fused())
+    BY_NAME["triton"].name = "reference"  # type: ignore[misc]
+    findings = parity.Findings()
+    parity.examine(findings, "cpu", [problems.Problem("gru", SMALL, F32)], ("triton",))
+    assert any("was named, and reference ran" in line for line in findings.wrong)
+
+
+def test_ctrl_c_keeps_what_there_is(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, done = run.Bench._job, []
+
+    def stop(self: run.Bench, job: Job, *rest: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(job)
+        return real(self, job, *rest)
+
+    monkeypatch.setattr(run.Bench, "_job", stop)
+    assert check(tmp_path) == 130
+    assert {r.group for r in rows.read(tmp_path / "rows.csv")} == {"field"}
+    assert "targets" in (tmp_path / "gpu-check.txt").read_text()
+
+    def early(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parity, "by_pieces", early)
+    assert check(tmp_path / "early") == 130
+    assert "stopped by Ctrl-C" in capsys.readouterr().out
+    assert (tmp_path / "early" / "gpu-check.txt").exists()
+
+
+def test_what_there_is_no_time_for_is_said(cuda: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(tmp_path, "--limit", "1e-6")
+    said = capsys.readouterr().out
+    assert "NOT EXAMINED for want of time: 2 problems" in said
+
+
+def test_jobs_that_the_limit_leaves_out(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs = iter([1e-3, 1e-3, 1e9, 1e9, 1e9, 1e9])
+    monkeypatch.setattr(run.Bench, "_cost", lambda self, threads, job: next(costs))
+    assert check(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "4 of 6 jobs were left out for want of time: grid 3x4x5x6 GRU training bfloat16, " in said
+    assert {r.dtype for r in rows.read(tmp_path / "rows.csv")} == {"bfloat16"}
+
+
+def test_what_is_aimed_at_on_a_gpu() -> None:
+    def of(who: str, **facts: Any) -> rows.Row:
+        plain = dict(device="cuda", group="field", H=128, dtype="bfloat16", implementation=who, ran=who, ratio_p50=1.6)
+        return row(**{**plain, **facts})
+
+    every = [of("triton"), of("triton", case="b", ratio_p50=1.5), of("triton", case="c", H=512, ratio_p50=0.1)]
+    every += [of("reference", ms=2.0), of("triton", group="resets", against="without", ratio_p50=0.96)]
+    every += [of("triton", dtype="float32", ratio_p50=0.1), of("triton", mode="inference", ratio_p50=0.1)]
+    found = {(v.group, v.launch): v for v in targets.judge(every) if v.met is not None}
+    assert len(found) == 3 and all(v.met and v.implementation == "triton" for v in found.values())
+    assert found["field, H <= 256", "call"].mean == pytest.approx(2.4**0.5) and found["all", "call"].worst == 2.0
+
+    def missed(*more: rows.Row) -> list[str]:
+        return [v.group for v in targets.fused([*every, *more]) if not v.met]
+
+    assert missed(of("triton", case="d", ratio_p50=1.2)) == ["field, H <= 256"]
+    assert missed(of("triton", group="resets", case="e", against="without", ratio_p50=0.95)) == ["resets"]
+    assert missed(of("triton", case="c", H=512, ms=3.0), of("reference", case="c", H=512, ms=2.9)) == ["all"]
+    assert missed(of("triton", group="resets", case="f", against="torch.nn, cells", ratio_p50=0.99)) == ["all"]
+    assert missed(of("cuda", ratio_p50=1.9)) == ["field, H <= 256"], "more is asked of it"
+    assert not [v for v in targets.judge([of("triton", device="cpu")]) if v.met is not None], "not on a CPU"
+
+
+def test_rows_written_before_there_were_dtypes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    rows.write(path, [row()])
+    lines = path.read_text().splitlines()
+    assert lines[0].endswith(",dtype")
+    path.write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")
+    assert rows.read(path) == [row()]
+
+
+def test_a_clone_runs_as_it_is(tmp_path: Path) -> None:
+    """Nothing installed, nothing built: rnnkit.benchmarks and rnnkit.kernels are found beside the package."""
+    for name in ("rnnkit", "kernels", "benchmarks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
+    said = "import rnnkit.benchmarks, rnnkit.kernels; print(rnnkit.benchmarks.__file__, rnnkit.kernels.__file__)"
+    environment = {name: v for name, v in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", said], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(tmp_path / name / "__init__.py") for name in ("benchmarks", "kernels")]
