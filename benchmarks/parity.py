@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from rnnkit.backends import BACKENDS, NAMES, record
 
 from .gate import band, error
 from .problems import KINDS, Given, Problem, Values, build, draw
+from .sides import first_line
 
 # Three ways to run it. Each takes leaves and weights and gives y [T, B, D·N], h_n, c_n [L·D, B, ·], and all states.
 
@@ -224,15 +224,10 @@ def examine(
                 _examine(findings, device, problem, backends)
             except RuntimeError as error:
                 findings.ended = True
-                findings.wrong.append(f"torch fails, and the examination ends, in {problem}: {_first(error)}")
+                findings.wrong.append(f"torch fails, and the examination ends, in {problem}: {first_line(error)}")
                 return
             if tell is not None:
                 tell(done, str(problem))
-
-
-def _first(error: Exception) -> str:
-    """What an error says before it goes into detail."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _examine(findings: Findings, device: str, problem: Problem, backends: Sequence[str]) -> None:
@@ -256,8 +251,8 @@ def _examine(findings: Findings, device: str, problem: Problem, backends: Sequen
         try:
             with record() as choices:
                 got = _pooled([numbers(named(name), problem, given, problem.dtype, device) for given in drawn])
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as raised:
-            findings.blame(name, f"raised {_first(raised)}, in {problem}")
+        except Exception as raised:  # compilers of kernels have errors of their own
+            findings.blame(name, f"raised {first_line(raised)}, in {problem}")
             continue
         others = {chosen for _, _, chosen in choices} - {name}
         if others and name != "auto":
@@ -290,9 +285,6 @@ FILL = "fill_uninitialized_memory"  # a property that type checkers do not see
 @contextlib.contextmanager
 def _strict() -> Iterator[None]:
     """float32 that is float32, not TF32; NaN in the memory that nobody wrote; no advice on speed."""
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # else torch warns, or cuBLAS has another order each time
     matmul, cudnn, filling = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
     before, mode = (matmul.allow_tf32, cudnn.allow_tf32), torch.get_deterministic_debug_mode()
     fill = getattr(filling, FILL)

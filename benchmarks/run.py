@@ -178,7 +178,12 @@ class Bench:
                 self.left.append(job.name)
                 continue
             torch.set_num_threads(threads)
-            found = self._job(job, threads, progress)
+            try:
+                found = self._job(job, threads, progress)
+            except torch.OutOfMemoryError as error:
+                self.notes.append(f"{job.name}: left out for want of memory: {sides.first_line(error)}")
+                torch.cuda.empty_cache()
+                continue
             self.rows += found
             self.done += [job] * len(found)
             for row in found:
@@ -214,6 +219,9 @@ class Bench:
         made = sides.setup(job, self.device, threads, self.backends, self.options.compile, self.options.module)
         if self.options.backend:
             self.notes += made.cannot
+        for line in made.failed:
+            self.wrong.append(f"{job.name}: {line}")
+            progress.say(self.wrong[-1])
         gate = Gate(job, made)
         for side in list(made.ours):
             excess = gate.excess(side)

@@ -91,6 +91,8 @@ class Setup:
     without: dict[str, Side] = field(default_factory=dict)
     cannot: list[str] = field(default_factory=list)
     """What was asked for by name and cannot do this job, with the reason."""
+    failed: list[str] = field(default_factory=list)
+    """What says that it can, and raised."""
 
 
 def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compiled: bool, module: str | None) -> Setup:
@@ -111,6 +113,11 @@ def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compil
         except NotImplementedError as error:
             found.cannot.append(str(error))
             continue
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers of kernels have errors of their own
+            found.failed.append(f"{name} FAILED, it raised {first_line(error)}")
+            continue
         found.ours.append(side)
         if case.group in ("resets", "lengths"):
             found.without[name] = Side(WITHOUT, ours, _plain)
@@ -128,6 +135,11 @@ def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compil
     if plain and importlib.util.find_spec("onnxruntime"):
         found.peers.append(_onnxruntime(theirs, x, threads))
     return found
+
+
+def first_line(error: Exception) -> str:
+    """What an error says before it goes into detail."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def custom(path: str, job: Job) -> nn.Module | None:

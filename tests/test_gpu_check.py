@@ -240,6 +240,28 @@ def test_what_a_backend_raises_is_a_failure(
     said = capsys.readouterr().out
     assert "WRONG triton: raised RuntimeError: launch failed: lstm_forward, 32 x 4, in lstm in float32 (T 4" in said
     assert "and more" not in said
+    capsys.readouterr()
+    bench = ["bench", "--device", "cuda", "--seconds", "0.001", "--out", str(tmp_path), "--case", "grid/7x33x19x45"]
+    assert main([*bench, "--cell", "gru", "--mode", "training", "--backend", "triton,torch"]) == 1
+    said = capsys.readouterr().out
+    assert "grid 7x33x19x45 GRU training: triton FAILED, it raised RuntimeError: launch failed: lstm_forward" in said
+    assert {r.implementation for r in rows.read(tmp_path / "rows.csv")} == {"torch"}
+
+
+def test_a_device_with_too_little_memory_does_the_rest(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = run.Bench._job
+
+    def large(self: run.Bench, job: Job, *rest: Any) -> Any:
+        if job.case.group == "field":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+        return real(self, job, *rest)
+
+    monkeypatch.setattr(run.Bench, "_job", large)
+    assert check(tmp_path) == 0
+    assert "field 3x4x5x6 GRU training: left out for want of memory: OutOfMemoryError: CUDA" in capsys.readouterr().out
+    assert {r.group for r in rows.read(tmp_path / "rows.csv")} == {"resets", "grid"}
 
 
 def test_a_device_that_fails_ends_it(
