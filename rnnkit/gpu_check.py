@@ -61,8 +61,10 @@ def main(options: argparse.Namespace) -> int:
     said: list[str] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        code = _check(options, out, backends, bench, begin, said)
-        (out / "gpu-check.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
+        try:
+            code = _check(options, out, backends, bench, begin, said)
+        finally:
+            (out / "gpu-check.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
     except OSError as error:
         return _complain(f"cannot write to {out}: {error.strerror or error}", 2)
     print(f"written: {out / 'gpu-check.txt'}")
@@ -138,7 +140,11 @@ def driver() -> str:
         done = subprocess.run(query, capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip():
             return done.stdout.split()[0]
-    return kernel.read_text().strip() if kernel.exists() else "unknown: there is no nvidia-smi to say it"
+    if kernel.exists():
+        return kernel.read_text().strip()
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # only where torch is built for a GPU
+    serves = "" if ask is None else f"; it serves CUDA {ask() // 1000}.{ask() % 1000 // 10}"
+    return f"unknown, since there is no nvidia-smi to say it{serves}"
 
 
 def _parity(quick: bool, backends: tuple[str, ...], seconds: float) -> tuple[parity.Findings, bool]:

@@ -25,7 +25,7 @@ from rnnkit import backends, gpu_check
 from rnnkit.__main__ import main
 from rnnkit.backends import BACKENDS, BY_NAME, Options, Outputs, Result, Tensors
 from rnnkit.backends.reference import Reference
-from rnnkit.benchmarks import parity, problems, rows, run, targets
+from rnnkit.benchmarks import machine, parity, problems, rows, run, targets
 from rnnkit.benchmarks.cases import Case, Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -357,6 +357,18 @@ def test_rows_written_before_there_were_dtypes(tmp_path: Path) -> None:
     assert lines[0].endswith(",dtype")
     path.write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")
     assert rows.read(path) == [row()]
+
+
+def test_the_benchmark_measures_each_dtype_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = ["bench", "--out", str(tmp_path), "--seconds", "0.001", "--backend", "reference", "--quick"]
+    monkeypatch.setattr(machine, "CACHE", {"cpu": (256,)})
+    assert main([*bench, "--case", "grid/7x33x19x45", "--cell", "lstm", "--dtype", "bfloat16,float32"]) == 0
+    found = [r for r in rows.read(tmp_path / "rows.csv") if r.against == "torch.nn"]
+    assert [(r.mode, r.dtype) for r in found] == [
+        (mode, dtype) for dtype in ("bfloat16", "float32") for mode in ("inference", "training")
+    ]
+    assert len({r.peak_gflops for r in found}) == 2, "each dtype has a peak of its own"
+    assert "bfloat16, float32" in (tmp_path / "report.md").read_text()
 
 
 def test_a_clone_runs_as_it_is(tmp_path: Path) -> None:
