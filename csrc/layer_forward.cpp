@@ -106,7 +106,7 @@ template <class RangeOf>
 void in_chunks(const LayerInputs& in, int64_t chunk, const OptionalTensor& gates, int64_t saved,
                const RangeOf& range_of, ForwardScan& scan) {
   const int64_t width = in.G * in.H;
-  const RowsTimes projection(in.w_ih, false, in.T * in.B);
+  const RowsTimes projection(in.w_ih, false, in.T * in.B, in.T > 1);
   const int64_t most = std::min(in.T, chunk > 0 ? chunk : steps_at_a_time(in));
   const bool in_place = saved && !is_half(in.dtype);
   const int64_t stride = in_place ? saved * in.H : width;
@@ -218,7 +218,7 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
     // gx, and the step's output, which is the state as well
     std::vector<char> memory(B * (width * wide_bytes + H * bytes));
     engine()
-        .by_rows(dtype, width, I, w.const_data_ptr(), B > 2)
+        .by_rows(dtype, width, I, w.const_data_ptr(), false)
         ->run(B, input.const_data_ptr(), I, memory.data(), width, true, l.threads, l.parallel);
     Range range{};
     range.n = 1;

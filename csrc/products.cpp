@@ -15,7 +15,8 @@
 namespace rnnkit {
 namespace {
 
-bool forked = false;  // after this library was loaded
+bool forked =
+    false;  // after this library was loaded: torch's own products would wait for its parent's threads
 const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 Tensor turned(const Tensor& m) { return view(m, {m.size(1), m.size(0)}, {m.stride(1), m.stride(0)}, 0); }
@@ -188,15 +189,16 @@ void in_parallel(int64_t parts, void* context, void (*body)(void* context, int64
 }
 
 bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K) {
-  return !is_half(dtype_of(w)) && large(M, N, K) && torch_is_faster<Kind::rows_times>(w);
+  return !forked && !is_half(dtype_of(w)) && large(M, N, K) && torch_is_faster<Kind::rows_times>(w);
 }
 
-RowsTimes::RowsTimes(const Tensor& w, bool by_columns, int64_t rows) : w_(by_columns ? w : turned(w)) {
+RowsTimes::RowsTimes(const Tensor& w, bool by_columns, int64_t rows, bool pack)
+    : w_(by_columns ? w : turned(w)) {
   const int64_t K = w_.size(0), N = w_.size(1);
   if (torch_multiplies(w, rows, N, K)) return;
   const Dtype dtype = dtype_of(w);
   own_ = by_columns ? engine().by_columns(dtype, N, K, w.const_data_ptr())
-                    : engine().by_rows(dtype, N, K, w.const_data_ptr(), rows > 2);
+                    : engine().by_rows(dtype, N, K, w.const_data_ptr(), pack);
 }
 
 void RowsTimes::run(const Tensor& a, Tensor& out) const {
@@ -210,7 +212,8 @@ void RowsTimes::run(const Tensor& a, Tensor& out) const {
 
 void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
            const OptionalTensor& sum) {
-  if (!is_half(dtype_of(a)) && large(a.size(1), out.size(1), a.size(0)) && torch_is_faster<Kind::outer>(a)) {
+  if (!forked && !is_half(dtype_of(a)) && large(a.size(1), out.size(1), a.size(0)) &&
+      torch_is_faster<Kind::outer>(a)) {
     const std::vector<int64_t> starts = stretches(rows, out.size(1) * static_cast<int64_t>(a.element_size()));
     if (!starts.empty()) {
       torch_outer_of(a, rows, starts, out);

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -60,6 +61,9 @@ std::string shown(const Sizes& sizes) {
 
 inline void check(const Tensor& tensor, const char* name, ScalarType type,
                   std::initializer_list<int64_t> sizes) {
+  int32_t layout = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  RNNKIT_CHECK(layout == aoti_torch_layout_strided(), name, " must be a dense tensor");
   const auto got = tensor.sizes();
   RNNKIT_CHECK(tensor.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()),
                name, " must be ", toString(type), " ", shown(sizes), ", got ", toString(tensor.scalar_type()),
@@ -127,8 +131,9 @@ bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K);
 // Rows of a [M, K] times one matrix, M at a time, into rows of `out` [M, N].
 class RowsTimes {
  public:
-  // a w^T with w [N, K], or (`turned`) a w with w [K, N]; rows: how many there will be in all.
-  RowsTimes(const Tensor& w, bool turned, int64_t rows);
+  // a w^T with w [N, K], packed where `pack`, or (`turned`) a w with w [K, N]; rows: how many there will be
+  // in all.
+  RowsTimes(const Tensor& w, bool turned, int64_t rows, bool pack = true);
   void run(const Tensor& a, Tensor& out) const;
 
  private:

@@ -72,6 +72,11 @@ def expect_tensor(v: object, name: str, form: str) -> None:
         raise BadType(f"{name} must be a tensor {form}, got {type(v).__name__}")
 
 
+def expect_dense(v: Tensor, name: str, kind: type[Exception] = TypeError) -> None:
+    if v.layout is not torch.strided:
+        raise kind(f"{name} must be a dense tensor, got {v.layout}; pass {name}.to_dense()")
+
+
 def expect_bool(v: object, name: str) -> None:
     if not isinstance(v, bool):
         raise TypeError(f"{name} must be True or False, got {v!r}")
@@ -110,6 +115,7 @@ def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> 
         raise TypeError(
             f"lengths must hold integers, got {lengths.dtype}; for a mask of valid steps pass mask.sum over time"
         )
+    expect_dense(lengths, "lengths")
     if tuple(lengths.shape) != (rows,):
         raise ValueError(f"lengths must be [B] = [{rows}], got {shape(lengths)}")
     whole = lengths.to(torch.int64)  # before T is compared: an int8 would wrap it, unsigned types know no order
@@ -128,6 +134,7 @@ def reset_of(reset: object, steps: int, rows: int, device: torch.device) -> Tens
         raise TypeError(f"reset must be a tensor [T={steps}, B={rows}] of 0 and 1, got {type(reset).__name__}")
     if reset.is_complex():
         raise TypeError(f"reset must hold 0 and 1 in a real dtype, got {reset.dtype}")
+    expect_dense(reset, "reset")
     if reset.dim() == 3 and reset.shape[-1] == 1:
         reset = reset.squeeze(-1)
     if tuple(reset.shape) != (steps, rows):
@@ -251,9 +258,11 @@ def _same(x: Tensor, names: Sequence[str], others: Sequence[Tensor | None]) -> N
     dtype, device = x.dtype, x.device
     if not dtype.is_floating_point:
         raise BadType(f"x must be of a floating dtype, got {dtype}; pass x.to({others[0].dtype})")  # type: ignore[union-attr]
+    expect_dense(x, "x", BadType)
     for name, v in zip(names, others, strict=True):
         if v is None:
             continue
+        expect_dense(v, name, BadType)
         if v.device != device:
             raise BadDevice(f"x is on {device} and {name} on {v.device}; move one of them")
         if v.dtype != dtype and not autocasting(device.type):

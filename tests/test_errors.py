@@ -62,6 +62,7 @@ LENGTHS: list[Case] = [
     ("below", lambda: gru()(x, lengths=torch.tensor([-1, 5])), ValueError, ["[0, T=5]", "got -1 at row 0"]),
     ("unbatched", lambda: gru()(x[:, 0], lengths=torch.tensor([5, 5])), ValueError, ["[B] = [1]", "got [2]"]),
     ("packed", lambda: gru()(packed(), lengths=torch.tensor([5, 3])), ValueError, ["lengths", "PackedSequence"]),
+    ("sparse", lambda: gru()(x, lengths=torch.tensor([5, 3]).to_sparse()), TypeError, ["dense", "lengths.to_dense()"]),
     ("small", lambda: gru()(x, lengths=torch.tensor([6, 1], dtype=torch.uint8)), ValueError, ["[0, T=5]", "got 6"]),
 ]
 RESETS: list[Case] = [
@@ -70,6 +71,7 @@ RESETS: list[Case] = [
     ("nan", lambda: gru()(x, reset=ones * torch.nan), ValueError, ["0 and 1", "got nan"]),
     ("integer", lambda: gru()(x, reset=-ones.long()), ValueError, ["0 and 1", "got -1"]),
     ("complex", lambda: gru()(x, reset=ones.cfloat()), TypeError, ["0 and 1", "torch.complex64"]),
+    ("sparse", lambda: gru()(x, reset=ones.to_sparse()), TypeError, ["reset must be a dense", "torch.sparse_coo"]),
     ("layout", lambda: gru()(x, reset=ones.T), ValueError, ["[T, B] = [5, 2]", "got [2, 5]"]),
     (
         "batch_first",
@@ -138,6 +140,13 @@ NAMES: list[Case] = [
 FUNCTIONS: list[Case] = [
     ("cell", lambda: ops.layer("elman", x, None, None, weights_of()), ValueError, ["rnn_tanh", "lstm", "got 'elman'"]),
     ("x's type", lambda: ops.layer("gru", [1.0], None, None, weights_of()), TypeError, ["x must be", "got list"]),
+    ("x's layout", lambda: ops.layer("gru", x.to_sparse(), None, None, weights_of()), TypeError, ["dense", "sparse_coo"]),
+    (
+        "h_0's layout",
+        lambda: ops.layer("gru", x, torch.zeros(B, H).to_sparse(), None, weights_of()),
+        TypeError,
+        ["h_0 must be a dense tensor", "h_0.to_dense()"],
+    ),
     ("x's rank", lambda: ops.layer("gru", x[0], None, None, weights_of()), ValueError, ["[T, B, I]", "2 dimensions"]),
     ("x's size", lambda: ops.layer("gru", x[..., :2], None, None, weights_of()), ValueError, ["I = 3", "got 2"]),
     ("x's dtype", lambda: ops.layer("gru", x.long(), None, None, weights_of()), TypeError, ["torch.int64", "float32"]),

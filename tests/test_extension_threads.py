@@ -138,6 +138,29 @@ def test_a_forked_process_runs_the_engine_again():
     assert program(FORKED).split() == ["0", "0"]
 
 
+FORKED_FIRST = """
+import os, signal, torch, rnnkit
+torch.set_num_threads(2)
+a = torch.randn(600, 600)
+a @ a  # torch's threads are there now, in this process
+layers = [getattr(rnnkit, name)(256, 256, backend="cpu") for name in ("RNN", "LSTM", "GRU")]
+x, gy = torch.randn(100, 32, 256), torch.randn(100, 32, 256)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    for layer in layers:
+        y = layer(x)[0]
+        torch.autograd.grad(y, layer.parameters(), gy)
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_the_first_large_layer_of_a_forked_process():
+    """Large enough for torch's products, which there wait for ever; nor may they be timed to choose among products."""
+    assert program(FORKED_FIRST).split() == ["0"]
+
+
 FEWER = """
 import torch
 from layers import assert_same, both, make

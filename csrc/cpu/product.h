@@ -4,7 +4,8 @@
 // A panel holds the weights of up to four vectors of outputs side by side: all G gates of one vector of units
 // (G 3 and 4), or several vectors of units (G 1 and 2), k by k, so that a tile reads it from end to end.
 // Every output is summed over k in the same order whatever the tile, so a row's result does not depend on the
-// rows beside it.
+// rows beside it. There are two orders: k by k, and for weights that serve a single step lane by lane, see
+// Weights::dot.
 
 template <class T>
 struct Aligned {
@@ -21,6 +22,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int registers = RNNKIT_REGISTERS;
 constexpr int max_vectors = 4;  // outputs of a panel, in vectors
 constexpr int max_rows = 8;
+constexpr int few_rows = 16;  // up to here weights for a single step are not packed
 // Rows of a tile so that its sums, a panel's vectors and one broadcast stay in registers.
 constexpr int tile_rows(int vectors) {
   const int fit = registers >= 32 ? (registers - vectors - 2) / vectors : (registers - 1) / vectors;
@@ -52,6 +54,59 @@ void tile(const T* const* a, const T* __restrict panel, int64_t K, T* __restrict
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) __builtin_memcpy(out + (r * vectors + v) * L, &sum[r][v], sizeof(V));
   }
+}
+
+// How far apart the weights of two lanes stand in a panel for a single step, in k: an odd number, so that
+// they fall into different sets of the first-level cache.
+template <class T>
+constexpr int64_t lane_stride(int64_t K) {
+  return (K + lanes<T> - 1) / lanes<T> | 1;
+}
+
+// For each lane l the sums of rows times one vector over k = l, l + L, ..., and of `count` lanes from l on,
+// the two halves' added. So Weights::dot sums.
+template <class T, int rows, int count>
+__attribute__((always_inline)) inline void add_lanes(const T* const* a, const T* panel, int64_t K, int l,
+                                                     typename Vector<T>::Value (&sum)[rows]) {
+  using V = typename Vector<T>::Value;
+  constexpr int L = lanes<T>;
+  if constexpr (count > 1) {
+    V second[rows];
+    add_lanes<T, rows, count / 2>(a, panel, K, l, sum);
+    add_lanes<T, rows, count / 2>(a, panel, K, l + count / 2, second);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) sum[r] += second[r];
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) sum[r] = V{};
+    panel += l * lane_stride<T>(K) * L;
+    for (int64_t k = l; k < K; k += L, panel += L) {
+      const V w = whole<V>(panel);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) sum[r] += (a[r][k] - V{}) * w;
+    }
+  }
+}
+
+// A tile of one vector of weights for a single step; rows of `out` are ldo apart.
+template <class T, int rows>
+void tile_by_lanes(const T* const* a, const T* panel, int64_t K, T* out, int64_t ldo) {
+  using V = typename Vector<T>::Value;
+  constexpr int L = lanes<T>, together = std::min(L, 4);  // lanes whose sums stay in registers
+  V sum[L / together][rows];
+  const T* row[rows];
+  for (int r = 0; r < rows; ++r) row[r] = a[r];
+  for (int i = 0; i < L / together; ++i) {
+    V part[rows];
+    add_lanes<T, rows, together>(row, panel, K, i * together, part);
+    __builtin_memcpy(sum[i], part, sizeof part);
+  }
+  for (int n = L / together; n > 1; n /= 2) {
+    for (int i = 0; i < n / 2; ++i) {
+      for (int r = 0; r < rows; ++r) sum[i][r] = sum[2 * i][r] + sum[2 * i + 1][r];
+    }
+  }
+  for (int r = 0; r < rows; ++r) __builtin_memcpy(out + r * ldo, &sum[0][r], sizeof(V));
 }
 
 // One row times two neighbouring panels: twice the sums in flight, to hide the latency of a multiply-add.
@@ -90,6 +145,15 @@ inline Tile<T> tile_for(int vectors, int rows) {
   return all[vectors - 1][rows];
 }
 
+// Any number of rows, as many at a time as leave registers for the sums of some lanes.
+template <class T, int most = registers / 4>
+void rows_by_lanes(const T* const* a, int rows, const T* panel, int64_t K, T* out, int64_t ldo) {
+  for (; rows >= most; rows -= most, a += most, out += most * ldo) {
+    tile_by_lanes<T, most>(a, panel, K, out, ldo);
+  }
+  if constexpr (most > 1) rows_by_lanes<T, most / 2>(a, rows, panel, K, out, ldo);
+}
+
 // L vectors of L numbers, turned: row r's number k becomes row k's number r.
 template <class A>
 inline void turn(typename Vector<A>::Value* v) {
@@ -123,8 +187,41 @@ inline void turn(typename Vector<A>::Value* v) {
 #endif
 }
 
-// Weights as a product wants them: packed into panels. For a single step they stay as they are, and each
-// panel is packed into the first-level cache when its turn comes.
+// Two vectors, the lanes of each added that are d apart: those of a where bit d of a lane's number is 0,
+// those of b where it is 1.
+template <class A, int d>
+__attribute__((always_inline)) inline typename Vector<A>::Value folded(typename Vector<A>::Value a,
+                                                                       typename Vector<A>::Value b) {
+  constexpr int L = lanes<A>;
+#if defined(__clang__)
+  typename Vector<A>::Value sum;
+  for (int k = 0; k < L; ++k) sum[k] = k & d ? b[k] + b[k - d] : a[k] + a[k + d];
+  return sum;
+#else
+  typename Vector<A>::Bits own, other;
+#pragma GCC unroll 16
+  for (int k = 0; k < L; ++k) {
+    own[k] = k & d ? L + k : k;
+    other[k] = k & d ? L + k - d : k + d;
+  }
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+#endif
+}
+
+// Sums over the lanes of `count` vectors: with L of them, lane r is that of v[r].
+template <class A, int count>
+__attribute__((always_inline)) inline typename Vector<A>::Value lane_sums(
+    const typename Vector<A>::Value* v) {
+  if constexpr (count == 1) {
+    return *v;
+  } else {
+    return folded<A, count / 2>(lane_sums<A, count / 2>(v), lane_sums<A, count / 2>(v + count / 2));
+  }
+}
+
+// Weights as a product wants them: packed into panels. For a single step they stay as they are: a few rows
+// take lane by lane what lies side by side, and for more each panel is packed into the first-level cache when
+// its turn comes.
 template <class S>
 struct Weights {
   using A = compute_t<S>;
@@ -152,20 +249,80 @@ struct Weights {
     raw = nullptr;
   }
 
+  // Rows a times the outputs of panel p of `raw`, as a tile gives them: [rows, vectors, lanes].
+  void dots(int p, const A* const* a, int rows, A* out) const {
+    const int vectors = in_panel(p) * gates;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t first = (static_cast<int64_t>(p) * wide() + v / gates) * L;
+      const S* from = raw + ((v % gates) * block + first) * K;
+      for (int r = 0; r < rows; ++r) {
+        const auto sums = dot(a[r], from, std::min<int64_t>(L, units - first));
+        __builtin_memcpy(out + (r * vectors + v) * L, &sums, sizeof sums);
+      }
+    }
+  }
+
+  // a [K] times L rows of `raw`, of which `valid` exist.
+  value_t<S> dot(const A* a, const S* from, int64_t valid) const {
+    using V = value_t<S>;
+    constexpr int group = std::min(L, 8);  // rows whose addresses stay in registers
+    V sum[L];
+#pragma GCC unroll 2
+    for (int g = 0; g < L; g += group) {
+      const S* w[group];
+#pragma GCC unroll 8
+      for (int j = 0; j < group; ++j) {
+        w[j] = from + std::min<int64_t>(g + j, valid - 1) * K;
+        sum[g + j] = V{};
+      }
+      int64_t k = 0;
+      for (; k + L <= K; k += L) {
+        const V x = whole<V>(a + k);
+#pragma GCC unroll 8
+        for (int j = 0; j < group; ++j) sum[g + j] += x * load(w[j] + k, L);
+      }
+      if (k == K) continue;
+      // What is left goes through memory: element by element the compiler would round each product.
+      alignas(64) A left[group + 1][L];
+      const int n = static_cast<int>(K - k);
+      store(left[group], load(a + k, n), L);
+      for (int j = 0; j < group; ++j) store(left[j], load(w[j] + k, n), L);
+      asm volatile("" : : "r"(left) : "memory");
+#pragma GCC unroll 8
+      for (int j = 0; j < group; ++j) sum[g + j] += whole<V>(left[group]) * whole<V>(left[j]);
+    }
+    return lane_sums<A, L>(sum);
+  }
+
   // Panel p of `raw`.
   void pack(int p, A* to) const {
     const int vectors = in_panel(p) * gates;
     for (int v = 0; v < vectors; ++v) {
-      const int64_t first = (static_cast<int64_t>(p) * wide() + v / gates) * L;
-      const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
-      const S* from = raw + ((v % gates) * block + first) * K;
-      for (int64_t k = 0; k < K; k += L) {
-        const int n = static_cast<int>(std::min<int64_t>(L, K - k));
-        value_t<S> in[L];
-        for (int j = 0; j < L; ++j) in[j] = j < valid ? load(from + j * K + k, n) : value_t<S>{};
-        turn<A>(in);
-        for (int i = 0; i < n; ++i) store(to + ((k + i) * vectors + v) * L, in[i], L);
-      }
+      turn_rows(p, v, [&](int64_t k, value_t<S> w) { store(to + (k * vectors + v) * L, w, L); });
+    }
+  }
+
+  // The same for rows_by_lanes: a vector after the other.
+  int64_t lanes_size() const { return lane_stride<A>(K) * L * L; }
+  void pack_lanes(int p, A* to) const {
+    for (int v = 0; v < in_panel(p) * gates; ++v, to += lanes_size()) {
+      turn_rows(p, v,
+                [&](int64_t k, value_t<S> w) { store(to + (k % L * lane_stride<A>(K) + k / L) * L, w, L); });
+    }
+  }
+
+  // put(k, w) for each k of vector v of panel p of `raw`.
+  template <class Put>
+  __attribute__((always_inline)) void turn_rows(int p, int v, Put put) const {
+    const int64_t first = (static_cast<int64_t>(p) * wide() + v / gates) * L;
+    const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
+    const S* from = raw + ((v % gates) * block + first) * K;
+    for (int64_t k = 0; k < K; k += L) {
+      const int n = static_cast<int>(std::min<int64_t>(L, K - k));
+      value_t<S> in[L];
+      for (int j = 0; j < L; ++j) in[j] = j < valid ? load(from + j * K + k, n) : value_t<S>{};
+      turn<A>(in);
+      for (int i = 0; i < n; ++i) put(k + i, in[i]);
     }
   }
 
@@ -207,17 +364,13 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
   constexpr int L = lanes<A>;
   alignas(64) A out[max_rows * max_vectors * L], out_x[max_rows * max_vectors * L];
   if (count == 0) return;
-  Aligned<A> once(w.raw == nullptr ? 0 : w.panel_size());
+  const bool single = w.raw != nullptr, dots = single && count <= few_rows;
+  Aligned<A> once(single && !dots ? w.wide() * w.gates * w.lanes_size() : 0);
   for (int p = p0; p < p1; ++p) {
     const int in_panel = w.in_panel(p), vectors = in_panel * gates;
-    const bool pair =
-        count == 1 && w.raw == nullptr && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2;
-    const A* panel = w.panel(p);
-    if (w.raw != nullptr) {
-      w.pack(p, once.data);
-      panel = once.data;
-    }
-    const int fit = tile_rows(vectors), tiles = (count + fit - 1) / fit;
+    const bool pair = count == 1 && !single && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2;
+    if (single && !dots) w.pack_lanes(p, once.data);
+    const int fit = single ? max_rows : tile_rows(vectors), tiles = (count + fit - 1) / fit;
     for (int i = 0, done = 0; i < tiles; ++i) {
       const int here = (count - done) / (tiles - i);
       const A* row[max_rows];
@@ -225,11 +378,17 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
         row[r] = a + rows[done + r] * lda;
         for (int u = 0; u < in_panel; ++u) ahead(rows[done + r], p * w.wide() + u);
       }
-      if (pair) {
-        vectors == 4 ? tile_pair<A, 4>(row[0], panel, w.panel(p + 1), w.K, out)
-                     : tile_pair<A, 3>(row[0], panel, w.panel(p + 1), w.K, out);
+      if (dots) {
+        w.dots(p, row, here, out);
+      } else if (single) {
+        for (int v = 0; v < vectors; ++v) {
+          rows_by_lanes(row, here, once.data + v * w.lanes_size(), w.K, out + v * L, vectors * L);
+        }
+      } else if (pair) {
+        vectors == 4 ? tile_pair<A, 4>(row[0], w.panel(p), w.panel(p + 1), w.K, out)
+                     : tile_pair<A, 3>(row[0], w.panel(p), w.panel(p + 1), w.K, out);
       } else {
-        tile_for<A>(vectors, here)(row, panel, w.K, out);
+        tile_for<A>(vectors, here)(row, w.panel(p), w.K, out);
       }
       if (beside.w != nullptr) {
         const A* row_x[max_rows];

@@ -143,7 +143,7 @@ class BackwardScan {
   virtual void run(const BackwardRange& range) = 0;
 };
 
-// out [M, N] = a [M, K] times one matrix for any number of M, packed once (or not at all, for a few rows).
+// out [M, N] = a [M, K] times one matrix for any number of M, packed once or not at all.
 // Storage and arithmetic as in a scan. Rows of `a` and `out` are lda and ldo apart. A row's result depends on
 // nothing but itself.
 class Product {
@@ -173,7 +173,8 @@ struct Engine {
   bool (*supported)();
   std::unique_ptr<ForwardScan> (*forward)(const Forward& problem, int64_t T);
   std::unique_ptr<BackwardScan> (*backward)(const Backward& problem);
-  // a w^T with w S [N, K]; pack: false for a few rows.
+  // a w^T with w S [N, K]; pack: false for weights that serve a single step. It changes the order of the
+  // sums.
   std::unique_ptr<Product> (*by_rows)(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack);
   // a w with w S [K, N]
   std::unique_ptr<Product> (*by_columns)(Dtype dtype, int64_t N, int64_t K, const void* w);
