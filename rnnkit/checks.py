@@ -49,8 +49,9 @@ def visible(v: Tensor) -> bool:
 # Bound once: together these questions must cost less than a microsecond.
 _compiling = torch.compiler.is_compiling
 _tracing = torch._C._is_tracing
-_transforming = torch._C._are_functorch_transforms_active
-_modes = torch._C._len_torch_dispatch_stack
+transforming = torch._C._are_functorch_transforms_active
+modes = torch._C._len_torch_dispatch_stack
+watching = torch._C._len_torch_function_stack  # TorchFunctionModes, a default device among them
 
 
 def plain(*given: Tensor | None) -> bool:
@@ -59,7 +60,7 @@ def plain(*given: Tensor | None) -> bool:
     Not while torch compiles, exports or traces; not under a functorch transform, forward mode or a dispatch mode; not
     for subclasses of Tensor. Autocast is the caller's to ask for.
     """
-    if _compiling() or _tracing() or _transforming() or _modes() or forward_ad._current_level >= 0:
+    if _compiling() or _tracing() or transforming() or modes() or forward_ad._current_level >= 0:
         return False
     for v in given:  # noqa: SIM110 (a loop costs half of what all() does)
         if type(v) is not Tensor and type(v) is not Parameter and v is not None:

@@ -27,16 +27,12 @@ from .backends import (
     choose,
     describe,
     recall,
-    record,
     resolve,
 )
 from .cells import CELLS
 from .registry import run_backward, run_forward, second_backward, states_of
 
-plain = checks.plain
-_modes = torch._C._len_torch_dispatch_stack
-_watching = torch._C._len_torch_function_stack  # TorchFunctionModes, a default device among them
-_transforming = torch._C._are_functorch_transforms_active
+_plain, _modes, _transforming, _watching = checks.plain, checks.modes, checks.transforming, checks.watching
 _batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
 _grad = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled  # for any type of device
@@ -131,7 +127,7 @@ def single(
     None where the call is not plain, the backend has no such way, or something is wrong: `layer` says what.
     """
     four = _four(weights)
-    if four is None or type(x) is not Tensor or x.dim() != 3 or not plain() or _autocast() or _watching():
+    if four is None or type(x) is not Tensor or x.dim() != 3 or not _plain() or _autocast() or _watching():
         return None
     try:
         steps, rows, features = x.shape
@@ -170,9 +166,8 @@ def _chosen_for_single(
     try:
         t, options = checks.layer(cell, x.transpose(0, 1) if batch_first else x, h, c, weights)
         problem = describe(cell, t, options, train=train)
-        with record():  # whoever records shall see the choice once, here or on the ordinary way
-            known = choose(backend, problem)
-        return choose(backend, problem) if known.singles else known
+        known = choose(backend, problem, quiet=True)
+        return choose(backend, problem) if known.singles else known  # recorded once, here or on the ordinary way
     except (checks.BadInput, ValueError, TypeError, NotImplementedError):
         return None
 
@@ -182,7 +177,7 @@ def _quick_step(
 ) -> tuple[Tensor, Tensor | None] | None:
     """`step` without gradients the quick way; None where there is none."""
     four = _four(weights)
-    if four is None or type(x) is not Tensor or x.dim() != 2 or not plain() or _autocast() or _watching():
+    if four is None or type(x) is not Tensor or x.dim() != 2 or not _plain() or _autocast() or _watching():
         return None
     if c is not None and cell != "lstm":
         return None
@@ -234,7 +229,7 @@ def _quick(
     four = _four(weights)
     if four is None:
         return None
-    if type(x) is not Tensor or x.dim() != 3 or not checks.plain(h, c, *weights) or not x.is_cpu or _autocast():
+    if type(x) is not Tensor or x.dim() != 3 or not _plain(h, c, *weights) or not x.is_cpu or _autocast():
         return None
     w_hh = weights[1]
     if w_hh.dim() != 2 or (c is not None and cell != "lstm"):
@@ -254,7 +249,7 @@ def _any_grad(tensors: Iterable[Tensor | None]) -> bool:
 def _layer(
     cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    if checks.plain(*t) and not t.x.is_meta and not _autocast():
+    if _plain(*t) and not t.x.is_meta and not _autocast():
         train = _grad() and _any_grad(t)
         chosen = choose(backend, describe(cell, t, o, train=train))
         return _direct(cell, chosen, t, o, train)
@@ -277,7 +272,7 @@ def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tenso
     with no_autocast(t.x.device.type):
         if onnx or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0:
             return REFERENCE.forward(cell, t, o, train=False).outputs
-        if checks.plain(*t) and not t.x.is_meta:
+        if _plain(*t) and not t.x.is_meta:
             return _direct(cell, chosen, t, o, train)
     return _opaque(cell, chosen.name, t, o, train)
 

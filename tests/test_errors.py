@@ -140,7 +140,12 @@ NAMES: list[Case] = [
 FUNCTIONS: list[Case] = [
     ("cell", lambda: ops.layer("elman", x, None, None, weights_of()), ValueError, ["rnn_tanh", "lstm", "got 'elman'"]),
     ("x's type", lambda: ops.layer("gru", [1.0], None, None, weights_of()), TypeError, ["x must be", "got list"]),
-    ("x's layout", lambda: ops.layer("gru", x.to_sparse(), None, None, weights_of()), TypeError, ["dense", "sparse_coo"]),
+    (
+        "x's layout",
+        lambda: ops.layer("gru", x.to_sparse(), None, None, weights_of()),
+        TypeError,
+        ["dense", "sparse_coo"],
+    ),
     (
         "h_0's layout",
         lambda: ops.layer("gru", x, torch.zeros(B, H).to_sparse(), None, weights_of()),

@@ -121,28 +121,37 @@ def recorded(problem: Problem) -> measured.Row | None:
     return measured.nearest(problem.device, problem.cell, problem.train, sizes)
 
 
-def resolve(name: str, problem: Problem) -> Backend:
+def pick(name: str, problem: Problem) -> Backend:
     """The backend that runs this problem: `name`, or what `use_backend` says, or the first that can.
 
     Raises NotImplementedError with the reasons where a named backend cannot.
     """
-    override = _thread.override
-    asked = name if override is None else override[0]
+    asked = _asked(name)
     if asked == "auto":
-        chosen = next(backend for backend in preference(problem) if not backend.unsupported(problem))
-    else:
-        check_name(asked)
-        chosen = BY_NAME[asked]
-        reasons = chosen.unsupported(problem)
-        if reasons:
-            able = [backend.name for backend in BACKENDS if not backend.unsupported(problem)]
-            raise NotImplementedError(
-                f"backend {asked!r} cannot run this {problem.cell} layer on {problem.device}: {'; '.join(reasons)}. "
-                f"Those that can: {', '.join(able)}; backend='auto' chooses among them."
-            )
+        return next(backend for backend in preference(problem) if not backend.unsupported(problem))
+    check_name(asked)
+    chosen = BY_NAME[asked]
+    reasons = chosen.unsupported(problem)
+    if reasons:
+        able = [backend.name for backend in BACKENDS if not backend.unsupported(problem)]
+        raise NotImplementedError(
+            f"backend {asked!r} cannot run this {problem.cell} layer on {problem.device}: {'; '.join(reasons)}. "
+            f"Those that can: {', '.join(able)}; backend='auto' chooses among them."
+        )
+    return chosen
+
+
+def _asked(name: str) -> str:
+    override = _thread.override
+    return name if override is None else override[0]
+
+
+def resolve(name: str, problem: Problem) -> Backend:
+    """`pick`, told to whoever records."""
+    chosen = pick(name, problem)
     recording = _thread.record
     if recording is not None:
-        recording.append((problem, asked, chosen.name))
+        recording.append((problem, _asked(name), chosen.name))
     return chosen
 
 
@@ -161,18 +170,17 @@ def recall(name: str, problem: tuple) -> Backend | None:
     return _chosen.get((name if override is None else override[0], _get_mkldnn_enabled(), problem))
 
 
-def choose(name: str, problem: Problem) -> Backend:
-    """`resolve` with a memory, for eager calls, whose sizes are plain numbers.
+def choose(name: str, problem: Problem, *, quiet: bool = False) -> Backend:
+    """`resolve` with a memory, for eager calls, whose sizes are plain numbers. quiet: `pick`, with the same memory.
 
     A choice may depend on the problem and on whether oneDNN is on, and on nothing else that changes in a process.
     """
     chosen = recall(name, problem)
     if chosen is None:
-        chosen = resolve(name, problem)
+        chosen = pick(name, problem) if quiet else resolve(name, problem)
         if len(_chosen) >= CHOSEN_AT_MOST:
             _chosen.clear()
-        asked = name if _thread.override is None else _thread.override[0]
-        _chosen[asked, _get_mkldnn_enabled(), problem] = chosen
+        _chosen[_asked(name), _get_mkldnn_enabled(), problem] = chosen
     return chosen
 
 
