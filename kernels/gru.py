@@ -173,7 +173,13 @@ def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0,
             dhn = dn
         if lengths is not None or reset is not None:
             idle = is_idle(d)
-            dr, dz, dn, dhn, direct = keep(dr, idle), keep(dz, idle), keep(dn, idle), keep(dhn, idle), keep(direct, idle)
+            dr, dz, dn, dhn, direct = (
+                keep(dr, idle),
+                keep(dz, idle),
+                keep(dn, idle),
+                keep(dhn, idle),
+                keep(direct, idle),
+            )
         store3(dgx, at, unit, H, 3 * H, valid, dr, dz, dn)
         store3(dgh, at, unit, H, 3 * H, valid, dr, dz, dhn)
         back = dot(dz, wz, dot(dr, wr, zero, PRECISION), PRECISION)

@@ -22,7 +22,13 @@ Launch = Callable[..., None]
 
 def start(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> None:
     """Run a kernel on its tensors' device, on the current stream. Never waits."""
-    kernel[grid](**arguments, num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=True)
+    kernel[grid](**arguments, **options(plan, amd=torch.version.hip is not None))
+
+
+def options(plan: Plan, *, amd: bool) -> dict[str, Any]:
+    """What the compiler is asked for."""
+    asked = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
+    return asked if amd or plan.registers is None else {**asked, "maxnreg": plan.registers}
 
 
 class Operands(NamedTuple):
@@ -50,11 +56,6 @@ def operands(cell: Cell, t: Tensors, b_hn: Tensor | None) -> Operands:
 def solid(v: Tensor | None) -> Tensor | None:
     """Contiguous: an expanded gradient is written out."""
     return None if v is None else v.contiguous()
-
-
-def padded(size: int) -> int:
-    """The units of a tile that holds `size`: a power of two, at least what a product takes."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def tiles(count: int, block: int) -> int:

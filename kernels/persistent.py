@@ -10,8 +10,8 @@ from torch import Tensor
 from ..backends.problem import Outputs, Tensors
 from ..cells import Cell
 from . import gru, lstm, rnn
-from .launch import Found, Launch, operands, padded, room, room_back, solid, start, tiles, total_steps
-from .table import Plan
+from .launch import Found, Launch, operands, room, room_back, solid, start, tiles, total_steps
+from .table import Plan, tile
 
 
 def forward(
@@ -51,7 +51,7 @@ def forward(
     }
     if cell.has_c:
         arguments |= {"w_hr": o.w_hr, "c_0": solid(c), "c_r": o.c_r, "c_n": c_n, "c_all": c_all, "gates": gates}
-        arguments |= {"N": o.size, "BLOCK_N": padded(o.size)}
+        arguments |= {"N": o.size, "BLOCK_N": tile(o.size)}
     elif cell.saved:
         arguments |= {"b_hn": o.b_hn, "gates": gates, "AFTER": cell.reset_after}
     else:
@@ -95,7 +95,7 @@ def backward(
     if cell.has_c:
         arguments |= {"gc_n": gc_n, "gc_all": gc_all, "c_all": c_all, "gates": gates, "w_hr": o.w_hr}
         arguments |= {"c_0": solid(t.c_0), "c_r": o.c_r, "dp": found.dp, "dc_0": found.dc_0, "dc_r": found.dc_r}
-        arguments |= {"N": o.size, "BLOCK_N": padded(o.size)}
+        arguments |= {"N": o.size, "BLOCK_N": tile(o.size)}
     elif cell.saved:
         arguments |= {"y": solid(y), "gates": gates, "h_0": solid(t.h_0), "h_r": o.h_r}
         arguments |= {"dgh": found.dgh if cell.reset_after else None, "AFTER": cell.reset_after}
@@ -116,5 +116,5 @@ def _shape(hidden: int, reverse: bool, plan: Plan) -> dict[str, Any]:
         "REVERSE": reverse,
         "PRECISION": plan.precision,
         "BLOCK_B": plan.block_b,
-        "BLOCK_H": padded(hidden),
+        "BLOCK_H": tile(hidden),
     }

@@ -178,7 +178,10 @@ def backward(
             scan.cell(rnn.backward_step, dh=dh, RELU=cell.name == "rnn_relu", k=k, **state)
         scan.product_back(found.dgh, o.w_hh[:multiplied], dh=dh, k=k, **state)
     return found._replace(
-        **{name: None if v is None else v.to(t.h_0.dtype) for name, v in zip(_STATES, (dh, dc, *found[4:6]), strict=True)}
+        **{
+            name: None if v is None else v.to(t.h_0.dtype)
+            for name, v in zip(_STATES, (dh, dc, *found[4:6]), strict=True)
+        }
     )
 
 
