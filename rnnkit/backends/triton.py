@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,23 @@ STEPWISE = os.environ.get("RNNKIT_TRITON_REGIME") == "step"
 """Whether every scan is to run step by step, whatever the table says."""
 
 
-@functools.cache
+Answer = TypeVar("Answer")
+
+
+def once(ask: Callable[[], Answer]) -> Callable[[], Answer]:
+    """Asks one time in a process. To torch.compile the answer is a constant, as by torch.compiler.assume_constant_result,
+    which would import the compiler with the package."""
+    known = functools.cache(ask)
+
+    @functools.wraps(ask)
+    def answer() -> Answer:
+        return known()
+
+    answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return answer
+
+
+@once
 def interpreted() -> bool:
     """Whether Triton runs kernels on CPU tensors in this process."""
     if importlib.util.find_spec("triton") is None:
@@ -45,7 +62,7 @@ def capability(index: int | None = None) -> int:
     return 10 * major + minor
 
 
-@functools.cache
+@once
 def missing() -> str | None:
     """Why no kernel can run here; None where they can."""
     if importlib.util.find_spec("triton") is None:
