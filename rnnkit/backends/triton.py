@@ -30,8 +30,8 @@ Answer = TypeVar("Answer")
 
 
 def once(ask: Callable[[], Answer]) -> Callable[[], Answer]:
-    """Asks one time in a process. To torch.compile the answer is a constant, as by torch.compiler.assume_constant_result,
-    which would import the compiler with the package."""
+    """Asks one time in a process. To torch.compile the answer is a constant, as torch.compiler.assume_constant_result
+    makes it, which would import the compiler with the package."""
     known = functools.cache(ask)
 
     @functools.wraps(ask)
@@ -43,9 +43,15 @@ def once(ask: Callable[[], Answer]) -> Callable[[], Answer]:
 
 
 @once
+def installed() -> bool:
+    """Whether there is a Triton; it is not imported for the answer."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@once
 def interpreted() -> bool:
     """Whether Triton runs kernels on CPU tensors in this process."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return False
     from triton import knobs
 
@@ -65,7 +71,7 @@ def capability(index: int | None = None) -> int:
 @once
 def missing() -> str | None:
     """Why no kernel can run here; None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "Triton is not installed: pip install rnnkit[triton]"
     if interpreted():
         return None
