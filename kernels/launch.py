@@ -47,10 +47,9 @@ class Operands(NamedTuple):
 
 
 def operands(cell: Cell, t: Tensors, b_hn: Tensor | None) -> Operands:
-    every = (t.w_hh, b_hn, t.w_hr, t.lengths, t.reset, t.h_r, t.c_r)
-    w_hh, *rest = (solid(v) for v in every)
-    assert w_hh is not None
-    return Operands(w_hh, *rest, t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1])
+    b_hn, w_hr, lengths, reset, h_r, c_r = (solid(v) for v in (b_hn, t.w_hr, t.lengths, t.reset, t.h_r, t.c_r))
+    hidden, size = t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1]
+    return Operands(t.w_hh.contiguous(), b_hn, w_hr, lengths, reset, h_r, c_r, hidden, size)
 
 
 def solid(v: Tensor | None) -> Tensor | None:

@@ -177,15 +177,9 @@ def backward(
         else:
             scan.cell(rnn.backward_step, dh=dh, RELU=cell.name == "rnn_relu", k=k, **state)
         scan.product_back(found.dgh, o.w_hh[:multiplied], dh=dh, k=k, **state)
-    return found._replace(
-        **{
-            name: None if v is None else v.to(t.h_0.dtype)
-            for name, v in zip(_STATES, (dh, dc, *found[4:6]), strict=True)
-        }
-    )
-
-
-_STATES = ("dh_0", "dc_0", "dh_r", "dc_r")
+    dtype = t.h_0.dtype
+    dc_0, dh_r, dc_r = (None if v is None else v.to(dtype) for v in (dc, found.dh_r, found.dc_r))
+    return Found(found.dgx, found.dgh, dh.to(dtype), dc_0, dh_r, dc_r, found.dp)
 
 
 def _entering(state: Tensor, by: Tensor | None, o: Operands, border: int) -> Tensor:

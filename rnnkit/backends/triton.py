@@ -10,16 +10,18 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..cells import Cell
-from ..kernels import table
 from ..reference.scan import ScanGradients
 from .problem import Options, Outputs, Problem, Tensors
 from .products import KernelBackend, bias_inside
+
+if TYPE_CHECKING:
+    from ..kernels.table import Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEPWISE = os.environ.get("RNNKIT_TRITON_REGIME") == "step"
@@ -45,7 +47,10 @@ def once(ask: Callable[[], Answer]) -> Callable[[], Answer]:
 @once
 def installed() -> bool:
     """Whether there is a Triton; it is not imported for the answer."""
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ModuleNotFoundError:  # a finder that refuses it
+        return False
 
 
 @once
@@ -61,6 +66,8 @@ def interpreted() -> bool:
 @functools.cache
 def capability(index: int | None = None) -> int:
     """Of one CUDA device as in sm_90, or the least of all; table.AMD where torch was built for ROCm."""
+    from ..kernels import table
+
     if torch.version.hip is not None:
         return table.AMD
     every = range(torch.cuda.device_count()) if index is None else (index,)
@@ -77,6 +84,8 @@ def missing() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "needs a GPU, and torch sees none (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+    from ..kernels import table
+
     if capability() != table.AMD and capability() < table.OLDEST:
         return f"needs GPUs from compute capability 8.0 on, got one of {capability() / 10}"
     return None
@@ -110,6 +119,8 @@ class Triton(KernelBackend):
         return None
 
     def detail(self, problem: Problem) -> str | None:
+        from ..kernels import table
+
         sides = ("forward", "backward")[: 1 + problem.train]
         chip = table.OLDEST if interpreted() else capability()
         facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip)
@@ -140,23 +151,28 @@ def kind(dtype: torch.dtype) -> str:
     """How products treat their operands: TF32 exactly where torch allows it to cuDNN's recurrent layers."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+    allowed = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if allowed == "tf32" else "ieee"
 
 
-def _plan(cell: Cell, side: str, t: Tensors) -> table.Plan:
+def _plan(cell: Cell, side: str, t: Tensors) -> Plan:
+    from ..kernels import table
+
     hidden = t.w_hh.shape[0] // cell.gates
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
     chip = table.OLDEST if interpreted() else capability(t.x.device.index)
     return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip)
 
 
-def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, chip: int) -> table.Plan:
+def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, chip: int) -> Plan:
+    from ..kernels import table
+
     if STEPWISE:
         return table.step(operands, "RNNKIT_TRITON_REGIME=step asks for it")
     return table.plan(cell, side, hidden, proj, operands, chip)
 
 
-def _regime(plan: table.Plan) -> Any:
+def _regime(plan: Plan) -> Any:
     from ..kernels import persistent, step
 
     return persistent if plan.regime == "persistent" else step
