@@ -19,10 +19,10 @@ CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test variants bench lint harness sanitize aarch64 wheel clean
+.PHONY: help demo test variants bench triton-compile lint harness sanitize aarch64 wheel clean
 
 help: ## say what the verbs do
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed ## the main job, on real text, for each cell
 	set -e; for cell in lstm gru rnn; do $(BIN)/python -m rnnkit demo --cell $$cell --out demo-out/$$cell; done
@@ -39,6 +39,9 @@ variants: .venv/installed ## parity, lengths and resets on the instruction sets 
 
 bench: .venv/installed ## every backend against torch.nn; BENCH=--quick for a minute of it
 	$(BIN)/python -m rnnkit bench $(BENCH)
+
+triton-compile: .venv/installed ## every Triton kernel for every chip, without a GPU; writes the record (minutes)
+	$(BIN)/python -m rnnkit.benchmarks.compile_table
 
 lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check

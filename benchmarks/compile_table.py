@@ -293,6 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(path: Path, lines: list[Line]) -> None:
     """The result, each kernel once: several scans share a product."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Line._fields)

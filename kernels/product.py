@@ -29,12 +29,12 @@ def sums(a, at, a_width, w, along_k, along_unit, unit, live, K, N, PRECISION: tl
 
 
 @triton.jit
-def product(a, w, out, out_width, along_k, along_unit, B, K, N, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
+def product(a, a_width, w, out, out_width, along_k, along_unit, B, K, N, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """out [B, N] = a w: a [B, K] fp32 or narrower, w [K, N] by its strides, out fp32 in out_width columns."""
+    """out [B, N] = a w: a [B, K] of a_width columns, w [K, N] by its strides, out fp32 of out_width columns."""
     row, unit = rows(BLOCK_B), units(BLOCK_N)
     live = row < B
-    acc = sums(a, row, K, w, along_k, along_unit, unit, live, K, N, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+    acc = sums(a, row, a_width, w, along_k, along_unit, unit, live, K, N, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
     store(out, row, unit, out_width, live[:, None] & (unit < N)[None, :], acc)
 
 

@@ -30,7 +30,7 @@ class Scan:
         self.common = {"lengths": o.lengths, "reset": o.reset, "B": rows, "REVERSE": reverse, "BLOCK_B": plan.block_b}
 
     def product(self, a: Tensor, w: Tensor, out: Tensor, *, transpose: bool = True) -> None:
-        """out [B, N] = a wᵀ, or a w. `a` is contiguous; `out` may be some columns of a wider buffer."""
+        """out [B, N] = a wᵀ, or a w. Either may be some columns of a wider matrix."""
         count, k = w.shape if transpose else (w.shape[1], w.shape[0])
         along_k, along_unit = (1, w.shape[1]) if transpose else (w.shape[1], 1)
         plan = self.plan
@@ -39,6 +39,7 @@ class Scan:
             (tiles(self.rows, plan.block_b), tiles(count, plan.block_n)),
             plan,
             a=a,
+            a_width=a.stride(0),
             w=w,
             out=out,
             out_width=out.stride(0),
@@ -172,7 +173,7 @@ def backward(
                 drh = dh.new_empty((rows, o.hidden))
                 scan.cell(gru.candidate_back, dh=dh, k=k, **state)
                 at = k if reverse else n - 1 - k
-                scan.product(found.dgx[at][:, inside:].contiguous(), o.w_hh[inside:], drh, transpose=False)
+                scan.product(found.dgx[at][:, inside:], o.w_hh[inside:], drh, transpose=False)
             scan.cell(gru.backward_step, dh=dh, drh=drh, AFTER=cell.reset_after, k=k, **state)
         else:
             scan.cell(rnn.backward_step, dh=dh, RELU=cell.name == "rnn_relu", k=k, **state)

@@ -125,6 +125,23 @@ PERSISTENT: tuple[Row, ...] = (
     Row("lstm_proj", "forward", 128, 32, "ieee", ("sm_80", "sm_100"), 16, 92160),
     Row("lstm_proj", "forward", 128, 64, "half", NVIDIA, 8, 86016),
     Row("lstm_proj", "forward", 128, 64, "tf32", ("sm_90",), 8, 176128),
+    Row("lstm_proj", "forward", 128, 128, "half", ("sm_90", "sm_100"), 4, 167936),
+    Row("lstm_proj", "forward", 256, 32, "half", NVIDIA, 8, 90112),
+    Row("lstm_proj", "backward", 32, 32, "half", EVERY, 4, 15360),
+    Row("lstm_proj", "backward", 32, 32, "tf32", EVERY, 4, 30720),
+    Row("lstm_proj", "backward", 32, 32, "ieee", EVERY, 8, 30720),
+    Row("lstm_proj", "backward", 64, 32, "half", EVERY, 4, 30720),
+    Row("lstm_proj", "backward", 64, 32, "tf32", EVERY, 4, 61440),
+    Row("lstm_proj", "backward", 64, 32, "ieee", ("gfx942",), 4, 8192),
+    Row("lstm_proj", "backward", 64, 64, "half", EVERY, 4, 51200),
+    Row("lstm_proj", "backward", 64, 64, "tf32", NVIDIA, 8, 102400),
+    Row("lstm_proj", "backward", 64, 64, "ieee", ("gfx942",), 4, 16384),
+    Row("lstm_proj", "backward", 128, 32, "half", NVIDIA, 8, 61440),
+    Row("lstm_proj", "backward", 128, 32, "tf32", NVIDIA, 8, 122880),
+    Row("lstm_proj", "backward", 128, 32, "ieee", ("sm_80", "sm_90"), 16, 114688),
+    Row("lstm_proj", "backward", 128, 64, "half", NVIDIA, 8, 102400),
+    Row("lstm_proj", "backward", 128, 64, "tf32", ("sm_90", "sm_100"), 8, 204800),
+    Row("lstm_proj", "backward", 128, 128, "half", ("sm_90",), 16, 184320),
     Row("gru", "forward", 32, 32, "half", EVERY, 4, 2048),
     Row("gru", "forward", 32, 32, "tf32", EVERY, 4, 16384),
     Row("gru", "forward", 32, 32, "ieee", EVERY, 4, 14336),
@@ -172,7 +189,7 @@ def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: in
             return persistent(row, "the recurrent weights stay on chip for the whole sequence")
     operands = {"half": "half precision", "tf32": "TF32", "ieee": "exact float32"}[kind]
     size = f"H={hidden}" + (f" P={proj}" if proj else "")
-    return step(kind, f"the recurrent weights of {size} do not fit on chip in {operands} (known for {chip})")
+    return step(kind, f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {chip}")
 
 
 def tile(size: int) -> int:

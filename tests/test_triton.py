@@ -109,7 +109,7 @@ def test_explain_says_the_regime(gpu: pytest.MonkeyPatch) -> None:
 
     small = detail(cell="lstm", hidden_size=100, dtype=torch.bfloat16)
     assert small == "persistent: the recurrent weights stay on chip for the whole sequence"
-    assert detail(hidden_size=512).startswith("step: the recurrent weights of H=512 do not fit on chip")
+    assert detail(hidden_size=512).startswith("step: no kernel keeps the recurrent weights of H=512 on chip")
     gpu.setattr(triton, "STEPWISE", True)
     assert detail() == "step: RNNKIT_TRITON_REGIME=step asks for it"
 
@@ -262,7 +262,7 @@ def test_the_record_holds_every_configuration_and_none_is_wrong() -> None:
 
 @needs_triton
 def test_some_of_the_table_compiles(tmp_path: Path) -> None:
-    """Every 60th scan; the whole is `make triton-compile`, of which CI takes another part each day."""
+    """Every 60th scan; CI and `make triton-compile` take the whole."""
     command = [sys.executable, "-m", "rnnkit.benchmarks.compile_table", "--part", "1/60", "--workers", "1"]
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=env)

@@ -58,7 +58,7 @@ def test_more_units_than_any_chip_holds() -> None:
     layer = rnnkit.GRU(3, 257, backend="triton")
     x = torch.randn(2, 1, 3)
     detail = rnnkit.explain(layer, x).to_dict()["layers"][0]["detail"]
-    assert detail.startswith("step: the recurrent weights of H=257 do not fit on chip")
+    assert detail.startswith("step: no kernel keeps the recurrent weights of H=257 on chip")
     check(Case("gru", hidden=257, steps=2, rows=2, resets=((1, 1),)), "triton", F32)
 
 

@@ -60,7 +60,7 @@ KERNELS = [  # a missing reset, one at the wrong step, a row that lives one step
     ("gru.backward_step", "t < length", "t <= length", "gru", "step"),
     ("gru.reset_step", "sigmoid(ar)", "(1 - sigmoid(ar))", "gru_reset_before", "step"),
     ("gru.candidate_back", "t < length_of", "t < 0 * length_of", "gru_reset_before", "step"),
-    ("product.product", "row, K, w", "row, K - 1, w", "lstm", "step"),
+    ("product.product", "row, a_width, w", "row, a_width - 1, w", "lstm", "step"),
     ("product.carry", *RESET, "gru", "step"),
     ("product.carry", "t < length", "t <= length", "gru", "step"),
     ("product.settle", "t0 + j < length", "t0 + j + 1 < length", "lstm_proj", "step"),
