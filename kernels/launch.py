@@ -28,7 +28,7 @@ def start(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> N
 def options(plan: Plan, *, amd: bool) -> dict[str, Any]:
     """What the compiler is asked for."""
     asked = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
-    return asked if amd or plan.registers is None else {**asked, "maxnreg": plan.registers}
+    return asked if amd else {**asked, "maxnreg": plan.registers}
 
 
 class Operands(NamedTuple):

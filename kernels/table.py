@@ -49,9 +49,9 @@ class Plan(NamedTuple):
     """Terms that a product adds at a time, step regime only."""
     warps: int
     stages: int
-    registers: int | None
-    """What a thread may take on NVIDIA's: without a number ptxas spills a few words to let more blocks in, and a
-    persistent kernel has no use for more."""
+    registers: int
+    """What a thread may take on NVIDIA's, all there are: without a number ptxas spills a few words to let more blocks
+    in."""
     precision: str
     """What products may lose of float32 operands: tf32 or ieee."""
     reason: str
@@ -214,7 +214,7 @@ def persistent(row: Row, reason: str) -> Plan:
 def step(kind: str, reason: str) -> Plan:
     """The plan of the step regime, for any size."""
     block_k = 64 if kind == "half" else 32
-    return Plan("step", ROWS, 64, block_k, 4, 1 if kind == "ieee" else 3, None, precision(kind), reason)
+    return Plan("step", ROWS, 64, block_k, 4, 1 if kind == "ieee" else 3, 255, precision(kind), reason)
 
 
 def precision(kind: str) -> str:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -235,7 +235,7 @@ def compiled_lines() -> list[Any]:
 
     with COMPILED.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    hints = {name: int if str(kind) in ("int", "<class 'int'>") else str for name, kind in Line.__annotations__.items()}
+    hints = get_type_hints(Line)
     assert lines and list(lines[0]) == list(Line._fields)
     return [Line(**{name: hints[name](v) for name, v in line.items()}) for line in lines]
 
