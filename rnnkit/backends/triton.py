@@ -6,6 +6,7 @@ which tiles, kernels/table.py says. Triton is imported at the first scan: `impor
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -133,17 +134,19 @@ class Triton(KernelBackend):
         self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         plan = _plan(cell, "forward", t)
-        return _regime(plan).forward(
-            cell, gx, h, c, t, bias_inside(cell, t), t0=t0, reverse=reverse, save=save, plan=plan
-        )
+        with on_device_of(gx):
+            return _regime(plan).forward(
+                cell, gx, h, c, t, bias_inside(cell, t), t0=t0, reverse=reverse, save=save, plan=plan
+            )
 
     def scan_backward(
         self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
     ) -> ScanGradients:
         plan = _plan(cell, "backward", t)
-        found = _regime(plan).backward(
-            cell, grads, y, c_all, gates, t, bias_inside(cell, t), reverse=o.reverse, plan=plan
-        )
+        with on_device_of(y):
+            found = _regime(plan).backward(
+                cell, grads, y, c_all, gates, t, bias_inside(cell, t), reverse=o.reverse, plan=plan
+            )
         return ScanGradients(*found)
 
 
@@ -153,6 +156,11 @@ def kind(dtype: torch.dtype) -> str:
         return "half"
     allowed = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if allowed == "tf32" else "ieee"
+
+
+def on_device_of(v: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(v.device) if v.is_cuda else contextlib.nullcontext()
 
 
 def _plan(cell: Cell, side: str, t: Tensors) -> Plan:
