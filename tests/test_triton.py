@@ -42,8 +42,8 @@ def test_kernels_in_the_interpreter(which: str) -> None:
 
 
 @needs_triton
-def test_planted_errors_in_the_interpreter() -> None:
-    interpreted(str(TESTS / "interpreted" / "test_planted.py"))
+def test_planted_errors_and_what_is_shared_in_the_interpreter() -> None:
+    interpreted(str(TESTS / "interpreted" / "test_planted.py"), str(TESTS / "interpreted" / "test_shared.py"))
 
 
 @needs_triton
