@@ -2,7 +2,8 @@
 
 A row stands here when its kernel compiles for its chips without a spill and within their shared memory
 (`python -m rnnkit.benchmarks.compile_table`, whose figures are benchmarks/results/triton-compile.csv). What has no
-row runs step by step. Compiled is H equal to the tile; an odd H may spill some words. Nothing is searched at a first call; times on a device may change the rows one day.
+row runs step by step. Compiled is H equal to the tile; an odd H may spill some words. Nothing is searched at a first
+call; times on a device may change the rows one day.
 """
 
 from __future__ import annotations
