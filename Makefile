@@ -19,10 +19,10 @@ CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test variants bench gpu-check lint harness sanitize aarch64 wheel clean
+.PHONY: help demo test variants bench gpu-check triton-compile lint harness sanitize aarch64 wheel clean
 
 help: ## say what the verbs do
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed ## the main job, on real text, for each cell
 	set -e; for cell in lstm gru rnn; do $(BIN)/python -m rnnkit demo --cell $$cell --out demo-out/$$cell; done
@@ -47,6 +47,9 @@ gpu-check: ## every backend on this machine's GPU: right, then fast; GPU_CHECK=-
 	  $(PYTHON) setup.py -q build_ext --inplace || echo 'rnnkit: going on without the C++ extension' >&2; \
 	fi
 	$(PYTHON) -m rnnkit gpu-check $(GPU_CHECK)
+
+triton-compile: .venv/installed ## every Triton kernel for every chip, without a GPU; writes the record (minutes)
+	$(BIN)/python -m rnnkit.benchmarks.compile_table
 
 lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check

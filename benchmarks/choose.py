@@ -16,7 +16,7 @@ from pathlib import Path
 from rnnkit.backends import BY_NAME, measured
 
 from .cases import BadInput
-from .rows import RESULTS, Row, read
+from .rows import RESULTS, Row, read, recorded
 from .targets import geometric_mean
 
 GROUPS = ("grid", "field", "sweep")  # plain layers
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=measured.FILE, metavar="FILE", help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
-        files = {path.stem: read(path) for path in sorted(options.results.glob("*.csv"))}
+        files = {path.stem: read(path) for path in recorded(options.results)}
         lines = table(files)
         if not lines:
             raise BadInput(

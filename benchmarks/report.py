@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import targets, timing
 from .cases import CELLS, MODES, BadInput
-from .rows import RESULTS, Row, read
+from .rows import RESULTS, Row, read, recorded
 from .sides import CELLS as STEPWISE
 from .sides import ORT, PACKED, SPLIT, TORCH, WITHOUT
 from .targets import Verdict
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.rows is not None:
             print(aligned(HEAD, [cells(v) for v in targets.judge(read(options.rows))]))
             return 0
-        files = {path.stem: read(path) for path in sorted(options.results.glob("*.csv"))}
+        files = {path.stem: read(path) for path in recorded(options.results)}
         if not any(files.values()):
             raise BadInput(f"{options.results} has no rows; `python -m rnnkit bench --record` puts some there")
         text = put(options.readme.read_text(encoding="utf-8"), summary(files))

@@ -11,6 +11,8 @@ from typing import Any
 from .cases import BadInput
 
 RESULTS = Path(__file__).resolve().parent / "results"
+COMPILED = RESULTS / "triton-compile.csv"
+"""No times: what compile_table.py found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,11 @@ def read(path: Path) -> list[Row]:
             return [Row(**{name: TYPES[name](line[name]) for name in names}) for line in lines]
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from error
+
+
+def recorded(folder: Path) -> list[Path]:
+    """The files of rows in a folder."""
+    return [path for path in sorted(folder.glob("*.csv")) if path.name != COMPILED.name]
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends import BACKENDS, Problem, preference, record, recorded
+from .backends import BACKENDS, BY_NAME, Problem, preference, record, recorded
 from .nn.base import Recurrent
 
 UNMEASURED = "in the table's order: nothing is recorded of this cell on this device"
@@ -30,6 +30,8 @@ class Choice:
     reasons: dict[str, list[str]]
     measured: str | None
     """The recorded shape whose times put the backends in order; None where nothing is recorded."""
+    detail: str | None
+    """How the chosen backend runs it, where it has several ways."""
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, the dtype by its name."""
@@ -43,6 +45,7 @@ class Choice:
             "backend": self.backend,
             "reasons": self.reasons,
             "measured": self.measured,
+            "detail": self.detail,
         }
 
 
@@ -53,7 +56,7 @@ class Explanation:
     choices: tuple[Choice, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons", "measured"}, ...], "note"}.
+        """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons", "measured", "detail"}, ...], "note"}.
 
         `reasons` is {backend: [...]} of those that were not chosen.
         """
@@ -77,6 +80,7 @@ class Explanation:
             for backend in preference(p):
                 if backend.name == choice.backend:
                     how = "chosen" if choice.asked == "auto" else f"chosen, as backend={choice.asked!r} asks"
+                    how += f"; {choice.detail}" if choice.detail else ""
                 else:
                     how = "; ".join(choice.reasons[backend.name])
                 lines.append(f"  {'→' if backend.name == choice.backend else ' '} {backend.name:<10} {how}")
@@ -132,7 +136,8 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
             layer += not problem.reverse  # each layer's forward direction comes first
             row = recorded(problem)
             measured = None if row is None else str(row)
-            choices.append(Choice(name, layer, problem, asked, backend, _reasons(problem, asked, backend), measured))
+            reasons, detail = _reasons(problem, asked, backend), BY_NAME[backend].detail(problem)
+            choices.append(Choice(name, layer, problem, asked, backend, reasons, measured, detail))
         start = end
     return Explanation(tuple(choices))
 
@@ -144,7 +149,7 @@ def _reasons(problem: Problem, asked: str, chosen: str) -> dict[str, list[str]]:
         if backend.name != chosen:
             why = backend.unsupported(problem)
             after = f"can run it; auto asks {chosen} first" if asked == "auto" else f"can run it; {asked} was asked for"
-            reasons[backend.name] = why or [after]
+            reasons[backend.name] = why or [backend.reluctant(problem) or after]
     return reasons
 
 

@@ -143,7 +143,7 @@ def _fake_forward(
     kind = CELLS[cell]
     steps, rows = t.x.shape[0], t.x.shape[1]
     hidden = t.w_hh.shape[0] // kind.gates
-    wide = compute_dtype(t.x.dtype)
+    wide = t.x.dtype if BY_NAME[backend].saves_narrow else compute_dtype(t.x.dtype)
     y = t.x.new_empty((steps, rows, t.h_0.shape[1]))
     h_n = t.x.new_empty((rows, t.h_0.shape[1]))
     c_n = t.x.new_empty((rows, hidden) if kind.has_c else (0,))

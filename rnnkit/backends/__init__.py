@@ -1,8 +1,8 @@
 """The literal table of backends and the choice among them.
 
 `auto` takes the first backend, in the order of recorded measurements, whose list of reasons against the problem is
-empty; a named backend runs or raises with its reasons. Nothing falls back silently. What was found for a problem is
-remembered, for eager calls (`choose`).
+empty and that is not reluctant; a named backend runs or raises with its reasons. Nothing falls back silently. What was
+found for a problem is remembered, for eager calls (`choose`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from .problem import Options, Outputs, Problem, Result, Tensors, describe
 from .products import Backend
 from .reference import Reference
 from .torch import Torch
+from .triton import Triton
 
 REFERENCE = Reference()
 BACKENDS: tuple[Backend, ...] = (
     Planned("cuda", "CUDA kernels"),
-    Planned("triton", "Triton kernels"),
+    Triton(),
     CPU(),
     Torch(),
     REFERENCE,
@@ -128,15 +129,16 @@ def pick(name: str, problem: Problem) -> Backend:
     """
     asked = _asked(name)
     if asked == "auto":
-        return next(backend for backend in preference(problem) if not backend.unsupported(problem))
+        able = (backend for backend in preference(problem) if not backend.unsupported(problem))
+        return next(backend for backend in able if backend.reluctant(problem) is None)
     check_name(asked)
     chosen = BY_NAME[asked]
     reasons = chosen.unsupported(problem)
     if reasons:
-        able = [backend.name for backend in BACKENDS if not backend.unsupported(problem)]
+        others = [backend.name for backend in BACKENDS if not backend.unsupported(problem)]
         raise NotImplementedError(
             f"backend {asked!r} cannot run this {problem.cell} layer on {problem.device}: {'; '.join(reasons)}. "
-            f"Those that can: {', '.join(able)}; backend='auto' chooses among them."
+            f"Those that can: {', '.join(others)}; backend='auto' chooses among them."
         )
     return chosen
 

@@ -97,6 +97,8 @@ class Backend:
     takes_none_states = False
     """Whether its operators check all that they are given: it then gets plain tensors unchecked, h_0 and c_0 None for
     zeros, and raises RuntimeError for what it does not take."""
+    saves_narrow = False
+    """Whether what it saves for a backward has the layer's dtype, where others save float32 or wider."""
 
     def available(self) -> str | None:
         """Why it cannot run anything on this machine; None where it can."""
@@ -105,6 +107,14 @@ class Backend:
     def unsupported(self, problem: Problem) -> list[str]:
         """Why it cannot run this problem; empty where it can."""
         raise NotImplementedError(self.name)
+
+    def reluctant(self, problem: Problem) -> str | None:
+        """Why `auto` leaves to others what this backend could run; None where it does not."""
+        return None
+
+    def detail(self, problem: Problem) -> str | None:
+        """How it runs this problem, for `explain`; None where there is one way only."""
+        return None
 
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
         """Run the layer. `train`: keep what `backward` needs; `graph`: an autograd graph may be kept for it."""

@@ -1,0 +1,112 @@
+"""How a kernel is started, and what both regimes ask of their operands.
+
+A launch is a kernel, a grid and arguments by name; `start` runs it. Whoever wants to see the launches instead (the
+ahead-of-time compiler, a count) passes another function of the same form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.problem import Tensors
+from ..cells import Cell
+from .table import Plan
+
+Launch = Callable[..., None]
+"""run(kernel, grid, plan, **arguments)"""
+
+
+def start(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> None:
+    """Run a kernel on its tensors' device, on the current stream. Never waits."""
+    kernel[grid](**arguments, **options(plan, amd=torch.version.hip is not None))
+
+
+def options(plan: Plan, *, amd: bool) -> dict[str, Any]:
+    """What the compiler is asked for."""
+    asked = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
+    return asked if amd else {**asked, "maxnreg": plan.registers}
+
+
+class Operands(NamedTuple):
+    """What a scan reads besides gx and the state it starts from, contiguous. N is the state's size."""
+
+    w_hh: Tensor  # [G·H, N]
+    b_hn: Tensor | None  # [H]
+    w_hr: Tensor | None  # [N, H]
+    lengths: Tensor | None  # [B]
+    reset: Tensor | None  # [T, B]
+    h_r: Tensor | None  # [B, N]
+    c_r: Tensor | None  # [B, H]
+    hidden: int
+    size: int
+    """N"""
+
+
+def operands(cell: Cell, t: Tensors, b_hn: Tensor | None) -> Operands:
+    b_hn, w_hr, lengths, reset, h_r, c_r = (solid(v) for v in (b_hn, t.w_hr, t.lengths, t.reset, t.h_r, t.c_r))
+    hidden, size = t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1]
+    return Operands(t.w_hh.contiguous(), b_hn, w_hr, lengths, reset, h_r, c_r, hidden, size)
+
+
+def solid(v: Tensor | None) -> Tensor | None:
+    """Contiguous: an expanded gradient is written out."""
+    return None if v is None else v.contiguous()
+
+
+def tiles(count: int, block: int) -> int:
+    return -(-count // block)
+
+
+def total_steps(o: Operands, t0: int, n: int) -> int:
+    """Steps of the whole sequence, as far as resets and lengths speak of it."""
+    return t0 + n if o.reset is None else o.reset.shape[0]
+
+
+class Saved(NamedTuple):
+    """What a forward leaves: y [n, B, N] and, where they are kept, c_all [n, B, H] and gates [n, B, S·H]."""
+
+    y: Tensor
+    c_all: Tensor | None
+    gates: Tensor | None
+
+
+def room(cell: Cell, gx: Tensor, o: Operands, save: bool) -> Saved:
+    n, rows = gx.shape[:2]
+    return Saved(
+        gx.new_empty((n, rows, o.size)),
+        gx.new_empty((n, rows, o.hidden)) if cell.has_c and save else None,
+        gx.new_empty((n, rows, cell.saved * o.hidden)) if cell.saved and save else None,
+    )
+
+
+class Found(NamedTuple):
+    """The gradients of a scan, in the order and shapes of rnnkit.reference.scan.ScanGradients."""
+
+    dgx: Tensor
+    dgh: Tensor
+    dh_0: Tensor
+    dc_0: Tensor | None
+    dh_r: Tensor | None
+    dc_r: Tensor | None
+    dp: Tensor | None
+
+
+def room_back(cell: Cell, y: Tensor, o: Operands, dtype: torch.dtype) -> Found:
+    """`dtype`: that of the gradients of states."""
+    n, rows, size = y.shape
+    dgx = y.new_empty((n, rows, o.w_hh.shape[0]))
+    state, cells = y.new_empty((rows, size), dtype=dtype), y.new_empty((rows, o.hidden), dtype=dtype)
+    cut = o.reset is not None
+    return Found(
+        dgx,
+        torch.empty_like(dgx) if cell.reset_after else dgx,
+        state,
+        cells if cell.has_c else None,
+        torch.empty_like(state) if cut else None,
+        torch.empty_like(cells) if cut and cell.has_c else None,
+        torch.empty_like(y) if o.w_hr is not None else None,
+    )

@@ -1,0 +1,120 @@
+"""The persistent regime: one launch for all of time, a program for each tile of the batch, W_hh on chip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.problem import Outputs, Tensors
+from ..cells import Cell
+from . import gru, lstm, rnn
+from .launch import Found, Launch, operands, room, room_back, solid, start, tiles, total_steps
+from .table import Plan, tile
+
+
+def forward(
+    cell: Cell,
+    gx: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    t: Tensors,
+    b_hn: Tensor | None,
+    *,
+    t0: int,
+    reverse: bool,
+    save: bool,
+    plan: Plan,
+    run: Launch = start,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, h_n, c_n, c_all, gates of the steps [t0, t0 + n), as `KernelBackend.scan_forward` says."""
+    n, rows = gx.shape[:2]
+    o = operands(cell, t, b_hn)
+    y, c_all, gates = room(cell, gx, o, save)
+    h_n = torch.empty_like(h, memory_format=torch.contiguous_format)
+    c_n = None if c is None else torch.empty_like(c, memory_format=torch.contiguous_format)
+    arguments: dict[str, Any] = {
+        "gx": solid(gx),
+        "w_hh": o.w_hh,
+        "h_0": solid(h),
+        "lengths": o.lengths,
+        "reset": o.reset,
+        "h_r": o.h_r,
+        "y": y,
+        "h_n": h_n,
+        "n": n,
+        "t0": t0,
+        "total": total_steps(o, t0, n),
+        "B": rows,
+        **_shape(o.hidden, reverse, plan),
+    }
+    if cell.has_c:
+        arguments |= {"w_hr": o.w_hr, "c_0": solid(c), "c_r": o.c_r, "c_n": c_n, "c_all": c_all, "gates": gates}
+        arguments |= {"N": o.size, "BLOCK_N": tile(o.size)}
+    elif cell.saved:
+        arguments |= {"b_hn": o.b_hn, "gates": gates, "AFTER": cell.reset_after}
+    else:
+        arguments |= {"RELU": cell.name == "rnn_relu"}
+    if rows:
+        run(_file(cell).forward, (tiles(rows, plan.block_b),), plan, **arguments)
+    return y, h_n, c_n, c_all, gates
+
+
+def backward(
+    cell: Cell,
+    grads: Outputs,
+    y: Tensor,
+    c_all: Tensor | None,
+    gates: Tensor | None,
+    t: Tensors,
+    b_hn: Tensor | None,
+    *,
+    reverse: bool,
+    plan: Plan,
+    run: Launch = start,
+) -> Found:
+    """The gradients of the scan over all T."""
+    n, rows = y.shape[:2]
+    o = operands(cell, t, b_hn)
+    found = room_back(cell, y, o, t.h_0.dtype)
+    gy, gh_n, gc_n, gc_all = (solid(g) for g in grads)
+    arguments: dict[str, Any] = {
+        "gy": gy,
+        "gh_n": gh_n,
+        "w_hh": o.w_hh,
+        "lengths": o.lengths,
+        "reset": o.reset,
+        "dgx": found.dgx,
+        "dh_0": found.dh_0,
+        "dh_r": found.dh_r,
+        "n": n,
+        "B": rows,
+        **_shape(o.hidden, reverse, plan),
+    }
+    if cell.has_c:
+        arguments |= {"gc_n": gc_n, "gc_all": gc_all, "c_all": c_all, "gates": gates, "w_hr": o.w_hr}
+        arguments |= {"c_0": solid(t.c_0), "c_r": o.c_r, "dp": found.dp, "dc_0": found.dc_0, "dc_r": found.dc_r}
+        arguments |= {"N": o.size, "BLOCK_N": tile(o.size)}
+    elif cell.saved:
+        arguments |= {"y": solid(y), "gates": gates, "h_0": solid(t.h_0), "h_r": o.h_r}
+        arguments |= {"dgh": found.dgh if cell.reset_after else None, "AFTER": cell.reset_after}
+    else:
+        arguments |= {"y": solid(y), "RELU": cell.name == "rnn_relu"}
+    if rows:
+        run(_file(cell).backward, (tiles(rows, plan.block_b),), plan, **arguments)
+    return found
+
+
+def _file(cell: Cell) -> Any:
+    return lstm if cell.has_c else gru if cell.saved else rnn
+
+
+def _shape(hidden: int, reverse: bool, plan: Plan) -> dict[str, Any]:
+    return {
+        "H": hidden,
+        "REVERSE": reverse,
+        "PRECISION": plan.precision,
+        "BLOCK_B": plan.block_b,
+        "BLOCK_H": tile(hidden),
+    }

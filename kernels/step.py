@@ -1,0 +1,198 @@
+"""The step regime, for any size: at each step a product with W_hh over all multiprocessors, then a kernel of the cell.
+
+Two launches a step (four for an LSTM with a projection and for the original GRU, each of which has two products), none
+of which waits for the host, so a CUDA graph can hold the whole scan. h and c stand in memory in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import masks
+from ..backends.problem import Outputs, Tensors
+from ..cells import Cell
+from . import gru, lstm, product, rnn
+from .launch import Found, Launch, Operands, operands, room, room_back, solid, start, tiles, total_steps
+from .table import Plan
+
+POINTWISE = 128
+"""Units of a tile in the kernels without a product."""
+
+
+class Scan:
+    """What all launches of one scan share."""
+
+    def __init__(self, o: Operands, rows: int, reverse: bool, plan: Plan, run: Launch) -> None:
+        self.o, self.rows, self.plan, self.run = o, rows, plan, run
+        self.common = {"lengths": o.lengths, "reset": o.reset, "B": rows, "REVERSE": reverse, "BLOCK_B": plan.block_b}
+
+    def product(self, a: Tensor, w: Tensor, out: Tensor, *, transpose: bool = True) -> None:
+        """out [B, N] = a wᵀ, or a w. Either may be some columns of a wider matrix."""
+        count, k = w.shape if transpose else (w.shape[1], w.shape[0])
+        along_k, along_unit = (1, w.shape[1]) if transpose else (w.shape[1], 1)
+        plan = self.plan
+        self.run(
+            product.product,
+            (tiles(self.rows, plan.block_b), tiles(count, plan.block_n)),
+            plan,
+            a=a,
+            a_width=a.stride(0),
+            w=w,
+            out=out,
+            out_width=out.stride(0),
+            along_k=along_k,
+            along_unit=along_unit,
+            B=self.rows,
+            K=k,
+            N=count,
+            PRECISION=plan.precision,
+            BLOCK_B=plan.block_b,
+            BLOCK_N=plan.block_n,
+            BLOCK_K=plan.block_k,
+        )
+
+    def product_back(self, source: Tensor, w: Tensor, **arguments: Any) -> None:
+        """dh of the step before: the first columns of `source` at the step's time by `w`, rows of W_hh."""
+        plan = self.plan
+        given = {**self.common, **arguments, "dgh": source, "dgh_width": source.shape[2], "w": w, "K": w.shape[0]}
+        given |= {"N": self.o.size, "PRECISION": plan.precision, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
+        self._start(product.product_back, (tiles(self.rows, plan.block_b), tiles(self.o.size, plan.block_n)), given)
+
+    def cell(self, kernel: Any, **arguments: Any) -> None:
+        """A kernel over rows and hidden units."""
+        grid = (tiles(self.rows, self.plan.block_b), tiles(self.o.hidden, POINTWISE))
+        given = {**self.common, **arguments, "H": self.o.hidden, "BLOCK_H": POINTWISE}
+        self._start(kernel, grid, given)
+
+    def state(self, kernel: Any, **arguments: Any) -> None:
+        """A kernel over rows and the units of the state."""
+        grid = (tiles(self.rows, self.plan.block_b), tiles(self.o.size, POINTWISE))
+        self._start(kernel, grid, {**self.common, **arguments, "N": self.o.size, "BLOCK_N": POINTWISE})
+
+    def _start(self, kernel: Any, grid: tuple[int, ...], given: dict[str, Any]) -> None:
+        self.run(kernel, grid, self.plan, **{name: given[name] for name in kernel.arg_names})
+
+
+def forward(
+    cell: Cell,
+    gx: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    t: Tensors,
+    b_hn: Tensor | None,
+    *,
+    t0: int,
+    reverse: bool,
+    save: bool,
+    plan: Plan,
+    run: Launch = start,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, h_n, c_n, c_all, gates of the steps [t0, t0 + n), as `KernelBackend.scan_forward` says."""
+    n, rows = gx.shape[:2]
+    o = operands(cell, t, b_hn)
+    scan = Scan(o, rows, reverse, plan, run)
+    y, c_all, gates = room(cell, gx, o, save)
+    first = t0 + n if reverse else t0  # a reset at this place cuts before the first step that is processed
+    now = _entering(h, o.h_r, o, first)
+    now_c = None if c is None else _entering(c, o.c_r, o, first)
+    buffer = now.new_empty((rows, o.w_hh.shape[0]))
+    state = {"gx": solid(gx), "gh": buffer, "h": now, "h_r": o.h_r, "y": y, "n": n, "t0": t0}
+    state |= {"total": total_steps(o, t0, n), "gates": gates}
+    m = None if o.w_hr is None else now.new_empty((rows, o.hidden))
+    inside = 2 * o.hidden  # where the GRU's n block begins
+    for k in range(n if rows else 0):
+        if cell.reset_before:
+            rh = now.new_empty((rows, o.hidden))
+            scan.product(now, o.w_hh[:inside], buffer)
+            scan.cell(gru.reset_step, rh=rh, k=k, **state)
+            scan.product(rh, o.w_hh[inside:], buffer[:, inside:])
+        else:
+            scan.product(now, o.w_hh, buffer)
+        if cell.has_c:
+            scan.cell(lstm.forward_step, c=now_c, c_r=o.c_r, c_all=c_all, m=m, k=k, **state)
+        elif cell.saved:
+            scan.cell(gru.forward_step, b_hn=o.b_hn, AFTER=cell.reset_after, k=k, **state)
+        else:
+            scan.cell(rnn.forward_step, RELU=cell.name == "rnn_relu", k=k, **state)
+        if m is not None and o.w_hr is not None:
+            new = torch.empty_like(now)
+            scan.product(m, o.w_hr, new)
+            scan.state(product.settle, new=new, k=k, **state)
+    return y, now.to(h.dtype), None if c is None or now_c is None else now_c.to(c.dtype), c_all, gates
+
+
+def backward(
+    cell: Cell,
+    grads: Outputs,
+    y: Tensor,
+    c_all: Tensor | None,
+    gates: Tensor | None,
+    t: Tensors,
+    b_hn: Tensor | None,
+    *,
+    reverse: bool,
+    plan: Plan,
+    run: Launch = start,
+) -> Found:
+    """The gradients of the scan over all T."""
+    n, rows = y.shape[:2]
+    o = operands(cell, t, b_hn)
+    scan = Scan(o, rows, reverse, plan, run)
+    found = room_back(cell, y, o, torch.float32)
+    gy, gh_n, gc_n, gc_all = (solid(g) for g in grads)
+    dh, dc = _arriving(gh_n, found.dh_0), _arriving(gc_n, found.dc_0)
+    for v in (found.dh_r, found.dc_r):
+        if v is not None:
+            v.zero_()
+    guarded = o.lengths is not None or o.reset is not None
+    idle = torch.empty(rows, dtype=torch.int32, device=y.device) if guarded else None
+    direct = torch.empty_like(dh) if cell.saved and not cell.has_c else None
+    state = {"gy": gy, "y": solid(y), "gates": gates, "dgx": found.dgx, "idle": idle, "n": n, "direct": direct}
+    state |= {"dgh": found.dgh if cell.reset_after else None, "h_0": solid(t.h_0), "h_r": o.h_r}
+    state |= {"dh_r": found.dh_r, "dp": found.dp}
+    inside = 2 * o.hidden
+    multiplied = inside if cell.reset_before else o.w_hh.shape[0]  # the rows of W_hh by which h itself was multiplied
+    for k in range(n if rows else 0):
+        if cell.has_c:
+            arrived = dm = None
+            if o.w_hr is not None:
+                arrived, dm = torch.empty_like(dh), dh.new_empty((rows, o.hidden))
+                scan.state(product.arrive, dh=dh, arrived=arrived, k=k, **state)
+                scan.product(arrived, o.w_hr, dm, transpose=False)
+            following = torch.empty_like(dc)
+            more = {"gc_all": gc_all, "arrived": arrived, "dm": dm, "dc": dc, "dc_next": following, "c_all": c_all}
+            more |= {"c_0": solid(t.c_0), "c_r": o.c_r, "dc_r": found.dc_r, "N": o.size}
+            scan.cell(lstm.backward_step, dh=dh, k=k, **state, **more)
+            dc = following
+        elif cell.saved:
+            drh = None
+            if cell.reset_before:
+                drh = dh.new_empty((rows, o.hidden))
+                scan.cell(gru.candidate_back, dh=dh, k=k, **state)
+                at = k if reverse else n - 1 - k
+                scan.product(found.dgx[at][:, inside:], o.w_hh[inside:], drh, transpose=False)
+            scan.cell(gru.backward_step, dh=dh, drh=drh, AFTER=cell.reset_after, k=k, **state)
+        else:
+            scan.cell(rnn.backward_step, dh=dh, RELU=cell.name == "rnn_relu", k=k, **state)
+        scan.product_back(found.dgh, o.w_hh[:multiplied], dh=dh, k=k, **state)
+    dtype = t.h_0.dtype
+    dc_0, dh_r, dc_r = (None if v is None else v.to(dtype) for v in (dc, found.dh_r, found.dc_r))
+    return Found(found.dgx, found.dgh, dh.to(dtype), dc_0, dh_r, dc_r, found.dp)
+
+
+def _entering(state: Tensor, by: Tensor | None, o: Operands, border: int) -> Tensor:
+    """A copy in fp32 of the state before the first step, replaced where a reset stands at `border`."""
+    if o.reset is None or border >= o.reset.shape[0]:
+        return state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    at = o.reset[border] if o.lengths is None else o.reset[border] & (border < o.lengths)
+    return masks.replace(state.float(), at.unsqueeze(-1), None if by is None else by.float())
+
+
+def _arriving(given: Tensor | None, like: Tensor | None) -> Any:
+    """A copy in fp32 of the gradient of a final state, zeros where None."""
+    if like is None:
+        return None
+    return torch.zeros_like(like) if given is None else like.copy_(given)

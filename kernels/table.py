@@ -1,0 +1,223 @@
+"""Which regime a scan runs in, and with which tiles: a literal table, decided by compiling ahead of time.
+
+A row stands here when its kernel compiles for its chips without a spill and within their shared memory
+(`python -m rnnkit.benchmarks.compile_table`, whose figures are benchmarks/results/triton-compile.csv). What has no
+row runs step by step. Compiled is H equal to the tile; an odd H may spill some words. Nothing is searched at a first
+call; times on a device may change the rows one day.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SHARED = {  # bytes of shared memory a block may take
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+CHIPS = tuple(SHARED)
+"""What kernels are compiled for ahead of time; `chip_of` says which of them another one goes by."""
+SMALL = (86, 89, 120, 121)
+"""Capabilities with 99 KiB a block."""
+SMALL_SHARED = 99 * 1024
+OLDEST = 80
+"""The least capability that Triton's kernels hold for; the interpreter goes by it too."""
+AMD = 0
+"""In the place of a compute capability: GPUs of AMD's."""
+
+KERNELS = ("rnn", "lstm", "lstm_proj", "gru", "gru_reset_before")
+CELL_OF = {"rnn": "rnn_tanh", "lstm": "lstm", "lstm_proj": "lstm", "gru": "gru", "gru_reset_before": "gru_reset_before"}
+SIDES = ("forward", "backward")
+TILES = (32, 64, 128, 256)
+"""Units of a tile that hold a whole state."""
+KINDS = ("half", "tf32", "ieee")
+"""Operands of a product: bfloat16 and float16; float32 rounded to TF32; float32."""
+ROWS = 16
+"""Rows of a tile: what one matrix instruction takes."""
+
+
+class Plan(NamedTuple):
+    """How one scan runs."""
+
+    regime: str
+    """persistent or step"""
+    block_b: int
+    """Rows of a tile."""
+    block_n: int
+    """Units of a tile of a product, step regime only."""
+    block_k: int
+    """Terms that a product adds at a time, step regime only."""
+    warps: int
+    stages: int
+    registers: int
+    """What a thread may take on NVIDIA's, all there are: without a number ptxas spills a few words to let more blocks
+    in."""
+    precision: str
+    """What products may lose of float32 operands: tf32 or ieee."""
+    reason: str
+
+
+class Row(NamedTuple):
+    """A persistent kernel that fits."""
+
+    kernel: str
+    side: str
+    hidden: int
+    """Units of its tile: serves any H up to it that no smaller tile holds."""
+    size: int
+    """Units of its state's tile: with a projection P's, else `hidden`."""
+    kind: str
+    chips: tuple[str, ...]
+    warps: int
+    shared: int
+    """Bytes that it takes, on the chip where it takes most."""
+
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+EVERY = CHIPS
+
+PERSISTENT: tuple[Row, ...] = (
+    Row("rnn", "forward", 32, 32, "half", EVERY, 4, 2048),
+    Row("rnn", "forward", 32, 32, "tf32", EVERY, 4, 8192),
+    Row("rnn", "forward", 32, 32, "ieee", EVERY, 4, 6144),
+    Row("rnn", "forward", 64, 64, "half", EVERY, 4, 10240),
+    Row("rnn", "forward", 64, 64, "tf32", EVERY, 4, 24576),
+    Row("rnn", "forward", 64, 64, "ieee", EVERY, 4, 20480),
+    Row("rnn", "forward", 128, 128, "half", EVERY, 8, 36864),
+    Row("rnn", "forward", 128, 128, "tf32", EVERY, 8, 81920),
+    Row("rnn", "forward", 128, 128, "ieee", ("gfx942",), 8, 65536),
+    Row("rnn", "forward", 256, 256, "half", NVIDIA, 8, 139264),
+    Row("rnn", "backward", 32, 32, "half", EVERY, 4, 3072),
+    Row("rnn", "backward", 32, 32, "tf32", EVERY, 4, 6144),
+    Row("rnn", "backward", 32, 32, "ieee", EVERY, 4, 6144),
+    Row("rnn", "backward", 64, 64, "half", EVERY, 4, 10240),
+    Row("rnn", "backward", 64, 64, "tf32", EVERY, 4, 20480),
+    Row("rnn", "backward", 64, 64, "ieee", EVERY, 8, 20480),
+    Row("rnn", "backward", 128, 128, "half", EVERY, 8, 36864),
+    Row("rnn", "backward", 128, 128, "tf32", EVERY, 8, 73728),
+    Row("rnn", "backward", 128, 128, "ieee", EVERY, 8, 73728),
+    Row("rnn", "backward", 256, 256, "half", NVIDIA, 8, 139264),
+    Row("lstm", "forward", 32, 32, "half", EVERY, 4, 2048),
+    Row("lstm", "forward", 32, 32, "tf32", EVERY, 4, 20480),
+    Row("lstm", "forward", 32, 32, "ieee", EVERY, 4, 18432),
+    Row("lstm", "forward", 64, 64, "half", EVERY, 4, 34816),
+    Row("lstm", "forward", 64, 64, "tf32", EVERY, 4, 73728),
+    Row("lstm", "forward", 64, 64, "ieee", NVIDIA, 8, 69632),
+    Row("lstm", "forward", 128, 128, "half", EVERY, 8, 135168),
+    Row("lstm", "backward", 32, 32, "half", EVERY, 4, 13312),
+    Row("lstm", "backward", 32, 32, "tf32", EVERY, 4, 26624),
+    Row("lstm", "backward", 32, 32, "ieee", EVERY, 4, 24576),
+    Row("lstm", "backward", 64, 64, "half", EVERY, 4, 43008),
+    Row("lstm", "backward", 64, 64, "tf32", EVERY, 4, 86016),
+    Row("lstm", "backward", 64, 64, "ieee", NVIDIA, 8, 81920),
+    Row("lstm", "backward", 128, 128, "half", EVERY, 8, 151552),
+    Row("lstm_proj", "forward", 32, 32, "half", EVERY, 4, 2048),
+    Row("lstm_proj", "forward", 32, 32, "tf32", EVERY, 4, 24576),
+    Row("lstm_proj", "forward", 32, 32, "ieee", EVERY, 4, 22528),
+    Row("lstm_proj", "forward", 64, 32, "half", EVERY, 4, 22528),
+    Row("lstm_proj", "forward", 64, 32, "tf32", EVERY, 4, 47104),
+    Row("lstm_proj", "forward", 64, 32, "ieee", NVIDIA, 8, 45056),
+    Row("lstm_proj", "forward", 64, 64, "half", EVERY, 4, 43008),
+    Row("lstm_proj", "forward", 64, 64, "tf32", NVIDIA, 8, 90112),
+    Row("lstm_proj", "forward", 64, 64, "ieee", ("gfx942",), 4, 16384),
+    Row("lstm_proj", "forward", 128, 32, "half", NVIDIA, 8, 45056),
+    Row("lstm_proj", "forward", 128, 32, "tf32", NVIDIA, 8, 92160),
+    Row("lstm_proj", "forward", 128, 32, "ieee", ("sm_80", "sm_100"), 16, 92160),
+    Row("lstm_proj", "forward", 128, 64, "half", NVIDIA, 8, 86016),
+    Row("lstm_proj", "forward", 128, 64, "tf32", ("sm_90",), 8, 176128),
+    Row("lstm_proj", "forward", 128, 128, "half", ("sm_90", "sm_100"), 4, 167936),
+    Row("lstm_proj", "forward", 256, 32, "half", NVIDIA, 8, 90112),
+    Row("lstm_proj", "backward", 32, 32, "half", EVERY, 4, 15360),
+    Row("lstm_proj", "backward", 32, 32, "tf32", EVERY, 4, 30720),
+    Row("lstm_proj", "backward", 32, 32, "ieee", EVERY, 8, 30720),
+    Row("lstm_proj", "backward", 64, 32, "half", EVERY, 4, 30720),
+    Row("lstm_proj", "backward", 64, 32, "tf32", EVERY, 4, 61440),
+    Row("lstm_proj", "backward", 64, 32, "ieee", ("gfx942",), 4, 8192),
+    Row("lstm_proj", "backward", 64, 64, "half", EVERY, 4, 51200),
+    Row("lstm_proj", "backward", 64, 64, "tf32", NVIDIA, 8, 102400),
+    Row("lstm_proj", "backward", 64, 64, "ieee", ("gfx942",), 4, 16384),
+    Row("lstm_proj", "backward", 128, 32, "half", NVIDIA, 8, 61440),
+    Row("lstm_proj", "backward", 128, 32, "tf32", NVIDIA, 8, 122880),
+    Row("lstm_proj", "backward", 128, 32, "ieee", ("sm_80", "sm_90"), 16, 114688),
+    Row("lstm_proj", "backward", 128, 64, "half", NVIDIA, 8, 102400),
+    Row("lstm_proj", "backward", 128, 64, "tf32", ("sm_90", "sm_100"), 8, 204800),
+    Row("lstm_proj", "backward", 128, 128, "half", ("sm_90",), 16, 184320),
+    Row("gru", "forward", 32, 32, "half", EVERY, 4, 2048),
+    Row("gru", "forward", 32, 32, "tf32", EVERY, 4, 16384),
+    Row("gru", "forward", 32, 32, "ieee", EVERY, 4, 14336),
+    Row("gru", "forward", 64, 64, "half", EVERY, 4, 26624),
+    Row("gru", "forward", 64, 64, "tf32", EVERY, 4, 57344),
+    Row("gru", "forward", 64, 64, "ieee", ("sm_80", "sm_90", "gfx942"), 4, 53248),
+    Row("gru", "forward", 128, 128, "half", EVERY, 8, 102400),
+    Row("gru", "forward", 128, 128, "tf32", ("sm_90", "sm_100", "gfx942"), 8, 212992),
+    Row("gru", "forward", 128, 128, "ieee", ("gfx942",), 8, 65536),
+    Row("gru", "backward", 32, 32, "half", EVERY, 4, 10240),
+    Row("gru", "backward", 32, 32, "tf32", EVERY, 4, 20480),
+    Row("gru", "backward", 32, 32, "ieee", EVERY, 4, 18432),
+    Row("gru", "backward", 64, 64, "half", EVERY, 4, 32768),
+    Row("gru", "backward", 64, 64, "tf32", EVERY, 4, 65536),
+    Row("gru", "backward", 64, 64, "ieee", NVIDIA, 8, 61440),
+    Row("gru", "backward", 128, 128, "half", EVERY, 8, 114688),
+    Row("gru", "backward", 128, 128, "tf32", ("sm_90", "sm_100", "gfx942"), 8, 229376),
+    Row("gru", "backward", 128, 128, "ieee", ("gfx942",), 8, 65536),
+    Row("gru_reset_before", "forward", 32, 32, "half", EVERY, 4, 2048),
+    Row("gru_reset_before", "forward", 32, 32, "tf32", EVERY, 4, 16384),
+    Row("gru_reset_before", "forward", 32, 32, "ieee", EVERY, 4, 14336),
+    Row("gru_reset_before", "forward", 64, 64, "half", EVERY, 4, 26624),
+    Row("gru_reset_before", "forward", 64, 64, "tf32", EVERY, 4, 57344),
+    Row("gru_reset_before", "forward", 64, 64, "ieee", EVERY, 8, 53248),
+    Row("gru_reset_before", "forward", 128, 128, "half", EVERY, 4, 102400),
+    Row("gru_reset_before", "forward", 128, 128, "tf32", ("sm_90", "sm_100"), 8, 212992),
+    Row("gru_reset_before", "backward", 32, 32, "half", EVERY, 4, 9216),
+    Row("gru_reset_before", "backward", 32, 32, "tf32", EVERY, 4, 18432),
+    Row("gru_reset_before", "backward", 32, 32, "ieee", EVERY, 4, 16384),
+    Row("gru_reset_before", "backward", 64, 64, "half", EVERY, 4, 30720),
+    Row("gru_reset_before", "backward", 64, 64, "tf32", EVERY, 4, 61440),
+    Row("gru_reset_before", "backward", 64, 64, "ieee", NVIDIA, 8, 57344),
+    Row("gru_reset_before", "backward", 128, 128, "half", NVIDIA, 8, 110592),
+    Row("gru_reset_before", "backward", 128, 128, "tf32", ("sm_90", "sm_100"), 8, 221184),
+)
+
+
+def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> Plan:
+    """How a scan of H = hidden, P = proj units runs on a device of this capability (90 for 9.0), or AMD."""
+    kernel = "lstm_proj" if proj else "rnn" if cell.startswith("rnn_") else cell
+    chip, shared = chip_of(capability)
+    wanted = (kernel, side, tile(hidden), tile(proj or hidden), kind)
+    for row in PERSISTENT:
+        if row[:5] == wanted and chip in row.chips and row.shared <= shared:
+            return persistent(row, "the recurrent weights stay on chip for the whole sequence")
+    operands = {"half": "half precision", "tf32": "TF32", "ieee": "exact float32"}[kind]
+    size = f"H={hidden}" + (f" P={proj}" if proj else "")
+    return step(kind, f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {chip}")
+
+
+def tile(size: int) -> int:
+    """Units of the tile that holds `size`: a power of two, 32 at least."""
+    return max(TILES[0], 1 << (size - 1).bit_length())
+
+
+def chip_of(capability: int) -> tuple[str, int]:
+    """Of CHIPS the one to go by, and the bytes of shared memory that a block has."""
+    if capability == AMD:
+        chip = "gfx942"
+    else:
+        chip = "sm_100" if capability >= 100 else "sm_90" if capability >= 90 else "sm_80"
+    return chip, SMALL_SHARED if capability in SMALL else SHARED[chip]
+
+
+def persistent(row: Row, reason: str) -> Plan:
+    """The plan of a row."""
+    return Plan("persistent", ROWS, 0, 0, row.warps, 1, min(255, 2048 // row.warps), precision(row.kind), reason)
+
+
+def step(kind: str, reason: str) -> Plan:
+    """The plan of the step regime, for any size."""
+    block_k = 64 if kind == "half" else 32
+    return Plan("step", ROWS, 64, block_k, 4, 1 if kind == "ieee" else 3, 255, precision(kind), reason)
+
+
+def precision(kind: str) -> str:
+    """As `tl.dot` names it."""
+    return "ieee" if kind == "ieee" else "tf32"

@@ -1,0 +1,20 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors. Needs a process of its own with TRITON_INTERPRET=1, which
+tests/test_triton.py starts; in any other nothing is collected here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from rnnkit.backends import triton
+
+if not triton.interpreted():
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(params=["persistent", "step"])
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The regime of every scan. Sizes here are such that W_hh fits on chip."""
+    monkeypatch.setattr(triton, "STEPWISE", request.param == "step")
+    yield request.param
