@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,25 @@ def test_names_of_files() -> None:
     assert machine.file_name("cpu", "AMD EPYC (Zen 4)") == "cpu-amd-epyc-zen4"
     assert machine.file_name("cuda", "NVIDIA H100 80GB HBM3") == "cuda-nvidia-h100-80gb-hbm3"
     assert machine.processor("cpu") and re.fullmatch("[0-9a-f]{7,}[+]?|0[.].*", machine.commit())
+
+
+def test_the_commit_is_not_marked_for_what_recording_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, other = tmp_path / "benchmarks" / "machine.py", tmp_path / "rnnkit" / "ops.py"
+    made = [tmp_path / path for path in ("benchmarks/results/a.csv", "rnnkit/backends/measured.csv", "README.md")]
+    for path in (module, other, *made):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "--no-gpg-sign", "-m", "1"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(machine, "__file__", str(module))
+    clean = machine.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    for path in made:
+        path.write_text("2")
+    assert machine.commit() == clean
+    other.write_text("2")
+    assert machine.commit() == f"{clean}+"
 
 
 def test_the_readme_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
