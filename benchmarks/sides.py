@@ -279,6 +279,8 @@ class _Reference(nn.Module):
 
 
 def _onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Side:
+    """ONNX Runtime. Its idle threads stop when a call ends: by default they spin on, on the cores that the next side's
+    threads want, and make it up to twice as slow. Inside of a call they spin as they do for everybody."""
     import onnxruntime
 
     file = io.BytesIO()
@@ -290,6 +292,7 @@ def _onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Side:
     logging.getLogger("torch.onnx").setLevel(level)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     feed = {name: x.numpy()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -327,6 +328,36 @@ def test_packing_is_the_truth_for_lengths(cell: str) -> None:
     gate = Gate(job, made)
     assert gate.excess(made.ours[0]) <= 1
     assert gate.excess(made.without["reference"]) > 1, "the same without lengths is another problem"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_threads_of_another_pool_come_to_rest_before_a_reading(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    calls = {"unread": 0, "read": 0}
+    kind = "unread"
+
+    def block(work: timing.Work, repeats: int, _: str) -> float:
+        nonlocal kind
+        kind = "read"
+        work()
+        kind = "unread"
+        return 1.0
+
+    def work() -> None:
+        calls[kind] += 1
+
+    monkeypatch.setattr(timing, "block", block)
+    timing.alternate([work, work], "cpu", 1e-4)
+    assert calls["unread"] == 2 if threads == 1 else calls["unread"] > 2 + calls["read"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="pip install rnnkit[onnx]")
+def test_onnxruntimes_threads_stop_with_its_call() -> None:
+    made = sides.setup(Job(Case("grid", 2, 3, 4, 5), "GRU", "inference"), "cpu", 2, ("reference",), False, None)
+    (ort,) = [peer for peer in made.peers if peer.name == sides.ORT]
+    assert ort.module.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_memory_is_exact() -> None:
