@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from .cases import CELLS, MODES, TABLE
 from .rows import Row
 from .sides import CELLS as STEPWISE
-from .sides import ORT, TORCH, WITHOUT
+from .sides import COMPILE, NAMES, ORT, TORCH, WITHOUT
 
 SHARE = 0.75  # of the limit, geometric mean: as good as the mean ratio
 # (cell, mode, peer) -> geometric mean and worst of the ratio over the grid.
@@ -74,6 +74,11 @@ class Verdict:
     """How many the whole group has; 0 where it is judged by what there is."""
 
     @property
+    def possible(self) -> float | None:
+        """The peer's time over the least possible time, geometric mean: the ratio that this machine allows at most."""
+        return self.mean / self.share if self.group != "scan" and self.share else None
+
+    @property
     def mark(self) -> str:
         """As it is printed."""
         if self.met is None and self.wanted and self.cases < self.shapes:
@@ -92,10 +97,15 @@ def judged(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.implementation == "auto"] or list(rows)
 
 
+def brought(row: Row) -> bool:
+    """Whether the row is of a module that somebody brought, of which nothing is wanted."""
+    return row.implementation not in (*NAMES, COMPILE)
+
+
 def judge(rows: Sequence[Row]) -> list[Verdict]:
     """A verdict for each group of rows that differ in their shape alone, in the order of the tables."""
     groups: dict[tuple, list[Row]] = {}
-    for row in judged(rows):
+    for row in dict.fromkeys([*judged(rows), *filter(brought, rows)]):
         narrow = row.group == "scan" and row.B == 1
         how = (row.threads, row.launch, row.dtype)
         key = (how, row.group, narrow, row.against, row.mode, row.cell, row.implementation)
@@ -115,7 +125,7 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
         whole = _whole(some[0].device, group, narrow, cell, mode)
         measured = whole & {row.case for row in some}
         wanted, met = "", None
-        if some[0].device == "cpu":
+        if some[0].device == "cpu" and not brought(some[0]):
             wanted, enough, floor = _wanted(group, narrow, cell, mode, against, mean, share)
             if wanted:
                 met = False if figure[worst] < floor else enough if measured == whole else None

@@ -199,6 +199,47 @@ def test_a_module_of_ones_own(
     assert {r.cell for r in found} == {"LSTM"} and {r.ran for r in found} == {""}
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def forward(self, x):\n        raise ZeroDivisionError('by hand')", "ZeroDivisionError: by hand"),
+        (
+            "def __init__(self, *a, **k):\n        super().__init__(*a, bias=False, **k)",
+            "RuntimeError: Error(s) in load",
+        ),
+    ],
+    ids=["forward", "weights"],
+)
+def test_a_module_that_fails_costs_its_own_rows(
+    body: str, said: str, bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "failing.py").write_text(f"from torch import nn\n\n\nclass Own(nn.LSTM):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "failing", raising=False)
+    importlib.invalidate_caches()
+    job = ["--case", SHAPE, "--mode", "inference", "--backend", "reference", "--module", "failing:Own"]
+    assert bench(*job) == 1
+    assert f"LSTM inference: failing:Own FAILED, it raised {said}" in capsys.readouterr().out
+    assert {r.cell for r in rows.read(tmp_path / "rows.csv")} == set(cases.CELLS)
+    assert "failing:Own FAILED" in (tmp_path / "report.md").read_text()
+
+
+def test_what_ends_the_run_leaves_a_report(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = sides.setup
+
+    def broken(job: Job, *rest: Any) -> sides.Setup:
+        if job.cell == "GRU":
+            raise RuntimeError("nobody thought of it")
+        return setup(job, *rest)
+
+    monkeypatch.setattr(sides, "setup", broken)
+    with pytest.raises(RuntimeError, match="nobody thought"):
+        bench("--case", SHAPE, "--mode", "inference", "--backend", "reference")
+    text = (tmp_path / "report.md").read_text()
+    assert "LSTM" in text and "ended early, by RuntimeError: nobody thought of it" in text
+
+
 def test_without_matplotlib(
     bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
