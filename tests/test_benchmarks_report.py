@@ -6,6 +6,7 @@ On made-up rows, but for the one test that holds README.md and measured.csv agai
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -107,6 +108,32 @@ def test_groups_are_judged_apart_and_by_auto() -> None:
     assert [v.implementation for v in targets.judge([row(implementation="cpu")])] == ["cpu"]
 
 
+def test_a_module_of_ones_own_stands_in_the_table_without_a_mark() -> None:
+    found = targets.judge([row(), row(implementation="cpu"), row(implementation="my.package:Own", ratio_p50=0.1)])
+    assert [(v.implementation, v.wanted == "", v.met) for v in found] == [
+        ("auto", False, None), ("my.package:Own", True, None),
+    ]  # fmt: skip
+    assert "my.package:Own: grid, against torch.nn" in report.cells(found[1])
+
+
+def test_what_is_possible_at_all() -> None:
+    (verdict,) = targets.judge([row(ratio_p50=2.0, share=0.5), row(case="2x2x2x2", ratio_p50=8.0, share=0.8)])
+    assert verdict.possible == pytest.approx(math.sqrt(4.0 * 10.0))
+    assert f"{verdict.possible:.2f}" in report.cells(verdict)[report.HEAD.index("possible")]
+
+
+def test_the_readme_marks_each_target() -> None:
+    text = report.summary(
+        {"a": [*whole("grid", ratio_p50=5.0), *whole("grid", cell="LSTM", ratio_p50=1.1),
+               *whole("scan", mode="inference", share=0.7)[:1], row(cell="RNN")]}
+    )  # fmt: skip
+    (layers,) = [line for line in text.splitlines() if line.startswith("| grid, training, against torch.nn")]
+    assert "RNN, GRU: mean ≥ 4 or 75% of the limit, worst ≥ 1; LSTM: mean ≥ 1.3" in layers
+    assert layers.endswith("| 4.00, 50%: - (1 of 17 shapes) | 1.10 (1.10), 50%: **missed** | 5.00 (5.00), 50%: met |")
+    (scan,) = [line for line in text.splitlines() if line.startswith("| scan, ")]
+    assert "each ≥ 80% of the peak" in scan and scan.endswith("| 70%: **missed** |")
+
+
 def test_percentiles_and_means() -> None:
     assert timing.percentiles([float(k) for k in range(11)]) == (2.0, 5.0, 8.0)
     assert targets.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
@@ -194,6 +221,25 @@ def test_what_is_recorded_is_what_the_readme_and_auto_say() -> None:
     assert report.put(readme, report.summary(files)) == readme, "python -m rnnkit.benchmarks.report --readme README.md"
     head, *lines = [line.split(",") for line in measured.FILE.read_text(encoding="utf-8").splitlines()]
     assert [head, *lines] == [[*measured.FACTS, *BY_NAME], *choose.table(files)], "python -m rnnkit.benchmarks.choose"
+
+
+@pytest.mark.parametrize("shapes", [1, 3, 17])
+def test_the_words_of_the_picture_of_ratios_fit_in(shapes: int) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from rnnkit.benchmarks import plots
+
+    for modes in (("training",), ("inference", "training")):
+        figure = plots.ratios([r for mode in modes for r in whole("grid", mode=mode)[-shapes:]])
+        assert figure is not None
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        for label in (figure.axes[0].yaxis.label, figure.axes[0].xaxis.label, figure._suptitle):
+            box = label.get_window_extent(canvas.get_renderer())
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, (
+                label.get_text()
+            )
 
 
 def test_pictures(tmp_path: Path) -> None:
