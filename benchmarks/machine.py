@@ -139,8 +139,11 @@ def no_device() -> str | None:
     )
 
 
+MADE = ("benchmarks/results", "rnnkit/backends/measured.csv", "README.md")  # what recording a run changes
+
+
 def commit() -> str:
-    """The commit of the clone that runs, with a + where it has changes; else the version of the package."""
+    """The commit of the clone that runs, with a + where more than MADE is changed; else the version of the package."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -151,7 +154,8 @@ def commit() -> str:
         from rnnkit import __version__
 
         return __version__
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    others = (":(top)", *(f":(top,exclude){path}" for path in MADE))
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", *others) else "")
 
 
 def tf32(device: str) -> str:

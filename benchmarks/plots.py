@@ -49,7 +49,7 @@ def ratios(rows: Sequence[Row]) -> Figure | None:
         return None
     shapes = list(dict.fromkeys(row.case for row in grid))
     modes = [mode for mode in MODES if any(row.mode == mode for row in grid)]
-    figure = Figure(figsize=(2.6 + 4.6 * len(modes), 1.9 + 0.36 * len(shapes)), layout="constrained")
+    figure = Figure(figsize=(1.6 + 5.6 * len(modes), 1.9 + 0.36 * len(shapes)), layout="constrained")
     every = figure.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
     low, high = min(row.ratio_p20 for row in grid), max(row.ratio_p80 for row in grid)
     limits = (min(low / 1.15, 0.75), max(high * 1.15, 1.5))
@@ -73,7 +73,12 @@ def ratios(rows: Sequence[Row]) -> Figure | None:
             axes.errorbar(x, y, xerr=spread, fmt="o", ms=4.5, lw=1.2, color=COLOURS[cell], label=label)
             axes.axvline(mean, color=COLOURS[cell], lw=1, ls=":", zorder=0)
         axes.set_title(TITLES[mode], fontsize=10)
-        axes.legend(title="geometric mean", fontsize=8, title_fontsize=8, loc="best", framealpha=0.9)
+        beside = {
+            "loc": "upper left",
+            "bbox_to_anchor": (1, 1),
+            "frameon": False,
+        }  # within, it hides marks of few shapes
+        axes.legend(title="geometric mean", fontsize=8, title_fontsize=8, **beside)
         axes.set_xscale("log")
         axes.set_xlim(*limits)
         _plain_ticks(axes.xaxis, limits)
@@ -81,8 +86,10 @@ def ratios(rows: Sequence[Row]) -> Figure | None:
         axes.grid(axis="x", alpha=0.25)
     every[0].set_yticks(range(len(shapes)), [shape.replace("x", "×") for shape in shapes], fontsize=8)
     every[0].set_ylim(len(shapes) - 0.5, -0.5)
-    every[0].set_ylabel("B × T × I × H   (2b: two layers, both directions)")
-    figure.suptitle(f"rnnkit against torch.nn: median of paired runs, p20 to p80\n{about(grid)}", fontsize=10)
+    every[0].set_ylabel("B × T × I × H")  # short: with few shapes the axis is
+    deep = "; 2b: two layers, both directions" if any(row.layers > 1 for row in grid) else ""
+    title = f"rnnkit against torch.nn: median of paired runs, p20 to p80{deep}"
+    figure.suptitle(f"{title}\n{about(grid)}", fontsize=10, wrap=True)
     return figure
 
 

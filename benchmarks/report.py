@@ -20,7 +20,7 @@ from .targets import Verdict
 
 NO_PLOTS = "no pictures, since matplotlib is not installed: pip install rnnkit[plots]"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
-HEAD = ["what", "cell", "mode", "threads", "cases", "mean", "worst", "at", "of the limit", "wanted", ""]
+HEAD = ["what", "cell", "mode", "threads", "cases", "mean", "worst", "at", "of the limit", "possible", "wanted", ""]
 
 
 def cells(v: Verdict) -> list[str]:
@@ -29,7 +29,8 @@ def cells(v: Verdict) -> list[str]:
     who = "" if v.implementation == "auto" else f"{v.implementation}: "
     how = ", ".join([v.mode, *(part for part in (v.launch, v.dtype) if part not in ("call", "float32"))])
     return [f"{who}{v.group}, against {v.against}", v.cell, how, str(v.threads), str(v.cases), form(v.mean),
-            form(v.worst), v.worst_case, f"{v.share:.0%}", v.wanted, v.mark]  # fmt: skip
+            form(v.worst), v.worst_case, f"{v.share:.0%}",
+            "" if v.possible is None else f"{v.possible:.2f}", v.wanted, v.mark]  # fmt: skip
 
 
 def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -63,8 +64,9 @@ def markdown(
     parts += [
         "## Targets",
         "Ratios are the peer's time over rnnkit's (`auto`): above 1, rnnkit is faster. Mean: geometric mean. Of the "
-        "limit: geometric mean of the least possible time, at this machine's measured rates, over the time taken. In "
-        "`scan` mean and worst are shares of the machine.",
+        "limit: geometric mean of the least possible time, at this machine's measured rates, over the time taken. "
+        "Possible: the ratio at the limit, the most that this machine allows. In `scan` mean and worst are shares of "
+        "the machine.",
         table(HEAD, [cells(v) for v in verdicts]),
         "## Rows",
         f"p20–p80 of the paired ratios. Memory: {timing.MEMORY[about.device]}.",
@@ -115,7 +117,8 @@ def summary(files: dict[str, list[Row]]) -> str:
         for threads, launch, dtype in sorted({(row.threads, row.launch, row.dtype) for row in rows}):
             some = [row for row in rows if (row.threads, row.launch, row.dtype) == (threads, launch, dtype)]
             about = some[-1]
-            found = {(v.group, v.against, v.cell, v.mode): v for v in targets.judge(some)}
+            verdicts = targets.judge([row for row in some if not targets.brought(row)])
+            found = {(v.group, v.against, v.cell, v.mode): v for v in verdicts}
             lines = []
             for group, peer, words in SUMMARY:
                 line = []
@@ -132,11 +135,43 @@ def summary(files: dict[str, list[Row]]) -> str:
                     f"([rows](benchmarks/results/{name}.csv)):",
                     table(["", *(f"{cell} {mode}" for cell in CELLS for mode in MODES)], lines),
                 ]
+            aims = _aims(verdicts)
+            if aims:
+                parts += [AIMS, table(["target", "wanted", *CELLS], aims)]
     return "\n\n".join(parts)
 
 
+AIMS = (
+    "What is aimed at: the geometric mean and in brackets the worst, of layers also the share of the limit (the least "
+    "time that this machine could take):"
+)
+
+
+def _aims(verdicts: Sequence[Verdict]) -> list[list[str]]:
+    """The lines of the targets: one for each group, peer and mode, a column for each cell."""
+    lines: dict[tuple[str, str, str], dict[str, Verdict]] = {}
+    for v in verdicts:
+        if v.wanted:
+            lines.setdefault((v.group, v.against, v.mode), {})[v.cell] = v
+    found = []
+    for (group, against, mode), by_cell in lines.items():
+        wanted: dict[str, list[str]] = {}
+        for cell, v in by_cell.items():
+            wanted.setdefault(v.wanted, []).append(cell)
+        said = [f"{', '.join(some)}: {words}" if len(wanted) > 1 else words for words, some in wanted.items()]
+        figures = [_judged(by_cell[cell]) if cell in by_cell else "" for cell in CELLS]
+        found.append([f"{group}, {mode}, against {against}", "; ".join(said).replace(">=", "≥"), *figures])
+    return found
+
+
+def _judged(v: Verdict) -> str:
+    share = f", {v.share:.0%}" if v.group == "grid" else ""
+    return f"{_figures(v)}{share}: {'**missed**' if v.met is False else v.mark}"
+
+
 def _figures(v: Verdict) -> str:
-    return f"{v.mean:.2f}" if v.cases == 1 else f"{v.mean:.2f} ({v.worst:.2f})"
+    form = "{:.0%}".format if v.group == "scan" else "{:.2f}".format
+    return form(v.mean) if v.cases == 1 else f"{form(v.mean)} ({form(v.worst)})"
 
 
 def put(text: str, between: str) -> str:

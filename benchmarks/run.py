@@ -4,7 +4,8 @@ For each case, cell, mode and dtype: first every implementation's output and gra
 twice torch.nn's error, and a rounding band); what is wrong is not timed. Then all sides take turns in one process,
 and the ratio is that of paired times, the peer's over the implementation's: above 1, rnnkit is faster. Written are
 rows.csv, after every job, so that Ctrl-C keeps what was measured; at the end report.md and, with matplotlib,
-pictures. Results depend on what else runs on the machine: a p20 far from a p80 says so.
+pictures. All cases take about 20 minutes on one core, --quick one. Results depend on what else runs on the machine:
+a p20 far from a p80 says so.
 """
 
 from __future__ import annotations
@@ -150,10 +151,12 @@ class Bench:
             self._measure(progress)
         except KeyboardInterrupt:
             interrupted = True
-        finally:
-            torch.set_num_threads(before)
-            if progress:
-                progress.close()
+        except BaseException as error:  # what was measured is kept, whatever it is that ends the run
+            self._close(before, progress)
+            self.wrong.append(f"the run ended early, by {type(error).__name__}: {error}")
+            self._report(interrupted)
+            raise
+        self._close(before, progress)
         before_report = signal.getsignal(signal.SIGINT)
         if interrupted:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one does not spoil what is being written
@@ -166,6 +169,11 @@ class Bench:
             return _complain("nothing could be measured, for the reasons above", 2)
         missed = self.options.targets and any(v.met is False for v in targets.judge(self.rows))
         return 130 if interrupted else 1 if self.wrong or missed else 0
+
+    def _close(self, threads: int, progress: Progress | None) -> None:
+        torch.set_num_threads(threads)
+        if progress:
+            progress.close()
 
     def _measure(self, progress: Progress) -> None:
         everything = [(threads, job) for threads in self.threads for job in self.jobs]
@@ -224,7 +232,15 @@ class Bench:
             progress.say(self.wrong[-1])
         gate = Gate(job, made)
         for side in list(made.ours):
-            excess = gate.excess(side)
+            try:
+                excess = gate.excess(side)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # its forward or backward; other rows do not depend on it
+                made.ours.remove(side)
+                self.wrong.append(f"{job.name}: {sides.failure(side.name, error)}")
+                progress.say(self.wrong[-1])
+                continue
             if excess > 1:
                 made.ours.remove(side)
                 self.wrong.append(
@@ -377,7 +393,7 @@ class Bench:
             "notes": list(dict.fromkeys(self.notes)),
             "machine": self._machines() if self.about else None,
             "memory": timing.MEMORY[self.device],
-            "targets": [dataclasses.asdict(verdict) for verdict in verdicts],
+            "targets": [{**dataclasses.asdict(v), "possible": v.possible, "mark": v.mark} for v in verdicts],
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 

@@ -116,7 +116,7 @@ def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compil
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers of kernels have errors of their own
-            found.failed.append(f"{name} FAILED, it raised {first_line(error)}")
+            found.failed.append(failure(name, error))
             continue
         found.ours.append(side)
         if case.group in ("resets", "lengths"):
@@ -124,11 +124,16 @@ def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compil
     if case.group in ("resets", "lengths", "step"):
         return found
     if module is not None:
-        other = custom(module, job)
-        if other is not None:
-            other.to(device, dtype).load_state_dict(theirs.state_dict())
-            names = tuple(name for name, _ in theirs.named_parameters())
-            found.ours.append(Side(module, other, _plain, weights=names))
+        try:
+            other = custom(module, job)
+            if other is not None:
+                other.to(device, dtype).load_state_dict(theirs.state_dict())
+                names = tuple(name for name, _ in theirs.named_parameters())
+                found.ours.append(Side(module, other, _plain, weights=names))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # somebody's code, and weights of other names or shapes
+            found.failed.append(failure(module, error))
     if compiled and case.steps <= COMPILED_STEPS and case.layers * case.directions == 1:
         found.ours.append(Side(COMPILE, torch.compile(_Reference(job, theirs)), _plain))
     plain = device == "cpu" and dtype == torch.float32 and not job.train and case.group != "scan"
@@ -137,9 +142,17 @@ def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compil
     return found
 
 
+def failure(name: str, error: Exception) -> str:
+    """What is said of a side that raised."""
+    return f"{name} FAILED, it raised {first_line(error)}"
+
+
 def first_line(error: Exception) -> str:
     """What an error says before it goes into detail."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    said, _, rest = str(error).strip().partition("\n")
+    if said.endswith(":"):  # torch's heading of a list
+        said += f" {rest.strip().partition(chr(10))[0].strip()}"
+    return f"{type(error).__name__}: {said}"
 
 
 def custom(path: str, job: Job) -> nn.Module | None:
@@ -279,6 +292,8 @@ class _Reference(nn.Module):
 
 
 def _onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Side:
+    """ONNX Runtime. Its idle threads stop when a call ends: by default they spin on, on the cores that the next side's
+    threads want, and make it up to twice as slow. Inside of a call they spin as they do for everybody."""
     import onnxruntime
 
     file = io.BytesIO()
@@ -290,6 +305,7 @@ def _onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Side:
     logging.getLogger("torch.onnx").setLevel(level)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     feed = {name: x.numpy()}

@@ -1,9 +1,10 @@
 """What is aimed at, beside what was measured: each target met or missed, on made-up rows as on real ones.
 
 Groups of the grid are judged by the geometric mean and the worst ratio. Processors differ in what a ratio can be at
-all, so a geometric mean of SHARE of the limit is as good as the wanted ratio. These are of a CPU. On a GPU the same
-groups are listed without a mark, and what is aimed at is asked of the fused backends by name (FUSED): each against
-cuDNN, against a loop of torch operators, and against itself without resets.
+all, so a geometric mean of SHARE of the limit is as good as the wanted ratio. A group that was measured in part is not
+met, whatever its mean; it is missed where its worst ratio is, since no further shape can mend that. These are of a
+CPU. On a GPU the same groups are listed without a mark, and what is aimed at is asked of the fused backends by name
+(FUSED): each against cuDNN, against a loop of torch operators, and against itself without resets.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .cases import CELLS, MODES
+from .cases import CELLS, MODES, TABLE
 from .rows import Row
 from .sides import CELLS as STEPWISE
-from .sides import ORT, TORCH, WITHOUT
+from .sides import COMPILE, NAMES, ORT, TORCH, WITHOUT
 
 SHARE = 0.75  # of the limit, geometric mean: as good as the mean ratio
 # (cell, mode, peer) -> geometric mean and worst of the ratio over the grid.
@@ -47,7 +48,10 @@ FUSED = {"triton": Fused(1.5, ("resets",)), "cuda": Fused(2.0, ("resets", "lengt
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target: what it is about, what was found, what was wanted. met is None where nothing is wanted."""
+    """One target: what it is about, what was found, what was wanted.
+
+    met is None where nothing is wanted, and where too little was measured to say.
+    """
 
     group: str
     cell: str
@@ -66,10 +70,19 @@ class Verdict:
     met: bool | None
     launch: str = "call"
     dtype: str = "float32"
+    shapes: int = 0
+    """How many the whole group has; 0 where it is judged by what there is."""
+
+    @property
+    def possible(self) -> float | None:
+        """The peer's time over the least possible time, geometric mean: the ratio that this machine allows at most."""
+        return self.mean / self.share if self.group != "scan" and self.share else None
 
     @property
     def mark(self) -> str:
         """As it is printed."""
+        if self.met is None and self.wanted and self.cases < self.shapes:
+            return f"- ({self.cases} of {self.shapes} shapes)"
         return {True: "met", False: "MISSED", None: "-"}[self.met]
 
 
@@ -84,10 +97,15 @@ def judged(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.implementation == "auto"] or list(rows)
 
 
+def brought(row: Row) -> bool:
+    """Whether the row is of a module that somebody brought, of which nothing is wanted."""
+    return row.implementation not in (*NAMES, COMPILE)
+
+
 def judge(rows: Sequence[Row]) -> list[Verdict]:
     """A verdict for each group of rows that differ in their shape alone, in the order of the tables."""
     groups: dict[tuple, list[Row]] = {}
-    for row in judged(rows):
+    for row in dict.fromkeys([*judged(rows), *filter(brought, rows)]):
         narrow = row.group == "scan" and row.B == 1
         how = (row.threads, row.launch, row.dtype)
         key = (how, row.group, narrow, row.against, row.mode, row.cell, row.implementation)
@@ -104,9 +122,13 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
         figure = {row: row.share if scan else row.ratio_p50 for row in some}
         worst = min(some, key=lambda row: figure[row])
         mean, share = geometric_mean(figure.values()), geometric_mean(row.share for row in some)
-        wanted, met = _wanted(group, narrow, cell, mode, against, mean, figure[worst], share)
-        if some[0].device != "cpu":
-            wanted, met = "", None
+        whole = _whole(some[0].device, group, narrow, cell, mode)
+        measured = whole & {row.case for row in some}
+        wanted, met = "", None
+        if some[0].device == "cpu" and not brought(some[0]):
+            wanted, enough, floor = _wanted(group, narrow, cell, mode, against, mean, share)
+            if wanted:
+                met = False if figure[worst] < floor else enough if measured == whole else None
         verdicts.append(
             Verdict(
                 group=group,
@@ -115,7 +137,7 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
                 threads=threads,
                 implementation=who,
                 against=("the cache" if narrow else "the peak") if scan else against,
-                cases=len(some),
+                cases=len({row.case for row in some}),
                 mean=mean,
                 worst=figure[worst],
                 worst_case=worst.case,
@@ -124,6 +146,7 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
                 met=met,
                 launch=launch,
                 dtype=dtype,
+                shapes=len(whole),
             )
         )
     return verdicts + fused([row for row in rows if row.device != "cpu"])
@@ -184,18 +207,28 @@ def _job(row: Row) -> tuple[object, ...]:
 RANK = {name: k for k, name in enumerate(("grid", "step", "scan", "resets", "lengths", "field", "sweep"))}
 
 
+def _whole(device: str, group: str, narrow: bool, cell: str, mode: str) -> set[str]:
+    """The shapes of a group on a device; `narrow`: of `scan` those with B = 1."""
+    return {
+        case.name
+        for case in TABLE
+        if case.group == group and device in case.devices and cell in case.cells and mode in case.modes
+        if group != "scan" or narrow == (case.batch == 1)
+    }
+
+
 def _wanted(
-    group: str, narrow: bool, cell: str, mode: str, against: str, mean: float, worst: float, share: float
-) -> tuple[str, bool | None]:
-    """The target in words, and whether it is met."""
+    group: str, narrow: bool, cell: str, mode: str, against: str, mean: float, share: float
+) -> tuple[str, bool, float]:
+    """The target in words, empty where there is none; whether the means are enough; the least of each figure."""
     if group == "grid" and (cell, mode, against) in GRID:
         least, floor = GRID[cell, mode, against]
         said = f"mean >= {least:g} or {SHARE:.0%} of the limit, worst >= {floor:g}"
-        return said, (mean >= least or share >= SHARE) and worst >= floor
+        return said, mean >= least or share >= SHARE, floor
     if group == "scan":
-        return f"each >= {SCAN:.0%} of the {'cache' if narrow else 'peak'}", worst >= SCAN
+        return f"each >= {SCAN:.0%} of the {'cache' if narrow else 'peak'}", True, SCAN
     if group == "step":
-        return f">= {STEP[cell]:.2f}", worst >= STEP[cell]
+        return f">= {STEP[cell]:.2f}", True, STEP[cell]
     if group in ("resets", "lengths") and against == WITHOUT:
-        return "at most 5 % slower than without", worst >= EXTRA
-    return "", None
+        return "at most 5 % slower than without", True, EXTRA
+    return "", True, 0.0

@@ -15,6 +15,7 @@ import torch
 Work = Callable[[], object]
 BLOCK = 0.01  # seconds: short work is repeated to fill a block, one reading of the clock
 ROUNDS = 5  # at least
+SETTLE = 0.02  # seconds: by then the threads of the side before have gone to sleep, and those of this one are awake
 MEMORY = {
     "cpu": "peak of torch's CPU allocator during one call, above what it held before, by torch.profiler: exact for "
     "tensors; what a library takes for itself (oneDNN's and MKL's scratch) is not in it",
@@ -51,8 +52,11 @@ def alternate(works: Sequence[Work], device: str, seconds: float) -> list[list[f
     """For each piece of work its seconds a call, one reading for each round in which all took their turn.
 
     seconds: what a piece of work may take in all; there are at least ROUNDS rounds whatever they cost. Every piece
-    is first called to warm up, and to find how many calls fill a block.
+    is first called to warm up, and to find how many calls fill a block. With several threads it is also called before
+    each reading, for SETTLE: the idle threads of the side before it, of another pool, spin for a while on the cores
+    that it wants (the first calls of ONNX Runtime after torch's take half as long again as its later ones).
     """
+    settle = SETTLE if device == "cpu" and torch.get_num_threads() > 1 else 0.0
     repeats = []
     for work in works:
         work()
@@ -63,8 +67,18 @@ def alternate(works: Sequence[Work], device: str, seconds: float) -> list[list[f
     rounds: list[list[float]] = []
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds * len(works) or len(rounds) < ROUNDS:
-        rounds.append([block(work, count, device) for work, count in zip(works, repeats, strict=True)])
+        rounds.append([])
+        for work, count in zip(works, repeats, strict=True):
+            _warm(work, settle)
+            rounds[-1].append(block(work, count, device))
     return [list(column) for column in zip(*rounds, strict=True)]
+
+
+def _warm(work: Work, seconds: float) -> None:
+    """Call it for so long, without a reading."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        work()
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:

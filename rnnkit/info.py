@@ -49,7 +49,11 @@ def gather() -> dict[str, Any]:
     reasons = {backend.name: backend.available() for backend in BACKENDS}
     return {
         **versions(),
-        "extension": {"available": extension.available(), "reason": extension.reason() or None},
+        "extension": {
+            "available": extension.available(),
+            "reason": extension.reason() or None,
+            "variants": list(extension.variants),
+        },
         "triton": {"version": triton, "reason": None if triton else NO_TRITON},
         "cuda": {"torch_built_for": torch.version.cuda, "devices": _devices()},
         "threads": torch.get_num_threads(),
@@ -64,6 +68,7 @@ def table(found: dict[str, Any]) -> str:
     rows = [(name, found[name]) for name in versions()]
     rows += [
         ("extension", found["extension"]["reason"] or "available"),
+        ("variants", _chosen_first(found["extension"]["variants"])),
         ("triton", found["triton"]["version"] or found["triton"]["reason"]),
         ("CUDA", "; ".join(devices) or none),
         ("CPU threads", found["threads"]),
@@ -73,6 +78,10 @@ def table(found: dict[str, Any]) -> str:
         rows.append((f"  {name}", "runs here" if backend["available"] else f"cannot run here: {backend['reason']}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def _chosen_first(variants: list[str]) -> str:
+    return f"{variants[0]}, chosen of {', '.join(variants)}" if variants else "none that runs"
 
 
 def _triton() -> str | None:

@@ -46,6 +46,26 @@ def test_info_as_json_from_a_process_of_its_own() -> None:
     assert found["backends"]["reference"] == {"available": True, "reason": None}
 
 
+@pytest.mark.skipif(not extension.available(), reason=extension.reason())
+@pytest.mark.parametrize("asked", ["", *extension.variants[-1:], "sse9"])
+def test_info_says_what_the_engine_says_of_its_variant(asked: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RNNKIT_CPU_ISA": asked}
+    words = [sys.executable, "-m", "rnnkit", "info"]
+    plain, as_json = (
+        subprocess.run(words + more, capture_output=True, text=True, env=environment) for more in ([], ["--json"])
+    )
+    assert plain.returncode == 0 and as_json.returncode == 0, plain.stderr
+    (line,) = [line for line in plain.stdout.splitlines() if line.split()[0] == "cpu"]
+    found = json.loads(as_json.stdout)
+    if asked == "sse9":
+        assert "cannot run here: RNNKIT_CPU_ISA must be one of" in line and "got 'sse9'" in line
+        assert found["backends"]["cpu"]["available"] is False and found["extension"]["variants"] == []
+        return
+    assert "runs here" in line
+    assert found["extension"]["variants"][0] == (asked or found["extension"]["variants"][0])
+    assert f"{found['extension']['variants'][0]}, chosen of" in plain.stdout
+
+
 def test_info_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()

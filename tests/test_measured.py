@@ -1,6 +1,6 @@
 """The order in which `auto` asks the backends: read from recorded rows, nearest shape first, never under compile.
 
-How the rows come about is in test_benchmarks.py.
+How the rows come about is in test_benchmarks_report.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,26 @@ def test_the_fastest_first_and_the_tables_order_in_a_tie() -> None:
     assert measured.fastest_first({"cpu": 3.0, "torch": 2.0, "reference": 1.0}) == ("reference", "torch", "cpu")
     assert measured.fastest_first({"cpu": 1.02, "torch": 1.0, "reference": 9.0}) == ("cpu", "torch", "reference")
     assert measured.fastest_first({"cpu": 1.04, "torch": 1.0, "reference": 9.0}) == ("torch", "cpu", "reference")
+    assert measured.fastest_first({"cpu": 1.005, "torch": 1.0}) == ("cpu", "torch")
+
+
+def test_no_backend_passes_another_for_less_than_the_noise() -> None:
+    for cost in itertools.product((1.0, 1.005, 1.02, 1.029, 1.031, 1.05, 2.0), repeat=3):
+        given = dict(zip(("cpu", "torch", "reference"), cost, strict=True))
+        order = measured.fastest_first(given)
+        assert sorted(order) == sorted(given)
+        for earlier, later in itertools.combinations(given, 2):
+            if order.index(later) < order.index(earlier):
+                assert given[earlier] > 1.03 * given[later], f"{given}: {later} is not more than 3 % faster"
+
+
+def test_what_is_recorded_moves_a_backend_only_where_it_is_faster_than_the_noise() -> None:
+    for kind, rows in measured.ROWS.items():
+        for row in rows:
+            order = list(row.ms)
+            first = measured.fastest_first(row.ms)[0]
+            passed = order[: order.index(first)]
+            assert all(row.ms[name] > 1.03 * row.ms[first] for name in passed), (kind, str(row))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ tensors; they are as large as the weights, and gone when the call returns.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -15,31 +14,25 @@ from torch import nn
 
 import rnnkit
 from rnnkit.backends import extension
+from rnnkit.benchmarks import timing
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.reason())
 
 LAYERS = ("RNN", "LSTM", "GRU")
 
 
-def peak(work: Callable[[], object]) -> int:
-    """By how many bytes the memory of tensors grows at its highest during one call."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its own start on stderr
+def peak(work: Callable[[], object]) -> float:
+    """By how many bytes the memory of tensors grows at its highest during one call, not the first."""
     work()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = profile.profiler.kineto_results.events()
-    now = highest = 0
-    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        now += change
-        highest = max(highest, now)
-    return highest
+    return timing.peak_mib(work, "cpu") * 2**20
 
 
 def training(layer: nn.Module, x: torch.Tensor, **extra: torch.Tensor) -> Callable[[], object]:
+    """A step that frees nothing from before it: the profiler does not know the size of such a block each time."""
+
     def work() -> None:
-        for p in layer.parameters():
-            p.grad = None
-        layer(x.clone().requires_grad_(), **extra)[0].sum().backward()
+        own = x.clone().requires_grad_()
+        torch.autograd.grad(layer(own, **extra)[0].sum(), [own, *layer.parameters()])
 
     return work
 

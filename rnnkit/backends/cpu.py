@@ -56,7 +56,7 @@ class CPU(Backend):
         return self._operators if _modes() or _transforming() or _watching() else self._direct
 
     def available(self) -> str | None:
-        return None if extension.available() else extension.reason()
+        return extension.reason() or extension.refusal or None
 
     def unsupported(self, problem: Problem) -> list[str]:
         reasons = []

@@ -47,6 +47,21 @@ def reason() -> str:
     return _reason
 
 
+def _variants() -> tuple[tuple[str, ...], str]:
+    """The engine's variants that this processor can run, the chosen one first; or none, and why it refuses to run."""
+    if _reason:
+        return (), _reason
+    try:
+        chosen, *known = torch.ops.rnnkit.cpu_variants().split()
+    except RuntimeError as error:  # RNNKIT_CPU_ISA names none of them
+        return (), str(error).strip().partition("\n")[0]
+    return (chosen, *(name for name in known if name != chosen)), ""
+
+
+variants, refusal = _variants()
+"""The variants of the engine on this processor, the chosen one first; and why there are none, else empty."""
+
+
 def _bind() -> ModuleType | None:
     """The extension as a module whose functions are its operators without the dispatcher; see csrc/direct.cpp."""
     crossing = getattr(torch._C, "_aoti", None)
