@@ -19,7 +19,7 @@ from test_backends import PLAIN
 from torch import Tensor
 
 import rnnkit
-from rnnkit.backends import BY_NAME, Outputs, Problem, Tensors, preference, resolve, triton
+from rnnkit.backends import BY_NAME, Outputs, Problem, Tensors, measured, preference, resolve, triton
 from rnnkit.cells import CELLS
 from rnnkit.kernels import table
 
@@ -101,6 +101,8 @@ def test_auto_asks_torch_first_for_what_torch_knows(gpu: pytest.MonkeyPatch) -> 
     for extra in ({"lengths": True}, {"reset": True}, {"cell": "gru_reset_before"}, {"recompute": True}):
         assert resolve("auto", plain._replace(**extra)).name == "triton"
     assert resolve("triton", plain).name == "triton"
+    gpu.setattr(measured, "TYPICAL", {("cuda", plain.cell, plain.train): ("triton", "torch", "reference")})
+    assert resolve("auto", plain).name == "triton"  # from then on the recorded order decides
 
 
 def test_explain_says_the_regime(gpu: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..cells import Cell
 from ..reference.scan import ScanGradients
+from . import measured
 from .problem import Options, Outputs, Problem, Tensors
 from .products import KernelBackend, bias_inside
 
@@ -115,7 +116,9 @@ class Triton(KernelBackend):
     def reluctant(self, problem: Problem) -> str | None:
         if interpreted():
             return "can run it in Triton's interpreter, far slower than any other; runs when named"
-        if not problem.extras and problem.steps:
+        cell = measured.ALIKE.get(problem.cell, problem.cell)
+        known = measured.TYPICAL.get((problem.device, cell, problem.train), ())
+        if self.name not in known and not problem.extras and problem.steps:
             return "can run it, but was not measured on a GPU yet, and torch has a layer for it; runs when named"
         return None
 
