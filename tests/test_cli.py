@@ -60,6 +60,9 @@ def test_info_says_what_the_engine_says_of_its_variant(asked: str) -> None:
     if asked == "sse9":
         assert "cannot run here: RNNKIT_CPU_ISA must be one of" in line and "got 'sse9'" in line
         assert found["backends"]["cpu"]["available"] is False and found["extension"]["variants"] == []
+        layer = "import rnnkit, torch; rnnkit.GRU(4, 4)(torch.zeros(2, 1, 4))"
+        done = subprocess.run([sys.executable, "-c", layer], capture_output=True, text=True, env=environment)
+        assert done.returncode != 0 and "got 'sse9'" in done.stderr, "auto does not pass over it in silence"
         return
     assert "runs here" in line
     assert found["extension"]["variants"][0] == (asked or found["extension"]["variants"][0])

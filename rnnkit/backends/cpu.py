@@ -60,9 +60,8 @@ class CPU(Backend):
 
     def unsupported(self, problem: Problem) -> list[str]:
         reasons = []
-        missing = self.available()
-        if missing is not None:
-            reasons.append(missing)
+        if not extension.available():  # an engine that refuses its variant is chosen, and raises: `auto` hides no error
+            reasons.append(extension.reason())
         if problem.device != "cpu":
             reasons.append(f"runs on the device cpu, got {problem.device}")
         if problem.dtype not in DTYPES:
