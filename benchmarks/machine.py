@@ -80,10 +80,10 @@ class Machine:
 def limit(machine: Machine, job: Job, device: str, threads: int) -> float:
     """Seconds that the job must take at least.
 
-    The products at the peak; in each step the recurrent product or reading its weights, whichever is longer; EXP for
-    each exponential (none on a GPU); one call a layer and direction. Training: two more products for the input
-    projection (its input's gradient and its weight's), and in each step those of the state and of W_hh. In group
-    `scan` the recurrent product or the reading alone.
+    The products at the peak; in each step the recurrent product or reading its weights, whichever is longer, each
+    thread's core a part of them; EXP for each exponential (none on a GPU); one call a layer and direction. Training:
+    two more products for the input projection (its input's gradient and its weight's), and in each step those of the
+    state and of W_hh. In group `scan` the recurrent product or the reading alone.
     """
     case = job.case
     cores = threads if device == "cpu" else 1
@@ -91,7 +91,8 @@ def limit(machine: Machine, job: Job, device: str, threads: int) -> float:
     gates, hidden = GATES[job.cell], case.hidden
     product = 2 * case.rows * gates * hidden**2 / peak
     size = getattr(torch, job.dtype).itemsize * gates * hidden**2
-    step = max(product, size / machine.stream(size))
+    part = size / cores  # each core reads its own units' weights
+    step = max(product, part / machine.stream(part))
     if case.group == "scan":
         return case.steps * step
     exps = case.rows * hidden * EXPS[job.cell] * EXP / cores if device == "cpu" else 0.0

@@ -420,6 +420,7 @@ def test_the_limit_of_a_row() -> None:
     made: Any = Made()
     assert machine.limit(made, inference, "cpu", 1) == pytest.approx(forward)
     assert machine.limit(made, training, "cpu", 1) == pytest.approx(forward + backward)
+    assert machine.limit(made, inference, "cpu", 2) == pytest.approx((forward - 5e-6) / 2 + 5e-6)
     scan = Job(Case("scan", 2, 10, 1, 64), "GRU", "inference")
     assert machine.limit(made, scan, "cpu", 1) == pytest.approx(10 * reading)
     ragged = Job(Case("lengths", 2, 9, 32, 64), "GRU", "inference")
