@@ -88,7 +88,12 @@ def missing() -> str | None:
         return "needs a GPU, and torch sees none (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
     from ..kernels import table
 
-    if capability() != table.AMD and capability() < table.OLDEST:
+    if capability() == table.AMD:
+        chips = {torch.cuda.get_device_properties(k).gcnArchName for k in range(torch.cuda.device_count())}
+        others = sorted({chip.partition(":")[0] for chip in chips} - set(table.CHIPS))
+        if others:
+            return f"of AMD's GPUs its kernels are compiled for gfx942 alone, got {', '.join(others)}"
+    elif capability() < table.OLDEST:
         return f"needs GPUs from compute capability 8.0 on, got one of {capability() / 10}"
     return None
 
