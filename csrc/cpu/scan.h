@@ -98,7 +98,7 @@ struct Forward {
   void* c;           // A [B, H], LSTM
   const void*
       w_ih;   // A [G H, I] where the scan shall multiply x itself, tile by tile, null where it gets gx.
-  int64_t I;  // Only for types that are stored as they are computed in, and more than one step
+  int64_t I;  // Only for types that are stored as they are computed in
 };
 
 // Strides of a gradient that came from outside: unit is 1, or 0 for a gradient expanded from one number a
