@@ -163,14 +163,17 @@ def fused(rows: Sequence[Row]) -> list[Verdict]:
             small = {row: row.ratio_p50 for row in best if row.H <= SMALL and (row.group, row.against) == FIELD}
             looped = {row: loops[_job(row)] / row.ms for row in own if _job(row) in loops}
             looped |= {row: row.ratio_p50 for row in own if row.against == STEPWISE}
-            asked = [(f"field, H <= {SMALL}", TORCH, small, f"mean >= {goal.mean:g}", goal.mean, 0.0)]
-            asked += [("all", "a loop of torch operators", looped, "each >= 1", 0.0, 1.0)]
+            wanted = f"mean >= {goal.mean:g}"
+            asked = [(f"field, H <= {SMALL}", TORCH, small, wanted, goal.mean, 0.0, _trained("field", SMALL))]
+            every = len({_job(row) for row in own})
+            asked += [("all", "a loop of torch operators", looped, "each >= 1", 0.0, 1.0, every)]
             for group in goal.free:
                 without = {row: row.ratio_p50 for row in best if (row.group, row.against) == (group, WITHOUT)}
-                asked.append((group, WITHOUT, without, "at most 5 % slower than without", 0.0, EXTRA))
-            for group, against, figure, wanted, least, floor in asked:
+                asked.append((group, WITHOUT, without, "at most 5 % slower than without", 0.0, EXTRA, _trained(group)))
+            for group, against, figure, wanted, least, floor, whole in asked:
                 if not figure:
                     continue
+                count = len({_job(row) for row in figure})
                 worst = min(figure, key=lambda row: figure[row])
                 mean = geometric_mean(figure.values())
                 verdicts.append(
@@ -181,15 +184,16 @@ def fused(rows: Sequence[Row]) -> list[Verdict]:
                         threads=1,
                         implementation=name,
                         against=against,
-                        cases=len({_job(row) for row in figure}),
+                        cases=count,
                         mean=mean,
                         worst=figure[worst],
                         worst_case=f"{worst.cell} {worst.case}",
                         share=geometric_mean(row.share for row in figure),
                         wanted=wanted,
-                        met=mean >= least and figure[worst] >= floor,
+                        met=False if figure[worst] < floor else mean >= least if count >= whole else None,
                         launch=launch,
                         dtype="all" if figure is looped else "bfloat16",
+                        shapes=whole,
                     )
                 )
     return verdicts
@@ -215,6 +219,12 @@ def _whole(device: str, group: str, narrow: bool, cell: str, mode: str) -> set[s
         if case.group == group and device in case.devices and cell in case.cells and mode in case.modes
         if group != "scan" or narrow == (case.batch == 1)
     }
+
+
+def _trained(group: str, most: float = math.inf) -> int:
+    """How many jobs a group has on a GPU in training, up to `most` units."""
+    some = [case for case in TABLE if case.group == group and "cuda" in case.devices and "training" in case.modes]
+    return sum(len(case.cells) for case in some if case.hidden <= most)
 
 
 def _wanted(

@@ -15,8 +15,8 @@
 namespace rnnkit {
 namespace {
 
-bool forked =
-    false;  // after this library was loaded: torch's own products would wait for its parent's threads
+// After this library was loaded. Torch's own products would then wait for the parent's threads.
+bool forked = false;
 const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 Tensor turned(const Tensor& m) { return view(m, {m.size(1), m.size(0)}, {m.stride(1), m.stride(0)}, 0); }

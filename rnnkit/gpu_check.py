@@ -113,7 +113,7 @@ def _check(
     say("\ntargets")
     for line in judged(bench.rows, findings):
         say(line)
-    return 1 if findings.wrong and code != 130 else code
+    return 1 if (findings.wrong or findings.left) and code != 130 else code
 
 
 def facts() -> list[tuple[str, str]]:

@@ -52,6 +52,22 @@ def test_any_strides(cell, proj, reverse):
 
 
 @every_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_row_is_the_same_alone_and_beside_others(cell, proj, dtype, steps):
+    """A single step multiplies in one way for a few rows and in another for many, each with the same order of sums."""
+    whole = make(cell, proj, size=(steps, 37, 21, 19), dtype=dtype, lengths=False, reset=False)
+    t = whole.t
+    many = forward(whole)
+    for b in range(0, 37, 6):
+        c_0 = None if t.c_0 is None else t.c_0[b : b + 1]
+        alone = forward(whole.change(x=t.x[:, b : b + 1].contiguous(), h_0=t.h_0[b : b + 1], c_0=c_0))
+        for name, v in alone.items():
+            beside = many[name]
+            assert torch.equal(v, beside[b : b + 1] if beside.dim() == 2 else beside[:, b : b + 1]), (name, b)
+
+
+@every_cell
 @both_ways
 @pytest.mark.parametrize("name", ["batch first", "one number a row", "one number a step", "one number", "gaps"])
 def test_any_strides_of_a_gradient(cell, proj, reverse, name):

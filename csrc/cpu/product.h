@@ -370,6 +370,7 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
     const int in_panel = w.in_panel(p), vectors = in_panel * gates;
     const bool pair = count == 1 && !single && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2;
     if (single && !dots) w.pack_lanes(p, once.data);
+    // dots and rows_by_lanes take any number of rows, a tile beside them does not
     const int fit = single && beside.w == nullptr ? max_rows : tile_rows(vectors),
               tiles = (count + fit - 1) / fit;
     for (int i = 0, done = 0; i < tiles; ++i) {
