@@ -54,8 +54,7 @@ Layer LayerInputs::layer() {
   l.w_hr = pointer(w_hr);
   l.h_r = pointer(h_r_wide);
   l.c_r = pointer(c_r_wide);
-  l.threads = threads();
-  l.parallel = &in_parallel;
+  l.workers = workers();
   return l;
 }
 
@@ -208,8 +207,7 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
     Layer& l = problem.layer;
     l.cell = cell, l.dtype = dtype, l.B = B, l.H = H, l.cuts.T = 1, l.cuts.B = B;
     l.w_hh = recurrent.const_data_ptr();
-    l.threads = threads();
-    l.parallel = &in_parallel;
+    l.workers = workers();
     problem.b_ih = pointer(bias), problem.b_hh = pointer(inner);
     problem.h = state.data();
     problem.c = cell_state ? cell_state->data() : nullptr;
@@ -218,8 +216,8 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
     // gx, and the step's output, which is the state as well
     std::vector<char> memory(B * (width * wide_bytes + H * bytes));
     engine()
-        .by_rows(dtype, width, I, w.const_data_ptr(), false)
-        ->run(B, input.const_data_ptr(), I, memory.data(), width, true, l.threads, l.parallel);
+        .by_rows(dtype, width, I, w.const_data_ptr(), false, l.workers)
+        ->run(B, input.const_data_ptr(), I, memory.data(), width, true, l.workers);
     Range range{};
     range.n = 1;
     range.gx = memory.data();

@@ -43,8 +43,7 @@ void own_outer(const Tensor& a, const std::vector<const void*>& rows, const Tens
   q.out = out.mutable_data_ptr();
   q.ldo = out.stride(0);
   q.sum = sum.has_value() ? sum->mutable_data_ptr() : nullptr;
-  q.threads = threads();
-  q.parallel = &in_parallel;
+  q.workers = workers();
   engine().outer(q);
 }
 
@@ -105,10 +104,9 @@ bool measure(Kind kind, const Tensor& like) {
   const Tensor w = torch::stable::full({N, K}, 0.5, like.scalar_type());
   Tensor out = zeros({kind == Kind::outer ? K : M, N}, like.scalar_type());
   if (kind == Kind::rows_times) {
-    const auto own = engine().by_rows(dtype_of(like), N, K, w.const_data_ptr(), true);
-    const double ours = seconds([&] {
-      own->run(M, a.const_data_ptr(), K, out.mutable_data_ptr(), N, true, threads(), &in_parallel);
-    });
+    const auto own = engine().by_rows(dtype_of(like), N, K, w.const_data_ptr(), true, workers());
+    const double ours =
+        seconds([&] { own->run(M, a.const_data_ptr(), K, out.mutable_data_ptr(), N, true, workers()); });
     const Tensor w_t = turned(w);
     return seconds([&] { torch_rows_times(a, w_t, out); }) < 0.95 * ours;
   }
@@ -179,13 +177,13 @@ Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initial
   return Tensor(made);
 }
 
-int64_t threads() {
+Workers workers() {
   RNNKIT_CHECK(watching_forks == 0, "pthread_atfork failed with error ", watching_forks);
-  return forked ? 1 : torch::stable::get_num_threads();
-}
-
-void in_parallel(int64_t parts, void* context, void (*body)(void* context, int64_t first, int64_t last)) {
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) { body(context, first, last); });
+  const int64_t threads = forked ? 1 : torch::stable::get_num_threads();
+  return {threads, [](int64_t parts, void* context, void (*body)(void*, int64_t, int64_t)) {
+            torch::stable::parallel_for(0, parts, 1,
+                                        [&](int64_t first, int64_t last) { body(context, first, last); });
+          }};
 }
 
 bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K) {
@@ -197,8 +195,8 @@ RowsTimes::RowsTimes(const Tensor& w, bool by_columns, int64_t rows, bool pack)
   const int64_t K = w_.size(0), N = w_.size(1);
   if (torch_multiplies(w, rows, N, K)) return;
   const Dtype dtype = dtype_of(w);
-  own_ = by_columns ? engine().by_columns(dtype, N, K, w.const_data_ptr())
-                    : engine().by_rows(dtype, N, K, w.const_data_ptr(), pack);
+  own_ = by_columns ? engine().by_columns(dtype, N, K, w.const_data_ptr(), workers())
+                    : engine().by_rows(dtype, N, K, w.const_data_ptr(), pack, workers());
 }
 
 void RowsTimes::run(const Tensor& a, Tensor& out) const {
@@ -207,7 +205,7 @@ void RowsTimes::run(const Tensor& a, Tensor& out) const {
     return;
   }
   own_->run(a.size(0), a.const_data_ptr(), a.stride(0), out.mutable_data_ptr(), out.stride(0),
-            out.scalar_type() == wide(dtype_of(a)), threads(), &in_parallel);
+            out.scalar_type() == wide(dtype_of(a)), workers());
 }
 
 void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,

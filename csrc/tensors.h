@@ -112,8 +112,7 @@ inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype ==
 
 // torch's threads, but one in a process that was forked after this library was loaded: OpenMP's threads are
 // not there.
-int64_t threads();
-void in_parallel(int64_t parts, void* context, void (*body)(void* context, int64_t first, int64_t last));
+Workers workers();
 
 // Contiguous memory on the CPU. `zeros` fills it.
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type);

@@ -20,11 +20,11 @@ class BackwardOf final : public BackwardScan {
         direct_(std::is_same_v<S, A> && l_.cell != Cell::gru) {
     const S* w = static_cast<const S*>(l_.w_hh);
     if (l_.cell == Cell::gru_before) {
-      first_.by_columns(w + 2 * H_ * H_, H_, H_, H_);
-      last_.by_columns(w, H_, H_, 2 * H_);
+      first_.by_columns(w + 2 * H_ * H_, H_, H_, H_, l_.workers);
+      last_.by_columns(w, H_, H_, 2 * H_, l_.workers);
     } else {
-      if (l_.P) first_.by_columns(static_cast<const S*>(l_.w_hr), H_, H_, l_.P);
-      last_.by_columns(w, N_, N_, G_ * H_);
+      if (l_.P) first_.by_columns(static_cast<const S*>(l_.w_hr), H_, H_, l_.P, l_.workers);
+      last_.by_columns(w, N_, N_, G_ * H_, l_.workers);
     }
     dh_ = Padded<A>(l_.B, N_);
     dh_.fill(q.dh, l_.B, N_);
@@ -41,10 +41,10 @@ class BackwardOf final : public BackwardScan {
 
   void run(const BackwardRange& range) override {
     r_ = range;
-    const Split split(l_.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors), G_ * H_ * N_,
-                      q_.T);
+    const Split split(l_.workers.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors),
+                      G_ * H_ * N_, q_.T);
     alive_.assign(guarded_ ? split.parts * l_.B : 0, 0);
-    run_parts(split, l_.parallel, [&](int64_t first, int64_t last, Meeting& meeting) {
+    run_parts(split, l_.workers.parallel, [&](int64_t first, int64_t last, Meeting& meeting) {
       std::vector<Rows> rows(last - first);
       for (int64_t k = 0; k < r_.n; ++k) {
         const int64_t t = r_.t0 + (l_.reverse ? k : r_.n - 1 - k);

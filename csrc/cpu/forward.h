@@ -15,16 +15,17 @@ class ForwardOf final : public ForwardScan {
     const bool pack = T > 1;
     const S* w = static_cast<const S*>(l_.w_hh);
     if (l_.cell == Cell::gru_before) {
-      first_.by_rows(w, H_, 2, H_, H_, pack);
-      second_.by_rows(w + 2 * H_ * H_, H_, 1, H_, H_, pack);
+      first_.by_rows(w, H_, 2, H_, H_, pack, l_.workers);
+      second_.by_rows(w + 2 * H_ * H_, H_, 1, H_, H_, pack, l_.workers);
     } else {
-      first_.by_rows(w, H_, static_cast<int>(G_), H_, N_, pack);
-      if (l_.P) second_.by_rows(static_cast<const S*>(l_.w_hr), l_.P, 1, l_.P, H_, pack);
+      first_.by_rows(w, H_, static_cast<int>(G_), H_, N_, pack, l_.workers);
+      if (l_.P) second_.by_rows(static_cast<const S*>(l_.w_hr), l_.P, 1, l_.P, H_, pack, l_.workers);
     }
     if (f.w_ih != nullptr) {
       const S* w_ih = static_cast<const S*>(f.w_ih);
-      first_x_.by_rows(w_ih, H_, first_.gates, H_, f.I, true);
-      if (l_.cell == Cell::gru_before) second_x_.by_rows(w_ih + 2 * H_ * f.I, H_, 1, H_, f.I, true);
+      first_x_.by_rows(w_ih, H_, first_.gates, H_, f.I, true, l_.workers);
+      if (l_.cell == Cell::gru_before)
+        second_x_.by_rows(w_ih + 2 * H_ * f.I, H_, 1, H_, f.I, true, l_.workers);
     }
     const bool after = l_.cell == Cell::gru;
     bias_ = Padded<A>(G_ + after, H_);
@@ -54,10 +55,10 @@ class ForwardOf final : public ForwardScan {
 
   void run(const Range& range) override {
     r_ = range;
-    const Split split(l_.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors), G_ * H_ * N_,
-                      range.n);
+    const Split split(l_.workers.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors),
+                      G_ * H_ * N_, range.n);
     const int start = now_;
-    run_parts(split, l_.parallel, [&](int64_t first, int64_t last, Meeting& meeting) {
+    run_parts(split, l_.workers.parallel, [&](int64_t first, int64_t last, Meeting& meeting) {
       std::vector<Rows> rows(last - first);
       int now = start;
       for (int64_t k = 0; k < r_.n; ++k, now ^= 1) {

@@ -9,10 +9,10 @@ class ProductOf final : public Product {
  public:
   Weights<S> weights;
 
-  void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, bool wide, int64_t threads,
-           Parallel parallel) const override {
-    const Split split(threads, M, 1, weights.units * weights.K, 1);
-    run_parts(split, parallel, [&](int64_t first, int64_t last, Meeting&) {
+  void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, bool wide,
+           const Workers& workers) const override {
+    const Split split(workers.threads, M, 1, weights.units * weights.K, 1);
+    run_parts(split, workers.parallel, [&](int64_t first, int64_t last, Meeting&) {
       for (int64_t p = first; p < last; ++p) {
         const Part part = split.part(p, M);
         const S* from = static_cast<const S*>(a);
@@ -107,8 +107,8 @@ class OuterOf {
   void run() {
     if (q_.M == 0) return;
     const int64_t tiles = ceil_div(q_.M, outer_rows);
-    const Split split(q_.threads, tiles, 1, q_.N * q_.K * outer_rows, 1);
-    run_parts(split, q_.parallel, [&](int64_t first, int64_t last, Meeting&) {
+    const Split split(q_.workers.threads, tiles, 1, q_.N * q_.K * outer_rows, 1);
+    run_parts(split, q_.workers.parallel, [&](int64_t first, int64_t last, Meeting&) {
       for (int64_t p = first; p < last; ++p) {
         const Part part = split.part(p, tiles);
         rows(part.row0 * outer_rows, std::min(q_.M, part.row1 * outer_rows));

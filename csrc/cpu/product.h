@@ -7,20 +7,7 @@
 // rows beside it. There are two orders: k by k, and for weights that serve a single step lane by lane, see
 // Weights::dot.
 
-template <class T>
-struct Aligned {
-  explicit Aligned(int64_t size = 0) : memory(new T[size + 64 / sizeof(T)]) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.get());
-    data = reinterpret_cast<T*>((address + 63) / 64 * 64);
-  }
-  std::unique_ptr<T[]> memory;
-  T* data;
-};
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 constexpr int registers = RNNKIT_REGISTERS;
-constexpr int max_vectors = 4;  // outputs of a panel, in vectors
 constexpr int max_rows = 8;
 constexpr int few_rows = 16;  // up to here weights for a single step are not packed
 // Rows of a tile so that its sums, a panel's vectors and one broadcast stay in registers.
@@ -240,12 +227,26 @@ struct Weights {
   int64_t panel_size() const { return static_cast<int64_t>(wide()) * gates * L * K; }
   const A* panel(int p) const { return panels.data + p * panel_size(); }
 
+  // pack(p, where it goes) for every panel, shared among the workers.
+  template <class Pack>
+  void each_panel(const Workers& workers, Pack pack) const {
+    constexpr int64_t worth_a_thread = 1 << 15;  // elements: some microseconds
+    const Split split(std::min({workers.threads, int64_t{count()}, panel_size() * count() / worth_a_thread}));
+    run_parts(split, workers.parallel, [&](int64_t first, int64_t last, Meeting&) {
+      for (int64_t part = first; part < last; ++part) {
+        const Part mine = split.part(part, count());
+        for (int64_t p = mine.row0; p < mine.row1; ++p) pack(static_cast<int>(p), const_cast<A*>(panel(p)));
+      }
+    });
+  }
+
   // Outputs are rows of w: out[g, j] = sum over k of w[g * block + j, k] a[k].
-  void by_rows(const S* w, int64_t block_, int gates_, int64_t units_, int64_t K_, bool whole) {
+  void by_rows(const S* w, int64_t block_, int gates_, int64_t units_, int64_t K_, bool whole,
+               const Workers& workers) {
     units = units_, K = K_, gates = gates_, raw = w, block = block_;
     if (!whole) return;
     panels = Aligned<A>(static_cast<int64_t>(units_vectors()) * gates * L * K);
-    for (int p = 0; p < count(); ++p) pack(p, const_cast<A*>(panel(p)));
+    each_panel(workers, [&](int p, A* to) { pack(p, to); });
     raw = nullptr;
   }
 
@@ -327,11 +328,10 @@ struct Weights {
   }
 
   // Outputs are columns of w: out[j] = sum over k of a[k] w[k, j].
-  void by_columns(const S* w, int64_t ld_, int64_t units_, int64_t K_) {
+  void by_columns(const S* w, int64_t ld_, int64_t units_, int64_t K_, const Workers& workers) {
     units = units_, K = K_, gates = 1;
     panels = Aligned<A>(static_cast<int64_t>(units_vectors()) * L * K);
-    for (int p = 0; p < count(); ++p) {
-      A* to = const_cast<A*>(panel(p));
+    each_panel(workers, [&](int p, A* to) {
       const int vectors = in_panel(p);
       for (int64_t k = 0; k < K; ++k) {
         for (int v = 0; v < vectors; ++v, to += L) {
@@ -340,7 +340,7 @@ struct Weights {
           store(to, load(w + k * ld_ + first, valid), L);
         }
       }
-    }
+    });
   }
 };
 

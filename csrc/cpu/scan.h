@@ -52,6 +52,12 @@ struct Cuts {
 using Parallel = void (*)(int64_t parts, void* context,
                           void (*body)(void* context, int64_t first, int64_t last));
 
+// Who does the work: how many parts may be made of it, which changes no result, and what runs them.
+struct Workers {
+  int64_t threads;
+  Parallel parallel;
+};
+
 // What a scan is, in either direction of time and of differentiation.
 struct Layer {
   Cell cell;
@@ -63,8 +69,7 @@ struct Layer {
   const void* w_hr;  // S [P, H], or null
   const void* h_r;   // A [B, N] the state at a reset, or null: zeros
   const void* c_r;   // A [B, H]
-  int64_t threads;   // how many parts may be made; changes no result
-  Parallel parallel;
+  Workers workers;
 };
 
 // One range of time for a forward scan.
@@ -150,8 +155,8 @@ class Product {
  public:
   virtual ~Product() = default;
   // out is S, or A where `wide`.
-  virtual void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, bool wide, int64_t threads,
-                   Parallel parallel) const = 0;
+  virtual void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, bool wide,
+                   const Workers& workers) const = 0;
 };
 
 // out [M, N] += sum over k of a[k]^T row[k], for a weight's gradient; sums are made in the order of k.
@@ -164,8 +169,7 @@ struct Outer {
   void* out;                // A [M, N], rows ldo apart
   int64_t ldo;
   void* sum;  // A [M] += sum over k of a[k], or null
-  int64_t threads;
-  Parallel parallel;
+  Workers workers;
 };
 
 struct Engine {
@@ -175,9 +179,11 @@ struct Engine {
   std::unique_ptr<BackwardScan> (*backward)(const Backward& problem);
   // a w^T with w S [N, K]; pack: false for weights that serve a single step. It changes the order of the
   // sums.
-  std::unique_ptr<Product> (*by_rows)(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack);
+  std::unique_ptr<Product> (*by_rows)(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
+                                      const Workers& workers);
   // a w with w S [K, N]
-  std::unique_ptr<Product> (*by_columns)(Dtype dtype, int64_t N, int64_t K, const void* w);
+  std::unique_ptr<Product> (*by_columns)(Dtype dtype, int64_t N, int64_t K, const void* w,
+                                         const Workers& workers);
   void (*outer)(const Outer& problem);
   // What the tests hold against float64: 0 sigmoid, 1 tanh, of n values.
   void (*function)(int which, Dtype dtype, int64_t n, const void* in, void* out);

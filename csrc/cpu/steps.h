@@ -1,5 +1,19 @@
-// What forward and backward scans share: how the work is split among threads, how they meet, which rows live
-// at a step. Included once per variant, inside its namespace.
+// What products and scans share: aligned memory, how the work is split among threads, how they meet, which
+// rows live at a step. Included once per variant, inside its namespace.
+
+template <class T>
+struct Aligned {
+  explicit Aligned(int64_t size = 0) : memory(new T[size + 64 / sizeof(T)]) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.get());
+    data = reinterpret_cast<T*>((address + 63) / 64 * 64);
+  }
+  std::unique_ptr<T[]> memory;
+  T* data;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int max_vectors = 4;  // outputs of a panel of weights, in vectors
 
 // A piece of the work: some rows and all units, or all rows and some units (vectors of them).
 struct Part {
@@ -62,6 +76,8 @@ class Meeting {
 struct Split {
   int64_t parts = 1;
   bool units = false;
+
+  explicit Split(int64_t most) : parts(std::max<int64_t>(1, most)) {}
 
   Split(int64_t threads, int64_t rows, int64_t unit_panels, int64_t weights, int64_t steps) {
     constexpr int64_t worth_a_thread = 1 << 16;   // multiply-adds: some microseconds

@@ -11,8 +11,8 @@ namespace {
 // clang-format off
 #include "simd.h"
 #include "math.h"
-#include "product.h"
 #include "steps.h"
+#include "product.h"
 #include "forward.h"
 #include "backward.h"
 #include "large.h"
@@ -44,20 +44,22 @@ std::unique_ptr<BackwardScan> backward(const Backward& problem) {
   });
 }
 
-std::unique_ptr<Product> by_rows(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack) {
+std::unique_ptr<Product> by_rows(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
+                                 const Workers& workers) {
   return dispatch(dtype, [&](auto s) -> std::unique_ptr<Product> {
     using S = decltype(s);
     auto made = std::make_unique<ProductOf<S>>();
-    made->weights.by_rows(static_cast<const S*>(w), N, 1, N, K, pack);
+    made->weights.by_rows(static_cast<const S*>(w), N, 1, N, K, pack, workers);
     return made;
   });
 }
 
-std::unique_ptr<Product> by_columns(Dtype dtype, int64_t N, int64_t K, const void* w) {
+std::unique_ptr<Product> by_columns(Dtype dtype, int64_t N, int64_t K, const void* w,
+                                    const Workers& workers) {
   return dispatch(dtype, [&](auto s) -> std::unique_ptr<Product> {
     using S = decltype(s);
     auto made = std::make_unique<ProductOf<S>>();
-    made->weights.by_columns(static_cast<const S*>(w), N, N, K);
+    made->weights.by_columns(static_cast<const S*>(w), N, N, K, workers);
     return made;
   });
 }

@@ -19,11 +19,11 @@ void counted(int64_t parts, void* context, Body body) {
 
 std::vector<Way> ways_for(int64_t rows) {
   std::vector<Way> ways{
-      {"2 threads", 2, &counted<&apart>},          {"3 threads", 3, &counted<&apart>},
-      {"7 threads", 7, &counted<&apart>},          {"7 parts unevenly", 7, &counted<&uneven>},
-      {"3 parts in halves", 3, &counted<&halves>}, {"3 parts together", 3, &counted<&together>}};
+      {"2 threads", {2, &counted<&apart>}},          {"3 threads", {3, &counted<&apart>}},
+      {"7 threads", {7, &counted<&apart>}},          {"7 parts unevenly", {7, &counted<&uneven>}},
+      {"3 parts in halves", {3, &counted<&halves>}}, {"3 parts together", {3, &counted<&together>}}};
   // With four rows for each part they are split, if anything is: then parts need not run at once.
-  if (rows >= 8) ways.push_back({"in turn", std::min<int64_t>(7, rows / 4), &counted<&in_turn>});
+  if (rows >= 8) ways.push_back({"in turn", {std::min<int64_t>(7, rows / 4), &counted<&in_turn>}});
   return ways;
 }
 
@@ -189,7 +189,7 @@ void check_rows(const rnnkit::Engine& engine, const Problem& p, const Ran& ran, 
   const int64_t widths[] = {width, H, N, N, H, N, H};
   Gradients gradients;
   for (int k = 0; k < 7; ++k) gradients.of[k] = cut(g.of[k], widths[k]);
-  compare("some rows", run_backward(engine, q, want.saved, Way{"alone", 1, &together}), gradients);
+  compare("some rows", run_backward(engine, q, want.saved, Way{"alone", {1, &together}}), gradients);
 }
 
 std::vector<int64_t> random_ranges(int64_t T, Random& r) {
@@ -255,8 +255,10 @@ void check_product(const rnnkit::Engine& engine, uint64_t seed) {
   Random r(seed);
   const Dtype dtype = r.chance(0.5) ? Dtype::f32 : Dtype::f64;
   const bool large = r.chance(0.1), shift = r.chance(0.5);
-  const int64_t M = r.chance(0.1) ? r.between(0, 1) : r.between(1, large ? 250 : 40);
-  const int64_t N = r.chance(0.05) ? 0 : r.between(1, 90), K = r.chance(0.05) ? 0 : r.between(1, 90);
+  const bool wide = r.chance(0.1);  // so much to pack that the workers share it
+  const int64_t M = r.chance(0.1) ? r.between(0, 1) : r.between(1, wide ? 10 : large ? 250 : 40);
+  const int64_t N = r.chance(0.05) ? 0 : r.between(wide ? 250 : 1, wide ? 300 : 90);
+  const int64_t K = r.chance(0.05) ? 0 : r.between(wide ? 270 : 1, wide ? 300 : 90);
   const int64_t ldo = N + r.between(0, 3);
   Values a(M * K), w(N * K);
   for (double& x : a) x = rounded(r.normal(), format(dtype));
@@ -267,13 +269,13 @@ void check_product(const rnnkit::Engine& engine, uint64_t seed) {
   std::ostringstream what;
   what << "product " << format(dtype).name << " M=" << M << " N=" << N << " K=" << K << " ldo=" << ldo;
   for (bool pack : {true, false}) {
-    const std::unique_ptr<rnnkit::Product> product = engine.by_rows(dtype, N, K, w_.data(), pack);
     const auto run = [&](const char* from, int64_t rows, const Way& way) {
       const Buffer out(rows * ldo, dtype, shift);
-      product->run(rows, from, K, out.data(), ldo, false, way.threads, way.parallel);
+      engine.by_rows(dtype, N, K, w_.data(), pack, way.workers)
+          ->run(rows, from, K, out.data(), ldo, false, way.workers);
       return out.values();
     };
-    const Values out = run(a_.data(), M, Way{"alone", 1, &together});
+    const Values out = run(a_.data(), M, Way{"alone", {1, &together}});
     for (int64_t m = 0; m < M; ++m) {
       std::vector<X> row;
       for (int64_t k = 0; k < K; ++k) row.emplace_back(a[m * K + k]);
@@ -290,7 +292,7 @@ void check_product(const rnnkit::Engine& engine, uint64_t seed) {
       compare(what.str() + ", " + way.name, "out", run(a_.data(), M, way), out);
     if (M > 0) {
       const int64_t m = r.between(0, M - 1);
-      const Values alone = run(a_.at(m * K), 1, Way{"alone", 1, &together});
+      const Values alone = run(a_.at(m * K), 1, Way{"alone", {1, &together}});
       compare(what.str() + ", a row alone", "out", alone, some(out, M, ldo, {m}));
     }
   }

@@ -45,8 +45,7 @@ inline void in_turn(int64_t parts, void* context, Body body) {
 
 struct Way {
   const char* name;
-  int64_t threads;
-  rnnkit::Parallel parallel;
+  rnnkit::Workers workers;
 };
 
 }  // namespace harness

@@ -69,8 +69,7 @@ class Common {
     layer.w_hr = p.P ? w_hr_.data() : nullptr;
     layer.h_r = p.has_h_r ? h_r_.data() : nullptr;
     layer.c_r = p.has_c_r ? c_r_.data() : nullptr;
-    layer.threads = way.threads;
-    layer.parallel = way.parallel;
+    layer.workers = way.workers;
   }
   Common(const Common&) = delete;
 
