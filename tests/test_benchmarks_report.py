@@ -134,6 +134,11 @@ def test_the_readme_marks_each_target() -> None:
     assert "each ≥ 80% of the peak" in scan and scan.endswith("| 70%: **missed** |")
 
 
+@pytest.mark.parametrize(("share", "said"), [(0.746, "74%"), (0.75, "75%"), (0.29, "29%"), (1.0, "100%")])
+def test_a_missed_share_does_not_read_as_a_met_one(share: float, said: str) -> None:
+    assert report.percent(share) == said
+
+
 def test_percentiles_and_means() -> None:
     assert timing.percentiles([float(k) for k in range(11)]) == (2.0, 5.0, 8.0)
     assert targets.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)

@@ -43,6 +43,11 @@ def test_kernels_in_the_interpreter(which: str) -> None:
 
 
 @needs_triton
+def test_inside_torch_in_the_interpreter() -> None:
+    interpreted(str(TESTS / "interpreted" / "test_in_torch.py"))
+
+
+@needs_triton
 def test_planted_errors_and_what_is_shared_in_the_interpreter() -> None:
     interpreted(str(TESTS / "interpreted" / "test_planted.py"), str(TESTS / "interpreted" / "test_shared.py"))
 

@@ -136,16 +136,3 @@ def test_auto_leaves_the_interpreter_alone() -> None:
     named = rnnkit.explain(rnnkit.GRU(3, 4, backend="triton"), torch.zeros(2, 1, 3))
     assert named.choices[0].detail == "persistent: the recurrent weights stay on chip for the whole sequence"
     assert "→ triton" in str(named) and "persistent: " in str(named)
-
-
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_compiled(name: str) -> None:
-    layer = getattr(rnnkit, name)(3, 5, bidirectional=True, backend="triton")
-    x = torch.randn(4, 2, 3, requires_grad=True)
-    lengths = torch.tensor([4, 2])
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    results = []
-    for run in (layer, compiled):
-        y = run(x, lengths=lengths)[0]
-        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
