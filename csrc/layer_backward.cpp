@@ -102,7 +102,8 @@ Rows before(const LayerInputs& in, const Scanned& s, const Tensor& y, const std:
   for (int64_t k = 0, r = 0; k < s.n; ++k) {
     const int64_t t = s.t0 + k;
     for (int64_t b = 0; b < in.B; ++b, ++r) {
-      const int64_t start = in.reverse ? (cuts.lengths != nullptr ? cuts.lengths[b] : in.T) - 1 : 0;
+      const int64_t start =
+          in.reverse ? (cuts.lengths != nullptr ? std::min(cuts.lengths[b], in.T) : in.T) - 1 : 0;
       if (!any.empty() && !any[r]) {
         rows[r] = nullptr;
       } else if (cuts.cut(t, b, in.reverse)) {
@@ -135,7 +136,7 @@ class Products {
       // without units no product writes it
       dx = in.H > 0 ? empty({in.T, in.B, in.I}, in.x.scalar_type())
                     : zeros({in.T, in.B, in.I}, in.x.scalar_type());
-      times_w_ih_.emplace(in.w_ih, true, in.T * in.B);
+      times_w_ih_.emplace(in.w_ih, true, in.T * in.B, in.T * in.B > 16);
     }
     if (wanted(3)) {
       dw_ih = sum({width_, in.I});
@@ -235,6 +236,7 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   q.c_kept = pointer(g.c_kept);
   q.h_0 = pointer(h_0);
   q.c_0 = pointer(c_0);
+  q.wants_first = (needs >> 1 & 3) != 0 || resets;
   q.dh = dh.mutable_data_ptr();
   q.dc = dc.has_value() ? dc->mutable_data_ptr() : nullptr;
   q.dh_r = dh_r.has_value() ? dh_r->mutable_data_ptr() : nullptr;

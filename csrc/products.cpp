@@ -195,7 +195,7 @@ RowsTimes::RowsTimes(const Tensor& w, bool by_columns, int64_t rows, bool pack)
   const int64_t K = w_.size(0), N = w_.size(1);
   if (torch_multiplies(w, rows, N, K)) return;
   const Dtype dtype = dtype_of(w);
-  own_ = by_columns ? engine().by_columns(dtype, N, K, w.const_data_ptr(), workers())
+  own_ = by_columns ? engine().by_columns(dtype, N, K, w.const_data_ptr(), pack, workers())
                     : engine().by_rows(dtype, N, K, w.const_data_ptr(), pack, workers());
 }
 

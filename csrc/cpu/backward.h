@@ -19,12 +19,13 @@ class BackwardOf final : public BackwardScan {
         guarded_(l_.cuts.any()),
         direct_(std::is_same_v<S, A> && l_.cell != Cell::gru) {
     const S* w = static_cast<const S*>(l_.w_hh);
+    const bool pack = q.T * l_.B > few_rows, last = q.T > 1 || q.wants_first;
     if (l_.cell == Cell::gru_before) {
-      first_.by_columns(w + 2 * H_ * H_, H_, H_, H_, l_.workers);
-      last_.by_columns(w, H_, H_, 2 * H_, l_.workers);
+      first_.by_columns(w + 2 * H_ * H_, H_, H_, H_, pack, l_.workers);
+      if (last) last_.by_columns(w, H_, H_, 2 * H_, pack, l_.workers);
     } else {
-      if (l_.P) first_.by_columns(static_cast<const S*>(l_.w_hr), H_, H_, l_.P, l_.workers);
-      last_.by_columns(w, N_, N_, G_ * H_, l_.workers);
+      if (l_.P) first_.by_columns(static_cast<const S*>(l_.w_hr), H_, H_, l_.P, pack, l_.workers);
+      if (last) last_.by_columns(w, N_, N_, G_ * H_, pack, l_.workers);
     }
     dh_ = Padded<A>(l_.B, N_);
     dh_.fill(q.dh, l_.B, N_);
@@ -67,6 +68,8 @@ class BackwardOf final : public BackwardScan {
           each([&](const Part& part, Rows& own) { through_reset(part, own, t, now); });
           meeting.wait(last - first);
         }
+        const bool end = t == (l_.reverse ? q_.T - 1 : 0);
+        if (end && !q_.wants_first) continue;
         each([&](const Part& part, Rows& own) { send(part, own, t, now); });
       }
     });
@@ -181,7 +184,7 @@ class BackwardOf final : public BackwardScan {
   // The state that a step started from.
   bool starts(int64_t t, int64_t b) const {
     if (!l_.reverse) return t == 0;
-    return t == (l_.cuts.lengths != nullptr ? l_.cuts.lengths[b] : q_.T) - 1;
+    return t == (l_.cuts.lengths != nullptr ? std::min(l_.cuts.lengths[b], q_.T) : q_.T) - 1;
   }
   V h_before(const Place& p, int64_t t) const {
     if (l_.cuts.cut(t, p.b, l_.reverse)) return state(l_.h_r, p, N_);

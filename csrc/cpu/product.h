@@ -208,7 +208,7 @@ __attribute__((always_inline)) inline typename Vector<A>::Value lane_sums(
 
 // Weights as a product wants them: packed into panels. For a single step they stay as they are: a few rows
 // take lane by lane what lies side by side, and for more each panel is packed into the first-level cache when
-// its turn comes.
+// its turn comes. Weights whose columns are the outputs stay as they are for a few rows, too.
 template <class S>
 struct Weights {
   using A = compute_t<S>;
@@ -218,6 +218,8 @@ struct Weights {
   int gates = 1;
   const S* raw = nullptr;  // [gates, units, K]: rows of K, gates `block` rows apart; null where packed
   int64_t block = 0;
+  const S* columns = nullptr;  // [K, units]: rows `ld` apart; null where packed
+  int64_t ld = 0;
   Aligned<A> panels;
 
   int units_vectors() const { return static_cast<int>(ceil_div(units, L)); }  // vectors of units
@@ -227,15 +229,15 @@ struct Weights {
   int64_t panel_size() const { return static_cast<int64_t>(wide()) * gates * L * K; }
   const A* panel(int p) const { return panels.data + p * panel_size(); }
 
-  // pack(p, where it goes) for every panel, shared among the workers.
+  // pack(p0, p1) for all panels, shared among the workers.
   template <class Pack>
-  void each_panel(const Workers& workers, Pack pack) const {
+  void share_panels(const Workers& workers, Pack pack) const {
     constexpr int64_t worth_a_thread = 1 << 15;  // elements: some microseconds
     const Split split(std::min({workers.threads, int64_t{count()}, panel_size() * count() / worth_a_thread}));
     run_parts(split, workers.parallel, [&](int64_t first, int64_t last, Meeting&) {
       for (int64_t part = first; part < last; ++part) {
         const Part mine = split.part(part, count());
-        for (int64_t p = mine.row0; p < mine.row1; ++p) pack(static_cast<int>(p), const_cast<A*>(panel(p)));
+        pack(static_cast<int>(mine.row0), static_cast<int>(mine.row1));
       }
     });
   }
@@ -246,7 +248,9 @@ struct Weights {
     units = units_, K = K_, gates = gates_, raw = w, block = block_;
     if (!whole) return;
     panels = Aligned<A>(static_cast<int64_t>(units_vectors()) * gates * L * K);
-    each_panel(workers, [&](int p, A* to) { pack(p, to); });
+    share_panels(workers, [&](int p0, int p1) {
+      for (int p = p0; p < p1; ++p) pack(p, const_cast<A*>(panel(p)));
+    });
     raw = nullptr;
   }
 
@@ -328,19 +332,58 @@ struct Weights {
   }
 
   // Outputs are columns of w: out[j] = sum over k of a[k] w[k, j].
-  void by_columns(const S* w, int64_t ld_, int64_t units_, int64_t K_, const Workers& workers) {
-    units = units_, K = K_, gates = 1;
+  void by_columns(const S* w, int64_t ld_, int64_t units_, int64_t K_, bool whole, const Workers& workers) {
+    units = units_, K = K_, gates = 1, columns = w, ld = ld_;
+    if (!whole) return;
     panels = Aligned<A>(static_cast<int64_t>(units_vectors()) * L * K);
-    each_panel(workers, [&](int p, A* to) {
-      const int vectors = in_panel(p);
-      for (int64_t k = 0; k < K; ++k) {
-        for (int v = 0; v < vectors; ++v, to += L) {
-          const int64_t first = (static_cast<int64_t>(p) * wide() + v) * L;
-          const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
-          store(to, load(w + k * ld_ + first, valid), L);
+    share_panels(workers, [&](int p0, int p1) {
+      constexpr int64_t rows = 16;  // of w at a time, so that few pages are read side by side
+      for (int64_t k0 = 0; k0 < K; k0 += rows) {
+        for (int p = p0; p < p1; ++p) {
+          const int vectors = in_panel(p);
+          A* to = const_cast<A*>(panel(p)) + k0 * vectors * L;
+          for (int64_t k = k0; k < std::min(k0 + rows, K); ++k) {
+            for (int v = 0; v < vectors; ++v, to += L) {
+              const int64_t first = (static_cast<int64_t>(p) * wide() + v) * L;
+              const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
+              store(to, load(w + k * ld + first, valid), L);
+            }
+          }
         }
       }
     });
+    columns = nullptr;
+  }
+
+  // Rows a times the outputs of the vectors [v0, v1) of `columns`: out [rows, v1 - v0, lanes]. Every sum
+  // takes its terms k by k, as a tile's; some rows of w serve all rows of `a` while they are in the
+  // first-level cache.
+  void sweep(int v0, int v1, const A* a, int64_t lda, const int32_t* rows, int count, A* out) const {
+    constexpr int64_t block_k = 8;
+    std::fill_n(out, static_cast<int64_t>(count) * (v1 - v0) * L, A(0));
+    int64_t k = 0;
+    for (; k + block_k <= K; k += block_k) add_terms<block_k>(v0, v1, a + k, lda, rows, count, k, out);
+    for (; k < K; ++k) add_terms<1>(v0, v1, a + k, lda, rows, count, k, out);
+  }
+
+ private:
+  template <int terms>
+  void add_terms(int v0, int v1, const A* a, int64_t lda, const int32_t* rows, int count, int64_t k,
+                 A* out) const {
+    using V = value_t<S>;
+    for (int r = 0; r < count; ++r) {
+      V x[terms];
+#pragma GCC unroll 8
+      for (int i = 0; i < terms; ++i) x[i] = a[rows[r] * lda + i] - V{};
+      for (int v = v0; v < v1; ++v, out += L) {
+        const int64_t first = static_cast<int64_t>(v) * L;
+        const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
+        V sum = whole<V>(out);
+#pragma GCC unroll 8
+        for (int i = 0; i < terms; ++i) sum += x[i] * load(columns + (k + i) * ld + first, valid);
+        store(out, sum, L);
+      }
+    }
   }
 };
 
@@ -364,11 +407,15 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
   constexpr int L = lanes<A>;
   alignas(64) A out[max_rows * max_vectors * L], out_x[max_rows * max_vectors * L];
   if (count == 0) return;
-  const bool single = w.raw != nullptr, dots = single && count <= few_rows;
+  const bool single = w.raw != nullptr, dots = single && count <= few_rows, swept = w.columns != nullptr;
   Aligned<A> once(single && !dots ? w.wide() * w.gates * w.lanes_size() : 0);
+  const int first = p0 * w.wide(), last = std::min(p1 * w.wide(), w.units_vectors());
+  Aligned<A> sums(swept ? static_cast<int64_t>(count) * (last - first) * L : 0);
+  if (swept) w.sweep(first, last, a, lda, rows, count, sums.data);
   for (int p = p0; p < p1; ++p) {
     const int in_panel = w.in_panel(p), vectors = in_panel * gates;
-    const bool pair = count == 1 && !single && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2;
+    const bool pair =
+        count == 1 && !single && !swept && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2;
     if (single && !dots) w.pack_lanes(p, once.data);
     // dots and rows_by_lanes take any number of rows, a tile beside them does not
     const int fit = single && beside.w == nullptr ? max_rows : tile_rows(vectors),
@@ -380,7 +427,13 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
         row[r] = a + rows[done + r] * lda;
         for (int u = 0; u < in_panel; ++u) ahead(rows[done + r], p * w.wide() + u);
       }
-      if (dots) {
+      if (swept) {
+        for (int r = 0; r < here; ++r) {
+          const A* from =
+              sums.data + ((done + r) * static_cast<int64_t>(last - first) + p * w.wide() - first) * L;
+          std::copy_n(from, vectors * L, out + r * vectors * L);
+        }
+      } else if (dots) {
         w.dots(p, row, here, out);
       } else if (single) {
         for (int v = 0; v < vectors; ++v) {

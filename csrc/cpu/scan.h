@@ -124,6 +124,7 @@ struct Backward {
   const void* c_kept;  // A [T, B, H], LSTM
   const void* h_0;     // A [B, N]
   const void* c_0;     // A [B, H]
+  bool wants_first;    // whether the four below are wanted in the end, so that the last step to run sends on
   void* dh;            // A [B, N] in: of h_n; out: of the state before the steps that have run
   void* dc;            // A [B, H] the same of c, LSTM
   void* dh_r;          // A [B, N] summed over the resets, or null
@@ -181,8 +182,8 @@ struct Engine {
   // sums.
   std::unique_ptr<Product> (*by_rows)(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
                                       const Workers& workers);
-  // a w with w S [K, N]
-  std::unique_ptr<Product> (*by_columns)(Dtype dtype, int64_t N, int64_t K, const void* w,
+  // a w with w S [K, N]; pack: false for weights that serve a few rows, with the same sums
+  std::unique_ptr<Product> (*by_columns)(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
                                          const Workers& workers);
   void (*outer)(const Outer& problem);
   // What the tests hold against float64: 0 sigmoid, 1 tanh, of n values.

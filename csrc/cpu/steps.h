@@ -40,7 +40,7 @@ class Meeting {
  public:
   explicit Meeting(int64_t parts) : parts_(parts) {}
 
-  // `mine`: how many parts the calling thread stands for.
+  // `mine`: how many parts the calling thread stands for. Throws where another part has failed.
   void wait(int64_t mine) {
     if (mine >= parts_) return;  // parts of rows never meet, however many one call is given
     const int64_t turn = turn_.load(std::memory_order_acquire);
@@ -49,8 +49,10 @@ class Meeting {
       turn_.store(turn + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn;) {
+      if (failed_.load(std::memory_order_acquire)) throw Broken{};
       if (spins < 2000) {
+        ++spins;
         pause();
       } else {
         std::this_thread::yield();
@@ -58,7 +60,19 @@ class Meeting {
     }
   }
 
+  // Keeps the first exception of a part; those that wait for it are let go.
+  void fail() {
+    if (failing_.exchange(true)) return;
+    error_ = std::current_exception();
+    failed_.store(true, std::memory_order_release);
+  }
+  void rethrow() const {
+    if (failed_.load(std::memory_order_acquire)) std::rethrow_exception(error_);
+  }
+
  private:
+  struct Broken {};
+
   static void pause() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
@@ -68,6 +82,8 @@ class Meeting {
   const int64_t parts_;
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<int64_t> turn_{0};
+  std::atomic<bool> failing_{false}, failed_{false};
+  std::exception_ptr error_;
 };
 
 // How a scan is cut into parts. Rows are independent, so they are split where each part still gets full
@@ -97,7 +113,8 @@ struct Split {
   }
 };
 
-// Runs phase(part) for every part, and all parts through one phase before any enters the next.
+// Runs work(first, last, meeting) for ranges that make up all parts, concurrently where it can. What one of
+// them throws is thrown here.
 template <class Work>
 void run_parts(const Split& split, Parallel parallel, Work work) {
   if (split.parts == 1) {
@@ -111,8 +128,13 @@ void run_parts(const Split& split, Parallel parallel, Work work) {
   } context{work, Meeting(split.units ? split.parts : 1)};
   parallel(split.parts, &context, [](void* p, int64_t first, int64_t last) {
     auto* c = static_cast<Context*>(p);
-    c->work(first, last, c->meeting);
+    try {
+      c->work(first, last, c->meeting);
+    } catch (...) {
+      c->meeting.fail();
+    }
   });
+  context.meeting.rethrow();
 }
 
 // A matrix [rows, width] padded to whole vectors, zero at first.

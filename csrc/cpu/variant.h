@@ -54,12 +54,12 @@ std::unique_ptr<Product> by_rows(Dtype dtype, int64_t N, int64_t K, const void* 
   });
 }
 
-std::unique_ptr<Product> by_columns(Dtype dtype, int64_t N, int64_t K, const void* w,
+std::unique_ptr<Product> by_columns(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
                                     const Workers& workers) {
   return dispatch(dtype, [&](auto s) -> std::unique_ptr<Product> {
     using S = decltype(s);
     auto made = std::make_unique<ProductOf<S>>();
-    made->weights.by_columns(static_cast<const S*>(w), N, N, K, workers);
+    made->weights.by_columns(static_cast<const S*>(w), N, N, K, pack, workers);
     return made;
   });
 }

@@ -248,6 +248,12 @@ void check_scan(const rnnkit::Engine& engine, const Problem& p, bool every_way) 
     compare(way.name, run_forward(engine, p, among), ran);
     const std::vector<int64_t> back = r.chance(0.5) ? random_ranges(p.T, r) : std::vector<int64_t>();
     compare(way.name, run_backward(engine, p, ran.saved, way, back), gradients);
+    Gradients part = run_backward(engine, p, ran.saved, way, back, false);
+    for (Result not_wanted :
+         {Result::dh, Result::dc, Result::dh_r, Result::dc_r}) {  // of resets before the first step
+      part.of[static_cast<int>(not_wanted)] = gradients.of[static_cast<int>(not_wanted)];
+    }
+    compare(std::string(way.name) + ", no gradient of the first state", part, gradients);
   }
 }
 

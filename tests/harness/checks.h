@@ -18,6 +18,10 @@ void check_scan(const rnnkit::Engine& engine, const Problem& p, bool every_way);
 // The product of rows with packed and unpacked weights.
 void check_product(const rnnkit::Engine& engine, uint64_t seed);
 
+// That memory which runs out in one part of a scan is an error for the caller, and nobody waits for ever; how
+// often it ran out.
+int64_t check_failing(const rnnkit::Engine& engine, const Problem& p);
+
 // sigmoid and tanh of every float32 on every engine; the largest errors in ulp are printed. False beyond 4
 // ulp.
 bool check_functions();

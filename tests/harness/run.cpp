@@ -147,7 +147,7 @@ Ran run_forward(const rnnkit::Engine& engine, const Problem& p, const How& how) 
 }
 
 Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Saved& saved, const Way& way,
-                       const std::vector<int64_t>& ranges) {
+                       const std::vector<int64_t>& ranges, bool wants_first) {
   const int64_t N = p.N(), H = p.H, kept = p.saved() * H, all = p.T * p.B, stride = kept + p.gap;
   const Common common(p, way);
   const Dtype wide = p.wide();
@@ -172,6 +172,7 @@ Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Sav
   if (p.lstm()) q.c_kept = c.data(), q.dc = dc.data();
   q.h_0 = p.has_h_0 ? h_0.data() : nullptr;
   q.c_0 = p.lstm() && p.has_c_0 ? c_0.data() : nullptr;
+  q.wants_first = wants_first;
   q.dh = dh.data();
   q.dh_r = p.asks_h_r ? dh_r.data() : nullptr;
   q.dc_r = p.asks_c_r ? dc_r.data() : nullptr;

@@ -28,7 +28,7 @@ constexpr double untouched =
     -20480;  // in memory that an engine must leave alone, or fill; exact in every type
 
 struct How {
-  Way way{"alone", 1, &together};
+  Way way{"alone", {1, &together}};
   bool save = true;             // gates and c for the backward
   bool in_place = false;        // gates over gx
   std::vector<int64_t> ranges;  // numbers of steps, in the order of the forward; empty: all in one
@@ -48,8 +48,8 @@ struct Gradients {
   Values of[7];  // by Result
 };
 
-// ranges: numbers of steps, in the order of the backward; empty: all in one.
+// ranges: numbers of steps, in the order of the backward; empty: all in one. wants_first: see Backward.
 Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Saved& saved, const Way& way,
-                       const std::vector<int64_t>& ranges = {});
+                       const std::vector<int64_t>& ranges = {}, bool wants_first = true);
 
 }  // namespace harness
