@@ -23,7 +23,7 @@ from test_benchmarks import row
 from rnnkit import gpu_check
 from rnnkit.__main__ import main
 from rnnkit.backends import BY_NAME, Outputs, Tensors
-from rnnkit.benchmarks import machine, parity, problems, rows, run, targets
+from rnnkit.benchmarks import crew, machine, parity, problems, rows, run, targets
 from rnnkit.benchmarks.cases import Case, Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,6 +277,24 @@ def test_ctrl_c_keeps_what_there_is(
     assert check(tmp_path / "early") == 130
     assert "stopped by Ctrl-C" in capsys.readouterr().out
     assert (tmp_path / "early" / "gpu-check.txt").exists()
+
+
+def test_parity_goes_to_several_processes(cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def work(findings: parity.Findings, device: str, every: list[Any], *rest: Any) -> None:
+        asked.append((device, len(every), rest[0], *rest[2:]))
+        findings.left = 1
+
+    monkeypatch.setattr(crew, "work", work)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert check(tmp_path, "--backend", "reference", "--limit", "100", "--workers", "3") == 1
+    assert check(tmp_path, "--backend", "reference", "--limit", "100", "--quick") == 0, "two problems are for one"
+    few = problems.select(True, None) * 4
+    monkeypatch.setattr(problems, "select", lambda quick, capability: few)
+    assert check(tmp_path, "--backend", "reference", "--limit", "100", "--quick") == 1
+    seconds = gpu_check.SHARE * 100
+    assert asked == [("cuda", 2, ("reference",), seconds, 3), ("cuda", 8, ("reference",), seconds, 2)]
 
 
 def test_what_there_is_no_time_for_is_said(cuda: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -307,6 +307,20 @@ def test_several_processes_find_what_one_finds() -> None:
     assert late.left >= 12 - crew.MOST and late.left + len(told) <= 12 and not late.ended
 
 
+def test_what_several_found_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = [Problem("lstm", SMALL, F32), Problem("gru", SMALL, F32), replace(TF32, kind="gru"), MANY]
+    wrong = Fused(after=lambda v: v._replace(y=v.y * 1.01))
+    whole, parts = examined(*every, backend=wrong, patch=monkeypatch), parity.Findings(skipped={"cpu": {"why": 1}})
+    for problem in every:
+        parts.add(examined(problem, backend=wrong, patch=monkeypatch))
+    other = parity.Findings(left=1, ended=True, without=["a"], failing=["b"], skipped={"cpu": {"why": 2}})
+    parts.add(other)
+    assert parts.wrong == whole.wrong != [] and parts.culprits == whole.culprits == {"triton"}
+    assert (parts.ran, parts.worst, parts.kernels) == (whole.ran, whole.worst, whole.kernels)
+    assert (parts.left, parts.ended, parts.without, parts.failing) == (1, True, ["a"], ["b"])
+    assert parts.skipped == {"cpu": {"why": 3}}
+
+
 def test_a_process_that_ends_is_said() -> None:
     findings, _ = crewed([Deadly("lstm", SMALL, F32), Problem("gru", SMALL, F32)])
     assert findings.ended and len(findings.wrong) == 1
