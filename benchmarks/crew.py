@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 
 import torch
 
@@ -22,7 +23,8 @@ from .problems import Problem
 
 MOST = 8  # processes: each has a context on the device, and they take turns on it
 EACH = 4  # problems for each at least: it starts for some seconds
-GRACE = 60.0  # seconds, for problems that are under way when time is up
+GRACE = 60.0  # seconds, for problems that are under way when time is up: a kernel that hangs is one that fails
+PATIENCE = 5.0  # seconds, for a process that was told to end
 
 
 def size(problems: int) -> int:
@@ -79,6 +81,7 @@ def _last(findings: Findings, waiting: dict[Future[Findings], Problem]) -> None:
             _take(findings, future, problem)
         else:
             findings.wrong.append(f"did not end within {GRACE:g} s after time was up: {problem}")
+            findings.ended = True
 
 
 def _take(findings: Findings, future: Future[Findings], problem: Problem) -> None:
@@ -93,11 +96,12 @@ def _take(findings: Findings, future: Future[Findings], problem: Problem) -> Non
 def _stop(pool: ProcessPoolExecutor) -> None:
     """Nobody is left behind, whatever it waits for."""
     processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
         process.terminate()
     for process in processes:
-        process.join()
+        if not connection.wait([process.sentinel], PATIENCE):  # in a driver's call, maybe
+            process.kill()
+    pool.shutdown(cancel_futures=True)
 
 
 def _start() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -290,6 +292,13 @@ class Deadly(Problem):
         return os._exit, (3,)
 
 
+class Endless(Problem):
+    """Never comes back."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return time.sleep, (1000,)
+
+
 def crewed(every: list[Problem], seconds: float = 600.0) -> tuple[parity.Findings, list[int]]:
     findings, told = parity.Findings(), []
     crew.work(findings, "cpu", every, ("reference", "triton"), lambda done, what: told.append(done), seconds, 2)
@@ -325,6 +334,20 @@ def test_a_process_that_ends_is_said() -> None:
     findings, _ = crewed([Deadly("lstm", SMALL, F32), Problem("gru", SMALL, F32)])
     assert findings.ended and len(findings.wrong) == 1
     assert "a process ended by itself, and the examination with it, in or near " in findings.wrong[0]
+
+
+def test_what_hangs_is_said_and_nobody_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "GRACE", 0.1)
+    findings, _ = crewed([Endless("lstm", SMALL, F32)], 0.0)
+    assert findings.ended and "did not end within 0.1 s after time was up: lstm in float32" in findings.wrong[0]
+    assert not multiprocessing.active_children()
+
+    def stop(done: int, what: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        crew.work(parity.Findings(), "cpu", [CALLED, Endless("gru", SMALL, F32)], ("triton",), stop, 600.0, 2)
+    assert not multiprocessing.active_children()
 
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
