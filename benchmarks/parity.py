@@ -2,168 +2,33 @@
 
 It stands here and not among the tests, since it has to run where there is a GPU and maybe neither pytest nor
 hypothesis; it needs torch alone. The budget is the project's (gate.py): at most twice the error that torch.nn makes
-at that dtype on that device, and a rounding band. What torch.nn does not know by itself it is helped to: every piece
-between two resets becomes a row of its own. Where it has no such problem (a GRU that resets before the product, all
-cell states), the reference serves, called step by step, so that its state is rounded at each step. The truth is the
-same way in float64 on the CPU, where the tests have it. New memory is filled with NaN, and so is the padding.
+at that dtype on that device, or the reference where torch has no such problem (ways.py), and a rounding band. TF32
+is held to twice what cutting a product's operands to its 10 bits costs. The truth is float64 on the CPU, where the
+tests have it, or for very long sequences on the device. A fused backend must give the same bits twice. New memory is
+filled with NaN, and so is the padding.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import rnnkit
-from rnnkit import ops
-from rnnkit.backends import BACKENDS, NAMES, record
+from rnnkit.backends import BACKENDS, NAMES, record, triton
+from rnnkit.kernels import table
 
+from . import calls
+from .calls import differing
 from .gate import band, error
-from .problems import KINDS, Given, Problem, Values, build, draw
+from .problems import Problem, Values, draw, kernels_of
 from .sides import first_line
-
-# Three ways to run it. Each takes leaves and weights and gives y [T, B, D·N], h_n, c_n [L·D, B, ·], and all states.
-
-Way = Callable[[Problem, Given, Values, Values], Values]
-
-
-def named(backend: str) -> Way:
-    """rnnkit's layer by a backend, with NaN in the padding."""
-
-    def run(problem: Problem, given: Given, leaves: Values, weights: Values) -> Values:
-        variant, x = problem.variant, leaves["x"]
-        layer = build(problem, rnnkit, backend=backend, recompute=variant.recompute, device=x.device, dtype=x.dtype)
-        lengths = None if given.lengths is None else given.lengths.to(x.device)
-        resets = None if given.resets is None else given.resets.to(x.device)
-        if lengths is not None:
-            beyond = torch.arange(x.shape[0], device=x.device)[:, None, None] >= lengths[:, None]
-            x = torch.where(beyond, torch.nan, x)
-        extras = dict(lengths=lengths, reset=resets, reset_state=_states(leaves, "r"))
-        extras["return_all_states"] = variant.all_states
-        y, *states = torch.func.functional_call(layer, weights, (x, _states(leaves, "0")), extras)
-        results = {"y": y}
-        for suffix, state in zip(("n", "all"), states, strict=False):
-            parts = state if isinstance(state, tuple) else (state,)
-            results.update({f"{name}_{suffix}": v for name, v in zip("hc", parts, strict=False)})
-        return results
-
-    return run
-
-
-def _states(leaves: Values, suffix: str) -> Any:
-    parts = [v for name, v in leaves.items() if name.endswith(f"_{suffix}")]
-    return None if not parts else parts[0] if len(parts) == 1 else tuple(parts)
-
-
-def by_pieces(problem: Problem, given: Given, leaves: Values, weights: Values) -> Values:
-    """torch.nn's layer; with lengths or resets every piece between two resets is a row of its own, all packed."""
-    x, variant = leaves["x"], problem.variant
-    layer = build(problem, nn, device=x.device, dtype=x.dtype)
-
-    def call(*arguments: Any) -> tuple[Any, list[Tensor]]:
-        y, last = torch.func.functional_call(layer, weights, arguments)
-        return y, list(last) if isinstance(last, tuple) else [last]
-
-    if given.lengths is None and given.resets is None:
-        y, last = call(x, _states(leaves, "0"))
-        return {"y": y, **{f"{name}_n": v for name, v in zip("hc", last, strict=False)}}
-    resets = torch.zeros(x.shape[:2]) if given.resets is None else given.resets
-    pieces = []  # row, first step, the step after its last
-    for b, valid in enumerate(given.valid):
-        cuts = [0, *(t for t in range(1, valid) if resets[t, b]), valid]
-        pieces += [(b, begin, end) for begin, end in itertools.pairwise(cuts) if end]
-    where = [(t - begin, k, t, b) for k, (b, begin, end) in enumerate(pieces) for t in range(begin, end)]
-    i, k, t, b = torch.tensor(where, device=x.device).T
-    sizes = torch.tensor([end - begin for _, begin, end in pieces])
-    rows = torch.tensor([row for row, _, _ in pieces], device=x.device)
-    padded = x.new_zeros(int(sizes.max()), len(pieces), x.shape[2]).index_put((i, k), x[t, b])
-    # The pieces that begin with h_0, and those that end with h_n: [L·D, pieces].
-    begins = [begin == 0 and not resets[0, row] for row, begin, _ in pieces]
-    last_ones = [end == given.valid[row] for row, _, end in pieces]
-    forward, backward = (begins, last_ones), (last_ones, [begin == 0 for _, begin, _ in pieces])
-    order = ([forward, backward] if variant.both else [forward]) * variant.layers
-    from_0, to_n = (torch.tensor([pair[which] for pair in order], device=x.device) for which in (0, 1))
-    starts, befores = [], []
-    for name, size in zip(KINDS[problem.kind].states, (problem.output_size, variant.size[3]), strict=False):
-        none = x.new_zeros(len(order), x.shape[1], size)
-        befores.append(leaves.get(f"{name}_0", none))
-        starts.append(torch.where(from_0[..., None], befores[-1][:, rows], leaves.get(f"{name}_r", none)[:, rows]))
-    packed = pack_padded_sequence(padded, sizes, enforce_sorted=False)
-    out, last = call(packed, tuple(starts) if len(starts) > 1 else starts[0])
-    y = pad_packed_sequence(out)[0][i, k]
-    results = {"y": y.new_zeros(*x.shape[:2], y.shape[1]).index_put((t, b), y)}
-    at, ending = to_n.nonzero().T
-    for name, before, found in zip("hc", befores, last, strict=False):
-        results[f"{name}_n"] = before.index_put((at, rows[ending]), found[at, ending])  # a row without steps keeps h_0
-    return results
-
-
-def by_steps(problem: Problem, given: Given, leaves: Values, weights: Values) -> Values:
-    """The reference called for one step after the other, lengths and resets by `where`."""
-    x, variant, kind = leaves["x"], problem.variant, KINDS[problem.kind]
-    steps, rows = x.shape[:2]
-    sizes = (problem.output_size, variant.size[3])[: len(kind.states)]
-    valid = torch.tensor(given.valid, device=x.device)[:, None]
-    resets = None if given.resets is None else given.resets.to(x.device)
-    finals: list[Any] = []
-    histories: list[Any] = []
-    for n in range(variant.layers):
-        outputs = []
-        for d in range(2 if variant.both else 1):
-            at = len(finals)
-            zeros = [x.new_zeros(rows, size) for size in sizes]
-            again = [leaves[f"{s}_r"][at] for s in kind.states] if variant.reset_state else zeros
-            state = [leaves[f"{s}_0"][at] for s in kind.states] if variant.hx else zeros
-            suffix = f"_l{n}" + "_reverse" * d
-            w = [v for name, v in weights.items() if name.endswith(suffix)]
-            history: list[Any] = [None] * steps
-            for t in reversed(range(steps)) if d else range(steps):
-                border = t + d  # a reset lies between this step and the one before it, whichever comes first
-                if resets is not None and border < steps:
-                    cut = resets[border][:, None] & (border < valid)
-                    state = [torch.where(cut, r, s) for r, s in zip(again, state, strict=True)]
-                c = state[1] if len(state) > 1 else None
-                _, h, c, _ = ops.layer(kind.cell, x[t : t + 1], state[0], c, w, backend="reference")
-                new = [h] if c is None else [h, c]
-                state = [torch.where(t < valid, v, s) for v, s in zip(new, state, strict=True)]
-                history[t] = [torch.where(t < valid, v, 0) for v in new]
-            finals.append(state)
-            histories.append([torch.stack(column) for column in zip(*history, strict=True)])
-            outputs.append(histories[-1][0])
-        x = torch.cat(outputs, -1)
-    results = {"y": x}
-    for suffix, every in (("n", finals), ("all", histories if variant.all_states else [])):
-        for name, column in zip(kind.states, zip(*every, strict=True), strict=False):
-            results[f"{name}_{suffix}"] = torch.stack(column)
-    return results
-
-
-def numbers(way: Way, problem: Problem, given: Given, dtype: torch.dtype, device: str) -> Values:
-    """What a way gives, on the CPU: the results, those without gradients too, and the gradient of everything."""
-    leaves, weights = given.to(dtype, device)
-    with torch.no_grad():
-        alone = way(problem, given, leaves, weights)
-    results = way(problem, given, leaves, weights)
-    g = torch.Generator().manual_seed(1)
-    every = {**leaves, **weights}
-    drawn = [torch.randn(v.shape, generator=g).to(torch.bfloat16).to(device, dtype) for v in results.values()]
-    found = torch.autograd.grad(
-        list(results.values()), list(every.values()), drawn, allow_unused=True, materialize_grads=True
-    )
-    named = {**results, **{f"{name} without gradients": v for name, v in alone.items()}}
-    named |= {f"gradient of {name}": v for name, v in zip(every, found, strict=True)}
-    return {name: v.detach().cpu() for name, v in named.items()}
-
-
-# The examination.
+from .targets import FUSED
+from .ways import by_pieces, by_steps, by_tf32, named, numbers
 
 
 @dataclass
@@ -173,31 +38,55 @@ class Findings:
     wrong: list[str] = field(default_factory=list)
     culprits: set[str] = field(default_factory=set)
     """The backends that something is wrong with."""
-    ran: dict[tuple[str, torch.dtype], int] = field(default_factory=dict)
-    """How many problems a backend has run."""
-    worst: dict[tuple[str, torch.dtype], tuple[float, str]] = field(default_factory=dict)
+    ran: dict[tuple[str, str], int] = field(default_factory=dict)
+    """How many problems a backend has run, in a precision."""
+    worst: dict[tuple[str, str], tuple[float, str]] = field(default_factory=dict)
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
     """backend -> reason -> problems that it cannot run for it"""
     ended: bool = False
     """Whether the device failed before the end."""
     left: int = 0
     """Problems for which there was no time."""
+    without: list[str] = field(default_factory=list)
+    """Problems that nothing is held against: the device's memory is too small for them."""
+    failing: list[str] = field(default_factory=list)
+    """Problems in which torch itself fails."""
+    kernels: set[table.Row] = field(default_factory=set)
+    """The persistent kernels that ran."""
 
     def blame(self, backend: str, what: str) -> None:
         """Put a failure down."""
         self.culprits.add(backend)
         self.wrong.append(f"{backend}: {what}")
 
+    def add(self, other: Findings) -> None:
+        """Take over what somebody else found."""
+        self.wrong += other.wrong
+        self.culprits |= other.culprits
+        self.without += other.without
+        self.failing += other.failing
+        self.kernels |= other.kernels
+        self.ended |= other.ended
+        self.left += other.left
+        for key, count in other.ran.items():
+            self.ran[key] = self.ran.get(key, 0) + count
+        for key, found in other.worst.items():
+            self.worst[key] = max(found, self.worst.get(key, found))
+        for backend, reasons in other.skipped.items():
+            counts = self.skipped.setdefault(backend, {})
+            for reason, count in reasons.items():
+                counts[reason] = counts.get(reason, 0) + count
+
     def lines(self) -> list[str]:
-        """For a person: a line for each backend and dtype, then what was left out."""
+        """For a person: a line for each backend and precision, then what was left out."""
         said = []
-        for (backend, dtype), count in self.ran.items():
-            share, where = self.worst.get((backend, dtype), (0.0, "nothing"))
-            said.append(
-                f"{backend:<10} {str(dtype)[6:]:<9} {count:>4} problems, at most {share:.0%} of the budget: {where}"
-            )
+        for (backend, precision), count in sorted(self.ran.items(), key=lambda item: NAMES.index(item[0][0])):
+            share, where = self.worst.get((backend, precision), (0.0, "nothing"))
+            said.append(f"{backend:<10} {precision:<9} {count:>4} problems, at most {share:.0%} of the budget: {where}")
         for backend, reasons in self.skipped.items():
             said += [f"{backend:<10} left out of {count:>4} problems: {reason}" for reason, count in reasons.items()]
+        said += [f"left out for want of memory: {line}" for line in self.without]
+        said += [f"NOT EXAMINED, since torch itself fails: {line}" for line in self.failing]
         return said
 
 
@@ -211,8 +100,8 @@ def examine(
 ) -> None:
     """Run the problems on every backend that can, and on `auto`, and put down what is found.
 
-    `tell` hears how many are done, and which. Begins no problem after so many seconds. Ends early where torch itself
-    fails: a kernel that wrote where it must not leaves a device that nothing runs on.
+    `tell` hears how many are done, and which. Begins no problem after so many seconds. Ends early where the device
+    fails: a kernel that wrote where it must not leaves one that nothing runs on.
     """
     begin = time.monotonic()
     with _strict():
@@ -223,53 +112,122 @@ def examine(
             try:
                 _examine(findings, device, problem, backends)
             except RuntimeError as error:
-                findings.ended = True
-                findings.wrong.append(f"torch fails, and the examination ends, in {problem}: {first_line(error)}")
-                return
+                line = f"{problem}: {first_line(error)}"
+                if works(device):
+                    findings.failing.append(line)
+                else:
+                    findings.ended = True
+                    findings.wrong.append(f"torch fails, and the examination ends, in {line}")
+                    return
             if tell is not None:
                 tell(done, str(problem))
 
 
+def works(device: str) -> bool:
+    """Whether anything still runs there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def memory(device: str) -> float:
+    """Bytes that are free there, as far as anybody asks."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else float("inf")
+
+
 def _examine(findings: Findings, device: str, problem: Problem, backends: Sequence[str]) -> None:
+    able = _able(findings, device, problem, backends)
+    if not able:
+        return
+    if problem.memory > (free := memory(device)):
+        findings.without.append(f"{problem} needs {problem.memory / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
+        return
     drawn = [draw(problem, seed) for seed in range(problem.samples)]
     way = by_pieces if problem.known else by_steps
-    truth = _pooled([numbers(way, problem, given, torch.float64, "cpu") for given in drawn])
-    yardstick = _pooled([numbers(way, problem, given, problem.dtype, device) for given in drawn])
-    leaves, weights = drawn[0].to(problem.dtype, device)
-    with record() as met:
-        named("reference")(problem, drawn[0], leaves, weights)
-    for backend in BACKENDS:
-        reasons = dict.fromkeys(reason for facts, _, _ in met for reason in backend.unsupported(facts))
-        if reasons and backend.name in backends:
-            counts = findings.skipped.setdefault(backend.name, {})
-            for reason in reasons:
-                counts[reason] = counts.get(reason, 0) + 1
-            backends = [name for name in backends if name != backend.name]
-    for name in backends:
-        key = (name, problem.dtype)
+    there = device if problem.long else "cpu"
+    truth = _pooled([numbers(way, problem, given, torch.float64, there) for given in drawn])
+    if problem.tf32:
+        yardstick = _pooled([numbers(by_tf32, problem, given, problem.dtype, "cpu") for given in drawn])
+    else:
+        yardstick = _pooled([numbers(way, problem, given, problem.dtype, device) for given in drawn])
+    for name in able:
+        key = (name, problem.precision)
         findings.ran[key] = findings.ran.get(key, 0) + 1
         try:
-            with record() as choices:
-                got = _pooled([numbers(named(name), problem, given, problem.dtype, device) for given in drawn])
+            with record() as choices, _asked(problem):
+                samples = [numbers(named(name), problem, given, problem.dtype, device) for given in drawn]
+                again = numbers(named(name), problem, drawn[0], problem.dtype, device) if name in FUSED else samples[0]
         except Exception as raised:  # compilers of kernels have errors of their own
             findings.blame(name, f"raised {first_line(raised)}, in {problem}")
             continue
         others = {chosen for _, _, chosen in choices} - {name}
         if others and name != "auto":
             findings.blame(name, f"was named, and {', '.join(sorted(others))} ran, in {problem}")
-        if got.keys() != truth.keys():
-            findings.blame(name, f"gives {', '.join(got)}, expected {', '.join(truth)}, in {problem}")
-            continue
-        for what, v in got.items():
-            if v.dtype != problem.dtype:
-                findings.blame(name, f"{what} is {v.dtype}, expected {problem.dtype}, in {problem}")
-            off = error(v, truth[what])
-            allowed = 2 * error(yardstick[what], truth[what]) + band(truth[what], problem.dtype)
-            if not off <= allowed:
-                findings.blame(name, f"{what} is off by {off:.3g}, allowed {allowed:.3g}, in {problem}")
-            share = off / allowed if allowed else float(off > 0)
-            if share > findings.worst.get(key, (-1.0, ""))[0]:
-                findings.worst[key] = (share, f"{what}, {problem}")
+        for what in differing(again, samples[0]):
+            findings.blame(name, f"{what} has other bits the second time, in {problem}")
+        if name == "triton" and triton.missing() is None:
+            findings.kernels |= set(kernels_of(problem, triton.chip()))
+        _judge(findings, key, problem, _pooled(samples), truth, yardstick)
+        if problem.calls:
+            with _asked(problem):
+                for complaint in calls.complaints(name, problem, drawn[0], device):
+                    findings.blame(name, complaint)
+
+
+def _able(findings: Findings, device: str, problem: Problem, backends: Sequence[str]) -> list[str]:
+    """The backends that can run it; why others cannot is put down. Asked of few steps and rows of it."""
+    asked = [name for name in backends if name in FUSED or not problem.fused]
+    steps, rows, features, hidden = problem.variant.size
+    size = (min(steps, 2), min(rows, 2), features, hidden)
+    short = replace(problem, variant=replace(problem.variant, size=size, many=0))
+    given = draw(short, 0)
+    with record() as met:
+        named("reference")(short, given, *given.to(problem.dtype, device))
+    facts = [fact._replace(steps=steps, batch=problem.variant.many or rows) for fact, _, _ in met]
+    for backend in BACKENDS:
+        reasons = dict.fromkeys(reason for fact in facts for reason in backend.unsupported(fact))
+        if reasons and backend.name in asked:
+            counts = findings.skipped.setdefault(backend.name, {})
+            for reason in reasons:
+                counts[reason] = counts.get(reason, 0) + 1
+            asked.remove(backend.name)
+    return asked
+
+
+def _judge(
+    findings: Findings, key: tuple[str, str], problem: Problem, got: Values, truth: Values, yardstick: Values
+) -> None:
+    """Each number against what it may be off by."""
+    name = key[0]
+    if got.keys() != truth.keys():
+        findings.blame(name, f"gives {', '.join(got)}, expected {', '.join(truth)}, in {problem}")
+        return
+    for what, v in got.items():
+        if v.dtype != problem.dtype:
+            findings.blame(name, f"{what} is {v.dtype}, expected {problem.dtype}, in {problem}")
+        off = error(v, truth[what])
+        allowed = 2 * error(yardstick[what], truth[what]) + band(truth[what], problem.dtype)
+        if not off <= allowed:
+            findings.blame(name, f"{what} is off by {off:.3g}, allowed {allowed:.3g}, in {problem}")
+        share = off / allowed if allowed else float(off > 0)
+        if share > findings.worst.get(key, (-1.0, ""))[0]:
+            findings.worst[key] = (share, f"{what}, {problem}")
+
+
+@contextlib.contextmanager
+def _asked(problem: Problem) -> Iterator[None]:
+    """What a problem asks of kernels: TF32 or none, a regime."""
+    rnn: Any = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision
+    try:
+        if problem.tf32:
+            rnn.fp32_precision = "tf32"
+        with triton.stepwise() if problem.stepwise else contextlib.nullcontext():
+            yield
+    finally:
+        rnn.fp32_precision = before
 
 
 def _pooled(samples: list[Values]) -> Values:

@@ -1,11 +1,14 @@
 """What parity is examined on: every kind of layer, in sizes and with extras that each can go wrong on, in every dtype.
 
-The numbers are drawn in float64 such that the dtype holds them exactly: what differs later was made by computing.
+For the fused backends there is more: every persistent kernel that the device can run, sizes around its tiles, the step
+regime, TF32, sequences and tensors beyond 16 and 31 bits, and the calls of calls.py. The numbers are drawn in float64
+such that the dtype holds them exactly: what differs later was made by computing.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import rnnkit
+from rnnkit.cells import CELLS
+from rnnkit.kernels import table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Values = dict[str, Tensor]
@@ -39,7 +44,7 @@ KINDS = {
     "rnn_tanh": Kind("RNN", "rnn_tanh"),
     "rnn_relu": Kind("RNN", "rnn_relu", {"nonlinearity": "relu"}),
     "lstm": Kind("LSTM", "lstm"),
-    "lstm_proj": Kind("LSTM", "lstm", {"proj_size": 3}),
+    "lstm_proj": Kind("LSTM", "lstm"),
     "gru": Kind("GRU", "gru"),
     "gru_reset_before": Kind("GRU", "gru_reset_before", {"reset_after": False}, known=False),
 }
@@ -60,35 +65,18 @@ class Variant:
     reset_state: bool = False
     all_states: bool = False
     recompute: bool = False
-    quick: bool = False
+    proj: int = 3
+    """P, of kinds with a projection."""
+    many: int = 0
+    """Rows in all where there are more than the problem's: rnnkit is given those as the first and last of them."""
 
     def __str__(self) -> str:
         words = [f"{name} {n}" for name, n in zip("TBIH", self.size, strict=True)]
+        words += [f"among {self.many} rows"] * (self.many > 0)
         words += [f"{self.layers} layers"] * (self.layers > 1) + ["both directions"] * self.both
         for name in ("lengths", "resets", "reset_state", "all_states", "recompute"):
             words += [name] * getattr(self, name)
         return ", ".join(words + [f"no {name}" for name in ("bias", "hx") if not getattr(self, name)])
-
-
-EVERYTHING = Variant((7, 5, 4, 8), 2, True, lengths=True, resets=True, reset_state=True, quick=True)
-VARIANTS = (
-    Variant(quick=True),
-    Variant((1, 4, 5, 7), quick=True),
-    Variant((1, 1, 1, 4)),
-    Variant((17, 2, 19, 33)),
-    Variant((3, 17, 33, 65), quick=True),
-    Variant((5, 16, 32, 128), both=True),
-    Variant((2, 3, 7, 257)),
-    Variant(hx=False, bias=False),
-    Variant(layers=2, both=True),
-    Variant(lengths=True),
-    Variant(lengths=True, both=True, hx=False),
-    Variant(resets=True),
-    Variant(resets=True, reset_state=True, both=True),
-    Variant((9, 5, 3, 16), lengths=True, resets=True, reset_state=True, all_states=True, quick=True),
-    Variant(lengths=True, resets=True, recompute=True, quick=True),
-    EVERYTHING,
-)
 
 
 @dataclass(frozen=True)
@@ -98,14 +86,40 @@ class Problem:
     kind: str
     variant: Variant
     dtype: torch.dtype
+    tf32: bool = False
+    """Whether recurrent products may be TF32; of float32."""
+    stepwise: bool = False
+    """Whether the kernels are to run step by step at any size."""
+    calls: bool = False
+    """Whether calls.py looks at it: in a CUDA graph, compiled, under autocast, among other rows."""
+    fused: bool = False
+    """Whether only the fused backends are asked."""
 
     def __str__(self) -> str:
-        return f"{self.kind} in {str(self.dtype)[6:]} ({self.variant})"
+        how = " step by step" * self.stepwise
+        if self.kind == "lstm_proj":
+            how += f" with P {self.variant.proj}"
+        return f"{self.kind} in {self.precision}{how} ({self.variant})"
+
+    @property
+    def precision(self) -> str:
+        """The dtype's name, or tf32."""
+        return "tf32" if self.tf32 else str(self.dtype)[6:]
+
+    @property
+    def operands(self) -> str:
+        """How the table of kernels calls it."""
+        return "half" if self.dtype != torch.float32 else "tf32" if self.tf32 else "ieee"
+
+    @property
+    def proj(self) -> int:
+        """P, 0 without a projection."""
+        return self.variant.proj if self.kind == "lstm_proj" else 0
 
     @property
     def output_size(self) -> int:
         """H, or P with a projection."""
-        return KINDS[self.kind].options.get("proj_size") or self.variant.size[3]
+        return self.proj or self.variant.size[3]
 
     @property
     def samples(self) -> int:
@@ -117,21 +131,100 @@ class Problem:
         """Whether torch.nn can be brought to do it."""
         return KINDS[self.kind].known and not self.variant.all_states
 
+    @property
+    def long(self) -> bool:
+        """Whether a CPU would take minutes for the truth."""
+        return self.variant.size[0] > LONG
 
-def select(quick: bool = False) -> list[Problem]:
+    @property
+    def memory(self) -> int:
+        """Bytes that a device must have free, 0 where any has them: 12 tensors of gx's size in training at most."""
+        steps, _, _, hidden = self.variant.size
+        gates = CELLS[KINDS[self.kind].cell].gates
+        return 12 * steps * self.variant.many * gates * hidden * self.dtype.itemsize
+
+
+LONG = 10_000  # steps
+
+EVERYTHING = Variant((7, 5, 4, 8), 2, True, lengths=True, resets=True, reset_state=True)
+QUICK = (
+    Variant(),
+    Variant((1, 4, 5, 7)),
+    Variant((3, 17, 33, 65)),
+    Variant((9, 5, 3, 16), lengths=True, resets=True, reset_state=True, all_states=True),
+    Variant(lengths=True, resets=True, recompute=True),
+)
+PLAIN = (
+    Variant((1, 1, 1, 4)),
+    Variant((3, 100, 8, 40), both=True),
+    Variant(hx=False, bias=False),
+    Variant(layers=2, both=True),
+    Variant(lengths=True),
+    Variant(lengths=True, both=True, hx=False),
+    Variant(resets=True),
+    Variant(resets=True, reset_state=True, both=True),
+)
+F32, BF16, F16 = DTYPES
+CALLS = Variant((5, 20, 4, 24), lengths=True, resets=True, reset_state=True)
+AROUND = tuple(tile + by for tile in table.TILES for by in (-1, 1))
+"""Sizes that a tile just holds, and does not hold any more."""
+MASKED = {"lengths": True, "resets": True, "reset_state": True}
+BEYOND_16 = Variant((70_000, 4, 2, 24))  # persistent: step by step T is a loop on the host, as for any T
+BEYOND_31 = Variant((64, 32, 1, 256), many=131_200)  # T·B·H is 2^31 + 2 Mi elements
+
+
+def select(quick: bool = False, capability: int | None = None) -> list[Problem]:
     """What is examined, in the order in which it matters where time is short.
 
-    quick: a few variants in bfloat16, and the one with everything in float32.
+    capability: of the GPU whose persistent kernels are to be examined, as kernels/table.py numbers them; None: of none.
     """
-    variants = sorted(VARIANTS, key=lambda variant: (variant is not EVERYTHING, not variant.quick))
-    every = [Problem(kind, variant, dtype) for variant, dtype, kind in itertools.product(variants, DTYPES, KINDS)]
+    whole = [Problem(kind, EVERYTHING, dtype) for dtype in (BF16, F32) for kind in KINDS]
+    steps = [Problem(kind, EVERYTHING, BF16, stepwise=True, fused=True) for kind in KINDS]
+    calls = [Problem(kind, CALLS, BF16, stepwise=by, calls=True, fused=True) for by in (False, True) for kind in KINDS]
     if quick:
-        every = [
-            p
-            for p in every
-            if p.variant.quick and (p.dtype == torch.bfloat16 or (p.variant is EVERYTHING and p.dtype == torch.float32))
-        ]
+        return [*whole, *steps, *(p for p in calls if p.kind == "lstm")]
+    exact = [
+        Problem(kind, EVERYTHING, F32, tf32=tf32, stepwise=True, fused=True) for tf32 in (True, False) for kind in KINDS
+    ]
+    rows = [] if capability is None else list(persistent(capability))
+    half = [Problem(kind, EVERYTHING, F16) for kind in KINDS]
+    some = [Problem(kind, variant, dtype) for variant in QUICK for dtype in (BF16, F32) for kind in KINDS]
+    rest = [Problem(kind, variant, dtype) for variant in PLAIN for dtype in (BF16, F32) for kind in KINDS]
+    far = [Problem("rnn_tanh", BEYOND_31, BF16, stepwise=by, fused=True) for by in (False, True)]
+    far += [Problem(kind, BEYOND_16, BF16, fused=True) for kind in ("lstm", "gru", "rnn_tanh")]
+    every = [*whole, *steps, *calls, *exact, *rows, *around(), *far, *half, *some, *rest]
     return [p for p in every if p.kind != "rnn_relu" or p.variant.bias]  # see `_relu`
+
+
+def persistent(capability: int) -> Iterator[Problem]:
+    """Everything in both directions, for each persistent kernel: its tile is full, three tiles of rows."""
+    kinds = {"half": (BF16, False), "tf32": (F32, True), "ieee": (F32, False)}
+    every = dict.fromkeys((row.kernel, row.hidden, row.size, row.kind) for row in table.rows_of(capability))
+    for kernel, hidden, size, kind in every:
+        dtype, tf32 = kinds[kind]
+        proj = min(size, hidden - 1)  # torch has no P that is H
+        variant = Variant((4, 33, 5, hidden), both=True, all_states=True, proj=proj, **MASKED)
+        name = kernel if kernel in KINDS else table.CELL_OF[kernel]
+        yield Problem(name, variant, dtype, tf32=tf32, fused=True)
+
+
+def around() -> Iterator[Problem]:
+    """Sizes around each tile, the batch just off a tile of rows or large; the precisions take turns."""
+    precisions = ((BF16, False), (F32, False), (F16, False), (F32, True))
+    for (k, hidden), (n, kind) in itertools.product(enumerate(AROUND), enumerate(KINDS)):
+        dtype, tf32 = precisions[(k + k // 4 + n) % 4]
+        rows = (15, 100, 33)[(k + n) % 3]
+        variant = Variant((3, rows, 7, hidden), proj=min(hidden - 1, 33), **MASKED)
+        yield Problem(kind, variant, dtype, tf32=tf32, fused=True)
+
+
+def kernels_of(problem: Problem, capability: int) -> list[table.Row]:
+    """The persistent kernels that a problem runs by."""
+    if problem.stepwise:
+        return []
+    facts = (problem.variant.size[3], problem.proj, problem.operands, capability)
+    rows = [table.find(KINDS[problem.kind].cell, side, *facts) for side in table.SIDES]
+    return [row for row in rows if row is not None]
 
 
 # What a problem is given: values in float64 that its dtype holds exactly.
@@ -209,4 +302,5 @@ def build(problem: Problem, library: Any, **more: Any) -> nn.Module:
     variant, kind = problem.variant, KINDS[problem.kind]
     _, _, features, hidden = variant.size
     how = dict(num_layers=variant.layers, bias=variant.bias, bidirectional=variant.both, **kind.options)
+    how |= {"proj_size": problem.proj} if problem.proj else {}
     return getattr(library, kind.layer)(features, hidden, **how, **more)

@@ -182,15 +182,26 @@ PERSISTENT: tuple[Row, ...] = (
 
 def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> Plan:
     """How a scan of H = hidden, P = proj units runs on a device of this capability (90 for 9.0), or AMD."""
-    kernel = "lstm_proj" if proj else "rnn" if cell.startswith("rnn_") else cell
-    chip, shared = chip_of(capability)
-    wanted = (kernel, side, tile(hidden), tile(proj or hidden), kind)
-    for row in PERSISTENT:
-        if row[:5] == wanted and chip in row.chips and row.shared <= shared:
-            return persistent(row, "the recurrent weights stay on chip for the whole sequence")
+    row = find(cell, side, hidden, proj, kind, capability)
+    if row is not None:
+        return persistent(row, "the recurrent weights stay on chip for the whole sequence")
     operands = {"half": "half precision", "tf32": "TF32", "ieee": "exact float32"}[kind]
     size = f"H={hidden}" + (f" P={proj}" if proj else "")
+    chip, _ = chip_of(capability)
     return step(kind, f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {chip}")
+
+
+def find(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> Row | None:
+    """The persistent kernel that a scan runs by, None where there is none."""
+    kernel = "lstm_proj" if proj else "rnn" if cell.startswith("rnn_") else cell
+    wanted = (kernel, side, tile(hidden), tile(proj or hidden), kind)
+    return next((row for row in rows_of(capability) if row[:5] == wanted), None)
+
+
+def rows_of(capability: int) -> list[Row]:
+    """What a device of this capability, or AMD, can run."""
+    chip, shared = chip_of(capability)
+    return [row for row in PERSISTENT if chip in row.chips and row.shared <= shared]
 
 
 def tile(size: int) -> int:

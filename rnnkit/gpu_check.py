@@ -1,7 +1,8 @@
 """`python -m rnnkit gpu-check`: whether every backend is right on this machine's GPU, and how fast, in one command.
 
 First what is here: device, driver, versions. Then parity: outputs, states and all gradients of every backend that
-runs here, against float64, for every cell, dtype and extra. Then the benchmark against cuDNN, those cases first by
+runs here, against float64, for every cell, dtype and extra; of the fused backends every kernel of the table, the same
+bits twice, in a CUDA graph, compiled and under autocast. Then the benchmark against cuDNN, those cases first by
 which the fused backends are judged, each result checked before it is timed; what failed parity is not timed. At the
 end the targets, each met or missed. It needs Python and torch alone, nothing is downloaded, and a clone runs as it
 is. Rows go into benchmarks/results/ of the clone, or into the folder that --out names; Ctrl-C keeps what there is.
@@ -19,12 +20,13 @@ from pathlib import Path
 import torch
 
 from . import info
-from .backends import BACKENDS, NAMES
-from .benchmarks import machine, parity, problems, rows, run, targets
+from .backends import BACKENDS, NAMES, triton
+from .benchmarks import crew, machine, parity, problems, rows, run, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
 from .demo import check_out
 from .demo.progress import Progress
 from .demo.text import InputError
+from .kernels import table
 
 DEVICE = "cuda"
 LIMIT, QUICK = 540.0, 100.0  # seconds, all in all
@@ -43,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", type=run.names, action="extend", default=[], metavar="B", help="default: all")
     parser.add_argument("--dtype", type=run.names, action="extend", default=[], metavar="D",
                         help=f"of the benchmark: {', '.join(DTYPES)}; default: bfloat16,float32")  # fmt: skip
+    parser.add_argument("--workers", type=crew.count, metavar="N",
+                        help=f"processes for parity; default: half of the cores, {crew.MOST} at most")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: benchmarks/results/ of a clone, and {OUT}/")
 
 
@@ -88,8 +92,8 @@ def _check(
     for name, value in facts():
         say(f"{name:<10} {value}")
     say("\nparity: errors against float64, over what is allowed (twice torch.nn's, and a rounding band)")
-    findings, interrupted = _parity(options.quick, backends, SHARE * bench.options.limit)
-    for line in findings.lines():
+    findings, interrupted = _parity(options, backends, SHARE * bench.options.limit)
+    for line in findings.lines() + kernels(findings):
         say(line)
     for line in findings.wrong[:SHOWN]:
         say(f"WRONG {line}")
@@ -113,7 +117,7 @@ def _check(
     say("\ntargets")
     for line in judged(bench.rows, findings):
         say(line)
-    return 1 if (findings.wrong or findings.left) and code != 130 else code
+    return 1 if (findings.wrong or findings.left or findings.failing) and code != 130 else code
 
 
 def facts() -> list[tuple[str, str]]:
@@ -147,12 +151,31 @@ def driver() -> str:
     return f"unknown, since there is no nvidia-smi to say it{serves}"
 
 
-def _parity(quick: bool, backends: tuple[str, ...], seconds: float) -> tuple[parity.Findings, bool]:
+def capability() -> int | None:
+    """Of the GPU, as kernels/table.py numbers them; None where no kernel of that table runs on it."""
+    return triton.capability() if triton.missing() is None else None
+
+
+def kernels(findings: parity.Findings) -> list[str]:
+    """How many of the persistent kernels that this GPU can run have run."""
+    known = capability()
+    if known is None:
+        return []
+    able = set(table.rows_of(known))
+    ran, chip = len(findings.kernels & able), table.chip_of(known)[0]
+    return [f"triton     {ran} of {len(able)} persistent kernels of {chip} ran"]
+
+
+def _parity(options: argparse.Namespace, backends: tuple[str, ...], seconds: float) -> tuple[parity.Findings, bool]:
     """What was found, and whether Ctrl-C came first."""
-    every, findings = problems.select(quick), parity.Findings()
+    every, findings = problems.select(options.quick, capability()), parity.Findings()
+    workers = options.workers or crew.size(len(every))
     progress = Progress("parity", len(every), sys.stderr, "problem")
     try:
-        parity.examine(findings, DEVICE, every, backends, progress.show, seconds)
+        if workers > 1:
+            crew.work(findings, DEVICE, every, backends, progress.show, seconds, workers)
+        else:
+            parity.examine(findings, DEVICE, every, backends, progress.show, seconds)
     except KeyboardInterrupt:
         return findings, True
     finally:

@@ -1,21 +1,25 @@
 """A make-believe CUDA whose clock is the CPU's, for what would run on a GPU where there is none.
 
 Streams, events and graphs are stand-ins; the tensors stay on the CPU. `CALLS` lists what the stand-ins were asked for.
+A fused backend is the reference in the place of `triton`, as it is or with a fault planted in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from test_benchmarks import Made
+from torch import Tensor
 
-from rnnkit.backends import triton
-from rnnkit.benchmarks import machine, sides
+from rnnkit import backends, gpu_check
+from rnnkit.backends import BACKENDS, BY_NAME, Options, Outputs, Result, Tensors, triton
+from rnnkit.backends.reference import Reference
+from rnnkit.benchmarks import machine, parity, sides, timing
 
 CALLS: list[str] = []
 
@@ -66,3 +70,43 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # asked once otherwise
     monkeypatch.setattr(sides, "setup", lambda job, _, *rest: real(job, "cpu", *rest))
     monkeypatch.setattr(machine, "Machine", Made)
+
+
+def rerun(work: timing.Work) -> timing.Work:
+    """What a graph's replay does: the work again, on what now stands in its memory."""
+    work()
+    return work
+
+
+class Fused(Reference):
+    """The reference by another name, and what goes wrong in it."""
+
+    name = "triton"
+
+    def __init__(
+        self,
+        before: Callable[[Tensors], Tensors] = lambda t: t,
+        after: Callable[[Outputs], Outputs] = lambda v: v,
+        gradients: Callable[[list[Any]], list[Any]] = lambda v: v,
+        options: Callable[[Options], Options] = lambda o: o,
+    ) -> None:
+        self.before, self.after, self.gradients, self.options = before, after, gradients, options
+
+    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
+        result = super().forward(cell, self.before(t), self.options(o), train=train)
+        return result._replace(outputs=self.after(result.outputs))
+
+    def backward(
+        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+    ) -> list[Any]:
+        return self.gradients(super().backward(cell, t, o, y, result, grads, needs))
+
+
+def put(monkeypatch: pytest.MonkeyPatch, backend: Fused) -> None:
+    """Into the table, in the place of `triton`."""
+    table = tuple(backend if other.name == "triton" else other for other in BACKENDS)
+    for module in (backends, parity, gpu_check):
+        monkeypatch.setattr(module, "BACKENDS", table)
+    monkeypatch.setitem(BY_NAME, "triton", backend)
+    monkeypatch.setattr(backends, "preference", lambda problem: table)
+    monkeypatch.setattr(backends, "_chosen", {})

@@ -10,62 +10,26 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from make_believe import CALLS, pretend
+from make_believe import CALLS, Fused, pretend, put
 from test_benchmarks import row
-from torch import Tensor
 
-from rnnkit import backends, gpu_check
+from rnnkit import gpu_check
 from rnnkit.__main__ import main
-from rnnkit.backends import BACKENDS, BY_NAME, Options, Outputs, Result, Tensors
-from rnnkit.backends.reference import Reference
-from rnnkit.benchmarks import machine, parity, problems, rows, run, targets
+from rnnkit.backends import BY_NAME, Outputs, Tensors
+from rnnkit.benchmarks import crew, machine, parity, problems, rows, run, targets
 from rnnkit.benchmarks.cases import Case, Job
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = problems.Variant((4, 3, 2, 5), lengths=True, resets=True, reset_state=True)
 F32 = torch.float32
 NAMES = ("triton", "cpu")
-
-
-class Fused(Reference):
-    """The reference by another name, and what goes wrong in it."""
-
-    name = "triton"
-
-    def __init__(
-        self,
-        before: Callable[[Tensors], Tensors] = lambda t: t,
-        after: Callable[[Outputs], Outputs] = lambda v: v,
-        gradients: Callable[[list[Any]], list[Any]] = lambda v: v,
-        options: Callable[[Options], Options] = lambda o: o,
-    ) -> None:
-        self.before, self.after, self.gradients, self.options = before, after, gradients, options
-
-    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
-        result = super().forward(cell, self.before(t), self.options(o), train=train)
-        return result._replace(outputs=self.after(result.outputs))
-
-    def backward(
-        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
-    ) -> list[Any]:
-        return self.gradients(super().backward(cell, t, o, y, result, grads, needs))
-
-
-def put(monkeypatch: pytest.MonkeyPatch, backend: Fused) -> None:
-    """Into the table, in the place of `triton`."""
-    table = tuple(backend if other.name == "triton" else other for other in BACKENDS)
-    for module in (backends, parity, gpu_check):
-        monkeypatch.setattr(module, "BACKENDS", table)
-    monkeypatch.setitem(BY_NAME, "triton", backend)
-    monkeypatch.setattr(backends, "preference", lambda problem: table)
-    monkeypatch.setattr(backends, "_chosen", {})
 
 
 @pytest.fixture
@@ -78,7 +42,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cases = [Case("field", 3, 4, 5, 6), Case("resets", 3, 4, 5, 6, resets=0.2), Case("grid", 3, 4, 5, 6)]
     jobs = [Job(case, "GRU", "training", dtype) for dtype in ("float32", "bfloat16") for case in reversed(cases)]
     monkeypatch.setattr(parity, "examine", lambda findings, _, *rest: real(findings, "cpu", *rest))
-    monkeypatch.setattr(problems, "select", lambda quick: few)
+    monkeypatch.setattr(problems, "select", lambda quick, capability: few)
     monkeypatch.setattr(gpu_check, "select", lambda device, dtypes: jobs)
     yield
     for switch, allowed in zip(switches, before):
@@ -221,7 +185,7 @@ def test_the_problems_hold_on_this_machine() -> None:
         assert {p.kind for p in some} == set(problems.KINDS)
     assert {p.dtype for p in whole} == set(problems.DTYPES)
     assert set(quick) < set(whole) and len(quick) < len(whole) / 5
-    every = [p for p in whole if p.dtype == F32 or p in quick]
+    every = [p for p in whole if (p.dtype == F32 or p in quick) and not p.fused]
     findings, told = parity.Findings(), []
     parity.examine(findings, "cpu", every, tell=lambda done, what: told.append(done))
     assert findings.wrong == [] and told == list(range(1, len(every) + 1))
@@ -271,6 +235,11 @@ def test_a_device_that_fails_ends_it(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(parity, "by_pieces", broken)
+    assert check(tmp_path / "torch alone") == 1
+    said = capsys.readouterr().out
+    assert "NOT EXAMINED, since torch itself fails: lstm in float32 (T 4" in said and "illegal memory" in said
+    assert (tmp_path / "torch alone" / "rows.csv").exists(), "the device still runs"
+    monkeypatch.setattr(parity, "works", lambda device: False)
     assert check(tmp_path) == 1
     said = capsys.readouterr().out
     assert "WRONG torch fails, and the examination ends, in lstm in float32" in said and "illegal memory" in said
@@ -308,6 +277,24 @@ def test_ctrl_c_keeps_what_there_is(
     assert check(tmp_path / "early") == 130
     assert "stopped by Ctrl-C" in capsys.readouterr().out
     assert (tmp_path / "early" / "gpu-check.txt").exists()
+
+
+def test_parity_goes_to_several_processes(cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def work(findings: parity.Findings, device: str, every: list[Any], *rest: Any) -> None:
+        asked.append((device, len(every), rest[0], *rest[2:]))
+        findings.left = 1
+
+    monkeypatch.setattr(crew, "work", work)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert check(tmp_path, "--backend", "reference", "--limit", "100", "--workers", "3") == 1
+    assert check(tmp_path, "--backend", "reference", "--limit", "100", "--quick") == 0, "two problems are for one"
+    few = problems.select(True, None) * 4
+    monkeypatch.setattr(problems, "select", lambda quick, capability: few)
+    assert check(tmp_path, "--backend", "reference", "--limit", "100", "--quick") == 1
+    seconds = gpu_check.SHARE * 100
+    assert asked == [("cuda", 2, ("reference",), seconds, 3), ("cuda", 8, ("reference",), seconds, 2)]
 
 
 def test_what_there_is_no_time_for_is_said(cuda: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

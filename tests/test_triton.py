@@ -53,6 +53,11 @@ def test_planted_errors_and_what_is_shared_in_the_interpreter() -> None:
 
 
 @needs_triton
+def test_what_gpu_check_asks_in_the_interpreter() -> None:
+    interpreted(str(TESTS / "interpreted" / "test_examined.py"))
+
+
+@needs_triton
 def test_no_steps_no_rows_and_chunks_in_the_interpreter() -> None:
     chosen = "triton and (chunks or no_steps or left_out)"
     interpreted(str(TESTS / "test_layer_op.py"), "-k", f"{chosen} and not reset_state")
@@ -122,8 +127,9 @@ def test_explain_says_the_regime(gpu: pytest.MonkeyPatch) -> None:
     small = detail(cell="lstm", hidden_size=100, dtype=torch.bfloat16)
     assert small == "persistent: the recurrent weights stay on chip for the whole sequence"
     assert detail(hidden_size=512).startswith("step: no kernel keeps the recurrent weights of H=512 on chip")
-    gpu.setattr(triton, "STEPWISE", True)
-    assert detail() == "step: RNNKIT_TRITON_REGIME=step asks for it"
+    with triton.stepwise(), triton.stepwise():
+        assert detail() == "step: RNNKIT_TRITON_REGIME=step asks for it"
+    assert detail().startswith("persistent: ") and not triton.STEPWISE
 
 
 def test_on_a_cpu_the_reasons_are_listed() -> None:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -31,6 +31,18 @@ STEPWISE = os.environ.get("RNNKIT_TRITON_REGIME") == "step"
 
 
 Answer = TypeVar("Answer")
+
+
+@contextlib.contextmanager
+def stepwise() -> Iterator[None]:
+    """The same for a block, in every thread: a backward on a GPU runs in one of autograd's own."""
+    global STEPWISE
+    before = STEPWISE
+    STEPWISE = True
+    try:
+        yield
+    finally:
+        STEPWISE = before
 
 
 def once(ask: Callable[[], Answer]) -> Callable[[], Answer]:
@@ -75,6 +87,13 @@ def capability(index: int | None = None) -> int:
     every = range(torch.cuda.device_count()) if index is None else (index,)
     major, minor = min(torch.cuda.get_device_capability(k) for k in every)
     return 10 * major + minor
+
+
+def chip(index: int | None = None) -> int:
+    """The capability that kernels/table.py goes by: the interpreter's is the oldest."""
+    from ..kernels import table
+
+    return table.OLDEST if interpreted() else capability(index)
 
 
 @once
@@ -128,11 +147,8 @@ class Triton(KernelBackend):
         return None
 
     def detail(self, problem: Problem) -> str | None:
-        from ..kernels import table
-
         sides = ("forward", "backward")[: 1 + problem.train]
-        chip = table.OLDEST if interpreted() else capability()
-        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip)
+        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip())
         plans = [_planned(problem.cell, side, *facts) for side in sides]
         if len({(plan.regime, plan.reason) for plan in plans}) == 1:
             return f"{plans[0].regime}: {plans[0].reason}"
@@ -172,20 +188,17 @@ def on_device_of(v: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _plan(cell: Cell, side: str, t: Tensors) -> Plan:
-    from ..kernels import table
-
     hidden = t.w_hh.shape[0] // cell.gates
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
-    chip = table.OLDEST if interpreted() else capability(t.x.device.index)
-    return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip)
+    return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip(t.x.device.index))
 
 
-def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, chip: int) -> Plan:
+def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capability: int) -> Plan:
     from ..kernels import table
 
     if STEPWISE:
         return table.step(operands, "RNNKIT_TRITON_REGIME=step asks for it")
-    return table.plan(cell, side, hidden, proj, operands, chip)
+    return table.plan(cell, side, hidden, proj, operands, capability)
 
 
 def _regime(plan: Plan) -> Any:

@@ -3,6 +3,7 @@ tests/test_triton.py starts; in any other nothing is collected here."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ if not triton.interpreted():
 
 
 @pytest.fixture(params=["persistent", "step"])
-def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def regime(request: pytest.FixtureRequest) -> Iterator[str]:
     """The regime of every scan. Sizes here are such that W_hh fits on chip."""
-    monkeypatch.setattr(triton, "STEPWISE", request.param == "step")
-    yield request.param
+    with triton.stepwise() if request.param == "step" else contextlib.nullcontext():
+        yield request.param
