@@ -44,9 +44,28 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
                                             const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
                                             const OptionalTensor& b_ih, const OptionalTensor& b_hh);
 
+// A copy in the compute type; `v` itself where it is in it.
+Tensor wide_copy(const Tensor& v, Dtype dtype);
+
+// x W_ih^T, without biases, for some steps at a time.
+class Projection {
+ public:
+  // in: outlives it.
+  explicit Projection(const LayerInputs& in) : in_(in), product_(in.w_ih, false, in.T * in.B, in.T > 1) {}
+  // The steps t0 .. t0 + n - 1 into [n B, G H], rows `stride` apart, from the first of `gx` on plus `offset`.
+  // The rows as a tensor.
+  Tensor run(int64_t t0, int64_t n, const Tensor& gx, int64_t stride, int64_t offset) const;
+
+ private:
+  const LayerInputs& in_;
+  RowsTimes product_;
+};
+
 struct LayerGradients {
-  Tensor y;                      // [T, B, N] as the forward gave it
-  OptionalTensor gates, c_kept;  // as the forward saved them
+  Tensor y;  // [T, B, N] as the forward gave it
+  // As the forward saved them. Without gates they are made again, range by range of time, and c_kept is
+  // c_all, [T, B, H] in the dtype of x.
+  OptionalTensor gates, c_kept;
   OptionalTensor gy, gh_n, gc_n, gc_all;
 };
 

@@ -6,8 +6,6 @@
 
 namespace rnnkit {
 
-Tensor wide_copy(const Tensor& v, Dtype dtype);
-
 namespace {
 
 // A [B, width] gradient in the compute type that the scan turns from that of the last state into that of the
@@ -199,6 +197,95 @@ class Products {
   OptionalTensor x_;
 };
 
+// The gates of a range once more, and c of an LSTM, by the forward's scan from the state before the range.
+class Again {
+ public:
+  // in, g: outlive it. h_0, c_0: in the compute type. most: steps of a range.
+  Again(const LayerInputs& in, const LayerGradients& g, const Layer& layer, const OptionalTensor& h_0,
+        const OptionalTensor& c_0, int64_t most)
+      : in_(in),
+        g_(g),
+        cuts_(layer.cuts),
+        h_0_(h_0),
+        c_0_(c_0),
+        stride_(saved_of(in.cell) * in.H),
+        projection_(in),
+        h_(empty({in.B, in.N}, wide(in.dtype))),
+        y_(empty({most, in.B, in.N}, in.x.scalar_type())),
+        gates_(empty({most, in.B, stride_}, wide(in.dtype))) {
+    if (is_half(in.dtype)) gx_ = empty({most * in.B, in.G * in.H}, wide(in.dtype));
+    if (in.cell == Cell::lstm) {
+      c_ = empty({in.B, in.H}, wide(in.dtype));
+      c_kept_ = empty({most + 1, in.B, in.H}, wide(in.dtype));
+    }
+    const Forward problem{layer,
+                          pointer(in.b_ih),
+                          pointer(in.b_hh),
+                          h_.mutable_data_ptr(),
+                          c_.has_value() ? c_->mutable_data_ptr() : nullptr,
+                          nullptr,
+                          in.I};
+    scan_ = engine().forward(problem, in.T);
+  }
+
+  void run(BackwardRange& range) {
+    const int64_t n = range.n, before = in_.reverse ? range.t0 + n : range.t0 - 1;
+    enter(g_.y, h_0_, before, h_.mutable_data_ptr(), in_.N);
+    Range made{};
+    made.t0 = range.t0, made.n = n;
+    if (c_.has_value()) {
+      const auto at = [&](int64_t step) {
+        return static_cast<char*>(c_kept_->mutable_data_ptr()) + step * in_.B * in_.H * bytes();
+      };
+      enter(*g_.c_kept, c_0_, before, c_->mutable_data_ptr(), in_.H);
+      std::copy_n(static_cast<const char*>(c_->const_data_ptr()), in_.B * in_.H * bytes(),
+                  at(in_.reverse ? n : 0));
+      made.c_kept = at(in_.reverse ? 0 : 1);
+    }
+    made.gx_stride = gx_.has_value() ? in_.G * in_.H : stride_;
+    const Tensor gx = projection_.run(range.t0, n, gx_.has_value() ? *gx_ : gates_, made.gx_stride, 0);
+    made.gx = gx.const_data_ptr();
+    made.y = y_.mutable_data_ptr();
+    made.gates = gates_.mutable_data_ptr();
+    made.gates_stride = stride_;
+    scan_->run(made);
+    range.gates = made.gates;
+    range.c_kept = made.c_kept;
+  }
+
+ private:
+  int64_t bytes() const { return in_.dtype == Dtype::f64 ? 8 : 4; }
+
+  // The state [B, width] in the compute type after step `before`; `first` (null: zeros) where there is none.
+  void enter(const Tensor& states, const OptionalTensor& first, int64_t before, void* to, int64_t width) {
+    const bool inside = before >= 0 && before < in_.T;
+    OptionalTensor after;
+    if (inside) {
+      after = wide_copy(view(states, {in_.B, width}, {width, 1}, before * in_.B * width), in_.dtype);
+    }
+    const int64_t count = width * bytes();
+    char* row = static_cast<char*>(to);
+    for (int64_t b = 0; b < in_.B; ++b, row += count) {
+      const void* from = pointer(inside && cuts_.live(before, b) ? after : first);
+      if (from == nullptr) {
+        std::fill_n(row, count, 0);
+      } else {
+        std::copy_n(static_cast<const char*>(from) + b * count, count, row);
+      }
+    }
+  }
+
+  const LayerInputs& in_;
+  const LayerGradients& g_;
+  const Cuts cuts_;
+  const OptionalTensor h_0_, c_0_;
+  const int64_t stride_;
+  const Projection projection_;
+  const Tensor h_, y_, gates_;      // [B, N], [n, B, N], [n, B, saved H]
+  OptionalTensor gx_, c_, c_kept_;  // [n B, G H] where it cannot stand in gates; [B, H], [n + 1, B, H]
+  std::unique_ptr<ForwardScan> scan_;
+};
+
 }  // namespace
 
 std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t needs) {
@@ -207,10 +294,10 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   const bool lstm = in.cell == Cell::lstm;
   const int64_t saved = saved_of(in.cell), width = in.G * in.H;
   g.y = expect(g.y, "y", type, {in.T, in.B, in.N});
-  RNNKIT_CHECK(!saved || g.gates.has_value(), "gates must be given, as the forward saved them");
-  RNNKIT_CHECK(!lstm || g.c_kept.has_value(), "c must be given, as the forward saved it");
+  const bool again = saved != 0 && !g.gates.has_value();
+  RNNKIT_CHECK(!lstm || g.c_kept.has_value(), "c must be given, as the forward gave it");
   g.gates = expect(g.gates, "gates", wide(in.dtype), {in.T, in.B, saved * in.H});
-  g.c_kept = expect(g.c_kept, "c", wide(in.dtype), {in.T, in.B, in.H});
+  g.c_kept = expect(g.c_kept, "c", again ? type : wide(in.dtype), {in.T, in.B, in.H});
   g.gc_all = expect(g.gc_all, "gc_all", type, {in.T, in.B, in.H});
   Backward q{};
   if (g.gy.has_value()) {
@@ -231,9 +318,6 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   q.gy = pointer(g.gy);
   q.gc_all = pointer(g.gc_all);
   q.y = g.y.const_data_ptr();
-  q.gates = pointer(g.gates);
-  q.gates_stride = saved * in.H;
-  q.c_kept = pointer(g.c_kept);
   q.h_0 = pointer(h_0);
   q.c_0 = pointer(c_0);
   q.wants_first = (needs >> 1 & 3) != 0 || resets;
@@ -253,12 +337,25 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
     const auto memory = [](const OptionalTensor& v) {
       return v.has_value() ? v->mutable_data_ptr() : nullptr;
     };
-    const BackwardRange range{0, 0, memory(s.dgx), memory(s.dgn), memory(s.dp), memory(s.inner)};
+    const BackwardRange range{
+        0, 0, nullptr, saved * in.H, nullptr, memory(s.dgx), memory(s.dgn), memory(s.dp), memory(s.inner)};
+    std::optional<Again> made;
+    if (again) made.emplace(in, g, q.layer, h_0, c_0, most);
+    const int64_t row = in.B * (in.dtype == Dtype::f64 ? 8 : 4);  // bytes of a step for one unit
+    const auto from = [&](const OptionalTensor& v, int64_t offset) -> const void* {
+      return v.has_value() ? static_cast<const char*>(v->const_data_ptr()) + offset : nullptr;
+    };
     const std::unique_ptr<BackwardScan> scan = engine().backward(q);
     for (int64_t done = 0; done < in.T;) {
       const int64_t n = std::min(most, in.T - done);
       BackwardRange here = range;
       here.n = n, here.t0 = in.reverse ? done : in.T - done - n;
+      if (made.has_value()) {
+        made->run(here);
+      } else {
+        here.gates = from(g.gates, here.t0 * row * here.gates_stride);
+        here.c_kept = from(g.c_kept, here.t0 * row * in.H);
+      }
       scan->run(here);
       const auto first = [&](const OptionalTensor& v) -> OptionalTensor {
         if (!v.has_value()) return std::nullopt;

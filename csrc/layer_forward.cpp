@@ -10,6 +10,20 @@ Tensor wide_copy(const Tensor& v, Dtype dtype) {
   return is_half(dtype) ? torch::stable::to(v, wide(dtype)) : v;
 }
 
+Tensor Projection::run(int64_t t0, int64_t n, const Tensor& gx, int64_t stride, int64_t offset) const {
+  const Tensor& x = in_.x;
+  const int64_t rows = n * in_.B, I = in_.I;
+  const auto strides = x.strides();
+  const Tensor part =
+      x.is_contiguous() ? view(x, {rows, I}, {I, 1}, t0 * in_.B * I)
+                        : view(torch::stable::contiguous(view(
+                                   x, {n, in_.B, I}, {strides[0], strides[1], strides[2]}, t0 * strides[0])),
+                               {rows, I}, {I, 1}, 0);
+  Tensor out = view(gx, {rows, in_.G * in_.H}, {stride, 1}, offset);
+  product_.run(part, out);
+  return out;
+}
+
 void LayerInputs::check() {
   RNNKIT_CHECK(x.dim() == 3, "x must be [T, B, I], got ", shown(x.sizes()));
   RNNKIT_CHECK(w_hh.dim() == 2, "w_hh must be [G H, N], got ", shown(w_hh.sizes()));
@@ -105,25 +119,17 @@ template <class RangeOf>
 void in_chunks(const LayerInputs& in, int64_t chunk, const OptionalTensor& gates, int64_t saved,
                const RangeOf& range_of, ForwardScan& scan) {
   const int64_t width = in.G * in.H;
-  const RowsTimes projection(in.w_ih, false, in.T * in.B, in.T > 1);
+  const Projection projection(in);
   const int64_t most = std::min(in.T, chunk > 0 ? chunk : steps_at_a_time(in));
   const bool in_place = saved && !is_half(in.dtype);
   const int64_t stride = in_place ? saved * in.H : width;
   OptionalTensor buffer;
   if (!in_place) buffer = empty({most * in.B, width}, wide(in.dtype));
-  const bool straight = in.x.is_contiguous();
-  const auto strides = in.x.strides();
   for (int64_t done = 0; done < in.T;) {
     const int64_t n = std::min(most, in.T - done);
     const int64_t t0 = in.reverse ? in.T - done - n : done;
-    Tensor part =
-        straight ? view(in.x, {n * in.B, in.I}, {in.I, 1}, t0 * in.B * in.I)
-                 : view(torch::stable::contiguous(view(
-                            in.x, {n, in.B, in.I}, {strides[0], strides[1], strides[2]}, t0 * strides[0])),
-                        {n * in.B, in.I}, {in.I, 1}, 0);
-    Tensor gx = in_place ? view(*gates, {n * in.B, width}, {stride, 1}, t0 * in.B * stride)
-                         : view(*buffer, {n * in.B, width}, {width, 1}, 0);
-    projection.run(part, gx);
+    const Tensor gx =
+        projection.run(t0, n, in_place ? *gates : *buffer, stride, in_place ? t0 * in.B * stride : 0);
     Range range = range_of(t0, n);
     range.gx = gx.const_data_ptr();
     range.gx_stride = stride;

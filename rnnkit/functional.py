@@ -98,7 +98,8 @@ def lstm(
         reset_state: what a reset puts in place, in hx's form; zeros where None.
         return_all_states: also return every layer's states after every step.
         backend: a backend's name, or `auto`.
-        recompute: keep no gates for the backward; compute them again there.
+        recompute: keep y, and c of an LSTM, alone for the backward, which goes in short ranges of time and makes the
+            gates of each again: least memory, for about a forward more of work.
 
     Returns:
         output [T, B, D·N] in the input's layout; (h_n [L·D, B, N], c_n [L·D, B, H]); and with return_all_states

@@ -77,7 +77,8 @@ def layer(
             where None.
         reverse: process the last step first.
         all_states: also return every c_t (LSTM).
-        recompute: keep nothing but inputs and outputs for the backward and compute the gates again there.
+        recompute: keep nothing but inputs, y and, of an LSTM, c for the backward, which makes the gates again, one
+            range of time after the other.
         backend: a backend's name, or `auto`.
 
     Returns:

@@ -75,7 +75,7 @@ def _forward(
     t = Tensors(*tensors)  # type: ignore[arg-type]
     options = Options(reverse, all_states, recompute)
     outputs, saved, _ = run_forward(backend, cell, t, options, train=bool(train), graph=False)
-    gates, cells = _split(cell, saved)
+    gates, cells = _split(cell, recompute, saved)
     if train and copies(cell, backend):
         cells = outputs.y.clone(memory_format=torch.contiguous_format)
     every = (*outputs, gates, cells)
@@ -84,11 +84,11 @@ def _forward(
     return tuple(_some(v, t.x) for v in every)  # type: ignore[return-value]
 
 
-def _split(cell: str, saved: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    kind = CELLS[cell]
-    if not saved or not kind.saved:
+def _split(cell: str, recompute: bool, saved: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Gates and c, of those that a backend has saved."""
+    if not saved or not CELLS[cell].saved:
         return None, None
-    return saved[0], saved[1] if kind.has_c else None
+    return None if recompute else saved[0], saved[-1] if CELLS[cell].has_c else None
 
 
 def _backward(
@@ -101,8 +101,8 @@ def _backward(
 ) -> list[Tensor]:
     tensors, (needs, y, gates, cells), grads = rest[:12], rest[12:16], rest[16:]
     t = Tensors(*tensors)  # type: ignore[arg-type]
-    kind = CELLS[cell]
-    saved = (gates, cells)[: 2 if kind.has_c else 1] if keeps(cell, backend, recompute) else ()
+    kept = zip((gates, cells), keeps(cell, backend, recompute), strict=True)
+    saved = tuple(v for v, is_kept in kept if is_kept)
     found = run_backward(
         backend,
         cell,
@@ -120,9 +120,11 @@ def _backward(
     return given
 
 
-def keeps(cell: str, backend: str, recompute: bool) -> bool:
-    """Whether the operator's forward returns gates: not for backend `torch`, whose workspace has no stated size."""
-    return backend != "torch" and not recompute and CELLS[cell].saved > 0
+def keeps(cell: str, backend: str, recompute: bool) -> tuple[bool, bool]:
+    """Whether the operator's forward returns gates, and c of an LSTM: not for backend `torch`, whose workspace has no
+    stated size."""
+    kind = CELLS[cell]
+    return backend != "torch" and not recompute and kind.saved > 0, backend != "torch" and kind.has_c
 
 
 def copies(cell: str, backend: str) -> bool:
@@ -143,14 +145,14 @@ def _fake_forward(
     kind = CELLS[cell]
     steps, rows = t.x.shape[0], t.x.shape[1]
     hidden = t.w_hh.shape[0] // kind.gates
-    wide = t.x.dtype if BY_NAME[backend].saves_narrow else compute_dtype(t.x.dtype)
+    wide = t.x.dtype if BY_NAME[backend].saves_narrow or recompute else compute_dtype(t.x.dtype)
     y = t.x.new_empty((steps, rows, t.h_0.shape[1]))
     h_n = t.x.new_empty((rows, t.h_0.shape[1]))
     c_n = t.x.new_empty((rows, hidden) if kind.has_c else (0,))
     c_all = t.x.new_empty((steps, rows, hidden) if kind.has_c and all_states else (0,))
-    kept = bool(train) and keeps(cell, backend, recompute)
-    gates = t.x.new_empty((steps, rows, kind.saved * hidden), dtype=wide) if kept else t.x.new_empty(0)
-    cells = t.x.new_empty((steps, rows, hidden), dtype=wide) if kept and kind.has_c else t.x.new_empty(0)
+    keeps_gates, keeps_c = keeps(cell, backend, recompute) if train else (False, False)
+    gates = t.x.new_empty((steps, rows, kind.saved * hidden), dtype=wide) if keeps_gates else t.x.new_empty(0)
+    cells = t.x.new_empty((steps, rows, hidden), dtype=wide) if keeps_c else t.x.new_empty(0)
     if train and copies(cell, backend):
         cells = torch.empty_like(y)
     return y, h_n, c_n, c_all, gates, cells

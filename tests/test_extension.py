@@ -120,8 +120,9 @@ def test_saving_changes_nothing(cell, proj):
 
 @every_cell
 @both_ways
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_recomputing_gives_the_same_gradients(cell, proj, reverse, dtype):
+    """In ranges of three steps, bit by bit. Half types start a range from a rounded state: test_recompute.py."""
     layer = make(cell, proj, dtype=dtype, reverse=reverse)
     t, found = layer.t, []
     weights = [w.requires_grad_() for w in (t.w_ih, t.w_hh, t.b_ih, t.b_hh, t.w_hr) if w is not None]
@@ -256,9 +257,8 @@ def test_messages(change, message):
     ("name", "value", "message"),
     [
         ("y", torch.zeros(6, 5, 13), r"y must be Float \[7, 5, 13\], got Float \[6, 5, 13\]"),
-        ("gates", None, "gates must be given, as the forward saved them"),
         ("gates", torch.zeros(7, 5, 39), r"gates must be Float \[7, 5, 52\], got Float \[7, 5, 39\]"),
-        ("c", None, "c must be given, as the forward saved it"),
+        ("c", None, "c must be given, as the forward gave it"),
         ("c", torch.zeros(7, 5, 13).double(), r"c must be Float \[7, 5, 13\], got Double \[7, 5, 13\]"),
         ("gy", torch.zeros(7, 5, 12), r"gy must be Float \[7, 5, 13\], got Float \[7, 5, 12\]"),
         ("gh_n", torch.zeros(5, 12), r"gh_n must be Float \[5, 13\], got Float \[5, 12\]"),

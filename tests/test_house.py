@@ -24,6 +24,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("rnnkit.cells", "rnnkit.masks", "rnnkit.backends.problem", "rnnkit.backends.extension"),
     ("rnnkit.autocast",),
     ("rnnkit.reference", "rnnkit.kernels"),
+    ("rnnkit.backends.ranges",),
     ("rnnkit.backends.products",),
     ("rnnkit.backends",),
     ("rnnkit.registry", "rnnkit.checks", "rnnkit.layouts"),

@@ -48,6 +48,11 @@ def test_inside_torch_in_the_interpreter() -> None:
 
 
 @needs_triton
+def test_recompute_in_the_interpreter() -> None:
+    interpreted(str(TESTS / "test_recompute.py"), "-k", "triton and held or half_types and ranges3 and bfloat16")
+
+
+@needs_triton
 def test_planted_errors_and_what_is_shared_in_the_interpreter() -> None:
     interpreted(str(TESTS / "interpreted" / "test_planted.py"), str(TESTS / "interpreted" / "test_shared.py"))
 

@@ -80,7 +80,7 @@ class BackwardOf final : public BackwardScan {
  private:
   struct Place {
     int64_t at;   // row of [T, B, ...]
-    int64_t out;  // row of the range's results
+    int64_t out;  // row of the range's gates, c and results
     int64_t b, j;
     int n;  // units that exist
   };
@@ -195,15 +195,15 @@ class BackwardOf final : public BackwardScan {
   V c_before(const Place& p, int64_t t) const {
     if (l_.cuts.cut(t, p.b, l_.reverse)) return state(l_.c_r, p, H_);
     if (starts(t, p.b)) return state(q_.c_0, p, H_);
-    const int64_t before = p.at + (l_.reverse ? l_.B : -l_.B);
-    return load(static_cast<const A*>(q_.c_kept) + before * H_ + p.j, p.n);
+    const int64_t before = p.out + (l_.reverse ? l_.B : -l_.B);
+    return load(static_cast<const A*>(r_.c_kept) + before * H_ + p.j, p.n);
   }
   static V state(const void* from, const Place& p, int64_t width) {
     return from == nullptr ? V{} : load(static_cast<const A*>(from) + p.b * width + p.j, p.n);
   }
 
   V gate(const Place& p, int64_t g) const {
-    return load(static_cast<const A*>(q_.gates) + p.at * q_.gates_stride + g * H_ + p.j, p.n);
+    return load(static_cast<const A*>(r_.gates) + p.out * r_.gates_stride + g * H_ + p.j, p.n);
   }
   // The gradient of a pre-activation: out, and for the product with the recurrent weights.
   void give(const Place& p, int now, int64_t g, V da) { give(p, now, g, da, da); }
@@ -267,7 +267,7 @@ class BackwardOf final : public BackwardScan {
 
   void lstm(const Place& p, int64_t t, int now, V dm) {
     A* dc = dc_.row(p.b) + p.j;
-    const V c = load(static_cast<const A*>(q_.c_kept) + p.at * H_ + p.j, p.n);
+    const V c = load(static_cast<const A*>(r_.c_kept) + p.out * H_ + p.j, p.n);
     const auto d = Lstm::step_vjp<M>(dm, whole<V>(dc), gate(p, 0), gate(p, 1), gate(p, 2), gate(p, 3),
                                      c_before(p, t), c);
     give(p, now, 0, d.ai);

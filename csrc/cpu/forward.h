@@ -42,11 +42,7 @@ class ForwardOf final : public ForwardScan {
       }
     }
     for (Padded<A>& h : h_) h = Padded<A>(l_.B, N_);
-    h_[0].fill(f.h, l_.B, N_);
-    if (l_.cell == Cell::lstm) {
-      c_ = Padded<A>(l_.B, H_);
-      c_.fill(f.c, l_.B, H_);
-    }
+    if (l_.cell == Cell::lstm) c_ = Padded<A>(l_.B, H_);
     if (l_.cell == Cell::gru_before || l_.P) {
       inner_ = Padded<A>(l_.B, H_);
       z_ = Padded<A>(l_.cell == Cell::gru_before ? l_.B : 0, H_);
@@ -55,12 +51,13 @@ class ForwardOf final : public ForwardScan {
 
   void run(const Range& range) override {
     r_ = range;
+    h_[0].fill(f_.h, l_.B, N_);
+    if (l_.cell == Cell::lstm) c_.fill(f_.c, l_.B, H_);
     const Split split(l_.workers.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors),
                       G_ * H_ * N_, range.n);
-    const int start = now_;
     run_parts(split, l_.workers.parallel, [&](int64_t first, int64_t last, Meeting& meeting) {
       std::vector<Rows> rows(last - first);
-      int now = start;
+      int now = 0;
       for (int64_t k = 0; k < r_.n; ++k, now ^= 1) {
         const int64_t step = l_.reverse ? r_.n - 1 - k : k;
         bool cut = false;
@@ -80,8 +77,7 @@ class ForwardOf final : public ForwardScan {
         }
       }
     });
-    now_ = static_cast<int>((start + range.n) & 1);
-    h_[now_].copy_to(f_.h, l_.B, N_);
+    h_[range.n & 1].copy_to(f_.h, l_.B, N_);
     if (l_.cell == Cell::lstm) c_.copy_to(f_.c, l_.B, H_);
   }
 
@@ -295,5 +291,4 @@ class ForwardOf final : public ForwardScan {
   Padded<A> c_;                    // [B, H]
   Padded<A> inner_;                // [B, H] what the second product multiplies: r h, or o tanh(c)
   Padded<A> z_;                    // [B, H] the textbook GRU's update gate between its two products
-  int now_ = 0;
 };

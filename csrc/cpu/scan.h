@@ -91,7 +91,8 @@ struct Range {
 class ForwardScan {
  public:
   virtual ~ForwardScan() = default;
-  // h A [B, N] and c A [B, H] are the states before the first step, and after run() those after its last.
+  // h A [B, N] and c A [B, H] are the states before the range's first step, and after run() those after its
+  // last: whoever puts another range's states there may run that one next.
   virtual void run(const Range& range) = 0;
 };
 
@@ -119,9 +120,6 @@ struct Backward {
   Strides gy_strides;
   const void* gc_all;  // S [T, B, H], or null
   const void* y;       // S [T, B, N] as the forward gave it
-  const void* gates;   // A [T, B, gates_stride], null for the vanilla RNN
-  int64_t gates_stride;
-  const void* c_kept;  // A [T, B, H], LSTM
   const void* h_0;     // A [B, N]
   const void* c_0;     // A [B, H]
   bool wants_first;    // whether the four below are wanted in the end, so that the last step to run sends on
@@ -133,10 +131,13 @@ struct Backward {
 
 // One range of time for a backward scan, and its results there; those a cell does not have are null.
 struct BackwardRange {
-  int64_t t0, n;  // the steps t0 .. t0 + n - 1
-  void* dgx;      // S [n, B, G H] of the pre-activations, 0 where no gradient comes
-  void* dgn;      // S [n, B, H] of W_hn h + b_hn: GRU with reset after
-  void* dp;       // S [n, B, P] of the projected state: with a projection
+  int64_t t0, n;      // the steps t0 .. t0 + n - 1
+  const void* gates;  // A [n, B, gates_stride] as the forward gave them, null for the vanilla RNN
+  int64_t gates_stride;
+  const void* c_kept;  // A [n, B, H], LSTM; the step processed before them, if there is one, stands beside
+  void* dgx;           // S [n, B, G H] of the pre-activations, 0 where no gradient comes
+  void* dgn;           // S [n, B, H] of W_hn h + b_hn: GRU with reset after
+  void* dp;            // S [n, B, P] of the projected state: with a projection
   void* inner;  // S [n, B, H] what a step's second product multiplied, r h or o tanh(c): the textbook GRU, or
                 // with a projection. Not written where no gradient comes
 };

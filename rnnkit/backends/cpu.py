@@ -69,12 +69,16 @@ class CPU(Backend):
         return reasons
 
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
-        save = train and not o.recompute
-        y, h_n, *more = self._functions()[0](NUMBERS[cell], *t, o.reverse, o.all_states, save, 0)
+        keeps_c = train and o.recompute  # an LSTM's: the backward makes the gates again, range by range
+        y, h_n, *more = self._functions()[0](
+            NUMBERS[cell], *t, o.reverse, o.all_states or keeps_c, train and not o.recompute, 0
+        )
         if cell != "lstm":
             return Result(Outputs(y, h_n, None, None), tuple(more))
-        c_all = more.pop(1) if o.all_states else None
-        return Result(Outputs(y, h_n, more[0], c_all), tuple(more[1:]))
+        c_n, *more = more
+        c_all = more.pop(0) if o.all_states or keeps_c else None
+        saved = (c_all,) if keeps_c else tuple(more)
+        return Result(Outputs(y, h_n, c_n, c_all if o.all_states else None), saved)
 
     def single(
         self,
@@ -132,9 +136,9 @@ class CPU(Backend):
     ) -> list[Gradient]:
         kind = CELLS[cell]
         saved = () if result is None else result.saved
-        if kind.saved and not saved:
-            saved = self.forward(cell, t, o._replace(recompute=False, all_states=False), train=True).saved
-        gates = saved[0] if kind.saved else None
-        c = saved[1] if kind.has_c else None
+        if not saved and (kind.has_c if o.recompute else kind.saved):
+            saved = self.forward(cell, t, o, train=True).saved
+        gates = saved[0] if kind.saved and not o.recompute else None
+        c = saved[-1] if kind.has_c else None
         found = iter(self._functions()[1](NUMBERS[cell], *t, o.reverse, y, gates, c, *grads, asked(tuple(needs))))
         return [next(found) if need else None for need in needs]

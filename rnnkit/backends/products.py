@@ -2,7 +2,7 @@
 
 Before the scan: gx = x W_ihᵀ with the biases. After the backward scan: one product for each weight gradient. What
 lies beyond a row's length, or belongs to steps that no gradient reached, is masked by selection, never by
-multiplication: 0 · NaN is NaN.
+multiplication: 0 · NaN is NaN. With `recompute` all of this goes range by range of time (ranges.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import masks
-from ..cells import CELLS, Cell
+from ..cells import CELLS, Cell, compute_dtype
 from ..reference import lstm
 from ..reference.scan import ScanGradients
+from . import ranges
 from .problem import Options, Outputs, Problem, Result, Tensors
 
 Gradient = Tensor | None
@@ -98,7 +99,8 @@ class Backend:
     """Whether its operators check all that they are given: it then gets plain tensors unchecked, h_0 and c_0 None for
     zeros, and raises RuntimeError for what it does not take."""
     saves_narrow = False
-    """Whether what it saves for a backward has the layer's dtype, where others save float32 or wider."""
+    """Whether what it saves for a backward has the layer's dtype, where others save float32 or wider. With `recompute`
+    it has in all."""
 
     def available(self) -> str | None:
         """Why it cannot run anything on this machine; None where it can."""
@@ -189,27 +191,92 @@ class KernelBackend(Backend):
     def scan_backward(
         self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
     ) -> ScanGradients:
-        """Gradients of the scan over all T."""
+        """Gradients of the scan over all of `t`, which may be a range of a longer layer: those of its h_0 and c_0 have
+        their dtypes, and so have those of h_r and c_r."""
         raise NotImplementedError(self.name)
 
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
         kind = CELLS[cell]
-        save = train and not o.recompute
+        if train and o.recompute:
+            return self._forward_in_ranges(kind, t, o)
+        save = train or (o.all_states and kind.has_c)
         y, h_n, c_n, c_all, gates = self.scan_forward(
-            kind, project(kind, t), t.h_0, t.c_0, t, t0=0, reverse=o.reverse, save=save or (o.all_states and kind.has_c)
+            kind, project(kind, t), t.h_0, t.c_0, t, t0=0, reverse=o.reverse, save=save
         )
-        saved = tuple(v for v in (gates, c_all) if v is not None) if save else ()
+        saved = tuple(v for v in (gates, c_all) if v is not None) if train else ()
         return Result(Outputs(y, h_n, c_n, c_all if o.all_states else None), saved)
+
+    def _forward_in_ranges(self, cell: Cell, t: Tensors, o: Options) -> Result:
+        """gx and gates for a range at a time; what is kept is c of an LSTM. The state passes in the compute type."""
+        steps, rows = t.x.shape[:2]
+        wide = compute_dtype(t.x.dtype)
+        h, c = t.h_0.to(wide), None if t.c_0 is None else t.c_0.to(wide)
+        y = c_all = None
+        for t0, t1 in ranges.spans(steps, rows, last_first=o.reverse):
+            here = t._replace(x=t.x[t0:t1])
+            y_range, h, c, c_range = self.scan_forward(
+                cell, project(cell, here), h, c, t, t0=t0, reverse=o.reverse, save=cell.has_c
+            )[:4]
+            y, c_all = _place(y, y_range, t0, steps), _place(c_all, c_range, t0, steps)
+        h_n, c_n = h.to(t.x.dtype), None if c is None else c.to(t.x.dtype)
+        outputs = Outputs(y, h_n, c_n, c_all if o.all_states else None)  # type: ignore[arg-type]
+        return Result(outputs, () if c_all is None else (c_all,))
 
     def backward(
         self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
     ) -> list[Gradient]:
         kind = CELLS[cell]
         saved = () if result is None else result.saved
-        if kind.saved and not saved:
-            saved = self.forward(cell, t, o._replace(recompute=False), train=True).saved
+        if not saved and (kind.has_c if o.recompute else kind.saved):
+            saved = self.forward(cell, t, o, train=True).saved
+        if o.recompute:
+            return self._backward_in_ranges(kind, t, o, y, saved[0] if kind.has_c else None, grads, needs)
         gates = saved[0] if kind.saved else None
         c_all = saved[1] if kind.has_c else None
         scan = self.scan_backward(kind, grads, y, c_all, gates, t, o)
         every = weight_gradients(kind, scan, t, y, c_all, gates, o)
         return [g if need else None for g, need in zip(every, needs, strict=True)]
+
+    def _backward_in_ranges(
+        self, cell: Cell, t: Tensors, o: Options, y: Tensor, c_all: Tensor | None, grads: Outputs, needs: list[bool]
+    ) -> list[Gradient]:
+        """Range by range, the last first: the gates again, the scan back, a share of every weight's gradient. Those of
+        the state pass from range to range in the compute type, and shares are summed in it."""
+        wide = compute_dtype(t.x.dtype)
+        steps, rows = t.x.shape[:2]
+        dh, dc = (None if v is None else v.to(wide) for v in (grads.h_n, grads.c_n))
+        grads = Outputs(grads.y, dh, dc, grads.c_all)  # type: ignore[arg-type]
+        dx: Gradient = None
+        sums: list[Gradient] = [None] * (len(t) - 3)
+        for t0, t1 in ranges.spans(steps, rows, last_first=not o.reverse):
+            found = self._backward_of_range(cell, ranges.part(t, y, c_all, grads, t0, t1, reverse=o.reverse), o, wide)
+            grads = Outputs(grads.y, found[1], found[2], grads.c_all)  # type: ignore[arg-type]
+            sums = [_sum(v, share, wide) for v, share in zip(sums, found[3:], strict=True)]
+            dx = _place(dx, found[0] if needs[0] else None, t0, steps)
+            found.clear()  # nothing of a range is held while the next one runs
+        every = zip((dx, grads.h_n, grads.c_n, *sums), t, needs, strict=True)
+        return [g.to(v.dtype) if need and g is not None and v is not None else None for g, v, need in every]
+
+    def _backward_of_range(self, cell: Cell, part: ranges.Range, o: Options, wide: torch.dtype) -> list[Gradient]:
+        t, gates = part.carrying(wide), None
+        if cell.saved:
+            gates = self.scan_forward(cell, project(cell, t), t.h_0, t.c_0, t, t0=0, reverse=o.reverse, save=True)[4]
+        scan = self.scan_backward(cell, part.grads, part.y, part.c_all, gates, t, o)
+        return weight_gradients(cell, part.sent(scan), part.t, part.y, part.c_all, gates, o)
+
+
+def _place(whole: Gradient, part: Gradient, t0: int, steps: int) -> Gradient:
+    """`whole` [T, ...] with the steps of `part` from t0 on; made for the first part, or that part where it is all."""
+    if part is None or part.shape[0] == steps:
+        return part
+    if whole is None:
+        whole = part.new_empty((steps, *part.shape[1:]))
+    whole[t0 : t0 + part.shape[0]] = part
+    return whole
+
+
+def _sum(so_far: Gradient, share: Gradient, dtype: torch.dtype) -> Gradient:
+    """`so_far` is ours, and written over."""
+    if so_far is None or share is None:
+        return None if share is None else share.to(dtype)
+    return so_far.add_(share)

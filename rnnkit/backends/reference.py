@@ -61,6 +61,8 @@ class Reference(KernelBackend):
             t = t._replace(x=t.x.masked_fill(~alive, 0))
         wide = compute_dtype(t.x.dtype)
         outputs, saved, _ = super().forward(cell, t.cast(wide), o, train=train)
+        if o.recompute:
+            saved = tuple(v.to(t.x.dtype) for v in saved)
         return Result(Outputs(*(None if v is None else v.to(t.x.dtype) for v in outputs)), saved)  # type: ignore[arg-type]
 
     def backward(
@@ -68,5 +70,7 @@ class Reference(KernelBackend):
     ) -> list[Gradient]:
         wide = compute_dtype(t.x.dtype)
         upcast = Outputs(*(None if g is None else g.to(wide) for g in grads))  # type: ignore[arg-type]
+        if result is not None:
+            result = result._replace(saved=tuple(v.to(wide) for v in result.saved))
         every = super().backward(cell, t.cast(wide), o, y.to(wide), result, upcast, needs)
         return [None if g is None else g.to(t.x.dtype) for g in every]

@@ -35,7 +35,8 @@ class LSTM(RecurrentLayer):
         proj_size: P, 0 for none; less than H.
         device, dtype: of the parameters.
         backend: ``'auto'`` or a backend's name; a named one runs or raises with its reasons.
-        recompute: keep no gates for the backward, compute them again there.
+        recompute: keep y and c alone for the backward, which goes in short ranges of time and makes the gates of each
+            again: least memory, for about a forward more of work.
 
     Inputs: ``input, hx, *, lengths, reset, reset_state, return_all_states`` as in :func:`rnnkit.functional.lstm`.
 

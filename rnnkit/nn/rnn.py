@@ -29,7 +29,8 @@ class RNN(RecurrentLayer):
         bidirectional: a second set of weights runs from the end.
         device, dtype: of the parameters.
         backend: ``'auto'`` or a backend's name; a named one runs or raises with its reasons.
-        recompute: keep no gates for the backward, compute them again there.
+        recompute: least memory: forward and backward go in short ranges of time, and hold no gradient of
+            pre-activations for more than one.
 
     Inputs: ``input, hx, *, lengths, reset, reset_state, return_all_states``
         as in :func:`rnnkit.functional.lstm`, with h alone for a state: hx is [L·D, B, H].

@@ -167,9 +167,7 @@ Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Sav
   q.gy_strides = p.gy_strides;
   q.gc_all = p.has_gc_all ? gc_all.data() : nullptr;
   q.y = y.data();
-  q.gates = kept != 0 ? gates.data() : nullptr;
-  q.gates_stride = stride;
-  if (p.lstm()) q.c_kept = c.data(), q.dc = dc.data();
+  if (p.lstm()) q.dc = dc.data();
   q.h_0 = p.has_h_0 ? h_0.data() : nullptr;
   q.c_0 = p.lstm() && p.has_c_0 ? c_0.data() : nullptr;
   q.wants_first = wants_first;
@@ -186,6 +184,10 @@ Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Sav
     const auto from = [&](const Buffer& v, int64_t width) {
       return v.data() + range.t0 * p.B * width * size;
     };
+    const int64_t first = range.t0 * p.B * format(wide).bytes;
+    range.gates = kept != 0 ? gates.data() + first * stride : nullptr;
+    range.gates_stride = stride;
+    range.c_kept = p.lstm() ? c.data() + first * H : nullptr;
     range.dgx = from(dgx, p.G() * H);
     range.dgn = gru ? from(dgn, H) : nullptr;
     range.dp = p.P ? from(dp, N) : nullptr;

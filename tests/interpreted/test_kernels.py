@@ -13,7 +13,7 @@ from test_nan import assert_unseen, everything
 from torch import Tensor
 
 import rnnkit
-from rnnkit.backends import triton
+from rnnkit.backends import ranges, triton
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 TILE = 16  # rows
@@ -101,6 +101,15 @@ def test_recompute_and_again_give_the_same_bits(kind: str, regime: str) -> None:
     first = ours(case, "triton", F32)
     for again in (ours(case, "triton", F32), ours(replace(case, recompute=True), "triton", F32)):
         assert all(torch.equal(again[name], v) for name, v in first.items())
+
+
+@kinds
+def test_recompute_in_ranges(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two steps, both ways: a reset and an end at their borders and within them."""
+    monkeypatch.setattr(ranges, "ROWS", 1)
+    monkeypatch.setattr(ranges, "RANGES", 3)
+    resets = ((0, 0), (2, 0), (3, 0), (4, 2), (1, 2))
+    check(Case(kind, recompute=True, **{**ALL, "steps": 5, "lengths": (5, 2, 4), "resets": resets}), "triton", F32)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["y", "h_n", "c_n"])

@@ -1,0 +1,93 @@
+"""A layer's time in ranges, for `recompute=True`: each range is a layer of its own, whose state at its start is known.
+
+The forward keeps y and, of an LSTM, c, H numbers a step each, where the gates would be 4 H. So the scan makes the gates
+of any range again from the state before it, and what a backward holds beside its inputs and results is a range's, not
+all time's. Of c the steps at which ranges start would do; all of them cost H of the 6 H a step that an LSTM with I = H
+has at its peak (x, y, c, their gradients, a range), and in return the backward's ranges need not be the forward's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import masks
+from ..reference.scan import ScanGradients
+from .problem import Outputs, Tensors
+
+RANGES = 16
+"""At most. A range holds a sixteenth of the gates and of their gradients, some 10 H a step for an LSTM or a GRU: less
+than one of x, y and c."""
+ROWS = 512
+"""At least, of the products (steps times batch): with fewer they do not pay, and their memory is small."""
+
+
+def spans(steps: int, rows: int, *, last_first: bool) -> Iterable[tuple[int, int]]:
+    """[t0, t1) in turn; one, without a step, where there is none."""
+    most = max(1, -(-steps // RANGES), -(-ROWS // max(1, rows)))
+    found = [(t0, min(steps, t0 + most)) for t0 in range(0, steps, most)] or [(0, 0)]
+    return reversed(found) if last_first else found
+
+
+class Range(NamedTuple):
+    """The steps [t0, t1) of a layer as a layer of its own."""
+
+    t: Tensors
+    """x, lengths and reset of these steps; h_0 and c_0 are the states before the first that is processed."""
+    y: Tensor
+    c_all: Tensor | None
+    grads: Outputs
+    """Of y and c_all at these steps, and of the state after the last that is processed."""
+    cut: Tensor | None
+    """[B, 1]: where h_0 and c_0 are those of a reset, one at t1 in reverse. Others are the scan's own affair."""
+
+    def carrying(self, dtype: torch.dtype) -> Tensors:
+        """The tensors, with states of `dtype`: so come their gradients."""
+        h, c = self.t.h_0.to(dtype), None if self.t.c_0 is None else self.t.c_0.to(dtype)
+        return self.t._replace(h_0=h, c_0=c)
+
+    def sent(self, g: ScanGradients) -> ScanGradients:
+        """Where the first state was a reset's, its gradient goes there and no further."""
+        if self.cut is None:
+            return g
+        dh, dc, dh_r, dc_r = g.dh_0, g.dc_0, g.dh_r, g.dc_r
+        dh_r = None if dh_r is None else dh_r + dh.masked_fill(~self.cut, 0)
+        if dc is not None:
+            dc_r = None if dc_r is None else dc_r + dc.masked_fill(~self.cut, 0)
+            dc = dc.masked_fill(self.cut, 0)
+        return g._replace(dh_0=dh.masked_fill(self.cut, 0), dc_0=dc, dh_r=dh_r, dc_r=dc_r)
+
+
+def part(t: Tensors, y: Tensor, c_all: Tensor | None, grads: Outputs, t0: int, t1: int, *, reverse: bool) -> Range:
+    """One range, given the states after every step. `grads`: of y and c_all at all steps; of the state at this range's
+    end."""
+    steps = y.shape[0]
+    lengths = None if t.lengths is None else (t.lengths - t0).clamp(0, t1 - t0)
+    reset = None if t.reset is None else t.reset[t0:t1]
+    h, c, cut = t.h_0, t.c_0, None
+    before = t1 if reverse else t0 - 1
+    if 0 <= before < steps:
+        first = h, c
+        h, c = y[before], None if c_all is None else c_all[before]
+        begun = None
+        if reverse and t.lengths is not None:  # the others begin within this range, or in a later one
+            begun = (t.lengths > t1).unsqueeze(-1)
+            h = torch.where(begun, h, first[0])
+            c = None if c is None or first[1] is None else torch.where(begun, c, first[1])
+        if reverse and t.reset is not None:
+            cut = t.reset[t1].unsqueeze(-1)
+            cut = cut if begun is None else cut & begun
+            h = masks.replace(h, cut, t.h_r)
+            c = None if c is None else masks.replace(c, cut, t.c_r)
+    own = t._replace(x=t.x[t0:t1], h_0=h, c_0=c, lengths=lengths, reset=reset)
+    gy, gc_all = (None if g is None else g[t0:t1] for g in (grads.y, grads.c_all))
+    return Range(
+        own,
+        y[t0:t1],
+        None if c_all is None else c_all[t0:t1],
+        Outputs(gy, grads.h_n, grads.c_n, gc_all),  # type: ignore[arg-type]
+        cut,
+    )
