@@ -129,7 +129,11 @@ class Products {
   Products(const LayerInputs& in, const LayerGradients& g, const Cuts& cuts, int64_t needs)
       : in_(in), g_(g), cuts_(cuts), guarded_(cuts.any()), width_(in.G * in.H) {
     const auto wanted = [&](int bit) { return (needs >> bit & 1) != 0; };
-    const auto sum = [&](std::initializer_list<int64_t> sizes) { return zeros(sizes, wide(in.dtype)); };
+    // the first range writes them
+    const bool written = in.T > 0 && in.B > 0 && in.H > 0;
+    const auto sum = [&](std::initializer_list<int64_t> sizes) {
+      return written ? empty(sizes, wide(in.dtype)) : zeros(sizes, wide(in.dtype));
+    };
     if (wanted(0)) {
       // without units no product writes it
       dx = in.H > 0 ? empty({in.T, in.B, in.I}, in.x.scalar_type())
@@ -155,7 +159,7 @@ class Products {
     if (!dw_ih && !dw_hh && !db && !dw_hr) return;
     const std::vector<bool> any = reached(s.dgx, guarded_);
     if (dw_ih.has_value()) {
-      outer(d, rows_of(*x_, s.t0, s.n, any), *dw_ih, db);
+      outer(d, rows_of(*x_, s.t0, s.n, any), *dw_ih, db, added_);
     } else if (db.has_value()) {
       sum(d, *db);
     }
@@ -165,27 +169,28 @@ class Products {
         return view(*dw_hh, {count * in_.H, in_.N}, {in_.N, 1}, first * in_.H * in_.N);
       };
       if (in_.cell == Cell::gru) {
-        outer(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {});
-        outer(matrix(*s.dgn, 0, in_.H), states, block(2, 1), db_hn);
+        outer(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {}, added_);
+        outer(matrix(*s.dgn, 0, in_.H), states, block(2, 1), db_hn, added_);
       } else if (in_.cell == Cell::gru_before) {
-        outer(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {});
-        outer(matrix(s.dgx, 2 * in_.H, in_.H), rows_of(*s.inner, 0, s.n, any), block(2, 1), {});
+        outer(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {}, added_);
+        outer(matrix(s.dgx, 2 * in_.H, in_.H), rows_of(*s.inner, 0, s.n, any), block(2, 1), {}, added_);
       } else {
-        outer(d, states, *dw_hh, {});
+        outer(d, states, *dw_hh, {}, added_);
       }
     } else if (db_hn.has_value()) {
       sum(matrix(*s.dgn, 0, in_.H), *db_hn);
     }
     if (dw_hr.has_value()) {
-      outer(matrix(*s.dp, 0, in_.P), rows_of(*s.inner, 0, s.n, reached(*s.dp, guarded_)), *dw_hr, {});
+      outer(matrix(*s.dp, 0, in_.P), rows_of(*s.inner, 0, s.n, reached(*s.dp, guarded_)), *dw_hr, {}, added_);
     }
+    added_ = true;
   }
 
   OptionalTensor dx, dw_ih, dw_hh, db, db_hn, dw_hr;
 
  private:
   void sum(const Tensor& d, const Tensor& into) {
-    outer(d, Rows(d.size(0), nullptr), view(into, {d.size(1), 0}, {1, 1}, 0), into);
+    outer(d, Rows(d.size(0), nullptr), view(into, {d.size(1), 0}, {1, 1}, 0), into, added_);
   }
 
   const LayerInputs& in_;
@@ -193,6 +198,7 @@ class Products {
   const Cuts cuts_;
   const bool guarded_;
   const int64_t width_;
+  bool added_ = false;  // whether a range was
   std::optional<RowsTimes> times_w_ih_;
   OptionalTensor x_;
 };

@@ -25,17 +25,18 @@ void torch_rows_times(const Tensor& a, const Tensor& w, Tensor& out) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), w.get()));
 }
 
-// out += a^T b
-void torch_outer(const Tensor& a, const Tensor& b, Tensor& out) {
+// out += a^T b, = where not `add`
+void torch_outer(const Tensor& a, const Tensor& b, Tensor& out, bool add) {
   const Tensor left = turned(a);
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), b.get(), 1.0, 1.0));
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), b.get(), add ? 1.0 : 0.0, 1.0));
 }
 
 void own_outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
-               const OptionalTensor& sum) {
+               const OptionalTensor& sum, bool add) {
   Outer q{};
   q.dtype = dtype_of(a);
+  q.add = add;
   q.M = a.size(1), q.N = out.size(1), q.K = a.size(0);
   q.a = a.const_data_ptr();
   q.lda = a.stride(0);
@@ -65,7 +66,7 @@ std::vector<int64_t> stretches(const std::vector<const void*>& rows, int64_t byt
 }
 
 void torch_outer_of(const Tensor& a, const std::vector<const void*>& rows, const std::vector<int64_t>& starts,
-                    const Tensor& out) {
+                    const Tensor& out, bool add) {
   Tensor into = out;
   for (size_t s = 0; s + 1 < starts.size(); ++s) {
     const int64_t first = starts[s], count = starts[s + 1] - first, N = out.size(1);
@@ -73,7 +74,7 @@ void torch_outer_of(const Tensor& a, const std::vector<const void*>& rows, const
     using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
     const Tensor b = torch::stable::from_blob(const_cast<void*>(rows[first]), Ints(sizes, 2),
                                               Ints(strides, 2), a.device(), a.scalar_type());
-    torch_outer(view(a, {count, a.size(1)}, {a.stride(0), 1}, first * a.stride(0)), b, into);
+    torch_outer(view(a, {count, a.size(1)}, {a.stride(0), 1}, first * a.stride(0)), b, into, add || s > 0);
   }
 }
 
@@ -114,8 +115,8 @@ bool measure(Kind kind, const Tensor& like) {
   const int64_t bytes = N * bytes_of(dtype_of(like));
   const Tensor b = torch::stable::full({M, N}, 0.5, like.scalar_type());
   for (int64_t k = 0; k < M; ++k) rows[k] = static_cast<const char*>(b.const_data_ptr()) + k * bytes;
-  const double ours = seconds([&] { own_outer(a, rows, out, {}); });
-  return seconds([&] { torch_outer(a, b, out); }) < 0.95 * ours;
+  const double ours = seconds([&] { own_outer(a, rows, out, {}, true); });
+  return seconds([&] { torch_outer(a, b, out, true); }) < 0.95 * ours;
 }
 
 // For float32 and float64; half types are multiplied in float32, which torch does not offer.
@@ -209,17 +210,17 @@ void RowsTimes::run(const Tensor& a, Tensor& out) const {
 }
 
 void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
-           const OptionalTensor& sum) {
+           const OptionalTensor& sum, bool add) {
   if (!forked && !is_half(dtype_of(a)) && large(a.size(1), out.size(1), a.size(0)) &&
       torch_is_faster<Kind::outer>(a)) {
     const std::vector<int64_t> starts = stretches(rows, out.size(1) * static_cast<int64_t>(a.element_size()));
     if (!starts.empty()) {
-      torch_outer_of(a, rows, starts, out);
-      if (sum.has_value()) own_outer(a, rows, view(out, {a.size(1), 0}, {1, 1}, 0), sum);
+      torch_outer_of(a, rows, starts, out, add);
+      if (sum.has_value()) own_outer(a, rows, view(out, {a.size(1), 0}, {1, 1}, 0), sum, add);
       return;
     }
   }
-  own_outer(a, rows, out, sum);
+  own_outer(a, rows, out, sum, add);
 }
 
 }  // namespace rnnkit

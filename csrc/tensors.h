@@ -141,8 +141,9 @@ class RowsTimes {
 };
 
 // out [M, N] += sum over k of a[k]^T row[k], with a [K, M] and rows of N elements (null: zeros); `sum` [M],
-// where there is one, += the sum over k of a[k]. `out` and `sum` are in the compute type.
+// where there is one, += the sum over k of a[k]. `out` and `sum` are in the compute type; where not `add`
+// they are written, whatever stands there.
 void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
-           const OptionalTensor& sum);
+           const OptionalTensor& sum, bool add);
 
 }  // namespace rnnkit

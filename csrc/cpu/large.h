@@ -66,7 +66,7 @@ constexpr int outer_vectors = 3;
 
 template <class A, int vectors>
 void outer_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restrict out, int64_t ldo,
-                int rows, int last) {
+                int rows, int last, bool add) {
   using V = typename Vector<A>::Value;
   constexpr int L = lanes<A>;
   V sum[outer_rows][vectors] = {};
@@ -88,7 +88,7 @@ void outer_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __re
     for (int v = 0; v < vectors; ++v) {
       A* to = out + r * ldo + v * L;
       const int n = v + 1 < vectors ? L : last;
-      store(to, load(to, n) + sum[r][v], n);
+      store(to, add ? load(to, n) + sum[r][v] : sum[r][v], n);
     }
   }
 }
@@ -125,13 +125,14 @@ class OuterOf {
       const int64_t n = std::min(columns, q_.N - j0);
       const int vectors = static_cast<int>(ceil_div(n, L)),
                 panels = (vectors + outer_vectors - 1) / outer_vectors;
-      for (int64_t k0 = 0; k0 < q_.K; k0 += block) {
+      for (int64_t k0 = 0; k0 == 0 || k0 < q_.K; k0 += block) {
+        const bool add = q_.add || k0 > 0;
         const int64_t K = std::min(block, q_.K - k0);
         pack_b(k0, K, j0, n, vectors, panels, b.data);
         for (int64_t m = m0; m < m1; m += outer_rows) {
           const int here = static_cast<int>(std::min<int64_t>(outer_rows, m1 - m));
           const bool sums = j0 == 0 && q_.sum != nullptr;
-          pack_a(k0, K, m, here, a.data, sums ? static_cast<A*>(q_.sum) + m : nullptr);
+          pack_a(k0, K, m, here, a.data, sums ? static_cast<A*>(q_.sum) + m : nullptr, add);
           const A* from = b.data;
           for (int p = 0, u = 0; p < panels; ++p) {
             const int in_panel = (vectors - u) / (panels - p);
@@ -140,13 +141,13 @@ class OuterOf {
                 static_cast<int>(std::min<int64_t>(L, n - static_cast<int64_t>(u + in_panel - 1) * L));
             switch (in_panel) {
               case 1:
-                outer_tile<A, 1>(a.data, from, K, to, q_.ldo, here, last);
+                outer_tile<A, 1>(a.data, from, K, to, q_.ldo, here, last, add);
                 break;
               case 2:
-                outer_tile<A, 2>(a.data, from, K, to, q_.ldo, here, last);
+                outer_tile<A, 2>(a.data, from, K, to, q_.ldo, here, last, add);
                 break;
               default:
-                outer_tile<A, 3>(a.data, from, K, to, q_.ldo, here, last);
+                outer_tile<A, 3>(a.data, from, K, to, q_.ldo, here, last, add);
             }
             from += K * in_panel * L;
             u += in_panel;
@@ -173,7 +174,7 @@ class OuterOf {
   }
 
   // [K, outer_rows] of the columns from m on, zeros beyond `valid`; their sums, where wanted.
-  void pack_a(int64_t k0, int64_t K, int64_t m, int valid, A* to, A* sum) const {
+  void pack_a(int64_t k0, int64_t K, int64_t m, int valid, A* to, A* sum, bool add) const {
     const S* from = static_cast<const S*>(q_.a) + k0 * q_.lda + m;
     A total[outer_rows] = {};
     for (int64_t k = 0; k < K; ++k, from += q_.lda, to += outer_rows) {
@@ -185,7 +186,7 @@ class OuterOf {
       for (int r = 0; r < outer_rows; ++r) total[r] += to[r];
     }
     if (sum == nullptr) return;
-    for (int r = 0; r < valid; ++r) sum[r] += total[r];
+    for (int r = 0; r < valid; ++r) sum[r] = add ? sum[r] + total[r] : total[r];
   }
 
   const Outer q_;

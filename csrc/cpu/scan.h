@@ -161,9 +161,11 @@ class Product {
                    const Workers& workers) const = 0;
 };
 
-// out [M, N] += sum over k of a[k]^T row[k], for a weight's gradient; sums are made in the order of k.
+// out [M, N] += sum over k of a[k]^T row[k], for a weight's gradient; sums are made in the order of k. Where
+// not `add`, out and sum are written, whatever stands there.
 struct Outer {
   Dtype dtype;
+  bool add;
   int64_t M, N, K;
   const void* a;  // S [K, M], rows lda apart
   int64_t lda;
