@@ -117,8 +117,10 @@ Rows before(const LayerInputs& in, const Scanned& s, const Tensor& y, const std:
 }
 
 // Steps whose pre-activations' gradients are held at a time: rows enough for a weight's gradient to be summed
-// at its rate, but no more than an eighth of all (or 16).
+// at its rate, but no more than an eighth of all (or 16). All at once where they take no more memory than
+// W_hh, whose packed panels are gone before W_ih is packed.
 int64_t steps_at_a_time(const LayerInputs& in) {
+  if (in.T * in.B <= in.N) return in.T;
   const int64_t rows = std::clamp<int64_t>(in.T * in.B / 8, 16, 512);
   return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));
 }
@@ -138,7 +140,6 @@ class Products {
       // without units no product writes it
       dx = in.H > 0 ? empty({in.T, in.B, in.I}, in.x.scalar_type())
                     : zeros({in.T, in.B, in.I}, in.x.scalar_type());
-      times_w_ih_.emplace(in.w_ih, true, in.T * in.B, in.T * in.B > 16);
     }
     if (wanted(3)) {
       dw_ih = sum({width_, in.I});
@@ -153,6 +154,8 @@ class Products {
   void add(const Scanned& s) {
     const Tensor d = matrix(s.dgx, 0, width_);
     if (dx.has_value()) {
+      const int64_t rows = in_.T * in_.B;
+      if (!times_w_ih_) times_w_ih_.emplace(in_.w_ih, true, rows, rows > 16);
       Tensor part = view(*dx, {s.n * in_.B, in_.I}, {in_.I, 1}, s.t0 * in_.B * in_.I);
       times_w_ih_->run(d, part);
     }
@@ -351,7 +354,7 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
     const auto from = [&](const OptionalTensor& v, int64_t offset) -> const void* {
       return v.has_value() ? static_cast<const char*>(v->const_data_ptr()) + offset : nullptr;
     };
-    const std::unique_ptr<BackwardScan> scan = engine().backward(q);
+    std::unique_ptr<BackwardScan> scan = engine().backward(q);
     for (int64_t done = 0; done < in.T;) {
       const int64_t n = std::min(most, in.T - done);
       BackwardRange here = range;
@@ -367,6 +370,7 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
         if (!v.has_value()) return std::nullopt;
         return view(*v, {n, in.B, v->size(2)}, {in.B * v->size(2), v->size(2), 1}, 0);
       };
+      if (done + n == in.T) scan.reset();  // and its panels
       products.add({here.t0, n, *first(s.dgx), first(s.dgn), first(s.dp), first(s.inner)});
       done += n;
     }

@@ -97,8 +97,10 @@ class Carried {
 };
 
 // Steps that are projected and scanned at a time: few enough that they stay in the second-level cache beside
-// weights.
+// weights. All at once where they take much less memory than W_hh, which is packed when W_ih's panels are
+// gone.
 int64_t steps_at_a_time(const LayerInputs& in) {
+  if (in.T * in.B <= in.N / 4) return in.T;
   const int64_t bytes = std::max<int64_t>(1, in.G * in.H * 4);
   const int64_t rows = std::clamp<int64_t>((int64_t{256} << 10) / bytes, 48, 512);
   return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));
@@ -117,9 +119,10 @@ char* at(void* base, int64_t elements, int64_t bytes) { return static_cast<char*
 // Projects x and scans, some steps at a time.
 template <class RangeOf>
 void in_chunks(const LayerInputs& in, int64_t chunk, const OptionalTensor& gates, int64_t saved,
-               const RangeOf& range_of, ForwardScan& scan) {
+               const RangeOf& range_of, const Forward& problem) {
   const int64_t width = in.G * in.H;
-  const Projection projection(in);
+  std::optional<Projection> projection(in);
+  std::unique_ptr<ForwardScan> scan;
   const int64_t most = std::min(in.T, chunk > 0 ? chunk : steps_at_a_time(in));
   const bool in_place = saved && !is_half(in.dtype);
   const int64_t stride = in_place ? saved * in.H : width;
@@ -129,11 +132,13 @@ void in_chunks(const LayerInputs& in, int64_t chunk, const OptionalTensor& gates
     const int64_t n = std::min(most, in.T - done);
     const int64_t t0 = in.reverse ? in.T - done - n : done;
     const Tensor gx =
-        projection.run(t0, n, in_place ? *gates : *buffer, stride, in_place ? t0 * in.B * stride : 0);
+        projection->run(t0, n, in_place ? *gates : *buffer, stride, in_place ? t0 * in.B * stride : 0);
     Range range = range_of(t0, n);
     range.gx = gx.const_data_ptr();
     range.gx_stride = stride;
-    scan.run(range);
+    if (done + n == in.T) projection.reset();
+    if (scan == nullptr) scan = engine().forward(problem, in.T);
+    scan->run(range);
     done += n;
   }
 }
@@ -160,7 +165,6 @@ std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, in
     Forward problem{in.layer(), pointer(in.b_ih),           pointer(in.b_hh),
                     h.data(),   lstm ? c->data() : nullptr, inside ? in.w_ih.const_data_ptr() : nullptr,
                     in.I};
-    const std::unique_ptr<ForwardScan> scan = engine().forward(problem, in.T);
     const int64_t bytes = bytes_of(in.dtype), wide_bytes = in.dtype == Dtype::f64 ? 8 : 4;
     const auto range_of = [&](int64_t t0, int64_t n) {
       Range range{};
@@ -178,9 +182,9 @@ std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, in
       Range range = range_of(0, in.T);
       range.x = in.x.const_data_ptr();
       range.x_step = in.x.stride(0), range.x_row = in.x.stride(1);
-      scan->run(range);
+      engine().forward(problem, in.T)->run(range);
     } else {
-      in_chunks(in, chunk, gates, saved, range_of, *scan);
+      in_chunks(in, chunk, gates, saved, range_of, problem);
     }
   }
   std::vector<Tensor> out{y, h.result(type)};
