@@ -132,7 +132,7 @@ class Triton(KernelBackend):
 
         sides = ("forward", "backward")[: 1 + problem.train]
         chip = table.OLDEST if interpreted() else capability()
-        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip)
+        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip, problem.batch)
         plans = [_planned(problem.cell, side, *facts) for side in sides]
         if len({(plan.regime, plan.reason) for plan in plans}) == 1:
             return f"{plans[0].regime}: {plans[0].reason}"
@@ -177,15 +177,15 @@ def _plan(cell: Cell, side: str, t: Tensors) -> Plan:
     hidden = t.w_hh.shape[0] // cell.gates
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
     chip = table.OLDEST if interpreted() else capability(t.x.device.index)
-    return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip)
+    return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip, t.x.shape[1])
 
 
-def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, chip: int) -> Plan:
+def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, chip: int, rows: int) -> Plan:
     from ..kernels import table
 
     if STEPWISE:
-        return table.step(operands, "RNNKIT_TRITON_REGIME=step asks for it")
-    return table.plan(cell, side, hidden, proj, operands, chip)
+        return table.stepwise(cell, side, hidden, proj, operands, rows, "RNNKIT_TRITON_REGIME=step asks for it")
+    return table.plan(cell, side, hidden, proj, operands, chip, rows)
 
 
 def _regime(plan: Plan) -> Any:
