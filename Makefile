@@ -50,7 +50,7 @@ gpu-check: ## every backend on this machine's GPU: right, then fast; GPU_CHECK=-
 	fi
 	$(PYTHON) -m rnnkit gpu-check $(GPU_CHECK)
 
-triton-compile: .venv/installed other-triton ## every Triton kernel for every chip by two Tritons, without a GPU; writes the record (minutes)
+triton-compile: .venv/installed other-triton ## every Triton kernel for every chip, by two Tritons, without a GPU
 	$(BIN)/python -m rnnkit.benchmarks.compile_table
 
 # COMPILE="--part 1/8": an eighth of it, checked and not written.

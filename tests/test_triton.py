@@ -276,7 +276,7 @@ def test_one_compilation_serves_both_directions(cell: str, proj: int, regime: st
     for launches in scan(cell, regime, 2, proj=proj, reverse=True):
         for kernel, _, arguments in launches:
             if "reverse" in arguments:
-                assert arguments["reverse"] == 1 and isinstance(arguments["reverse"], int)
+                assert arguments["reverse"] == 1 and type(arguments["reverse"]) is int
                 assert "reverse" in {p.name for p in kernel.params if p.do_not_specialize and not p.is_constexpr}
 
 
