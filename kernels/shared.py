@@ -104,9 +104,9 @@ def rows(BLOCK_B: tl.constexpr):
 
 @triton.jit
 def place(k, n, reverse):
-    """Where in time the k-th step stands."""
+    """Where in time the k-th step stands. A sum, since a choice between two made ptxas keep both and spill."""
     j = tl.full((), 0, tl.int64) + k
-    return tl.where(reverse != 0, n - 1 - j, j)
+    return j + reverse * (n - 1 - 2 * j)
 
 
 @triton.jit
