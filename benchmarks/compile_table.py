@@ -346,7 +346,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(text, file=sys.stderr)
     if not wrong and options.part == (1, 1):
         write(options.to, merged(read(options.to), lines))
-        print(f"{options.to}: {len(set(lines))} kernels compiled by Triton {triton.__version__}, none spills")
+        count = len({line.name for line in lines})
+        print(f"{options.to}: {count} kernels compiled by Triton {triton.__version__}, none spills")
     return 1 if wrong else 0
 
 

@@ -160,9 +160,8 @@ PERSISTENT: tuple[Row, ...] = (
     Row("lstm_proj", "backward", 32, 32, "half", EVERY, 4, 15360),
     Row("lstm_proj", "backward", 32, 32, "tf32", EVERY, 4, 30720),
     Row("lstm_proj", "backward", 32, 32, "ieee", EVERY, 8, 30720),
-    Row("lstm_proj", "backward", 64, 32, "half", EVERY, 4, 30720),
-    Row("lstm_proj", "backward", 64, 32, "tf32", EVERY, 4, 61440),
-    Row("lstm_proj", "backward", 64, 32, "ieee", ("gfx942",), 4, 8192),
+    Row("lstm_proj", "backward", 64, 32, "half", NVIDIA, 4, 30720),
+    Row("lstm_proj", "backward", 64, 32, "tf32", NVIDIA, 4, 61440),
     Row("lstm_proj", "backward", 64, 64, "half", EVERY, 4, 51200),
     Row("lstm_proj", "backward", 64, 64, "tf32", NVIDIA, 8, 102400),
     Row("lstm_proj", "backward", 64, 64, "ieee", ("gfx942",), 4, 16384),
@@ -171,7 +170,6 @@ PERSISTENT: tuple[Row, ...] = (
     Row("lstm_proj", "backward", 128, 32, "ieee", ("sm_80", "sm_90"), 16, 114688),
     Row("lstm_proj", "backward", 128, 64, "half", NVIDIA, 8, 102400),
     Row("lstm_proj", "backward", 128, 64, "tf32", ("sm_90", "sm_100"), 8, 204800),
-    Row("lstm_proj", "backward", 128, 128, "half", ("sm_90",), 8, 184320),
     Row("gru", "forward", 32, 32, "half", EVERY, 4, 2048),
     Row("gru", "forward", 32, 32, "tf32", EVERY, 4, 16384),
     Row("gru", "forward", 32, 32, "ieee", EVERY, 4, 14336),
@@ -255,8 +253,8 @@ def stepwise(cell: str, side: str, hidden: int, proj: int, kind: str, rows: int,
 
 
 def step(some: Tile, kind: str, reason: str) -> Plan:
-    """The plan of a tile."""
-    block_k, stages = 64 if kind == "half" else 32, 1 if kind == "ieee" else 3
+    """The plan of a tile. 128 rows of 64 terms, twice in float32, would be all that gfx942 has."""
+    block_k, stages = 64 if kind == "half" and some.rows < 128 else 32, 1 if kind == "ieee" else 3
     return Plan("step", some.rows, some.units, block_k, some.warps, stages, 255, precision(kind), reason)
 
 
