@@ -53,7 +53,7 @@ gpu-check: ## every backend on this machine's GPU: right, then fast; GPU_CHECK=-
 triton-compile: .venv/installed other-triton ## every Triton kernel for every chip, by two Tritons, without a GPU
 	$(BIN)/python -m rnnkit.benchmarks.compile_table
 
-# COMPILE="--part 1/8": an eighth of it, checked and not written.
+# COMPILE="--part 1/9": a ninth of it, checked and not written.
 other-triton: build/triton-$(OTHER_TRITON) ## the same by the other Triton alone
 	PYTHONPATH=$< $(BIN)/python -m rnnkit.benchmarks.compile_table $(COMPILE)
 
