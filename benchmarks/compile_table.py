@@ -3,9 +3,10 @@
     python -m rnnkit.benchmarks.compile_table [--part K/N] [--workers N] [--to FILE]     checks, writes the whole
     python -m rnnkit.benchmarks.compile_table --search KERNEL      finds the rows of kernels/table.py for one kernel
 
-Every row of kernels/table.py is compiled for each of its chips, and the step regime's kernels for all of them, by the
-launches that a scan makes, with everything on: lengths, resets, states at a reset, all gradients. A row of the result
-holds registers a thread, shared memory a block and what spilled (NVIDIA: bytes of stack a thread; AMD: registers).
+Every row of kernels/table.py is compiled for each of its chips, and the step regime's kernels in each of its tiles for
+all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset, all gradients.
+A row of the result holds registers a thread, shared memory a block and what spilled (NVIDIA: bytes of stack a thread;
+AMD: registers), by the Triton that compiled it: a run replaces its own version's rows and keeps the others'.
 Exit code 1 where a kernel spills, needs more shared memory than its chip has, or does not compile.
 """
 
@@ -13,16 +14,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -31,12 +33,15 @@ from rnnkit.backends.problem import Outputs, Tensors
 from rnnkit.cells import CELLS
 from rnnkit.kernels import table
 
+from .cases import BadInput
 from .rows import COMPILED
 
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
          torch.int32: "*i32", torch.bool: "*i1"}  # fmt: skip
+PRODUCTS = ("product.product", "product.product_back")
+Pairs = tuple[tuple[str, Any], ...]
 STEP_SIZES = (100, 40)  # H, and P where there is a projection; a step's kernels are the same for any size
 
 
@@ -44,6 +49,7 @@ class Job(NamedTuple):
     """One scan to compile for one chip."""
 
     kernel: str
+    cell: str
     side: str
     dtype: str
     kind: str
@@ -53,11 +59,13 @@ class Job(NamedTuple):
     plan: table.Plan
 
 
-class Line(NamedTuple):
-    """One compiled kernel: a row of the result."""
+class Name(NamedTuple):
+    """One compiled kernel. What every cell's scan may launch, a product of the step regime, names no scan."""
 
+    triton: str
     regime: str
     kernel: str
+    cell: str
     side: str
     function: str
     hidden: int
@@ -66,20 +74,39 @@ class Line(NamedTuple):
     kind: str
     chip: str
     block_b: int
+    block_n: int
+    """Rows and units of its tile."""
     warps: int
     stages: int
+
+
+class Usage(NamedTuple):
+    """What it takes."""
+
     registers: int
     spilled: int
     shared: int
-    limit: int
+
+
+class Line(NamedTuple):
+    """A row of the result."""
+
+    name: Name
+    usage: Usage
+
+    @property
+    def limit(self) -> int:
+        """Bytes of shared memory. A step's kernel is also what chips with little of it run, a row need not be."""
+        some = self.name.regime == "step" and not self.name.chip.startswith("gfx")
+        return table.SMALL_SHARED if some else table.SHARED[self.name.chip]
 
     @property
     def wrong(self) -> str | None:
         """What speaks against it; None where it fits."""
-        if self.spilled:
-            return f"spills {self.spilled}"
-        if self.shared > self.limit:
-            return f"takes {self.shared} bytes of shared memory, the chip has {self.limit}"
+        if self.usage.spilled:
+            return f"spills {self.usage.spilled}"
+        if self.usage.shared > self.limit:
+            return f"takes {self.usage.shared} bytes of shared memory, the chip has {self.limit}"
         return None
 
 
@@ -89,19 +116,34 @@ def jobs() -> Iterator[Job]:
         for chip in row.chips:
             yield from _of(row, chip)
     for kernel in table.KERNELS:
-        for side in table.SIDES:
-            for kind, dtypes in DTYPES.items():
-                for dtype in dtypes:
-                    for chip in table.CHIPS:
-                        hidden, proj = STEP_SIZES[0], STEP_SIZES[1] if kernel == "lstm_proj" else 0
-                        yield Job(kernel, side, dtype, kind, chip, hidden, proj, table.step(kind, ""))
+        hidden, proj = STEP_SIZES[0], STEP_SIZES[1] if kernel == "lstm_proj" else 0
+        for some in table.STEP:
+            for cell in table.CELLS_OF[kernel]:
+                for side in table.SIDES:
+                    for kind, dtypes in DTYPES.items():
+                        plan = table.step(some, kind, "")
+                        for dtype in dtypes:
+                            for chip in table.CHIPS:
+                                yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, plan)
 
 
-def launches(job: Job) -> list[tuple[Any, dict[str, Any]]]:
-    """The kernels that the scan starts, with their arguments, each kind once. Tensors are on `meta`."""
+class Launch(NamedTuple):
+    """A kernel as a scan starts it."""
+
+    kernel: Any
+    plan: table.Plan
+    arguments: dict[str, Any]
+
+    @property
+    def function(self) -> str:
+        return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
+
+
+def launches(job: Job) -> list[Launch]:
+    """The kernels that the scan starts, each kind once. Tensors are on `meta`."""
     from rnnkit.kernels import persistent, step
 
-    cell = CELLS[table.CELL_OF[job.kernel]]
+    cell = CELLS[job.cell]
     steps, batch, hidden, size = 2, 3, job.hidden, job.proj or job.hidden
 
     def some(*sizes: int, dtype: torch.dtype = TORCH[job.dtype]) -> Tensor:
@@ -122,13 +164,10 @@ def launches(job: Job) -> list[tuple[Any, dict[str, Any]]]:
         c_r=some(batch, hidden) if cell.has_c else None,
     )
     b_hn = some(hidden) if cell.reset_after else None
-    seen: dict[str, tuple[Any, dict[str, Any]]] = {}
+    seen: dict[str, Launch] = {}
 
     def see(kernel: Any, grid: tuple[int, ...], plan: table.Plan, **arguments: Any) -> None:
-        seen[f"{kernel.__name__} {arguments.get('RELU')} {[signature(v) for v in arguments.values()]}"] = (
-            kernel,
-            arguments,
-        )
+        seen[f"{kernel.__name__} {[signature(v) for v in arguments.values()]}"] = Launch(kernel, plan, arguments)
 
     regime: Any = persistent if job.plan.regime == "persistent" else step
     gx = some(steps, batch, cell.gates * hidden)
@@ -146,38 +185,56 @@ def signature(value: Any) -> str:
     return TYPES[value.dtype] if isinstance(value, Tensor) else "constexpr" if value is None else "i32"
 
 
+def named(job: Job, launch: Launch, triton: str) -> Name:
+    """What the result calls a launch that Triton of this version compiles."""
+    shape, plan = launch.arguments, launch.plan
+    scan = (job.kernel, job.cell, job.side, launch.function, job.hidden, job.proj)
+    if launch.function in PRODUCTS:
+        scan = ("", "", "", launch.function, 0, 0)
+    tile = (shape["BLOCK_B"], shape.get("BLOCK_H") or shape["BLOCK_N"], plan.warps, plan.stages)
+    return Name(triton, job.plan.regime, *scan, job.dtype, job.kind, job.chip, *tile)
+
+
 def build(job: Job) -> list[Line] | str:
     """Compile the kernels of a job; what went wrong where one does not compile."""
+    import triton
+
+    from rnnkit.kernels.launch import options
+
+    lines = []
+    for launch in launches(job):
+        kernel, arguments = launch.kernel, launch.arguments
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
+        types = {name: "constexpr" if name in fixed else signature(arguments[name]) for name in kernel.arg_names}
+        constants = {name: arguments[name] for name, kind in types.items() if kind == "constexpr"}
+        asked = options(launch.plan, amd=job.chip.startswith("gfx"))
+        try:
+            usage = _usage(kernel, job.chip, *(tuple(some.items()) for some in (types, constants, asked)))
+        except Exception as error:  # whatever the compiler raises is a finding
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        lines.append(Line(named(job, launch, triton.__version__), usage))
+    return lines
+
+
+@functools.cache
+def _usage(kernel: Any, chip: str, types: Pairs, constants: Pairs, options: Pairs) -> Usage:
+    """Compile a kernel; several scans share one."""
     from triton import compile as triton_compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rnnkit.kernels import launch
-
-    amd = job.chip.startswith("gfx")
-    target = GPUTarget("hip", job.chip, 64) if amd else GPUTarget("cuda", int(job.chip[3:]), 32)
-    lines = []
-    for kernel, arguments in launches(job):
-        fixed = {p.name for p in kernel.params if p.is_constexpr}
-        types = {name: "constexpr" if name in fixed else signature(arguments[name]) for name in kernel.arg_names}
-        places = list(enumerate(kernel.arg_names))
-        source = ASTSource(
-            fn=kernel,
-            signature=types,
-            constexprs={(k,): arguments[name] for k, name in places if types[name] == "constexpr"},
-            attrs={(k,): [["tt.divisibility", 16]] for k, name in places if types[name].startswith("*")},
-        )
-        try:
-            compiled = triton_compile(source, target=target, options=launch.options(job.plan, amd=amd))
-        except Exception as error:  # whatever the compiler raises is a finding
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        registers, spilled = amd_usage(compiled.asm["amdgcn"]) if amd else nvidia_usage(compiled.asm["cubin"])
-        function = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
-        shared, limit = compiled.metadata.shared, table.SHARED[job.chip]
-        what = (job.plan.regime, job.kernel, job.side, function, job.hidden, job.proj, job.dtype, job.kind, job.chip)
-        tiles = (job.plan.block_b, job.plan.warps, job.plan.stages)
-        lines.append(Line(*what, *tiles, registers, spilled, shared, limit))
-    return lines
+    amd = chip.startswith("gfx")
+    place = {name: k for k, (name, _) in enumerate(types)}
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(types),
+        constexprs={(place[name],): value for name, value in constants},
+        attrs={(place[name],): [["tt.divisibility", 16]] for name, kind in types if kind.startswith("*")},
+    )
+    target = GPUTarget("hip", chip, 64) if amd else GPUTarget("cuda", int(chip[3:]), 32)
+    compiled = triton_compile(source, target=target, options=dict(options))
+    found = amd_usage(compiled.asm["amdgcn"]) if amd else nvidia_usage(compiled.asm["cubin"])
+    return Usage(*found, compiled.metadata.shared)
 
 
 def nvidia_usage(cubin: bytes) -> tuple[int, int]:
@@ -212,7 +269,7 @@ def search(kernel: str) -> Iterator[table.Row]:
         for hidden in table.TILES:
             for size in [s for s in table.TILES if s <= hidden] if kernel == "lstm_proj" else [hidden]:
                 for kind in DTYPES:
-                    weights = CELLS[table.CELL_OF[kernel]].gates * hidden * size * (2 if kind == "half" else 4)
+                    weights = CELLS[table.CELLS_OF[kernel][0]].gates * hidden * size * (2 if kind == "half" else 4)
                     if weights > max(table.SHARED.values()):
                         continue
                     best: table.Row | None = None
@@ -232,7 +289,7 @@ def _tried(row: table.Row) -> table.Row:
         found = [build(job) for job in _of(row, chip)]
         lines = [line for some in found if not isinstance(some, str) for line in some]
         if not any(isinstance(some, str) for some in found) and not any(line.wrong for line in lines):
-            shared = max(row.shared, *(line.shared for line in lines))
+            shared = max(row.shared, *(line.usage.shared for line in lines))
             row = row._replace(chips=(*row.chips, chip), shared=shared)
     return row
 
@@ -240,7 +297,8 @@ def _tried(row: table.Row) -> table.Row:
 def _of(row: table.Row, chip: str) -> list[Job]:
     proj = row.size - 1 if row.kernel == "lstm_proj" else 0
     plan = table.persistent(row, "")
-    return [Job(row.kernel, row.side, d, row.kind, chip, row.hidden, proj, plan) for d in DTYPES[row.kind]]
+    which = [(cell, dtype) for cell in table.CELLS_OF[row.kernel] for dtype in DTYPES[row.kind]]
+    return [Job(row.kernel, cell, row.side, dtype, row.kind, chip, row.hidden, proj, plan) for cell, dtype in which]
 
 
 def part(text: str) -> tuple[int, int]:
@@ -275,29 +333,61 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     with ProcessPoolExecutor(options.workers) as pool:
         for done, (job, found) in enumerate(zip(mine, pool.map(build, mine), strict=True), 1):
-            name = f"{job.plan.regime} {job.kernel} {job.side} H={job.hidden} {job.dtype} {job.kind} {job.chip}"
+            size = f"H={job.hidden} P={job.proj}" if job.proj else f"H={job.hidden}"
+            name = f"{job.plan.regime} {job.cell} {job.side} {size} {job.dtype} {job.kind} {job.chip}"
             if isinstance(found, str):
                 wrong.append(f"{name}: {found}")
             else:
                 lines += found
-                wrong += [f"{name}, {line.function}: {line.wrong}" for line in found if line.wrong]
+                wrong += [f"{name}, {line.name.function}: {line.wrong}" for line in found if line.wrong]
             if done % 25 == 0 or done == len(mine):
                 print(f"{done} of {len(mine)} scans, {time.monotonic() - start:.0f} s, the last {name}", flush=True)
     for text in wrong:
         print(text, file=sys.stderr)
     if not wrong and options.part == (1, 1):
-        write(options.to, lines)
-        print(f"{options.to}: {len(lines)} kernels compiled by Triton {triton.__version__}, none spills")
+        write(options.to, merged(read(options.to), lines))
+        count = len({line.name for line in lines})
+        print(f"{options.to}: {count} kernels compiled by Triton {triton.__version__}, none spills")
     return 1 if wrong else 0
 
 
-def write(path: Path, lines: list[Line]) -> None:
-    """The result, each kernel once: several scans share a product."""
+COLUMNS = (*Name._fields, *Usage._fields, "limit")
+
+
+def merged(before: Iterable[Line], lines: Iterable[Line]) -> list[Line]:
+    """What other Tritons said before, and `lines`: of several that bear one name the one of most registers."""
+    found: dict[Name, Line] = {}
+    for line in lines:
+        if line.name not in found or line.usage > found[line.name].usage:
+            found[line.name] = line
+    mine = {name.triton for name in found}
+    return [*(line for line in before if line.name.triton not in mine), *found.values()]
+
+
+def write(path: Path, lines: Iterable[Line]) -> None:
+    """The result, older Tritons first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Line._fields)
-        writer.writerows(dict.fromkeys(lines))
+        writer.writerow(COLUMNS)
+        ordered = sorted(lines, key=lambda line: [int(v) for v in re.findall(r"\d+", line.name.triton)])
+        writer.writerows((*line.name, *line.usage, line.limit) for line in ordered)
+
+
+def read(path: Path) -> list[Line]:
+    """What a result says; nothing where there is none yet. Raises BadInput where a file is none of ours."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != COLUMNS:
+            raise BadInput(f"{path} has the columns {rows.fieldnames}, expected {', '.join(COLUMNS)}; remove it")
+
+        def part_of(kind: Any, row: dict[str, str]) -> Any:
+            types = get_type_hints(kind)
+            return kind(**{name: types[name](row[name]) for name in kind._fields})
+
+        return [Line(part_of(Name, row), part_of(Usage, row)) for row in rows]
 
 
 if __name__ == "__main__":

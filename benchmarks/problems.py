@@ -204,7 +204,7 @@ def persistent(capability: int) -> Iterator[Problem]:
         dtype, tf32 = kinds[kind]
         proj = min(size, hidden - 1)  # torch has no P that is H
         variant = Variant((4, 33, 5, hidden), both=True, all_states=True, proj=proj, **MASKED)
-        name = kernel if kernel in KINDS else table.CELL_OF[kernel]
+        name = kernel if kernel in KINDS else table.CELLS_OF[kernel][0]
         yield Problem(name, variant, dtype, tf32=tf32, fused=True)
 
 

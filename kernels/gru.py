@@ -104,10 +104,9 @@ def load_bias(b_hn, unit, inside):
     return v
 
 
-@triton.jit(do_not_specialize=["n", "t0", "total"])
-def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, total, B, AFTER: tl.constexpr,
-            H: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
-            BLOCK_H: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["n", "t0", "total", "reverse"])
+def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, total, reverse, B, AFTER: tl.constexpr,
+            H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     SAVED: tl.constexpr = 4 * H if AFTER else 3 * H
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
     inside = unit < H
@@ -117,13 +116,13 @@ def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, tota
     bias = load_bias(b_hn, unit, inside)
     h = load(h_0, row, unit, H, valid)
     for k in tl.range(0, n):
-        j = place(k, n, REVERSE)
+        j = place(k, n, reverse)
         at = j * B + row
         t = t0 + j
         live = (t < length)[:, None] & inside[None, :]
         xr, xz, xn = load3(gx, at, unit, H, 3 * H, live)
         if reset is not None:
-            h = replaced(h, h_r, is_cut(reset, t, row, length, B, REVERSE), row, unit, H, inside)
+            h = replaced(h, h_r, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
         zero = nothing(h, BLOCK_H)
         ar, az = xr + dot(h, wr, zero, PRECISION), xz + dot(h, wz, zero, PRECISION)
         if AFTER:
@@ -140,9 +139,9 @@ def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, tota
     store(h_n, row, unit, H, valid, h)
 
 
-@triton.jit(do_not_specialize=["n"])
-def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0, dh_r, n, B, AFTER: tl.constexpr,
-             H: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
+@triton.jit(do_not_specialize=["n", "reverse"])
+def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0, dh_r, n, reverse, B,
+             AFTER: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
              BLOCK_H: tl.constexpr):  # fmt: skip
     """dgh is None where it is dgx."""
     SAVED: tl.constexpr = 4 * H if AFTER else 3 * H
@@ -154,11 +153,11 @@ def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0,
     dh = load(gh_n, row, unit, H, valid)
     to_r = tl.zeros_like(dh)
     for k in tl.range(0, n):
-        t = place(k, n, not REVERSE)
+        t = place(k, n, 1 - reverse)
         at = t * B + row
         live = (t < length)[:, None] & inside[None, :]
         r, z, c = load3(gates, at, unit, H, SAVED, live)
-        h = entered(y, h_0, h_r, reset, t, row, unit, H, length, B, inside, REVERSE)
+        h = entered(y, h_0, h_r, reset, t, row, unit, H, length, B, inside, reverse)
         d = tl.where(live, dh + load(gy, at, unit, H, live), 0.0)
         zero = nothing(d, BLOCK_H)
         if AFTER:
@@ -189,33 +188,32 @@ def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0,
             back = keep(back, idle)
         dh = tl.where(live, direct + back, dh)
         if reset is not None:
-            cut = is_cut(reset, t, row, length, B, REVERSE)[:, None]
+            cut = is_cut(reset, t, row, length, B, reverse)[:, None]
             to_r += tl.where(cut, dh, 0.0)
             dh = tl.where(cut, 0.0, dh)
     store(dh_0, row, unit, H, valid, dh)
     store(dh_r, row, unit, H, valid, to_r)
 
 
-@triton.jit(do_not_specialize=["k", "n"])
-def reset_step(gx, gh, h, rh, k, n, B, H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr,
-               BLOCK_H: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
+def reset_step(gx, gh, h, rh, k, n, reverse, B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
     """rh [B, H] = r ⊙ h of the original form, from the first blocks of gh [B, 3H]."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     valid = (row < B)[:, None] & (unit < H)[None, :]
-    ar = load(gx, place(k, n, REVERSE) * B + row, unit, 3 * H, valid) + load(gh, row, unit, 3 * H, valid)
+    ar = load(gx, place(k, n, reverse) * B + row, unit, 3 * H, valid) + load(gh, row, unit, 3 * H, valid)
     store(rh, row, unit, H, valid, sigmoid(ar) * load(h, row, unit, H, valid))
 
 
-@triton.jit(do_not_specialize=["k", "n", "t0", "total"])
-def forward_step(gx, gh, b_hn, h, lengths, reset, h_r, y, gates, k, n, t0, total, B, AFTER: tl.constexpr,
-                 H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse"])
+def forward_step(gx, gh, b_hn, h, lengths, reset, h_r, y, gates, k, n, t0, total, reverse, B, AFTER: tl.constexpr,
+                 H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """gh [B, 3H] = h W_hhᵀ, its n block (r ⊙ h) W_hnᵀ unless AFTER; h becomes the next step's."""
     SAVED: tl.constexpr = 4 * H if AFTER else 3 * H
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
     length = length_of(lengths, row, total, B)
-    j = place(k, n, REVERSE)
+    j = place(k, n, reverse)
     at = j * B + row
     live = (t0 + j < length)[:, None] & inside[None, :]
     xr, xz, xn = load3(gx, at, unit, H, 3 * H, live)
@@ -230,16 +228,16 @@ def forward_step(gx, gh, b_hn, h, lengths, reset, h_r, y, gates, k, n, t0, total
         new, z, c = before_step(xz + hz, xn + hn, before)
     store3(gates, at, unit, H, SAVED, valid, r, z, c)
     store(y, at, unit, H, valid, tl.where(live, new, 0.0))
-    carry(h, new, h_r, reset, k, n, t0 + j, row, unit, H, length, B, inside, REVERSE)
+    carry(h, new, h_r, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
 
 
-@triton.jit(do_not_specialize=["k", "n"])
-def candidate_back(gy, dh, gates, lengths, reset, dgx, k, n, B, H: tl.constexpr, REVERSE: tl.constexpr,
-                   BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
+def candidate_back(gy, dh, gates, lengths, reset, dgx, k, n, reverse, B, H: tl.constexpr, BLOCK_B: tl.constexpr,
+                   BLOCK_H: tl.constexpr):  # fmt: skip
     """The n block of dgx of the original form, for the product that makes drh of it."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     inside = unit < H
-    t = place(k, n, not REVERSE)
+    t = place(k, n, 1 - reverse)
     at = t * B + row
     lives = t < length_of(lengths, row, n, B)
     live = lives[:, None] & inside[None, :]
@@ -251,10 +249,9 @@ def candidate_back(gy, dh, gates, lengths, reset, dgx, k, n, B, H: tl.constexpr,
     store(dgx, at, unit + 2 * H, 3 * H, (row < B)[:, None] & inside[None, :], dn)
 
 
-@triton.jit(do_not_specialize=["k", "n"])
-def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_r, dgx, dgh, direct, idle, k, n, B,
-                  AFTER: tl.constexpr, H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr,
-                  BLOCK_H: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
+def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_r, dgx, dgh, direct, idle, k, n, reverse, B,
+                  AFTER: tl.constexpr, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """dgx and, AFTER, dgh at the step's time; direct [B, H], what reaches h beside the products. Unless AFTER, dgx has
     its n block and drh [B, H] is that block times W_hn."""
     SAVED: tl.constexpr = 4 * H if AFTER else 3 * H
@@ -262,12 +259,12 @@ def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_r, dgx, dgh, dir
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
     length = length_of(lengths, row, n, B)
-    t = place(k, n, not REVERSE)
+    t = place(k, n, 1 - reverse)
     at = t * B + row
     lives = t < length
     live = lives[:, None] & inside[None, :]
     r, z, c = load3(gates, at, unit, H, SAVED, live)
-    h = entered(y, h_0, h_r, reset, t, row, unit, H, length, B, inside, REVERSE)
+    h = entered(y, h_0, h_r, reset, t, row, unit, H, length, B, inside, reverse)
     d = load(dh, row, unit, H, live) + load(gy, at, unit, H, live)
     if AFTER:
         hn = load(gates, at, unit + 3 * H, SAVED, live)

@@ -113,7 +113,7 @@ def _file(cell: Cell) -> Any:
 def _shape(hidden: int, reverse: bool, plan: Plan) -> dict[str, Any]:
     return {
         "H": hidden,
-        "REVERSE": reverse,
+        "reverse": int(reverse),
         "PRECISION": plan.precision,
         "BLOCK_B": plan.block_b,
         "BLOCK_H": tile(hidden),

@@ -39,37 +39,37 @@ def product(a, a_width, w, out, out_width, along_k, along_unit, B, K, N, PRECISI
 
 
 @triton.jit
-def carry(state, new, by, reset, k, n, t, row, unit, width, length, B, inside, REVERSE: tl.constexpr):
+def carry(state, new, by, reset, k, n, t, row, unit, width, length, B, inside, reverse):
     """`state` from entering step t to entering the step after it, or to what is left at the end of the range."""
     mask = (row < B)[:, None] & inside[None, :]
     after = tl.where((t < length)[:, None], new, load(state, row, unit, width, mask))
     if reset is not None:
-        following = t - 1 if REVERSE else t + 1
-        at = is_cut(reset, following, row, length, B, REVERSE) & (k + 1 < n)
+        following = t + 1 - 2 * reverse
+        at = is_cut(reset, following, row, length, B, reverse) & (k + 1 < n)
         after = replaced(after, by, at, row, unit, width, inside)
     store(state, row, unit, width, mask, after)
 
 
-@triton.jit(do_not_specialize=["k", "n", "t0", "total"])
-def settle(new, h, lengths, reset, h_r, y, k, n, t0, total, B, N: tl.constexpr, REVERSE: tl.constexpr,
-           BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse"])
+def settle(new, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B, N: tl.constexpr, BLOCK_B: tl.constexpr,
+           BLOCK_N: tl.constexpr):  # fmt: skip
     """The projected state of a step, new [B, N], becomes its output and the state of the next."""
     row, unit = rows(BLOCK_B), units(BLOCK_N)
     length = length_of(lengths, row, total, B)
-    j = place(k, n, REVERSE)
+    j = place(k, n, reverse)
     inside = unit < N
     valid = (row < B)[:, None] & inside[None, :]
     value = load(new, row, unit, N, valid)
     store(y, j * B + row, unit, N, valid, tl.where((t0 + j < length)[:, None], value, 0.0))
-    carry(h, value, h_r, reset, k, n, t0 + j, row, unit, N, length, B, inside, REVERSE)
+    carry(h, value, h_r, reset, k, n, t0 + j, row, unit, N, length, B, inside, reverse)
 
 
-@triton.jit(do_not_specialize=["k", "n"])
-def arrive(gy, dh, lengths, arrived, dp, k, n, B, N: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr,
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
+def arrive(gy, dh, lengths, arrived, dp, k, n, reverse, B, N: tl.constexpr, BLOCK_B: tl.constexpr,
            BLOCK_N: tl.constexpr):  # fmt: skip
     """The whole gradient of a projected state, into `arrived` [B, N] fp32 and dp [n, B, N]; 0 beyond a length."""
     row, unit = rows(BLOCK_B), units(BLOCK_N)
-    j = place(k, n, not REVERSE)
+    j = place(k, n, 1 - reverse)
     live = j < length_of(lengths, row, n, B)
     valid = (row < B)[:, None] & (unit < N)[None, :]
     d = load(dh, row, unit, N, valid) + load(gy, j * B + row, unit, N, valid)
@@ -90,9 +90,9 @@ def is_idle_row(d, g, j, row, width, live, B, BLOCK: tl.constexpr):
     return busy == 0
 
 
-@triton.jit(do_not_specialize=["k", "n"])
-def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n, B, K, N: tl.constexpr,
-                 REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
+def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n, reverse, B, K, N: tl.constexpr,
+                 PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_K: tl.constexpr):  # fmt: skip
     """dh [B, N] of a step becomes that of the step before: direct + dgh W. A cut sends it to dh_r instead.
 
@@ -100,7 +100,7 @@ def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n
     """
     row, unit = rows(BLOCK_B), units(BLOCK_N)
     length = length_of(lengths, row, n, B)
-    j = place(k, n, not REVERSE)
+    j = place(k, n, 1 - reverse)
     inside = unit < N
     valid = (row < B)[:, None] & inside[None, :]
     acc = sums(dgh, j * B + row, dgh_width, w, N, 1, unit, row < B, K, N, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
@@ -109,7 +109,7 @@ def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n
         back = tl.where((tl.load(idle + row, mask=row < B, other=1) != 0)[:, None], 0.0, back)
     d = tl.where((j < length)[:, None], back, load(dh, row, unit, N, valid))
     if reset is not None:
-        at = is_cut(reset, j, row, length, B, REVERSE)[:, None]
+        at = is_cut(reset, j, row, length, B, reverse)[:, None]
         store(dh_r, row, unit, N, valid, load(dh_r, row, unit, N, valid) + tl.where(at, d, 0.0))
         d = tl.where(at, 0.0, d)
     store(dh, row, unit, N, valid, d)

@@ -40,9 +40,9 @@ def step_vjp(dh, h, RELU: tl.constexpr):
     return da
 
 
-@triton.jit(do_not_specialize=["n", "t0", "total"])
-def forward(gx, w_hh, h_0, lengths, reset, h_r, y, h_n, n, t0, total, B, RELU: tl.constexpr, H: tl.constexpr,
-            REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["n", "t0", "total", "reverse"])
+def forward(gx, w_hh, h_0, lengths, reset, h_r, y, h_n, n, t0, total, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
+            PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
@@ -50,21 +50,21 @@ def forward(gx, w_hh, h_0, lengths, reset, h_r, y, h_n, n, t0, total, B, RELU: t
     w = matrix(w_hh, unit, unit, 1, H, H, H)
     h = load(h_0, row, unit, H, valid)
     for k in tl.range(0, n):
-        j = place(k, n, REVERSE)
+        j = place(k, n, reverse)
         t = t0 + j
         live = (t < length)[:, None] & inside[None, :]
         x = load(gx, j * B + row, unit, H, live)
         if reset is not None:
-            h = replaced(h, h_r, is_cut(reset, t, row, length, B, REVERSE), row, unit, H, inside)
+            h = replaced(h, h_r, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
         new = step(x, dot(h, w, nothing(h, BLOCK_H), PRECISION), RELU)
         h = tl.where(live, new, h)
         store(y, j * B + row, unit, H, valid, tl.where(live, new, 0.0))
     store(h_n, row, unit, H, valid, h)
 
 
-@triton.jit(do_not_specialize=["n"])
-def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, B, RELU: tl.constexpr, H: tl.constexpr,
-             REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["n", "reverse"])
+def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
+             PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
@@ -73,7 +73,7 @@ def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, B, RELU: tl.
     dh = load(gh_n, row, unit, H, valid)
     to_r = tl.zeros_like(dh)
     for k in tl.range(0, n):
-        t = place(k, n, not REVERSE)
+        t = place(k, n, 1 - reverse)
         at = t * B + row
         live = (t < length)[:, None] & inside[None, :]
         d = tl.where(live, dh + load(gy, at, unit, H, live), 0.0)
@@ -85,35 +85,35 @@ def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, B, RELU: tl.
         store(dgx, at, unit, H, valid, da)
         dh = tl.where(live, back, dh)
         if reset is not None:
-            cut = is_cut(reset, t, row, length, B, REVERSE)[:, None]
+            cut = is_cut(reset, t, row, length, B, reverse)[:, None]
             to_r += tl.where(cut, dh, 0.0)
             dh = tl.where(cut, 0.0, dh)
     store(dh_0, row, unit, H, valid, dh)
     store(dh_r, row, unit, H, valid, to_r)
 
 
-@triton.jit(do_not_specialize=["k", "n", "t0", "total"])
-def forward_step(gx, gh, h, lengths, reset, h_r, y, k, n, t0, total, B, RELU: tl.constexpr, H: tl.constexpr,
-                 REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse"])
+def forward_step(gx, gh, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
+                 BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """gh [B, H] = h W_hhᵀ; h becomes the next step's."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
     length = length_of(lengths, row, total, B)
-    j = place(k, n, REVERSE)
+    j = place(k, n, reverse)
     live = (t0 + j < length)[:, None] & inside[None, :]
     new = step(load(gx, j * B + row, unit, H, live), load(gh, row, unit, H, live), RELU)
     store(y, j * B + row, unit, H, valid, tl.where(live, new, 0.0))
-    carry(h, new, h_r, reset, k, n, t0 + j, row, unit, H, length, B, inside, REVERSE)
+    carry(h, new, h_r, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
 
 
-@triton.jit(do_not_specialize=["k", "n"])
-def backward_step(gy, y, dh, lengths, reset, dgx, idle, k, n, B, RELU: tl.constexpr, H: tl.constexpr,
-                  REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
+def backward_step(gy, y, dh, lengths, reset, dgx, idle, k, n, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
+                  BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """dgx at the step's time, for the product that makes the next dh of it; idle [B] for that product."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     inside = unit < H
-    t = place(k, n, not REVERSE)
+    t = place(k, n, 1 - reverse)
     at = t * B + row
     lives = t < length_of(lengths, row, n, B)
     live = lives[:, None] & inside[None, :]

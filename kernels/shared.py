@@ -92,7 +92,8 @@ def nothing(a, BLOCK: tl.constexpr):
     return tl.zeros((a.shape[0], BLOCK), tl.float32)
 
 
-# Time: n steps from t0 on, of a sequence of `total`; k counts them in the order in which they are processed.
+# Time: n steps from t0 on, of a sequence of `total`; k counts them in the order in which they are processed. `reverse`
+# is 1 where that order goes backwards in time, else 0: a number at run time, so one compilation serves both.
 
 
 @triton.jit
@@ -102,10 +103,10 @@ def rows(BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def place(k, n, REVERSE: tl.constexpr):
-    """Where in time the k-th step stands."""
+def place(k, n, reverse):
+    """Where in time the k-th step stands. A sum, since a choice between two made ptxas keep both and spill."""
     j = tl.full((), 0, tl.int64) + k
-    return n - 1 - j if REVERSE else j
+    return j + reverse * (n - 1 - 2 * j)
 
 
 @triton.jit
@@ -119,9 +120,9 @@ def length_of(lengths, row, total, B):
 
 
 @triton.jit
-def is_cut(reset, t, row, length, B, REVERSE: tl.constexpr):
+def is_cut(reset, t, row, length, B, reverse):
     """Rows whose state is replaced before step t. Backwards a reset at t + 1 lies there, between t and t + 1."""
-    at = t + 1 if REVERSE else t
+    at = t + reverse
     return tl.load(reset + at * B + row, mask=at < length, other=0) != 0
 
 
@@ -132,15 +133,15 @@ def replaced(state, by, at, row, unit, width, inside):
 
 
 @triton.jit
-def entered(states, first, by, reset, t, row, unit, width, length, B, inside, REVERSE: tl.constexpr):
+def entered(states, first, by, reset, t, row, unit, width, length, B, inside, reverse):
     """The state from which step t started, of `states` after each step; zeros where the row does not live."""
-    before = t + 1 if REVERSE else t - 1
-    starts = before >= length if REVERSE else before + 0 * length < 0
+    before = t - 1 + 2 * reverse
+    starts = (before < 0) | (before >= length)
     mask = (t < length)[:, None] & inside[None, :]
     v = load(states, before * B + row, unit, width, mask & ~starts[:, None])
     v = tl.where(starts[:, None], load(first, row, unit, width, mask & starts[:, None]), v)
     if reset is not None:
-        v = replaced(v, by, is_cut(reset, t, row, length, B, REVERSE), row, unit, width, inside)
+        v = replaced(v, by, is_cut(reset, t, row, length, B, reverse), row, unit, width, inside)
     return v
 
 

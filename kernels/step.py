@@ -16,10 +16,10 @@ from ..backends.problem import Outputs, Tensors
 from ..cells import Cell
 from . import gru, lstm, product, rnn
 from .launch import Found, Launch, Operands, operands, room, room_back, solid, start, tiles, total_steps
-from .table import Plan
+from .table import ROWS, Plan
 
 POINTWISE = 128
-"""Units of a tile in the kernels without a product."""
+"""Units of a tile in the kernels without a product; it has ROWS rows."""
 
 
 class Scan:
@@ -27,7 +27,8 @@ class Scan:
 
     def __init__(self, o: Operands, rows: int, reverse: bool, plan: Plan, run: Launch) -> None:
         self.o, self.rows, self.plan, self.run = o, rows, plan, run
-        self.common = {"lengths": o.lengths, "reset": o.reset, "B": rows, "REVERSE": reverse, "BLOCK_B": plan.block_b}
+        self.small = plan._replace(block_b=ROWS, warps=4)
+        self.common = {"lengths": o.lengths, "reset": o.reset, "B": rows, "reverse": int(reverse)}
 
     def product(self, a: Tensor, w: Tensor, out: Tensor, *, transpose: bool = True) -> None:
         """out [B, N] = a wᵀ, or a w. Either may be some columns of a wider matrix."""
@@ -57,23 +58,24 @@ class Scan:
     def product_back(self, source: Tensor, w: Tensor, **arguments: Any) -> None:
         """dh of the step before: the first columns of `source` at the step's time by `w`, rows of W_hh."""
         plan = self.plan
-        given = {**self.common, **arguments, "dgh": source, "dgh_width": source.shape[2], "w": w, "K": w.shape[0]}
-        given |= {"N": self.o.size, "PRECISION": plan.precision, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
-        self._start(product.product_back, (tiles(self.rows, plan.block_b), tiles(self.o.size, plan.block_n)), given)
+        given = {**arguments, "dgh": source, "dgh_width": source.shape[2], "w": w, "K": w.shape[0], "N": self.o.size}
+        given |= {"PRECISION": plan.precision, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
+        self._start(product.product_back, plan, tiles(self.o.size, plan.block_n), given)
 
     def cell(self, kernel: Any, **arguments: Any) -> None:
         """A kernel over rows and hidden units."""
-        grid = (tiles(self.rows, self.plan.block_b), tiles(self.o.hidden, POINTWISE))
-        given = {**self.common, **arguments, "H": self.o.hidden, "BLOCK_H": POINTWISE}
-        self._start(kernel, grid, given)
+        given = {**arguments, "H": self.o.hidden, "BLOCK_H": POINTWISE}
+        self._start(kernel, self.small, tiles(self.o.hidden, POINTWISE), given)
 
     def state(self, kernel: Any, **arguments: Any) -> None:
         """A kernel over rows and the units of the state."""
-        grid = (tiles(self.rows, self.plan.block_b), tiles(self.o.size, POINTWISE))
-        self._start(kernel, grid, {**self.common, **arguments, "N": self.o.size, "BLOCK_N": POINTWISE})
+        given = {**arguments, "N": self.o.size, "BLOCK_N": POINTWISE}
+        self._start(kernel, self.small, tiles(self.o.size, POINTWISE), given)
 
-    def _start(self, kernel: Any, grid: tuple[int, ...], given: dict[str, Any]) -> None:
-        self.run(kernel, grid, self.plan, **{name: given[name] for name in kernel.arg_names})
+    def _start(self, kernel: Any, plan: Plan, across: int, given: dict[str, Any]) -> None:
+        given = {**self.common, **given, "BLOCK_B": plan.block_b}
+        arguments = {name: given[name] for name in kernel.arg_names}
+        self.run(kernel, (tiles(self.rows, plan.block_b), across), plan, **arguments)
 
 
 def forward(

@@ -2,14 +2,24 @@
 
 A row stands here when its kernel compiles for its chips without a spill and within their shared memory
 (`python -m rnnkit.benchmarks.compile_table`, whose figures are benchmarks/results/triton-compile.csv). What has no
-row runs step by step. Compiled is H equal to the tile; an odd H may spill some words. Nothing is searched at a first
-call; times on a device may change the rows one day.
+row runs step by step. Compiled is H equal to the tile; an odd H may spill some words. The direction of time is a number
+at run time, so a row holds for both. It holds for each of VERSIONS too: ptxas and LLVM come with Triton, and another
+one gives registers differently, so what spilled with either was given other warps or lost the chip.
+
+The step regime reads W_hh once for each tile of rows, so with many rows its tiles are tall; but a tile is a program,
+and fewer programs than a GPU has multiprocessors leave some of it idle, so few rows by few columns are cut small.
+
+Nothing is searched at a first call; times on a device may change the rows one day.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..cells import CELLS
+
+VERSIONS = ("3.6.0", "3.7.1")
+"""Of Triton, that the rows hold for: what torch 2.11 and 2.13 bring."""
 SHARED = {  # bytes of shared memory a block may take
     "sm_80": 163 * 1024,
     "sm_90": 227 * 1024,
@@ -27,14 +37,22 @@ AMD = 0
 """In the place of a compute capability: GPUs of AMD's."""
 
 KERNELS = ("rnn", "lstm", "lstm_proj", "gru", "gru_reset_before")
-CELL_OF = {"rnn": "rnn_tanh", "lstm": "lstm", "lstm_proj": "lstm", "gru": "gru", "gru_reset_before": "gru_reset_before"}
+CELLS_OF = {
+    "rnn": ("rnn_tanh", "rnn_relu"),
+    "lstm": ("lstm",),
+    "lstm_proj": ("lstm",),
+    "gru": ("gru",),
+    "gru_reset_before": ("gru_reset_before",),
+}
 SIDES = ("forward", "backward")
 TILES = (32, 64, 128, 256)
 """Units of a tile that hold a whole state."""
 KINDS = ("half", "tf32", "ieee")
 """Operands of a product: bfloat16 and float16; float32 rounded to TF32; float32."""
 ROWS = 16
-"""Rows of a tile: what one matrix instruction takes."""
+"""Rows of a tile unless it is a tall one: what one matrix instruction takes."""
+PROGRAMS = 100
+"""About as many as a GPU has multiprocessors: 108 an A100, 132 an H100."""
 
 
 class Plan(NamedTuple):
@@ -73,6 +91,17 @@ class Row(NamedTuple):
     shared: int
     """Bytes that it takes, on the chip where it takes most."""
 
+
+class Tile(NamedTuple):
+    """A tile of a product of the step regime."""
+
+    rows: int
+    units: int
+    warps: int
+
+
+STEP = (Tile(16, 32, 4), Tile(16, 64, 4), Tile(32, 64, 4), Tile(64, 64, 4), Tile(128, 64, 8))
+"""From small to large, each compiled for every chip and kind, within SMALL_SHARED on NVIDIA's."""
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 EVERY = CHIPS
@@ -114,7 +143,7 @@ PERSISTENT: tuple[Row, ...] = (
     Row("lstm", "backward", 128, 128, "half", EVERY, 8, 151552),
     Row("lstm_proj", "forward", 32, 32, "half", EVERY, 4, 2048),
     Row("lstm_proj", "forward", 32, 32, "tf32", EVERY, 4, 24576),
-    Row("lstm_proj", "forward", 32, 32, "ieee", EVERY, 4, 22528),
+    Row("lstm_proj", "forward", 32, 32, "ieee", EVERY, 8, 24576),
     Row("lstm_proj", "forward", 64, 32, "half", EVERY, 4, 22528),
     Row("lstm_proj", "forward", 64, 32, "tf32", EVERY, 4, 47104),
     Row("lstm_proj", "forward", 64, 32, "ieee", NVIDIA, 8, 45056),
@@ -123,26 +152,23 @@ PERSISTENT: tuple[Row, ...] = (
     Row("lstm_proj", "forward", 64, 64, "ieee", ("gfx942",), 4, 16384),
     Row("lstm_proj", "forward", 128, 32, "half", NVIDIA, 8, 45056),
     Row("lstm_proj", "forward", 128, 32, "tf32", NVIDIA, 8, 92160),
-    Row("lstm_proj", "forward", 128, 32, "ieee", ("sm_80", "sm_100"), 16, 92160),
+    Row("lstm_proj", "forward", 128, 32, "ieee", ("sm_80",), 16, 92160),
     Row("lstm_proj", "forward", 128, 64, "half", NVIDIA, 8, 86016),
     Row("lstm_proj", "forward", 128, 64, "tf32", ("sm_90",), 8, 176128),
-    Row("lstm_proj", "forward", 128, 128, "half", ("sm_90", "sm_100"), 4, 167936),
     Row("lstm_proj", "forward", 256, 32, "half", NVIDIA, 8, 90112),
     Row("lstm_proj", "backward", 32, 32, "half", EVERY, 4, 15360),
     Row("lstm_proj", "backward", 32, 32, "tf32", EVERY, 4, 30720),
     Row("lstm_proj", "backward", 32, 32, "ieee", EVERY, 8, 30720),
-    Row("lstm_proj", "backward", 64, 32, "half", EVERY, 4, 30720),
-    Row("lstm_proj", "backward", 64, 32, "tf32", EVERY, 4, 61440),
-    Row("lstm_proj", "backward", 64, 32, "ieee", ("gfx942",), 4, 8192),
-    Row("lstm_proj", "backward", 64, 64, "half", EVERY, 4, 51200),
+    Row("lstm_proj", "backward", 64, 32, "half", NVIDIA, 4, 30720),
+    Row("lstm_proj", "backward", 64, 32, "tf32", NVIDIA, 8, 61440),
+    Row("lstm_proj", "backward", 64, 64, "half", NVIDIA, 8, 51200),
     Row("lstm_proj", "backward", 64, 64, "tf32", NVIDIA, 8, 102400),
     Row("lstm_proj", "backward", 64, 64, "ieee", ("gfx942",), 4, 16384),
     Row("lstm_proj", "backward", 128, 32, "half", NVIDIA, 8, 61440),
-    Row("lstm_proj", "backward", 128, 32, "tf32", NVIDIA, 8, 122880),
-    Row("lstm_proj", "backward", 128, 32, "ieee", ("sm_80", "sm_90"), 16, 114688),
+    Row("lstm_proj", "backward", 128, 32, "tf32", ("sm_100",), 8, 122880),
+    Row("lstm_proj", "backward", 128, 32, "ieee", ("sm_80",), 16, 122880),
     Row("lstm_proj", "backward", 128, 64, "half", NVIDIA, 8, 102400),
     Row("lstm_proj", "backward", 128, 64, "tf32", ("sm_90", "sm_100"), 8, 204800),
-    Row("lstm_proj", "backward", 128, 128, "half", ("sm_90",), 16, 184320),
     Row("gru", "forward", 32, 32, "half", EVERY, 4, 2048),
     Row("gru", "forward", 32, 32, "tf32", EVERY, 4, 16384),
     Row("gru", "forward", 32, 32, "ieee", EVERY, 4, 14336),
@@ -180,15 +206,16 @@ PERSISTENT: tuple[Row, ...] = (
 )
 
 
-def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> Plan:
-    """How a scan of H = hidden, P = proj units runs on a device of this capability (90 for 9.0), or AMD."""
+def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int, rows: int) -> Plan:
+    """How a scan of B = rows, H = hidden, P = proj runs on a device of this capability (90 for 9.0), or AMD."""
     row = find(cell, side, hidden, proj, kind, capability)
     if row is not None:
         return persistent(row, "the recurrent weights stay on chip for the whole sequence")
     operands = {"half": "half precision", "tf32": "TF32", "ieee": "exact float32"}[kind]
     size = f"H={hidden}" + (f" P={proj}" if proj else "")
     chip, _ = chip_of(capability)
-    return step(kind, f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {chip}")
+    reason = f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {chip}"
+    return stepwise(cell, side, hidden, proj, kind, rows, reason)
 
 
 def find(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> Row | None:
@@ -223,10 +250,22 @@ def persistent(row: Row, reason: str) -> Plan:
     return Plan("persistent", ROWS, 0, 0, row.warps, 1, min(255, 2048 // row.warps), precision(row.kind), reason)
 
 
-def step(kind: str, reason: str) -> Plan:
-    """The plan of the step regime, for any size."""
-    block_k = 64 if kind == "half" else 32
-    return Plan("step", ROWS, 64, block_k, 4, 1 if kind == "ieee" else 3, 255, precision(kind), reason)
+def stepwise(cell: str, side: str, hidden: int, proj: int, kind: str, rows: int, reason: str) -> Plan:
+    """The plan of the step regime, for any size. Of STEP the largest tile that is no more than half empty and leaves
+    PROGRAMS programs to the product with W_hh."""
+    columns = CELLS[cell].gates * hidden if side == "forward" else proj or hidden
+    chosen = STEP[0]
+    for some in STEP[1:]:
+        programs = -(-rows // some.rows) * -(-columns // some.units)
+        if some.rows < max(2 * rows, ROWS + 1) and programs >= PROGRAMS:
+            chosen = some
+    return step(chosen, kind, reason)
+
+
+def step(some: Tile, kind: str, reason: str) -> Plan:
+    """The plan of a tile. A tall one of 64 terms spills, or takes more shared memory than gfx942 has."""
+    block_k, stages = 64 if kind == "half" and some.rows == ROWS else 32, 1 if kind == "ieee" else 3
+    return Plan("step", some.rows, some.units, block_k, some.warps, stages, 255, precision(kind), reason)
 
 
 def precision(kind: str) -> str:

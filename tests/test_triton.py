@@ -6,13 +6,12 @@ The kernels' numbers are tested in tests/interpreted/.
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -164,7 +163,7 @@ def test_rows_stand_once_and_name_what_there_is() -> None:
         assert row.hidden in table.TILES and row.size in table.TILES and row.size <= row.hidden
         assert row.chips and set(row.chips) <= set(table.CHIPS)
         assert row.size == row.hidden or row.kernel == "lstm_proj"
-    assert set(table.CELL_OF.values()) == set(CELLS) - {"rnn_relu"}  # which is rnn_tanh's kernel
+    assert {cell for kernel in table.KERNELS for cell in table.CELLS_OF[kernel]} == set(CELLS)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -172,16 +171,39 @@ def test_rows_stand_once_and_name_what_there_is() -> None:
 def test_every_problem_has_a_plan(cell: str, capability: int) -> None:
     for kind in table.KINDS:
         for side in table.SIDES:
-            plans = [table.plan(cell, side, hidden, 0, kind, capability) for hidden in (1, 32, 33, 64, 100, 257, 4096)]
+            sizes = (1, 32, 33, 64, 100, 257, 4096)
+            plans = [table.plan(cell, side, hidden, 0, kind, capability, 16) for hidden in sizes]
             assert plans[0].regime == plans[1].regime == "persistent"
             assert plans[-1].regime == plans[-2].regime == "step"
             assert all(plan.precision == ("tf32" if kind == "tf32" else "ieee") for plan in plans)
 
 
 def test_chips_with_little_shared_memory() -> None:
-    assert table.plan("lstm", "forward", 128, 0, "half", 80).regime == "persistent"
-    assert table.plan("lstm", "forward", 128, 0, "half", 86).regime == "step"
+    assert table.plan("lstm", "forward", 128, 0, "half", 80, 16).regime == "persistent"
+    assert table.plan("lstm", "forward", 128, 0, "half", 86, 16).regime == "step"
     assert table.chip_of(121) == ("sm_100", 99 * 1024) and table.chip_of(103)[0] == "sm_100"
+
+
+@pytest.mark.parametrize(
+    ("cell", "side", "hidden", "rows", "expected"),
+    [
+        ("lstm", "forward", 256, 16, (16, 32)),  # 1024 columns: 32 programs, and 16 if they were wider
+        ("lstm", "backward", 256, 16, (16, 32)),
+        ("lstm", "forward", 2048, 1, (16, 64)),
+        ("lstm", "forward", 2048, 17, (32, 64)),
+        ("lstm", "forward", 2048, 33, (64, 64)),
+        ("lstm", "forward", 2048, 100, (128, 64)),
+        ("lstm", "forward", 1024, 64, (32, 64)),  # 64 rows at once would be 64 programs
+        ("lstm", "backward", 1024, 64, (16, 32)),
+        ("lstm", "backward", 1024, 4096, (128, 64)),
+        ("gru", "forward", 300, 0, (16, 32)),
+    ],
+)
+def test_tiles_of_a_step(cell: str, side: str, hidden: int, rows: int, expected: tuple[int, int]) -> None:
+    """Tall for many rows, so that W_hh is read seldom; small where a GPU would stand idle otherwise."""
+    for kind in table.KINDS:
+        plan = table.plan(cell, side, hidden, 0, kind, 90, rows)
+        assert (plan.regime, plan.block_b, plan.block_n) == ("step", *expected)
 
 
 # What a scan launches.
@@ -198,7 +220,10 @@ class Launches(list):
         return [kernel.__name__ for kernel, _, _ in self]
 
 
-def scan(cell: str, regime: str, steps: int, batch: int = 33, hidden: int = 40, proj: int = 0) -> tuple[Launches, ...]:
+def scan(
+    cell: str, regime: str, steps: int, *, batch: int = 33, hidden: int = 40, proj: int = 0, reverse: bool = False,
+    tile: table.Tile = table.STEP[1],
+) -> tuple[Launches, ...]:  # fmt: skip
     """The launches of a forward and of a backward on tensors without memory."""
     from rnnkit.kernels import persistent, step
 
@@ -213,14 +238,14 @@ def scan(cell: str, regime: str, steps: int, batch: int = 33, hidden: int = 40, 
         some(proj, hidden) if proj else None,
     )  # fmt: skip
     module: Any = persistent if regime == "persistent" else step
-    plan = table.step("tf32", "")
+    plan = table.step(tile, "tf32", "")
     both = Launches(), Launches()
     gx = some(steps, batch, kind.gates * hidden)
     y, h_n, c_n, c_all, gates = module.forward(
-        kind, gx, t.h_0, t.c_0, t, None, t0=0, reverse=False, save=True, plan=plan, run=both[0]
+        kind, gx, t.h_0, t.c_0, t, None, t0=0, reverse=reverse, save=True, plan=plan, run=both[0]
     )
     grads = Outputs(y, h_n, c_n, c_all)
-    module.backward(kind, grads, y, c_all, gates, t, None, reverse=False, plan=plan, run=both[1])
+    module.backward(kind, grads, y, c_all, gates, t, None, reverse=reverse, plan=plan, run=both[1])
     return both
 
 
@@ -250,43 +275,80 @@ def test_a_step_is_few_launches(cell: str, proj: int, forward: int, backward: in
             assert not {"k", "n"} & set(arguments) - {p.name for p in kernel.params if p.do_not_specialize}
 
 
+@needs_triton
+@pytest.mark.parametrize("regime", ["persistent", "step"])
+@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 7)])
+def test_one_compilation_serves_both_directions(cell: str, proj: int, regime: str) -> None:
+    """What is compiled depends on constants and on None; the direction is a number that is not specialized on."""
+    both = [
+        [
+            (kernel, {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr or arguments[p.name] is None})
+            for launches in scan(cell, regime, 2, proj=proj, reverse=reverse)
+            for kernel, _, arguments in launches
+        ]
+        for reverse in (False, True)
+    ]
+    assert both[0] == both[1]
+    for launches in scan(cell, regime, 2, proj=proj, reverse=True):
+        for kernel, _, arguments in launches:
+            if "reverse" in arguments:
+                assert arguments["reverse"] == 1 and type(arguments["reverse"]) is int
+                assert "reverse" in {p.name for p in kernel.params if p.do_not_specialize and not p.is_constexpr}
+
+
+@needs_triton
+def test_only_products_take_tall_tiles() -> None:
+    """The other kernels keep several whole blocks of gates in registers."""
+    for tile in table.STEP:
+        for launches in scan("lstm", "step", 1, proj=7, tile=tile):
+            for kernel, grid, arguments in launches:
+                rows = tile.rows if kernel.__name__.startswith("product") else table.ROWS
+                assert arguments["BLOCK_B"] == rows and grid[0] == -(-33 // rows)
+
+
 # Compilation ahead of time.
 
 
-def compiled_lines() -> list[Any]:
-    from rnnkit.benchmarks.compile_table import COMPILED, Line
-
-    with COMPILED.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    hints = get_type_hints(Line)
-    assert lines and list(lines[0]) == list(Line._fields)
-    return [Line(**{name: hints[name](v) for name, v in line.items()}) for line in lines]
-
-
+@needs_triton
 def test_the_record_holds_every_configuration_and_none_is_wrong() -> None:
-    from rnnkit.benchmarks.compile_table import jobs
+    """By every version of Triton: both acts of an RNN, each tile of a step, each row's shared memory."""
+    from rnnkit.benchmarks import compile_table
 
-    lines = compiled_lines()
+    lines = compile_table.read(compile_table.COMPILED)
     assert [line for line in lines if line.wrong] == []
-    recorded = {(*line[:3], *line[4:12]) for line in lines if line.regime == "persistent"}
-    wanted = {
-        ("persistent", j.kernel, j.side, j.hidden, j.proj, j.dtype, j.kind, j.chip, *j.plan[1:2], *j.plan[4:6])
-        for j in jobs()
-        if j.plan.regime == "persistent"
-    }
-    assert recorded == wanted, "make triton-compile"
-    for row in table.PERSISTENT:
-        of = [v for v in lines if v.regime == "persistent" and table.tile(v.proj or v.hidden) == row.size]
-        mine = [v.shared for v in of if (v.kernel, v.side, v.hidden, v.kind) == (row[:3] + row[4:5])]
-        assert max(mine) == row.shared, row
-    steps = {(line.chip, line.dtype, line.kind) for line in lines if line.regime == "step"}
-    assert len(steps) == len(table.CHIPS) * 4
+    jobs = list(compile_table.jobs())
+    launched = [(job, launch) for job in jobs for launch in compile_table.launches(job)]
+    wanted = {compile_table.named(job, launch, version) for job, launch in launched for version in table.VERSIONS}
+    assert {line.name for line in lines} == wanted and len(lines) == len(wanted), "make triton-compile"
+    assert {name.cell for name in wanted if name.regime == "persistent"} == set(CELLS)
+    products = {(name.block_b, name.block_n, name.warps) for name in wanted if name.function == "product.product"}
+    assert products == set(table.STEP)
+    found: dict[tuple[Any, ...], int] = {}
+    for name, usage, *_ in lines:
+        row = (name.kernel, name.side, name.hidden, table.tile(name.proj or name.hidden), name.kind)
+        if name.regime == "persistent":
+            found[row] = max(found.get(row, 0), usage.shared)
+    assert found == {row[:5]: row.shared for row in table.PERSISTENT}
+
+
+def test_a_run_replaces_what_its_own_triton_said(tmp_path: Path) -> None:
+    from rnnkit.benchmarks.compile_table import COMPILED, merged, read, write
+
+    before = read(COMPILED)
+    old, new = ([line for line in before if line.name.triton == version] for version in table.VERSIONS)
+    changed = [line._replace(usage=line.usage._replace(registers=1)) for line in old[:2]]
+    write(tmp_path / "one.csv", merged(before, [*changed, old[0]]))
+    assert read(tmp_path / "one.csv") == [old[0], changed[1], *new]  # each once, the one of more registers
+    assert read(tmp_path / "none.csv") == []
+    (tmp_path / "other.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match=r"has the columns \['a', 'b'\], expected triton, .*; remove it"):
+        read(tmp_path / "other.csv")
 
 
 @needs_triton
 def test_some_of_the_table_compiles(tmp_path: Path) -> None:
-    """Every 60th scan; CI and `make triton-compile` take the whole."""
-    command = [sys.executable, "-m", "rnnkit.benchmarks.compile_table", "--part", "1/60", "--workers", "1"]
+    """Every 61st scan; CI and `make triton-compile` take the whole."""
+    command = [sys.executable, "-m", "rnnkit.benchmarks.compile_table", "--part", "1/61", "--workers", "1"]
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=env)
     assert done.returncode == 0, done.stdout + done.stderr

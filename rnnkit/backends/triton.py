@@ -148,7 +148,7 @@ class Triton(KernelBackend):
 
     def detail(self, problem: Problem) -> str | None:
         sides = ("forward", "backward")[: 1 + problem.train]
-        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip())
+        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip(), problem.batch)
         plans = [_planned(problem.cell, side, *facts) for side in sides]
         if len({(plan.regime, plan.reason) for plan in plans}) == 1:
             return f"{plans[0].regime}: {plans[0].reason}"
@@ -190,15 +190,15 @@ def on_device_of(v: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _plan(cell: Cell, side: str, t: Tensors) -> Plan:
     hidden = t.w_hh.shape[0] // cell.gates
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
-    return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip(t.x.device.index))
+    return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip(t.x.device.index), t.x.shape[1])
 
 
-def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capability: int) -> Plan:
+def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capability: int, rows: int) -> Plan:
     from ..kernels import table
 
     if STEPWISE:
-        return table.step(operands, "RNNKIT_TRITON_REGIME=step asks for it")
-    return table.plan(cell, side, hidden, proj, operands, capability)
+        return table.stepwise(cell, side, hidden, proj, operands, rows, "RNNKIT_TRITON_REGIME=step asks for it")
+    return table.plan(cell, side, hidden, proj, operands, capability, rows)
 
 
 def _regime(plan: Plan) -> Any:

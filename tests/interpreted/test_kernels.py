@@ -14,6 +14,7 @@ from torch import Tensor
 
 import rnnkit
 from rnnkit.backends import ranges, triton
+from rnnkit.kernels import table
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 TILE = 16  # rows
@@ -46,6 +47,21 @@ def test_everything_at_once(kind: str, regime: str) -> None:
 )
 def test_odd_sizes(kind: str, sizes: dict[str, Any], regime: str) -> None:
     check(Case(kind, **sizes), "triton", F32)
+
+
+@kinds
+@pytest.mark.parametrize(("rows", "tile"), [(17, 32), (33, 64), (100, 128)])
+def test_tall_tiles(kind: str, rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of many rows by many units, here at few units."""
+    monkeypatch.setattr(triton, "STEPWISE", True)
+    monkeypatch.setattr(table, "PROGRAMS", 1)
+    assert table.stepwise("gru", "forward", 5, 0, "ieee", rows, "").block_b == tile
+    lengths = tuple(1 + b % 3 for b in range(rows))
+    check(
+        Case(kind, bidirectional=True, steps=3, rows=rows, lengths=lengths, resets=((1, 0), (2, rows - 1))),
+        "triton",
+        F32,
+    )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lstm_proj"])

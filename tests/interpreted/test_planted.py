@@ -71,6 +71,9 @@ KERNELS = [  # a missing reset, one at the wrong step, a row that lives one step
     ("shared.is_idle", "axis=1) == 0", "axis=1) >= 0", "lstm", "persistent"),
     ("shared.entered", *RESET, "lstm", "persistent"),
     ("shared.entered", "before >= length", "before > length", "gru", "persistent"),
+    ("shared.place", "j + reverse", "j + (1 - reverse)", "rnn_tanh", "persistent"),
+    ("shared.is_cut", "t + reverse", "t", "gru", "persistent"),
+    ("product.carry", "t + 1 - 2 * reverse", "t + 1", "gru", "step"),
     ("shared.dot", "acc + tl.dot", "tl.dot", "gru", "persistent"),
 ]
 ERRORS = [Error(*e, regime) for e in GATES for regime in ("persistent", "step")] + [Error(*e) for e in KERNELS]

@@ -38,7 +38,7 @@ def round_to(x, y, N: tl.constexpr):
 def write_step(y, k, n, B, WIDTH: tl.constexpr):
     row, unit = rows(16), tl.arange(0, WIDTH)
     mask = (row < B)[:, None] & (unit < WIDTH)[None, :]
-    store(y, place(k, n, False) * B + row, unit, WIDTH, mask, tl.full((16, WIDTH), 3.0, tl.float32))
+    store(y, place(k, n, 0) * B + row, unit, WIDTH, mask, tl.full((16, WIDTH), 3.0, tl.float32))
 
 
 def values() -> Tensor:
