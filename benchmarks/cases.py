@@ -99,7 +99,8 @@ TABLE = (
     Case("field", 4096, 16, 64, 128, cells=("LSTM", "GRU")),
     # streaming
     Case("field", 1, 1, 32, 32, modes=("inference",)),
-    Case("field", 1, 1, 512, 512, modes=("inference",)),
+    Case("field", 1, 1, 512, 512),
+    Case("field", 1, 1, 1024, 1024),
     # Lines through (16, 64, 128, 128), which stands under T.
     *(Case("sweep", 16, steps, 128, 128) for steps in (1, 4, 16, 64, 256, 1024)),
     *(Case("sweep", batch, 64, 128, 128) for batch in (1, 4, 64, 256)),

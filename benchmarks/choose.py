@@ -2,8 +2,8 @@
 
     python -m rnnkit.benchmarks.choose [--results DIR] [--to FILE]
 
-Taken are plain layers of one layer and direction in float32, on one thread, by call. Several processors that measured
-one shape give it the geometric mean of their times.
+Taken are plain layers of one layer and direction in float32, by call. Several processors that measured one shape, and
+several numbers of threads, give it the geometric mean of their times.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ CELLS = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}
 
 def table(files: dict[str, list[Row]]) -> list[list[str]]:
     """The lines of measured.csv, without its head, of rows by the file that holds them."""
-    found: dict[tuple, dict[str, dict[str, float]]] = {}  # shape -> source -> backend -> ms
+    found: dict[tuple, dict[tuple[str, int], dict[str, float]]] = {}  # shape -> source, threads -> backend -> ms
     for source, rows in sorted(files.items()):
         for row in rows:
-            single = row.layers == row.directions == row.threads == 1
+            single = row.layers == row.directions == 1
             single = single and (row.launch, row.dtype) == ("call", "float32")
             if row.group in GROUPS and single and row.implementation in BY_NAME:
                 shape = (row.device, CELLS[row.cell], int(row.mode == "training"), row.B, row.T, row.I, row.H)
-                found.setdefault(shape, {}).setdefault(source, {})[row.implementation] = row.ms
+                found.setdefault(shape, {}).setdefault((source, row.threads), {})[row.implementation] = row.ms
     lines = []
     for shape, sources in sorted(found.items()):
         everywhere = [name for name in BY_NAME if all(name in ms for ms in sources.values())]
         times = {name: geometric_mean(ms[name] for ms in sources.values()) for name in everywhere}
         if times:
             ms = [f"{times[name]:.4g}" if name in times else "" for name in BY_NAME]
-            lines.append([*map(str, shape), "+".join(sources), *ms])
+            lines.append([*map(str, shape), "+".join(dict.fromkeys(name for name, _ in sources)), *ms])
     return lines
 
 

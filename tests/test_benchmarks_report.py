@@ -208,7 +208,7 @@ def test_choose_takes_plain_layers_and_averages_processors() -> None:
     def facts(name: str, ms: float, **more: Any) -> rows.Row:
         return row(implementation=name, ms=ms, **more)
 
-    others = [facts("auto", 9), facts("cpu", 9, threads=2), facts("cpu", 9, layers=2), facts("cpu", 9, group="step")]
+    others = [facts("auto", 9), facts("cpu", 9, layers=2), facts("cpu", 9, group="step")]
     one = [facts("cpu", 1.0), facts("torch", 2.0), facts("reference", 3.0), *others]
     two = [facts("cpu", 4.0), facts("torch", 8.0), facts("cpu", 5.0, mode="inference", cell="RNN")]
     assert choose.table({"b": two, "a": one}) == [
@@ -216,6 +216,8 @@ def test_choose_takes_plain_layers_and_averages_processors() -> None:
         ["cpu", "rnn_tanh", "0", "1", "1", "64", "64", "b", "", "", "5", "", ""],
     ]
     assert choose.table({"a": others}) == []
+    again = [facts("cpu", 4.0, threads=2), facts("torch", 2.0, threads=2)]  # as often one thread as two
+    assert choose.table({"a": one + again}) == [["cpu", "gru", "1", "1", "1", "64", "64", "a", "", "", "2", "2", ""]]
 
 
 @RECORDED
