@@ -104,6 +104,7 @@ def _mib(size: float | None) -> str:
 
 
 # What the summary shows, line by line: group, peer, words. One column for each cell and mode.
+PLAIN = ("grid", "field", "sweep")
 SUMMARY = (
     ("grid", TORCH, "layers, against torch.nn"),
     ("grid", ORT, "layers, against ONNX Runtime"),
@@ -134,6 +135,9 @@ def summary(files: dict[str, list[Row]]) -> str:
                         line.append("" if v is None else _figures(v))
                 if any(line):
                     lines.append([words, *line])
+            memory = {cell: _memory(some, cell) for cell in CELLS}
+            if any(memory.values()):
+                lines.append(["peak memory, torch.nn's over ours", *_in_training(memory)])
             if lines:
                 device = f"{threads} {'thread' if threads == 1 else 'threads'}" if about.device == "cpu" else launch
                 parts += [
@@ -142,15 +146,40 @@ def summary(files: dict[str, list[Row]]) -> str:
                     table(["", *(f"{cell} {mode}" for cell in CELLS for mode in MODES)], lines),
                 ]
             aims = _aims(verdicts)
+            if aims and any(memory.values()):
+                aims.append(["memory, training, against torch.nn", "each ≥ 0.95", *map(_spared, memory.values())])
             if aims:
                 parts += [AIMS, table(["target", "wanted", *CELLS], aims)]
     return "\n\n".join(parts)
+
+
+def _memory(rows: Sequence[Row], cell: str) -> list[float]:
+    """torch.nn's peak over ours in training, of every plain layer that was measured by `auto`."""
+    return [
+        row.against_peak_mib / row.peak_mib
+        for row in rows
+        if (row.cell, row.mode, row.implementation, row.against) == (cell, "training", "auto", TORCH)
+        and row.group in PLAIN
+        and row.peak_mib
+        and row.against_peak_mib
+    ]
+
+
+def _in_training(memory: dict[str, list[float]]) -> list[str]:
+    """A cell for each cell and mode, those of inference empty."""
+    said = {cell: f"{targets.geometric_mean(v):.2f} ({min(v):.2f})" if v else "" for cell, v in memory.items()}
+    return [said[cell] if mode == "training" else "" for cell in CELLS for mode in MODES]
 
 
 AIMS = (
     "What is aimed at: the geometric mean and in brackets the worst, of layers also the share of the limit (the least "
     "time that this machine could take):"
 )
+
+
+def _spared(memory: list[float]) -> str:
+    """Whether training never takes more than 5 % above torch.nn's memory."""
+    return f"worst {min(memory):.2f}: {'met' if min(memory) >= 0.95 else '**missed**'}" if memory else ""
 
 
 def _aims(verdicts: Sequence[Verdict]) -> list[list[str]]:

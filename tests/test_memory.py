@@ -1,11 +1,13 @@
 """What a layer asks of memory on a CPU: no more than torch.nn in training, little beyond its output in inference.
 
 Counted exactly, by torch's profiler: every allocation of a tensor and its end. The engine's packed weights are not
-tensors; they are as large as the weights, and gone when the call returns.
+tensors; where they are most of it, the resident memory of a process is looked at.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -45,6 +47,34 @@ def test_training_needs_no_more_than_torch(name: str, shape: tuple[int, int, int
     theirs = peak(training(getattr(nn, name)(features, hidden), x))
     ours = peak(training(getattr(rnnkit, name)(features, hidden, backend="cpu"), x))
     assert ours <= 1.05 * theirs, f"{ours / theirs:.2f} of torch.nn's peak"
+
+
+RESIDENT = """
+import re, sys, torch, rnnkit
+place, name, *shape = sys.argv[1:]
+rows, steps, features, hidden = map(int, shape)
+torch.set_num_threads(1)
+layer = getattr({"rnnkit": rnnkit, "torch.nn": torch.nn}[place], name)(features, hidden)
+x = torch.randn(steps, rows, features, requires_grad=True)
+torch.randn(64, 64) @ torch.randn(64, 64)
+kib = lambda what: int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = kib("VmRSS")
+layer(x)[0].sum().backward()
+print(kib("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which Linux has")
+@pytest.mark.parametrize("shape", [("RNN", 4, 50), ("GRU", 1, 1), ("GRU", 1, 4), ("GRU", 4, 50)], ids=str)
+def test_wide_layers_with_their_packed_weights(shape: tuple[str, int, int]) -> None:
+    """H = 1024 and few rows: the weights are most of the memory, and packing them must not double it."""
+
+    def kib(place: str) -> int:
+        command = [sys.executable, "-c", RESIDENT, place, *map(str, shape), "1024", "1024"]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    ours, theirs = kib("rnnkit"), kib("torch.nn")
+    assert ours <= 1.05 * theirs, f"{ours / 1024:.1f} MiB, torch.nn {theirs / 1024:.1f}"
 
 
 @pytest.mark.parametrize("name", LAYERS)
