@@ -91,6 +91,8 @@ def _take(findings: Findings, future: Future[Findings], problem: Problem) -> Non
         if not findings.ended:
             findings.wrong.append(f"a process ended by itself, and the examination with it, in or near {problem}")
         findings.ended = True
+    except Exception as error:  # of the examination, not of what it examines: the rest goes on
+        findings.wrong.append(f"{type(error).__name__} where {problem} is examined: {error}")
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:

@@ -148,7 +148,10 @@ def commit() -> str:
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # no git here
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     if not git("ls-files", Path(__file__).name):  # installed, maybe below somebody else's repository

@@ -228,7 +228,8 @@ def find(cell: str, side: str, hidden: int, proj: int, kind: str, capability: in
 def rows_of(capability: int) -> list[Row]:
     """What a device of this capability, or AMD, can run."""
     chip, shared = chip_of(capability)
-    return [row for row in PERSISTENT if chip in row.chips and row.shared <= shared]
+    small = capability in SMALL  # else what a row's chips have is known from the record
+    return [row for row in PERSISTENT if chip in row.chips and (not small or row.shared <= shared)]
 
 
 def tile(size: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from test_benchmarks import ROOT, row
 
+import rnnkit
 from rnnkit.backends import BY_NAME, measured
 from rnnkit.benchmarks import choose, machine, report, rows, targets, timing
 from rnnkit.benchmarks.cases import TABLE, BadInput, Case
@@ -163,6 +164,11 @@ def test_names_of_files() -> None:
     assert machine.file_name("cpu", "AMD EPYC (Zen 4)") == "cpu-amd-epyc-zen4"
     assert machine.file_name("cuda", "NVIDIA H100 80GB HBM3") == "cuda-nvidia-h100-80gb-hbm3"
     assert machine.processor("cpu") and re.fullmatch("[0-9a-f]{7,}[+]?|0[.].*", machine.commit())
+
+
+def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert machine.commit() == rnnkit.__version__
 
 
 def test_the_commit_is_not_marked_for_what_recording_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

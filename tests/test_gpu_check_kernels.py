@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -328,6 +329,14 @@ def test_what_several_found_is_put_together(monkeypatch: pytest.MonkeyPatch) -> 
     assert (parts.ran, parts.worst, parts.kernels) == (whole.ran, whole.worst, whole.kernels)
     assert (parts.left, parts.ended, parts.without, parts.failing) == (1, True, ["a"], ["b"])
     assert parts.skipped == {"cpu": {"why": 3}}
+
+
+def test_an_error_of_the_examination_is_said_and_the_rest_goes_on() -> None:
+    found, future = parity.Findings(), Future()  # type: ignore[var-annotated]
+    future.set_exception(ValueError("no such thing"))
+    crew._take(found, future, next(iter(problems.persistent(90))))
+    assert found.wrong[0].startswith("ValueError where ") and found.wrong[0].endswith("is examined: no such thing")
+    assert not found.ended
 
 
 def test_a_process_that_ends_is_said() -> None:

@@ -180,6 +180,14 @@ def test_every_problem_has_a_plan(cell: str, capability: int) -> None:
             assert all(plan.precision == ("tf32" if kind == "tf32" else "ieee") for plan in plans)
 
 
+def test_a_chip_runs_every_row_that_names_it() -> None:
+    """A row's shared memory is that of the chip where it takes most: another may have less, and need less."""
+    for capability, chip in ((table.AMD, "gfx942"), (80, "sm_80"), (90, "sm_90"), (100, "sm_100")):
+        assert table.rows_of(capability) == [row for row in table.PERSISTENT if chip in row.chips]
+    assert all(row.shared <= table.SMALL_SHARED for k in table.SMALL for row in table.rows_of(k))
+    assert table.find("lstm", "forward", 128, 0, "half", table.AMD) is not None
+
+
 def test_chips_with_little_shared_memory() -> None:
     assert table.plan("lstm", "forward", 128, 0, "half", 80, 16).regime == "persistent"
     assert table.plan("lstm", "forward", 128, 0, "half", 86, 16).regime == "step"
