@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from rnnkit.demo import check_out
-from rnnkit.demo.progress import Progress
+from rnnkit.progress import Progress
 from rnnkit.demo.text import InputError
 
 from . import machine as limits

@@ -23,7 +23,7 @@ from .backends import BACKENDS, NAMES
 from .benchmarks import machine, parity, problems, rows, run, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
 from .demo import check_out
-from .demo.progress import Progress
+from .progress import Progress
 from .demo.text import InputError
 
 DEVICE = "cuda"

@@ -25,7 +25,7 @@ from .. import GRU, LSTM, RNN, explain
 from ..backends import NAMES, check_name
 from ..info import versions
 from . import model, report, text, train
-from .progress import Progress
+from ..progress import Progress
 from .text import InputError
 
 LAYERS = {"lstm": (nn.LSTM, LSTM), "gru": (nn.GRU, GRU), "rnn": (nn.RNN, RNN)}

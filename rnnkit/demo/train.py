@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .memory import Peak
 from .model import CharModel
-from .progress import Progress
+from ..progress import Progress
 from .text import BATCH, WINDOW, Corpus, InputError
 
 LEARNING_RATE = 1e-2
