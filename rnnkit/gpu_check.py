@@ -23,8 +23,8 @@ from .backends import BACKENDS, NAMES
 from .benchmarks import machine, parity, problems, rows, run, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
 from .demo import check_out
-from .progress import Progress
 from .demo.text import InputError
+from .progress import Progress
 
 DEVICE = "cuda"
 LIMIT, QUICK = 540.0, 100.0  # seconds, all in all

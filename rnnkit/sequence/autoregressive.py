@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Cost, SequenceModel, positive
-from .observations import Reals, Tokens, kind
+from .observations import Tokens, kind
 
 
 class AutoregressiveModel(SequenceModel):

@@ -22,7 +22,7 @@ class Past(NamedTuple):
     """Everything seen so far, zeros beyond."""
 
     seen: Tensor  # [B, S, E]
-    count: Tensor  # [B]
+    known: Tensor  # [B] steps of it
 
 
 class NaiveSequenceModel(SequenceModel):
@@ -73,18 +73,18 @@ class NaiveSequenceModel(SequenceModel):
         return Past(seen, lengths)
 
     def following(self, state: Past) -> Tensor:
-        self._expect_room(int(state.count.max()) + 1 if state.count.numel() else 0)
+        self._expect_room(int(state.known.max()) + 1 if state.known.numel() else 0)
         every = self._matrix(self.steps)
-        if bool((state.count == state.count[:1]).all()) and state.count.numel():  # one row of the matrix for all
-            means = torch.einsum("bse,sef->bf", state.seen, every[state.count[0]])
+        if bool((state.known == state.known[:1]).all()) and state.known.numel():  # one row of the matrix for all
+            means = torch.einsum("bse,sef->bf", state.seen, every[state.known[0]])
         else:
-            means = torch.einsum("bse,bsef->bf", state.seen, every[state.count])
-        return self._with_scale(means + self.bias[state.count], state.count)
+            means = torch.einsum("bse,bsef->bf", state.seen, every[state.known])
+        return self._with_scale(means + self.bias[state.known], state.known)
 
     def advance(self, state: Past, x_t: Tensor) -> Past:
         new = self._vectors(x_t[:, None])
-        at = torch.arange(self.steps, device=x_t.device) == state.count[:, None]
-        return Past(torch.where(at[..., None], new, state.seen), state.count + 1)
+        at = torch.arange(self.steps, device=x_t.device) == state.known[:, None]
+        return Past(torch.where(at[..., None], new, state.seen), state.known + 1)
 
     def repeated(self, state: Past, times: int) -> Past:
         return Past(*(v.repeat_interleave(times, 0) for v in state))

@@ -69,10 +69,26 @@ def fit(
         ValueError: bad numbers, series that `log_prob` refuses, a checkpoint of another training.
         FloatingPointError: a loss that is not finite; the model keeps the parameters from before that step.
     """
-    return _Training(
-        model, x, lengths, positive("epochs", epochs), positive("batch_size", batch_size), optimizer, learning_rate,
-        clip, held_out, patience, checkpoint, resume, seed, progress,
-    ).run()  # fmt: skip
+    if not isinstance(model, SequenceModel):
+        raise TypeError(f"model must be one of rnnkit.sequence's, got {type(model).__name__}")
+    if patience is not None and held_out is None:
+        raise ValueError("patience needs held_out series: without them there is nothing to wait for")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be above 0, or None, got {clip!r}")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint=FILE, from which to go on")
+    data = _data(model, x, lengths)
+    held = None if held_out is None else _data(model, *(held_out if isinstance(held_out, tuple) else (held_out, None)))
+    made = Adam(model.parameters(), lr=learning_rate) if optimizer is None else optimizer(model.parameters())
+    positive("epochs", epochs)
+    run = _Training(model, data, held, made, positive("batch_size", batch_size), clip, seed)
+    file = None if checkpoint is None else Path(checkpoint)
+    if resume and file is not None and file.exists():
+        run.resume(file)
+    shown = Progress("fit", epochs, sys.stderr, "epoch") if progress else None
+    return run.run(
+        positive("epochs", epochs), None if patience is None else positive("patience", patience), file, shown
+    )
 
 
 def windows(series: Tensor, length: int, stride: int | None = None) -> Tensor:
@@ -92,95 +108,86 @@ def windows(series: Tensor, length: int, stride: int | None = None) -> Tensor:
     return cut if series.dim() == 1 else cut.transpose(1, 2)
 
 
+class _Data(NamedTuple):
+    """Series as `log_prob` takes them."""
+
+    x: Tensor
+    lengths: Tensor | None
+
+    def observations(self) -> int:
+        return self.x.shape[0] * self.x.shape[1] if self.lengths is None else int(self.lengths.sum())
+
+    def rows(self, chosen: Tensor) -> _Data:
+        return _Data(self.x[chosen], None if self.lengths is None else self.lengths[chosen])
+
+
+def _data(model: SequenceModel, x: Tensor, lengths: Tensor | None) -> _Data:
+    """Checked, and with something in it."""
+    data = _Data(*model._given(x, lengths))
+    if data.x.shape[0] == 0:
+        raise ValueError("x has no rows: there is nothing to learn from")
+    if data.observations() == 0:
+        raise ValueError("every length is 0: there is nothing to learn from")
+    return data
+
+
 class _Training:
+    """What changes while a model is trained, all of which a checkpoint holds."""
+
     def __init__(
         self,
         model: SequenceModel,
-        x: Tensor,
-        lengths: Tensor | None,
-        epochs: int,
-        batch_size: int,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None,
-        learning_rate: float,
+        data: _Data,
+        held: _Data | None,
+        optimizer: Optimizer,
+        batch: int,
         clip: float | None,
-        held_out: Tensor | tuple[Tensor, Tensor] | None,
-        patience: int | None,
-        checkpoint: str | os.PathLike[str] | None,
-        resume: bool,
         seed: int,
-        progress: bool,
     ) -> None:
-        if not isinstance(model, SequenceModel):
-            raise TypeError(f"model must be one of rnnkit.sequence's, got {type(model).__name__}")
-        if patience is not None and held_out is None:
-            raise ValueError("patience needs held_out series: without them there is nothing to wait for")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip must be above 0, or None, got {clip!r}")
-        if resume and checkpoint is None:
-            raise ValueError("resume=True needs checkpoint=FILE, from which to go on")
-        self.model, self.clip = model, clip
-        self.patience = None if patience is None else positive("patience", patience)
-        self.x, self.lengths = model._given(x, lengths)
-        if self.x.shape[0] == 0:
-            raise ValueError("x has no rows: there is nothing to learn from")
-        if self.lengths is not None and not bool(self.lengths.any()):
-            raise ValueError("every length is 0: there is nothing to learn from")
-        self.held = self._held(held_out)
-        self.epochs, self.batch = epochs, batch_size
-        self.optimizer = (
-            Adam(model.parameters(), lr=learning_rate) if optimizer is None else optimizer(model.parameters())
-        )
+        self.model, self.data, self.held, self.optimizer = model, data, held, optimizer
+        self.batch, self.clip = batch, clip
         self.order = torch.Generator().manual_seed(seed)
-        self.file = None if checkpoint is None else Path(checkpoint)
-        self.facts = {"rows": self.x.shape[0], "batch_size": batch_size, "seed": seed, "clip": clip}
+        self.facts = {"rows": data.x.shape[0], "batch_size": batch, "seed": seed, "clip": clip}
         self.losses: list[float] = []
         self.measured: list[float] = []
-        self.best, self.kept = -1, None  # type: tuple[int, dict[str, Tensor] | None]
-        self.shown = Progress("fit", epochs, sys.stderr, "epoch") if progress else None
-        if resume and self.file is not None and self.file.exists():
-            self._resume(self.file)
+        self.best = -1
+        self.kept: dict[str, Tensor] | None = None
 
-    def _held(self, given: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None] | None:
-        if given is None:
-            return None
-        x, lengths = given if isinstance(given, tuple) else (given, None)
-        return self.model._given(x, lengths)
-
-    def run(self) -> Fit:
+    def run(self, epochs: int, patience: int | None, file: Path | None, shown: Progress | None) -> Fit:
         stopped = False
         try:
-            for epoch in range(len(self.losses), self.epochs):
-                self.losses.append(self._epoch())
+            for epoch in range(len(self.losses), epochs):
+                self.losses.append(self.epoch())
                 if self.held is not None:
-                    self.measured.append(self._measure(*self.held))
+                    self.measured.append(self.measure(self.held))
                     if self.best < 0 or self.measured[-1] < self.measured[self.best]:
                         self.best = epoch
                         self.kept = {name: v.detach().clone() for name, v in self.model.state_dict().items()}
-                self._save()
-                self._show(epoch)
-                stopped = self.patience is not None and epoch - self.best >= self.patience
+                if file is not None:
+                    self.save(file)
+                if shown is not None:
+                    held = f"  held out {self.measured[-1]:.4f}" if self.measured else ""
+                    shown.show(epoch + 1, f"loss {self.losses[-1]:.4f}{held}")
+                stopped = patience is not None and epoch - self.best >= patience
                 if stopped:
                     break
         finally:
-            if self.shown is not None:
-                self.shown.close()
+            if shown is not None:
+                shown.close()
             if self.kept is not None:
                 self.model.load_state_dict(self.kept)
-        best = self.best if self.held is not None else len(self.losses) - 1
-        return Fit(self.losses, self.measured, best, stopped)
+        return Fit(self.losses, self.measured, self.best if self.held else len(self.losses) - 1, stopped)
 
-    def _epoch(self) -> float:
+    def epoch(self) -> float:
         self.model.train()
-        rows = self.x.shape[0]
         total, count = 0.0, 0
-        for chosen in torch.randperm(rows, generator=self.order).split(self.batch):
-            chosen = chosen.to(self.x.device)
-            x, lengths = self.x[chosen], None if self.lengths is None else self.lengths[chosen]
-            seen = x.shape[0] * x.shape[1] if lengths is None else int(lengths.sum())
+        for chosen in torch.randperm(self.data.x.shape[0], generator=self.order).split(self.batch):
+            part = self.data.rows(chosen.to(self.data.x.device))
+            seen = part.observations()
             if seen == 0:
                 continue
             self.optimizer.zero_grad()
-            loss = -self.model.log_prob(x, lengths).sum()
+            loss = -self.model.log_prob(*part).sum()
             if not bool(loss.isfinite()):
                 raise FloatingPointError(
                     f"the loss is {float(loss.detach())} in epoch {len(self.losses)}: a smaller learning rate, or "
@@ -193,20 +200,12 @@ class _Training:
             total, count = total + float(loss.detach()), count + seen
         return total / count
 
-    def _measure(self, x: Tensor, lengths: Tensor | None) -> float:
+    def measure(self, data: _Data) -> float:
         self.model.eval()
         with torch.no_grad():
-            total = -float(self.model.log_prob(x, lengths).sum())
-        return total / (x.shape[0] * x.shape[1] if lengths is None else max(1, int(lengths.sum())))
+            return -float(self.model.log_prob(*data).sum()) / data.observations()
 
-    def _show(self, epoch: int) -> None:
-        if self.shown is not None:
-            held = f"  held out {self.measured[-1]:.4f}" if self.measured else ""
-            self.shown.show(epoch + 1, f"loss {self.losses[-1]:.4f}{held}")
-
-    def _save(self) -> None:
-        if self.file is None:
-            return
+    def save(self, file: Path) -> None:
         everything: dict[str, Any] = {
             "facts": self.facts,
             "model": self.model.state_dict(),
@@ -218,16 +217,16 @@ class _Training:
             "held_out": self.measured,
             "best": self.best,
         }
-        new = self.file.with_name(self.file.name + ".new")
+        new = file.with_name(file.name + ".new")
         torch.save(everything, new)
-        os.replace(new, self.file)  # whole, or the one before
+        os.replace(new, file)  # whole, or the one before
 
-    def _resume(self, file: Path) -> None:
-        found = torch.load(file, map_location=self.x.device, weights_only=True)
-        if found["facts"] != self.facts:
-            differ = ", ".join(f"{k}: {found['facts'].get(k)!r} there, {v!r} here"
-                               for k, v in self.facts.items() if found["facts"].get(k) != v)  # fmt: skip
-            raise ValueError(f"{file} is of another training ({differ}); remove it, or resume=False")
+    def resume(self, file: Path) -> None:
+        found = torch.load(file, map_location=self.data.x.device, weights_only=True)
+        there = found["facts"]
+        differ = [f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in self.facts.items() if there.get(k) != v]
+        if differ:
+            raise ValueError(f"{file} is of another training ({', '.join(differ)}); remove it, or resume=False")
         self.model.load_state_dict(found["model"])
         self.optimizer.load_state_dict(found["optimizer"])
         self.order.set_state(found["order"].cpu())
