@@ -24,9 +24,9 @@ from .backends import BACKENDS, NAMES, triton
 from .benchmarks import crew, machine, parity, problems, rows, run, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
 from .demo import check_out
-from .demo.progress import Progress
 from .demo.text import InputError
 from .kernels import table
+from .progress import Progress
 
 DEVICE = "cuda"
 LIMIT, QUICK = 540.0, 100.0  # seconds, all in all

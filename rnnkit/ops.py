@@ -8,7 +8,8 @@ itself, below an autograd function when a gradient is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,21 @@ _FORWARD, _REVERSE = Options(), Options(reverse=True)
 _MISSING = (None,) * 4  # what is left out at the end of four weights or four outputs
 _BARE = 7  # what the simplest layer has of `Tensors`: x to b_hh
 _NOTHING = torch.empty(0)
+
+Run = Callable[[str, Tensors, Options], Outputs]
+_instead: Run | None = None
+
+
+@contextlib.contextmanager
+def computed_by(run: Run) -> Iterator[None]:
+    """While it lasts every layer and step in this process is computed by `run`, which gets the cell's name and checked
+    tensors, in place of a backend: for those who look inside (rnnkit.diagnostics)."""
+    global _instead
+    before, _instead = _instead, run
+    try:
+        yield
+    finally:
+        _instead = before
 
 
 def layer(
@@ -88,7 +104,8 @@ def layer(
         ValueError: sizes, ranks, values. TypeError: types and dtypes. NotImplementedError: a named backend that
             cannot run this problem, with its reasons.
     """
-    if lengths is None and reset is None and reset_state is None and all_states is False and recompute is False:
+    plain = _instead is None and all_states is False and recompute is False
+    if plain and lengths is None and reset is None and reset_state is None:
         quick = _quick_layer(cell, x, h_0, c_0, weights, reverse, backend)
         if quick is not None:
             return quick
@@ -100,7 +117,7 @@ def step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
     """One step of a cell: x [B, I], h and c [B, H] (zeros where None), weights as for `layer`. Returns h, c."""
-    quick = _quick_step(cell, x, h, c, weights, backend)
+    quick = None if _instead is not None else _quick_step(cell, x, h, c, weights, backend)
     if quick is not None:
         return quick
     checks.expect_rows(x)
@@ -127,7 +144,7 @@ def single(
 
     None where the call is not plain, the backend has no such way, or something is wrong: `layer` says what.
     """
-    four = _four(weights)
+    four = _four(weights) if _instead is None else None
     if four is None or type(x) is not Tensor or x.dim() != 3 or not _plain() or _autocast() or _watching():
         return None
     try:
@@ -250,6 +267,8 @@ def _any_grad(tensors: Iterable[Tensor | None]) -> bool:
 def _layer(
     cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    if _instead is not None:
+        return _instead(cell, t.filled(CELLS[cell].has_c), o)
     if _plain(*t) and not t.x.is_meta and not _autocast():
         train = _grad() and _any_grad(t)
         chosen = choose(backend, describe(cell, t, o, train=train))

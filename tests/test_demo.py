@@ -22,7 +22,7 @@ import rnnkit
 from rnnkit import demo
 from rnnkit.__main__ import main
 from rnnkit.demo import memory, report, text, train
-from rnnkit.demo.progress import Progress
+from rnnkit.progress import Progress
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 DEMO = [sys.executable, "-m", "rnnkit", "demo"]

@@ -86,6 +86,7 @@ def test_the_plan_names_what_there_is() -> None:
         "rnnkit.benchmarks",
         "rnnkit.info",
         "rnnkit.gpu_check",
+        "rnnkit.progress",
     }
 
 

@@ -24,8 +24,8 @@ from torch import nn
 from .. import GRU, LSTM, RNN, explain
 from ..backends import NAMES, check_name
 from ..info import versions
+from ..progress import Progress
 from . import model, report, text, train
-from .progress import Progress
 from .text import InputError
 
 LAYERS = {"lstm": (nn.LSTM, LSTM), "gru": (nn.GRU, GRU), "rnn": (nn.RNN, RNN)}

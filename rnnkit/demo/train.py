@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..progress import Progress
 from .memory import Peak
 from .model import CharModel
-from .progress import Progress
 from .text import BATCH, WINDOW, Corpus, InputError
 
 LEARNING_RATE = 1e-2
