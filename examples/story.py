@@ -116,9 +116,8 @@ for _step in range(400):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(adder.parameters(), 1.0)
     optimizer.step()
-print(
-    f"adding problem after 400 steps: error {float(loss.detach()):.4f}, of one that remembers nothing {task.baseline():.4f}"
-)
+nothing = task.baseline()
+print(f"adding problem after 400 steps: error {float(loss.detach()):.4f}, of one that remembers nothing {nothing:.4f}")
 
 if out is not None:
     out.mkdir(parents=True, exist_ok=True)
