@@ -118,9 +118,9 @@ Rows before(const LayerInputs& in, const Scanned& s, const Tensor& y, const std:
 
 // Steps whose pre-activations' gradients are held at a time: rows enough for a weight's gradient to be summed
 // at its rate, but no more than an eighth of all (or 16). All at once where they take no more memory than
-// W_hh, whose packed panels are gone before W_ih is packed.
-int64_t steps_at_a_time(const LayerInputs& in) {
-  if (in.T * in.B <= in.N) return in.T;
+// W_hh, whose packed panels are gone before W_ih is packed, and no gates are made again beside them.
+int64_t steps_at_a_time(const LayerInputs& in, bool again) {
+  if (in.T * in.B <= in.N && !again) return in.T;
   const int64_t rows = std::clamp<int64_t>(in.T * in.B / 8, 16, 512);
   return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));
 }
@@ -337,7 +337,7 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
 
   Products products(in, g, q.layer.cuts, needs);
   if (in.T > 0 && in.B > 0 && in.H > 0) {
-    const int64_t most = std::min(in.T, steps_at_a_time(in));
+    const int64_t most = std::min(in.T, steps_at_a_time(in, again));
     const auto held = [&](int64_t columns) { return empty({most, in.B, columns}, type); };
     Scanned s{0, 0, held(width), {}, {}, {}};
     if (in.cell == Cell::gru) s.dgn = held(in.H);
@@ -370,7 +370,7 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
         if (!v.has_value()) return std::nullopt;
         return view(*v, {n, in.B, v->size(2)}, {in.B * v->size(2), v->size(2), 1}, 0);
       };
-      if (done + n == in.T) scan.reset();  // and its panels
+      if (done + n == in.T) scan.reset(), made.reset();  // and their panels
       products.add({here.t0, n, *first(s.dgx), first(s.dgn), first(s.dp), first(s.inner)});
       done += n;
     }

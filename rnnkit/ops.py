@@ -9,6 +9,7 @@ itself, below an autograd function when a gradient is wanted.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ _NOTHING = torch.empty(0)
 
 Run = Callable[[str, Tensors, Options], Outputs]
 _instead: Run | None = None
+_looking = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -51,11 +53,12 @@ def computed_by(run: Run) -> Iterator[None]:
     """While it lasts every layer and step in this process is computed by `run`, which gets the cell's name and checked
     tensors, in place of a backend: for those who look inside (rnnkit.diagnostics)."""
     global _instead
-    before, _instead = _instead, run
-    try:
-        yield
-    finally:
-        _instead = before
+    with _looking:  # another thread waits
+        before, _instead = _instead, run
+        try:
+            yield
+        finally:
+            _instead = before
 
 
 def layer(

@@ -95,6 +95,15 @@ def test_recompute_keeps_no_gates(name: str) -> None:
         assert recomputed <= saved / 2
 
 
+@pytest.mark.parametrize("name", LAYERS[1:])
+@pytest.mark.parametrize("steps", [20, 200])
+def test_recompute_takes_less_at_the_peak(name: str, steps: int) -> None:
+    x = torch.randn(steps, 4, 96)
+    layers = [getattr(rnnkit, name)(96, 96, backend="cpu", recompute=recompute) for recompute in (False, True)]
+    saved, recomputed = (peak(training(layer, x)) for layer in layers)
+    assert recomputed < saved
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_inference_does_not_grow_with_time(name: str) -> None:
     """Beyond the output: chunks of fixed size, and states."""
