@@ -40,22 +40,28 @@ def reader() -> Iterator[dict[str, Any]]:
         "head": head,
         "ppo_loss": lambda logits, rollout: logits.square().mean(),
         "optimizer": torch.optim.SGD(head.parameters(), 0.1),
+        "series": torch.randn(4, 60).cumsum(1),
+        "others": torch.randn(2, 60).cumsum(1),
     }
     yield names
     names["patch"].undo()
 
 
-def test_the_readme_runs_as_it_stands(reader: dict[str, Any]) -> None:
+def test_the_readme_runs_as_it_stands(reader: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    converted = reader["model"]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), reader)
-    assert type(reader["model"][0]) is rnnkit.LSTM and nn.LSTM is rnnkit.LSTM
+    assert type(converted[0]) is rnnkit.LSTM and nn.LSTM is rnnkit.LSTM
     output = reader["output"]  # of the lines about lengths
     assert output.shape == (4, 40, 128) and not output[2].any() and output[0, -1].any()
     assert all(p.grad is not None for p in reader["policy"].parameters())
     assert not reader["state"].requires_grad
+    assert reader["mean"].shape == (4, 20) and bool((reader["low"] <= reader["high"]).all())
+    assert (tmp_path / "fit.pt").exists()
 
 
 DISTRIBUTED = """
