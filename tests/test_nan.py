@@ -36,6 +36,19 @@ def assert_unseen(case, backend, dtype, spoil, follows, poison):
     return got
 
 
+def unseen_places(case):
+    """A `spoil` that writes into padding and, for a case whose row 0 is reset at the first step, its initial state."""
+
+    def spoil(leaves, value):
+        for b, valid in enumerate(case.lengths or ()):
+            leaves["x"][valid:, b] = value
+        for name in ("h_0", "c_0"):
+            if name in leaves:
+                leaves[name][:, 0] = value
+
+    return spoil
+
+
 def everything(results):
     return results
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from sequences import F64, KINDS, Case, check, compare, ours, truth, ways
 from support import CELLS, Config, parity
-from test_nan import assert_unseen, everything
+from test_nan import assert_unseen, everything, unseen_places
 from torch import Tensor, nn
 
 import rnnkit
@@ -75,14 +75,7 @@ def test_ranges_as_they_come(case: Case, backend: str, dtype: torch.dtype) -> No
 def test_nan_in_padding_is_not_seen(case: Case, backend: str, dtype: torch.dtype, some_ranges: int) -> None:
     """Nor in the initial state that a reset at the first step replaces."""
 
-    def spoil(leaves: dict[str, Tensor], value: float) -> None:
-        for b, valid in enumerate(case.lengths or ()):
-            leaves["x"][valid:, b] = value
-        for name in ("h_0", "c_0"):
-            if name in leaves:
-                leaves[name][:, 0] = value
-
-    assert_unseen(case, backend, dtype, spoil, everything, float("nan"))
+    assert_unseen(case, backend, dtype, unseen_places(case), everything, float("nan"))
 
 
 @ways([Case(kind, **EVERYTHING) for kind in KINDS])

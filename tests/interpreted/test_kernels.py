@@ -9,7 +9,7 @@ import pytest
 import torch
 from sequences import F32, KINDS, Case, check, ours
 from support import CELLS, Config, by_lengths, by_reset, in_two, parity
-from test_nan import assert_unseen, everything
+from test_nan import assert_unseen, everything, unseen_places
 from torch import Tensor
 
 import rnnkit
@@ -96,14 +96,7 @@ def test_what_a_row_does_not_see(kind: str, poison: float, regime: str) -> None:
     """Padding, what lies before a reset, and the initial state that a reset at the first step replaces."""
     case = Case(kind, steps=4, rows=3, lengths=(3, 0, 4), resets=((0, 0), (2, 2)), reset_state=True)
 
-    def spoil(leaves: dict[str, Tensor], value: float) -> None:
-        for b, valid in enumerate(case.lengths or ()):
-            leaves["x"][valid:, b] = value
-        for name in ("h_0", "c_0"):
-            if name in leaves:
-                leaves[name][:, 0] = value
-
-    assert_unseen(case, "triton", F32, spoil, everything, poison)
+    assert_unseen(case, "triton", F32, unseen_places(case), everything, poison)
 
     def before(leaves: dict[str, Tensor], value: float) -> None:
         leaves["x"][:2, 2] = value
