@@ -121,7 +121,7 @@ class Restless(Fused):
 def test_other_bits_the_second_time(what: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = examined(Problem("gru", SMALL, F32), backend=Restless(what), patch=monkeypatch)
     assert any(f"triton: {named} has other bits the second time, in gru" in line for line in found.wrong), found.wrong
-    assert found.culprits == {"triton"}
+    assert found.culprits == {("triton", "gru", "float32")}
 
 
 def test_tf32_is_held_to_ten_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +325,8 @@ def test_what_several_found_is_put_together(monkeypatch: pytest.MonkeyPatch) -> 
         parts.add(examined(problem, backend=wrong, patch=monkeypatch))
     other = parity.Findings(left=1, ended=True, without=["a"], failing=["b"], skipped={"cpu": {"why": 2}})
     parts.add(other)
-    assert parts.wrong == whole.wrong != [] and parts.culprits == whole.culprits == {"triton"}
+    assert parts.wrong == whole.wrong != [] and parts.culprits == whole.culprits
+    assert parts.culprits == {("triton", p.kind, p.precision) for p in every}
     assert (parts.ran, parts.worst, parts.kernels) == (whole.ran, whole.worst, whole.kernels)
     assert (parts.left, parts.ended, parts.without, parts.failing) == (1, True, ["a"], ["b"])
     assert parts.skipped == {"cpu": {"why": 3}}
