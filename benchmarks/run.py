@@ -291,6 +291,9 @@ class Bench:
         """The sides that can be captured."""
         captured = {}
         for side in every:
+            if side.on_host:
+                self.notes.append(f"{side.name} is not captured in a CUDA graph, since it waits for the device")
+                continue
             try:
                 captured[id(side)] = timing.graph(works[id(side)])
             except RuntimeError as error:
