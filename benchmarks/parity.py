@@ -11,6 +11,7 @@ filled with NaN, and so is the padding.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,10 @@ class Findings:
         """Put a failure down."""
         self.culprits.add((backend, problem.kind, problem.precision))
         self.wrong.append(f"{backend}: {what}, in {problem}")
+
+    def stumbled(self, problem: Problem, error: Exception) -> None:
+        """Put down an error of the examination itself, or of what all backends stand on."""
+        self.wrong.append(f"{first_line(error)}, where this is examined: {problem}")
 
     def add(self, other: Findings) -> None:
         """Take over what somebody else found."""
@@ -119,6 +124,11 @@ def examine(
                     findings.ended = True
                     findings.wrong.append(f"torch fails, and the examination ends, in {line}")
                     return
+            except Exception as error:  # a Triton that cannot be imported, say
+                findings.stumbled(problem, error)
+            if problem.memory and device == "cuda":  # else torch keeps it from those that come after, and other processes
+                gc.collect()
+                torch.cuda.empty_cache()
             if tell is not None:
                 tell(done, str(problem))
 
