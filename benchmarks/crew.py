@@ -78,7 +78,8 @@ def _waves(every: Sequence[Problem]) -> list[list[Problem]]:
     """What is examined at once: a large problem has the device's memory for itself, and its process ends with it."""
     waves: list[list[Problem]] = []
     for large, some in itertools.groupby(every, lambda problem: problem.memory > 0):
-        waves += [[problem] for problem in some] if large else [list(some)]
+        wave = list(some)
+        waves += [[problem] for problem in wave] if large else [wave]
     return waves
 
 
@@ -111,7 +112,9 @@ def _wave(
         begun = {future: problem for future, problem in waiting.items() if not future.cancel()}
         findings.left += len(waiting) - len(begun)
         ended, _ = wait(begun, GRACE)
-        lost += [problem for future, problem in begun.items() if future in ended and not _take(findings, future, problem)]
+        lost += [
+            problem for future, problem in begun.items() if future in ended and not _take(findings, future, problem)
+        ]
         return lost, [problem for future, problem in begun.items() if future not in ended]
     finally:
         _stop(pool)

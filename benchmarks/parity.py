@@ -126,7 +126,7 @@ def examine(
                     return
             except Exception as error:  # a Triton that cannot be imported, say
                 findings.stumbled(problem, error)
-            if problem.memory and device == "cuda":  # else torch keeps it from those that come after, and other processes
+            if problem.memory and device == "cuda":  # else torch keeps it from those that come after
                 gc.collect()
                 torch.cuda.empty_cache()
             if tell is not None:

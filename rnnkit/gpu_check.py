@@ -3,9 +3,10 @@
 First what is here: device, driver, versions. Then parity: outputs, states and all gradients of every backend that
 runs here, against float64, for every cell, dtype and extra; of the fused backends every kernel of the table, the same
 bits twice, in a CUDA graph, compiled and under autocast. Then the benchmark against cuDNN, those cases first by
-which the fused backends are judged, each result checked before it is timed; a backend is not timed on the cells and
-dtypes in which it failed parity. At the end the targets, each met or missed. It needs Python and torch alone, nothing is downloaded, and a clone runs as it
-is. Rows go into benchmarks/results/ of the clone, or into the folder that --out names; Ctrl-C keeps what there is.
+which the fused backends are judged, each result checked before it is timed; a backend is not timed in the cells and
+dtypes in which it failed parity. At the end the targets, each met or missed. It needs Python and torch alone, nothing
+is downloaded, and a clone runs as it is. Rows go into benchmarks/results/ of the clone, or into the folder that --out
+names; Ctrl-C keeps what there is.
 """
 
 from __future__ import annotations

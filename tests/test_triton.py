@@ -138,6 +138,19 @@ def test_explain_says_the_regime(gpu: pytest.MonkeyPatch) -> None:
     assert detail().startswith("persistent: ") and not triton.STEPWISE
 
 
+def test_explain_asks_the_device_that_the_layer_is_on(gpu: pytest.MonkeyPatch) -> None:
+    """Of several GPUs another one may have less shared memory."""
+    problem = Problem(**{**PLAIN, "device": "cuda", "cell": "gru", "hidden_size": 128, "dtype": torch.float32})
+    gpu.setattr(triton, "kind", lambda dtype: "tf32")
+    assert str(BY_NAME["triton"].detail(problem, 0)).startswith("persistent: ")
+    assert str(BY_NAME["triton"].detail(problem, 1)).endswith("on chip in TF32 on sm_80")
+    assert str(BY_NAME["triton"].detail(problem)).endswith("on sm_80")
+    asked: list[Any] = []
+    gpu.setattr(BY_NAME["reference"], "detail", lambda problem, index: asked.append(index))
+    rnnkit.explain(rnnkit.GRU(3, 4, backend="reference"), torch.zeros(2, 1, 3))
+    assert asked == [None]
+
+
 def test_on_a_cpu_the_reasons_are_listed() -> None:
     found = rnnkit.explain(rnnkit.GRU(3, 4), torch.zeros(2, 1, 3)).to_dict()["layers"][0]
     assert found["reasons"]["triton"][-1] == "runs on the device cuda, got cpu"
