@@ -9,8 +9,8 @@ What is compiled is what Triton would compile at that launch: its own functions 
 they are multiples of 16, or on AMD's GPUs within 2 GiB. Where a row of the result stands for several kernels (tensors
 within 2 GiB and not; states in the layer's dtype, and in float32 between the ranges of `recompute`: both of persistent
 kernels alone) it is the one of most registers.
-A row of the result holds registers a thread, shared memory a block and what spilled (NVIDIA: bytes of stack a thread;
-AMD: registers), by the Triton that compiled it: a run replaces its own version's rows and keeps the others'.
+A row of the result holds registers a thread, bytes of shared memory a block and of stack a thread, which is what
+spilled, by the Triton that compiled it: a run replaces its own version's rows and keeps the others'.
 Exit code 1 where a kernel spills, needs more shared memory than its chip has, or does not compile.
 """
 
@@ -44,7 +44,7 @@ from .rows import COMPILED
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRODUCTS = ("product.product", "product.product_back")
-STEP_SIZES = {16: (128, 48), 1: (127, 45)}  # H, and P where there is a projection
+STEP_SIZES = (((128, 48), table.STEP), ((127, 45), table.ODD_STEP))  # H and P, where there is one, and the tiles
 FEW, MANY = 3, 2**28  # rows of a batch: so many that on AMD's GPUs no tensor of theirs is within 2 GiB
 
 
@@ -124,8 +124,9 @@ def jobs() -> Iterator[Job]:
             yield from _of(row, chip)
     scans = [(kernel, cell) for kernel in table.KERNELS for cell in table.CELLS_OF[kernel]]
     kinds = [(kind, dtype) for kind, dtypes in DTYPES.items() for dtype in dtypes]
-    every = itertools.product(scans, STEP_SIZES.values(), table.STEP, table.SIDES, kinds, table.CHIPS)
-    for (kernel, cell), (hidden, proj), some, side, (kind, dtype), chip in every:
+    sizes = [(size, some) for size, tiles in STEP_SIZES for some in tiles]
+    every = itertools.product(scans, sizes, table.SIDES, kinds, table.CHIPS)
+    for (kernel, cell), ((hidden, proj), some), side, (kind, dtype), chip in every:
         proj = proj if kernel == "lstm_proj" else 0
         yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, table.step(some, kind, ""), FEW, False)
 
@@ -280,9 +281,9 @@ def nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def amd_usage(text: str) -> tuple[int, int]:
-    """Registers a thread, and how many of them spilled."""
-    spilled = number(r"\.vgpr_spill_count:\s+(\d+)", text) + number(r"\.sgpr_spill_count:\s+(\d+)", text)
-    return number(r"\.vgpr_count:\s+(\d+)", text), spilled
+    """Registers a thread, and bytes of stack. A scalar register that is kept in a lane of a vector register is counted
+    with those and never meets memory, though LLVM says of it that it spilled."""
+    return number(r"\.vgpr_count:\s+(\d+)", text), number(r"\.private_segment_fixed_size:\s+(\d+)", text)
 
 
 def number(pattern: str, text: str) -> int:
