@@ -187,7 +187,8 @@ def launches(job: Job, make: Callable[..., Tensor] = torch.empty) -> list[Launch
     seen: dict[tuple[Any, ...], Launch] = {}
 
     def see(kernel: Any, grid: tuple[int, ...], plan: table.Plan, **arguments: Any) -> None:
-        seen[(id(kernel), *map(_sort, arguments.values()))] = Launch(kernel, plan, arguments)
+        key = (id(kernel), *map(_sort, arguments.values()))
+        seen[key] = Launch(kernel, plan, arguments)
 
     regime: Any = persistent if job.plan.regime == "persistent" else step
     gx = some(steps, batch, cell.gates * hidden)

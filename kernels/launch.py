@@ -49,8 +49,9 @@ class Operands(NamedTuple):
 
 
 def operands(cell: Cell, t: Tensors, b_hn: Tensor | None) -> Operands:
-    given = (t.w_hh, b_hn, t.w_hr, t.lengths, t.reset, t.h_r, t.c_r)
-    return Operands(*(solid(v) for v in given), t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1])  # type: ignore[arg-type]
+    w_hh, b_hn, w_hr, lengths, reset, h_r, c_r = map(solid, (t.w_hh, b_hn, t.w_hr, t.lengths, t.reset, t.h_r, t.c_r))
+    hidden, size = t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1]
+    return Operands(w_hh, b_hn, w_hr, lengths, reset, h_r, c_r, hidden, size)  # type: ignore[arg-type]
 
 
 def solid(v: Tensor | None) -> Tensor | None:
