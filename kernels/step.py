@@ -32,7 +32,8 @@ class Scan:
 
     def __init__(self, o: Operands, rows: int, reverse: bool, plan: Plan, run: Launch) -> None:
         self.o, self.rows, self.plan, self.run = o, rows, plan, run
-        self.small = plan._replace(block_b=ROWS, warps=4, stages=1)
+        aligned = o.hidden % ALIGNED == o.size % ALIGNED == 0
+        self.small = plan._replace(block_b=ROWS, warps=4 if aligned else 8, stages=1)  # else a thread's numbers spill
         self.common = {"lengths": o.lengths, "reset": o.reset, "B": rows, "reverse": int(reverse)}
 
     def product(self, a: Tensor, w: Tensor, out: Tensor, *, transpose: bool = True) -> None:
