@@ -127,13 +127,18 @@ def limit(capability: int) -> int:
     return CHIPS["sm_80"] if capability < 90 else CHIPS["sm_90a"]
 
 
+def able(capability: int) -> list[Row]:
+    """The rows whose blocks such a GPU can hold."""
+    most = limit(capability) if capability >= OLDEST else 0
+    return [row for row in ROWS if max(shared_bytes(row, 0), shared_bytes(row, 1)) <= most]
+
+
 def plan(cell: str, hidden: int, proj: int, kind: str, batch: int, capability: int) -> tuple[Row, str]:
     """The row that runs a scan, and why."""
     kernel = CELLS[cell]
-    rows = [row for row in ROWS if (row.kernel, row.kind) == (kernel, kind)]
     largest = 0
-    for row in sorted((row for row in rows if row.regime == "cta"), key=lambda row: row.units):
-        if max(shared_bytes(row, 0), shared_bytes(row, 1)) > limit(capability):
+    for row in sorted((row for row in able(capability) if row.regime == "cta"), key=lambda row: row.units):
+        if (row.kernel, row.kind) != (kernel, kind):
             continue
         if proj == 0 and hidden <= row.units:
             return row, "the recurrent weights stay on one multiprocessor for the whole sequence"
@@ -148,8 +153,8 @@ def plan(cell: str, hidden: int, proj: int, kind: str, batch: int, capability: i
 
 def stepwise(cell: str, kind: str, batch: int, capability: int) -> Row:
     """The row that runs any size, step by step."""
-    rows = [row for row in ROWS if (row.regime, row.kernel, row.kind) == ("step", CELLS[cell], kind)]
-    fit = [row for row in rows if shared_bytes(row, 0) <= limit(capability)]
+    asked = ("step", CELLS[cell], kind)
+    fit = [row for row in able(capability) if (row.regime, row.kernel, row.kind) == asked]
     return fit[-1] if batch > TALL else fit[0]
 
 
