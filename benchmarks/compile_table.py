@@ -6,7 +6,9 @@
 Every row of kernels/table.py is compiled for each of its chips, and the step regime's kernels in each of its tiles for
 all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset, all gradients.
 What is compiled is what Triton would compile at that launch: its own functions say of which arguments it knows that
-they are multiples of 16, or on AMD's GPUs within 2 GiB (there both are compiled, and the one of more registers stands).
+they are multiples of 16, or on AMD's GPUs within 2 GiB. Where a row of the result stands for several kernels (tensors
+within 2 GiB and not; states in the layer's dtype, and in float32 between the ranges of `recompute`: both of persistent
+kernels alone) it is the one of most registers.
 A row of the result holds registers a thread, shared memory a block and what spilled (NVIDIA: bytes of stack a thread;
 AMD: registers), by the Triton that compiled it: a run replaces its own version's rows and keeps the others'.
 Exit code 1 where a kernel spills, needs more shared memory than its chip has, or does not compile.
@@ -59,11 +61,13 @@ class Job(NamedTuple):
     proj: int
     plan: table.Plan
     rows: int
+    wide: bool
+    """Whether states are float32, as they pass between the ranges of `recompute`."""
 
 
 class Name(NamedTuple):
-    """One compiled kernel. What every cell's scan may launch, a product of the step regime, names no scan, and instead of
-    H of what all its sizes are multiples."""
+    """One compiled kernel. What every cell's scan may launch, a product of the step regime, names no scan, and in the
+    place of H stands what all its sizes are multiples of."""
 
     triton: str
     regime: str
@@ -123,13 +127,16 @@ def jobs() -> Iterator[Job]:
     every = itertools.product(scans, STEP_SIZES.values(), table.STEP, table.SIDES, kinds, table.CHIPS)
     for (kernel, cell), (hidden, proj), some, side, (kind, dtype), chip in every:
         proj = proj if kernel == "lstm_proj" else 0
-        for rows in batches(chip):
-            yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, table.step(some, kind, ""), rows)
+        yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, table.step(some, kind, ""), FEW, False)
 
 
-def batches(chip: str) -> tuple[int, ...]:
-    """The numbers of rows for which a chip's kernels differ."""
-    return (FEW, MANY) if chip.startswith("gfx") else (FEW,)
+def variants(dtype: str, chip: str) -> Iterator[tuple[int, bool]]:
+    """Rows, and whether states are wide, for which the kernels of a row differ. What they cost one half type shows."""
+    yield FEW, False
+    if dtype == "bf16":
+        yield FEW, True
+    if dtype != "fp16" and chip.startswith("gfx"):
+        yield MANY, False
 
 
 class Launch(NamedTuple):
@@ -160,10 +167,11 @@ def launches(job: Job, make: Callable[..., Tensor] = torch.empty) -> list[Launch
     def some(*sizes: int, dtype: torch.dtype = TORCH[job.dtype]) -> Tensor:
         return make(sizes, dtype=dtype, device="meta")
 
+    state = torch.float32 if job.wide else TORCH[job.dtype]
     t = Tensors(
         x=some(steps, batch, 8),
-        h_0=some(batch, size),
-        c_0=some(batch, hidden) if cell.has_c else None,
+        h_0=some(batch, size, dtype=state),
+        c_0=some(batch, hidden, dtype=state) if cell.has_c else None,
         w_ih=some(cell.gates * hidden, 8),
         w_hh=some(cell.gates * hidden, size),
         b_ih=some(cell.gates * hidden),
@@ -175,10 +183,10 @@ def launches(job: Job, make: Callable[..., Tensor] = torch.empty) -> list[Launch
         c_r=some(batch, hidden) if cell.has_c else None,
     )
     b_hn = some(hidden) if cell.reset_after else None
-    seen: dict[str, Launch] = {}
+    seen: dict[tuple[Any, ...], Launch] = {}
 
     def see(kernel: Any, grid: tuple[int, ...], plan: table.Plan, **arguments: Any) -> None:
-        seen[f"{kernel.__name__} {[_sort(v) for v in arguments.values()]}"] = Launch(kernel, plan, arguments)
+        seen[(id(kernel), *map(_sort, arguments.values()))] = Launch(kernel, plan, arguments)
 
     regime: Any = persistent if job.plan.regime == "persistent" else step
     gx = some(steps, batch, cell.gates * hidden)
@@ -317,16 +325,13 @@ def _tried(row: table.Row) -> table.Row:
 
 
 def _of(row: table.Row, chip: str) -> list[Job]:
-    """H is the tile's or the odd number below it, P just below H or its own tile."""
-    hidden = row.hidden if row.multiple > 1 else row.hidden - 1
-    below = row.multiple if row.multiple > 1 else 3
-    proj = row.size - below if row.kernel == "lstm_proj" else 0
+    hidden, proj = table.largest(row)
     plan = table.persistent(row, "")
     which = [(cell, dtype) for cell in table.CELLS_OF[row.kernel] for dtype in DTYPES[row.kind]]
     return [
-        Job(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan, rows)
+        Job(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan, *variant)
         for cell, dtype in which
-        for rows in batches(chip)
+        for variant in variants(dtype, chip)
     ]
 
 
