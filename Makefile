@@ -22,7 +22,7 @@ EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test variants bench gpu-check triton-compile other-triton cuda-compile lint harness sanitize aarch64 \
-  wheel wheel-cuda clean
+  simt wheel wheel-cuda clean
 
 help: ## say what the verbs do
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -106,6 +106,37 @@ $(eval $(call flavour,asan,$(CXX),-O1 -fsanitize=address$(comma)undefined -fno-s
   -fno-sanitize=null$(comma)object-size$(comma)pointer-overflow))
 $(eval $(call flavour,tsan,$(CXX),-O1 -fsanitize=thread))
 $(eval $(call flavour,aarch64,$(CROSS),-O2 -static))
+
+# The CUDA kernels on the CPU, a fiber for each thread: one library for each row of the table, built from what
+# csrc/cuda/generate.py writes, and `toys`, on which tests/simt/test_shim.py holds the machinery. The scheduler is not
+# compiled with a sanitizer: it is to see the kernels.
+SIMT_FLAGS := -std=c++17 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Wno-unused-parameter -Werror \
+  -DRNNKIT_SIMT -Icsrc/cuda -Itests
+
+simt: ## every CUDA kernel compiled for the CPU, see tests/simt; FLAVOUR=asan or tsan: with a sanitizer
+	@$(PYTHON) csrc/cuda/generate.py build/cuda
+	@$(MAKE) -s $(patsubst build/cuda/%.cu,build/simt/$(FLAVOUR)/%.so,$(sort $(wildcard build/cuda/*.cu)))
+
+# A way to build them: name, flags of the scheduler, flags of kernels, flags of the library.
+define simt
+build/simt/$(1)/%.o: tests/simt/%.cpp
+	@mkdir -p $$(@D)
+	$(CXX) $(SIMT_FLAGS) -O2 $(2) -MMD -c $$< -o $$@
+
+build/simt/$(1)/%.so: build/cuda/%.cu $(SIMT_PARTS:%=build/simt/$(1)/%.o)
+	$(CXX) $(SIMT_FLAGS) -O1 $(3) -MMD -MF $$@.d -MT $$@ -shared -x c++ $$< -x none $$(filter %.o,$$^) -o $$@
+
+build/simt/$(1)/toys.so: tests/simt/toys.cu $(SIMT_PARTS:%=build/simt/$(1)/%.o)
+	$(CXX) $(SIMT_FLAGS) -O1 $(3) -MMD -MF $$@.d -MT $$@ -shared -x c++ $$< -x none $$(filter %.o,$$^) -o $$@
+endef
+SIMT_PARTS := simt fiber products library
+FLAVOUR ?= plain
+$(eval $(call simt,plain,,))
+$(eval $(call simt,asan,-DSIMT_ASAN,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all \
+  -fno-sanitize=null$(comma)object-size$(comma)pointer-overflow))
+$(eval $(call simt,tsan,-DSIMT_TSAN,-fsanitize=thread))
+.SECONDARY: $(foreach f,plain asan tsan,$(SIMT_PARTS:%=build/simt/$(f)/%.o))
+-include $(wildcard build/simt/*/*.d)
 
 wheel: .venv/installed ## sdist and wheel into dist/, tried in a fresh environment
 	bash tests/ci/wheel.sh

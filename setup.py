@@ -72,7 +72,7 @@ def with_cuda(cpp_extension: Any) -> tuple[list[str], dict[str, Any], list[str],
     cpp_extension.CUDA_HOME = str(home)  # None where torch itself is built without CUDA
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     try:
-        chips = nvcc.chosen(os.environ.get("RNNKIT_CUDA_ARCH"), generate.table.CHIPS, capability)
+        chips = nvcc.chosen(os.environ.get("RNNKIT_CUDA_ARCH"), generate.table().CHIPS, capability)
     except ValueError as error:
         raise SystemExit(f"rnnkit: RNNKIT_CUDA_ARCH: {error}") from None
     kernels = generate.write(ROOT / "build" / "cuda")
@@ -143,7 +143,10 @@ def extension() -> dict[str, Any]:
         sources += kernels
         flags += more
     # A library in place is up to date only where nothing that it depends on is newer, what was asked for included.
-    asked = load("generate").put(ROOT / "build" / "flags.txt", "\n".join([*flags, *nvcc_flags]))
+    asked, text = ROOT / "build" / "flags.txt", "\n".join([*flags, *nvcc_flags])
+    if not asked.exists() or asked.read_text(encoding="utf-8") != text:
+        asked.parent.mkdir(exist_ok=True)
+        asked.write_text(text, encoding="utf-8")
     library = cpp_extension.CppExtension(
         "rnnkit._C",
         sources,

@@ -31,13 +31,14 @@ from .compiled import Usage, number, of, part, put, take
 from .rows import CUDA_COMPILED
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-# For each regime its kernels, and the constant of a row's source that says what shared memory a launch asks for.
+# For each regime, forward and backward, the constant of a row's source that says what shared memory a launch asks for.
 SHARED = {
-    "cta": {
-        "cta_forward": "ForwardConfiguration::forward_bytes",
-        "cta_backward": "BackwardConfiguration::backward_bytes",
-    },
+    "cta": ("ForwardConfiguration::forward_bytes", "BackwardConfiguration::backward_bytes"),
+    "step": ("kernel_bytes(0)", "kernel_bytes(1)"),
 }
+SIDES = ("forward", "backward")
+SMALL = ("each",)
+"""Kernels that have no shared memory, whatever their row asks for others."""
 
 
 class Job(NamedTuple):
