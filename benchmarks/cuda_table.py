@@ -31,14 +31,16 @@ from .compiled import Usage, number, of, part, put, take
 from .rows import CUDA_COMPILED
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-# For each regime, forward and backward, the constant of a row's source that says what shared memory a launch asks for.
+# For each regime, forward and backward, what a row's source asks for when it launches.
 SHARED = {
     "cta": ("ForwardConfiguration::forward_bytes", "BackwardConfiguration::backward_bytes"),
-    "step": ("kernel_bytes(0)", "kernel_bytes(1)"),
+    "step": (
+        "step_bytes<Configuration>(Configuration::Cell::two_products ? 2 : Configuration::Cell::G)",
+        "step_bytes<Configuration>(1)",
+    ),
 }
 SIDES = ("forward", "backward")
-SMALL = ("each",)
-"""Kernels that have no shared memory, whatever their row asks for others."""
+WITHOUT = ("each",)  # kernels that are launched without shared memory
 
 
 class Job(NamedTuple):
@@ -53,7 +55,7 @@ class Job(NamedTuple):
 
 
 class Name(NamedTuple):
-    """One compiled kernel: its row of the table, its chip, its function."""
+    """A function of a row on a chip, and the side of the scan that launches it."""
 
     nvcc: str
     row: str
@@ -64,6 +66,7 @@ class Name(NamedTuple):
     warps: int
     rows: int
     chip: str
+    side: str
     function: str
 
 
@@ -93,6 +96,8 @@ class Line(NamedTuple):
         return None
 
 
+Found = tuple[str, str, Usage]
+"""Side, function, and what it takes."""
 COLUMNS = (*Name._fields, *Usage._fields, "limit", "fits")
 
 
@@ -104,8 +109,11 @@ def jobs() -> Iterator[Job]:
 
 
 def source(row: table.Row) -> str:
-    """A row's source, and behind it an array for each kernel, one byte longer than the shared memory it asks for."""
-    arrays = [f'extern "C" __device__ char {name}_asks[{size} + 1];' for name, size in SHARED[row.regime].items()]
+    """A row's source, and behind it an array for each side, a byte longer than the shared memory that it asks for."""
+    arrays = [
+        f'extern "C" __device__ char {side}_asks[{size} + 1];'
+        for side, size in zip(SIDES, SHARED[row.regime], strict=True)
+    ]
     return "\n".join([table.source(row), "namespace rnnkit::cuda {", *arrays, "}", ""])
 
 
@@ -116,48 +124,56 @@ def build(job: Job, nvcc: ModuleType, home: Path, version: str) -> list[Line] | 
         text.write_text(source(job.row), encoding="utf-8")
         command = [home / "bin" / "nvcc", *nvcc.FLAGS, nvcc.gencode(job.chip), "-I", SOURCES, "-cubin"]
         done = subprocess.run([*command, "-o", cubin, text], capture_output=True, text=True, check=False)
-        if done.returncode and not any(usage.spilled for _, usage in said(done.stderr)):
+        found = list(said(done.stderr))
+        if done.returncode and not any(usage.spilled for _, _, usage in found):
             wrong = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             return wrong[0] if wrong else f"nvcc ends with {done.returncode} and says nothing"
         asked = {} if done.returncode else sizes(cubin)
-    return lines(job, version, said(done.stderr), asked)
+    return lines(job, version, found, asked)
 
 
-def lines(job: Job, version: str, found: Iterable[tuple[str, Usage]], asked: dict[str, int]) -> list[Line]:
-    """What is known of a row's kernels, of several that bear one name the one of most registers."""
+def lines(job: Job, version: str, found: Iterable[Found], asked: dict[str, int]) -> list[Line]:
+    """What is known of a row's functions, of several instantiations of one the most of each."""
     row, most = job.row, {}
-    for function, usage in found:
-        usage = usage._replace(shared=usage.shared + max(asked.get(f"{function}_asks", 1) - 1, 0))
-        most[function] = max(usage, most.get(function, usage))
-    named = Name(version, row.name, row.regime, row.kernel, row.kind, row.units, row.warps, row.rows, job.chip, "")
-    return [Line(named._replace(function=function), usage) for function, usage in most.items()]
+    for side, function, usage in found:
+        dynamic = 0 if function in WITHOUT or not asked else asked[f"{side}_asks"] - 1
+        usage = usage._replace(shared=usage.shared + dynamic)
+        most[side, function] = Usage(*map(max, usage, most.get((side, function), usage)))
+    facts = (version, row.name, row.regime, row.kernel, row.kind, row.units, row.warps, row.rows, job.chip)
+    return [Line(Name(*facts, side, function), usage) for (side, function), usage in most.items()]
 
 
-def said(text: str) -> Iterator[tuple[str, Usage]]:
+def said(text: str) -> Iterator[Found]:
     """Each kernel and what ptxas -v says of it; shared memory is what the kernel itself declares."""
     for block in text.split("Compiling entry function ")[1:]:
         spilled = max(number(rf"(\d+) bytes spill {what}", block) for what in ("stores", "loads"))
         static = re.search(r"(\d+) bytes smem", block)
-        yield function(block), Usage(number(r"Used (\d+) registers", block), spilled, int(static[1]) if static else 0)
+        name = block.partition("\n")[0]
+        side = next(side for side in SIDES if side in name.lower())
+        yield (
+            side,
+            function(name),
+            Usage(number(r"Used (\d+) registers", block), spilled, int(static[1]) if static else 0),
+        )
 
 
-def function(text: str) -> str:
-    """The name of the first function in a text, without its namespaces and template arguments."""
-    start = re.search(r"_ZN?", text)
+def function(name: str) -> str:
+    """A function without its namespaces and template arguments, from its mangled name."""
+    start = re.search(r"_ZN?", name)
     if start is None:
-        raise ValueError(f"found no C++ function in {text!r}")
-    at, name = start.end(), ""
-    while (length := re.match(r"\d+", text[at:])) is not None:
+        raise ValueError(f"found no C++ function in {name!r}")
+    at, found = start.end(), ""
+    while (length := re.match(r"\d+", name[at:])) is not None:
         begin = at + length.end()
         at = begin + int(length[0])
-        name = text[begin:at]
-    return name
+        found = name[begin:at]
+    return found
 
 
 def sizes(cubin: Path) -> dict[str, int]:
     """The arrays in a compiled file and how long they are."""
-    table_of_symbols = subprocess.run(["readelf", "-sW", cubin], capture_output=True, text=True, check=True).stdout
-    fields = (line.split() for line in table_of_symbols.splitlines())
+    symbols = subprocess.run(["readelf", "-sW", cubin], capture_output=True, text=True, check=True).stdout
+    fields = (line.split() for line in symbols.splitlines())
     return {f[7]: int(f[2], 0) for f in fields if len(f) >= 8 and f[3] == "OBJECT"}
 
 
@@ -198,7 +214,9 @@ def main(arguments: list[str] | None = None) -> int:
                 wrong.append(f"{job.name}: {some}")
             else:
                 found += some
-                wrong += [f"{job.name}, {line.name.function}: {line.wrong}" for line in some if line.wrong]
+                wrong += [
+                    f"{job.name}, {line.name.side} {line.name.function}: {line.wrong}" for line in some if line.wrong
+                ]
             if done % 25 == 0 or done == len(mine):
                 print(
                     f"{done} of {len(mine)} sources, {time.monotonic() - start:.0f} s, the last {job.name}", flush=True

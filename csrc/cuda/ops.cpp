@@ -148,8 +148,8 @@ class Operands {
 };
 
 void want(const OptionalTensor& v, bool wanted, const char* name, const char* when) {
-  RNNKIT_CHECK(v.has_value() == wanted, name,
-               wanted ? " is missing: it must be given " : " must be None but ", when);
+  RNNKIT_CHECK(v.has_value() || !wanted, name, " must be given ", when);
+  RNNKIT_CHECK(wanted || !v.has_value(), name, " must be None: it is given ", when, " alone");
 }
 
 // torch's current stream on a GPU. The function is looked up, since a torch without CUDA does not have it.
@@ -185,7 +185,7 @@ void fill(cuda::Sequence& s, Operands& operands, const Chosen& chosen, const Sha
                chosen.kernel->name);
   RNNKIT_CHECK(projects || s.N == s.H, "without a projection the weights must be those of ", s.H,
                " units on both sides, got ", s.N, " on one");
-  want(v.c_0, chosen.cell->has_c, "c_0", "for an LSTM alone");
+  want(v.c_0, chosen.cell->has_c, "c_0", "for an LSTM");
   s.lengths = nullptr, s.reset = nullptr, s.b_hn = nullptr, s.workspace = nullptr, s.total = t0 + s.n;
   if (v.lengths.has_value()) {
     s.lengths = static_cast<const int64_t*>(operands.in(*v.lengths, "lengths", ScalarType::Long, {s.B}));
@@ -227,7 +227,7 @@ void cuda_scan_forward(std::string kernel, int64_t t0, bool reverse, bool relu, 
   fill(f, operands, chosen, {reverse, relu, w_hr, c_0, lengths, reset, h_r, c_r}, h_0, t0);
   RNNKIT_CHECK(!b_hn.has_value() || cell.reset_after, "b_hn is for a GRU with reset after, got the kernel ",
                kernel);
-  want(c_n, cell.has_c, "c_n", "for an LSTM alone");
+  want(c_n, cell.has_c, "c_n", "for an LSTM");
   RNNKIT_CHECK(cell.has_c || !c_all.has_value(), "c_all is an LSTM's, got the kernel ", kernel);
   RNNKIT_CHECK(cell.saved != 0 || !gates.has_value(), "an RNN saves no gates, and gates were given");
   f.b_hn = operands.in(b_hn, "b_hn", {H});
@@ -259,12 +259,12 @@ void cuda_scan_backward(std::string kernel, bool reverse, bool relu, Tensor w_t,
   b.w_hr_t = operands.in(w_hr_t, "w_hr_t", {H, N});
   fill(b, operands, chosen, {reverse, relu, w_hr_t, c_0, lengths, reset, h_r, c_r}, h_0, 0);
   RNNKIT_CHECK(b.total == n, "reset must be [", n, ", ", B, "], got ", b.total, " steps");
-  want(c_all, cell.has_c, "c_all", "for an LSTM alone");
+  want(c_all, cell.has_c, "c_all", "for an LSTM");
   want(gates, cell.saved != 0, "gates", "for every cell but an RNN");
-  want(dp, w_hr_t.has_value(), "dp", "with a projection alone");
-  want(dc_0, cell.has_c, "dc_0", "for an LSTM alone");
-  want(dh_r, reset.has_value(), "dh_r", "with a reset alone");
-  want(dc_r, reset.has_value() && cell.has_c, "dc_r", "for an LSTM with a reset alone");
+  want(dp, w_hr_t.has_value(), "dp", "with a projection");
+  want(dc_0, cell.has_c, "dc_0", "for an LSTM");
+  want(dh_r, reset.has_value(), "dh_r", "with a reset");
+  want(dc_r, reset.has_value() && cell.has_c, "dc_r", "for an LSTM with a reset");
   RNNKIT_CHECK(cell.has_c || !(gc_n.has_value() || gc_all.has_value()),
                "gc_n and gc_all are an LSTM's, got the kernel ", kernel);
   b.c_all = operands.in(c_all, "c_all", {n, B, H});
