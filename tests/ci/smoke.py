@@ -16,7 +16,7 @@ import torch
 import rnnkit
 import rnnkit.benchmarks
 import rnnkit.kernels
-from rnnkit.backends import extension
+from rnnkit.backends import BY_NAME, extension
 
 
 def check(condition: bool, message: str) -> None:
@@ -38,6 +38,9 @@ def main(wanted: str) -> None:
     check(importlib.resources.files("rnnkit").joinpath("py.typed").is_file(), "py.typed is missing")
     check(extension.available() == (wanted != "without"), f"wanted {wanted} the extension: {extension.reason()!r}")
     check(bool(extension.cuda_kernels) == (wanted == "cuda"), f"wanted {wanted}: {extension.cuda_missing!r}")
+    reason = BY_NAME["cuda"].available()
+    if wanted == "cuda" and not torch.cuda.is_available():
+        check("needs a GPU" in str(reason), f"backend cuda, in a process without a GPU, says {reason!r}")
     for layer in (rnnkit.RNN(5, 6, bidirectional=True), rnnkit.LSTM(5, 6, num_layers=2), rnnkit.GRU(5, 6)):
         train(layer)
     subprocess.run([sys.executable, "-m", "rnnkit", "info"], check=True)
