@@ -122,7 +122,7 @@ def build(job: Job, nvcc: ModuleType, home: Path, version: str) -> list[Line] | 
     with tempfile.TemporaryDirectory() as folder:
         text, cubin = Path(folder, f"{job.row.name}.cu"), Path(folder, "cubin")
         text.write_text(source(job.row), encoding="utf-8")
-        command = [home / "bin" / "nvcc", *nvcc.FLAGS, nvcc.gencode(job.chip), "-I", SOURCES, "-cubin"]
+        command = [home / "bin" / "nvcc", *nvcc.FLAGS, "-Xptxas=-v", nvcc.gencode(job.chip), "-I", SOURCES, "-cubin"]
         done = subprocess.run([*command, "-o", cubin, text], capture_output=True, text=True, check=False)
         found = list(said(done.stderr))
         if done.returncode and not any(usage.spilled for _, _, usage in found):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 USUAL = "/usr/local/cuda"
 # A spill is an error. Line numbers are for compute-sanitizer and the profilers.
-FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v,-warn-spills,-Werror"]
+FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-warn-spills,-Werror"]
 
 
 def home(*more: str | None) -> Path | None:
