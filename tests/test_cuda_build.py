@@ -21,7 +21,7 @@ import torch
 from torch.utils import cpp_extension
 
 from rnnkit import info
-from rnnkit.backends import cuda_table, extension
+from rnnkit.backends import cuda, cuda_table, extension
 from rnnkit.benchmarks import cuda_table as compiled
 from rnnkit.benchmarks.compiled import Usage
 
@@ -323,6 +323,39 @@ def test_info_says_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "cuda_built", ())
     monkeypatch.setattr(extension, "cuda_missing", "it is built without")
     assert "CUDA kernels  it is built without" in info.table(info.gather())
+
+
+@pytest.mark.parametrize(
+    ("capability", "chips", "served"),
+    [
+        (80, "sm_80", True),
+        (86, "sm_80", True),
+        (80, "sm_86", False),
+        (90, "sm_80", False),
+        (90, "sm_80 sm_90a", True),
+        (103, "sm_100", True),
+        (100, "sm_90a", False),
+        (120, "sm_100", False),
+        (120, "sm_100 compute_100", True),
+        (90, "sm_100 compute_100", False),
+        (90, "", False),
+    ],
+)
+def test_which_gpus_are_served(capability: int, chips: str, served: bool) -> None:
+    assert extension.cuda_serves(capability, tuple(chips.split())) is served
+
+
+def test_a_gpu_that_was_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "cuda_missing", "")
+    monkeypatch.setattr(extension, "cuda_built", ("13.7", "sm_80"))
+    monkeypatch.setattr(extension, "cuda_serves", lambda capability: capability < 90)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "capability", lambda index=None: 90 if index == 1 else 80)
+    assert cuda.missing() == "its kernels are compiled for sm_80, got a GPU of 9.0; build again for it"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cuda.missing() is None
 
 
 def test_the_compiler_can_be_asked_for() -> None:

@@ -42,7 +42,15 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     kernels = folder / "kernels.cpp"
     kernels.write_text(KERNELS + "\n".join(f"KERNEL({row.name})" for row in cuda_table.ROWS) + "\n}\n}\n")
     library = folder / "operators.so"
-    command = ["c++", "-std=c++17", "-O0", "-fPIC", "-shared", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+    command = [
+        "c++",
+        "-std=c++17",
+        "-O0",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
+    ]
     command += ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-DRNNKIT_CUDA_BUILT=13.7,sm_80,sm_90a"]
     command += [f"-isystem{path}" for path in cpp_extension.include_paths()] + [f"-I{ROOT / 'csrc' / 'cuda'}"]
     command += [str(ROOT / "csrc" / "cuda" / "ops.cpp"), str(kernels), "-o", str(library)]

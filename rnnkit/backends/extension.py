@@ -78,6 +78,23 @@ cuda_kernels, cuda_built, cuda_missing = _cuda()
 there are none, else empty. Whether a device is here is another question."""
 
 
+def cuda_serves(capability: int, chips: tuple[str, ...] = cuda_built[1:]) -> bool:
+    """Whether kernels compiled for these chips run on a GPU of this compute capability, as 90.
+
+    Code of sm_80 serves 8.x, of sm_90a 9.0 alone; PTX (compute_100) serves whatever comes later.
+    """
+    for chip in chips:
+        kind, _, name = chip.partition("_")
+        number = int(name.rstrip("a"))
+        if name.endswith("a"):
+            able = capability == number
+        else:
+            able = capability >= number and (kind == "compute" or capability // 10 == number // 10)
+        if able:
+            return True
+    return False
+
+
 def _bind() -> ModuleType | None:
     """The extension as a module whose functions are its operators without the dispatcher; see csrc/direct.cpp."""
     crossing = getattr(torch._C, "_aoti", None)
