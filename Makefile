@@ -21,7 +21,8 @@ CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test variants bench gpu-check triton-compile other-triton lint harness sanitize aarch64 simt wheel clean
+.PHONY: help demo test variants bench gpu-check triton-compile other-triton cuda-compile lint harness sanitize aarch64 \
+  simt wheel wheel-cuda clean
 
 help: ## say what the verbs do
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -43,10 +44,16 @@ bench: .venv/installed ## every backend against torch.nn; BENCH=--quick for a mi
 	$(BIN)/python -m rnnkit bench $(BENCH)
 
 # Takes the Python, torch and Triton that it finds, offline: where there is a GPU there is maybe nothing else. What is
-# compiled is compiled in place where it is missing and there is a device; where it cannot be, the check goes on.
+# compiled is compiled in place where it is missing or old and there is a device, with the CUDA kernels for that device
+# where there is an nvcc; where it cannot be, the check goes on.
 gpu-check: ## every backend on this machine's GPU: right, then fast; GPU_CHECK=--quick for two minutes
-	@if ! ls rnnkit/_C*.so >/dev/null 2>&1 && $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(PYTHON) setup.py -q build_ext --inplace || echo 'rnnkit: going on without the C++ extension' >&2; \
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  if $(PYTHON) csrc/cuda/nvcc.py >/dev/null && $(PYTHON) -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
+	    RNNKIT_CUDA=1 RNNKIT_CUDA_ARCH=$${RNNKIT_CUDA_ARCH:-native} $(PYTHON) setup.py -q build_ext --inplace || \
+	      echo 'rnnkit: going on without new CUDA kernels' >&2; \
+	  fi; \
+	  ls rnnkit/_C*.so >/dev/null 2>&1 || $(PYTHON) setup.py -q build_ext --inplace || \
+	    echo 'rnnkit: going on without the C++ extension' >&2; \
 	fi
 	$(PYTHON) -m rnnkit gpu-check $(GPU_CHECK)
 
@@ -61,6 +68,10 @@ other-triton: build/triton-$(OTHER_TRITON) ## the same by the other Triton alone
 build/triton-%: .venv/installed
 	$(PIP) install -q --no-deps --upgrade --target $@ 'triton==$*'
 	touch $@
+
+# COMPILE="--part 1/10": a tenth of it, checked and not written.
+cuda-compile: .venv/installed ## every CUDA kernel for every chip, by nvcc, without a GPU
+	$(BIN)/python -m rnnkit.benchmarks.cuda_table $(COMPILE)
 
 lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check
@@ -129,6 +140,9 @@ $(eval $(call simt,tsan,-DSIMT_TSAN,-fsanitize=thread))
 
 wheel: .venv/installed ## sdist and wheel into dist/, tried in a fresh environment
 	bash tests/ci/wheel.sh
+
+wheel-cuda: .venv/installed ## the same with the CUDA kernels, where nvcc is; it needs no GPU
+	RNNKIT_CUDA=1 bash tests/ci/wheel.sh
 
 clean: ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info rnnkit/_C*.so .pytest_cache .mypy_cache .ruff_cache

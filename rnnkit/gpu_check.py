@@ -134,6 +134,7 @@ def facts() -> list[tuple[str, str]]:
         ("python", f"{found['python']} on {found['platform']}"),
         ("rnnkit", f"{found['rnnkit']}, commit {machine.commit()}"),
         ("extension", found["extension"]["reason"] or "available"),
+        ("kernels", info.kernels(found["cuda_kernels"])),
     ]
 
 

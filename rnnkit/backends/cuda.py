@@ -91,29 +91,22 @@ def simulation(run: Run, capability: int = 90) -> Iterator[None]:
         machine, simulated = before
 
 
-@functools.cache
-def compiled() -> str | None:
-    """Why the extension has no CUDA kernels; None where it has."""
-    if not extension.available():
-        return extension.reason()
-    if not hasattr(torch.ops.rnnkit, "cuda_kernels"):
-        return "the C++ extension was built without CUDA kernels; where nvcc is, RNNKIT_CUDA=1 builds them"
-    return None
-
-
 def missing() -> str | None:
     """Why no kernel can run here; None where they can."""
     if simulated:
         return None
-    reason = compiled()
-    if reason is not None:
-        return reason
+    if extension.cuda_missing:
+        return extension.cuda_missing
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU, and this torch is built for AMD's"
     if not torch.cuda.is_available():
         return "needs a GPU, and torch sees none"
     if capability() < cuda_table.OLDEST:
         return f"needs GPUs from compute capability 8.0 on, got one of {capability() / 10}"
+    chips = ", ".join(extension.cuda_built[1:])
+    for k in range(torch.cuda.device_count()):
+        if not extension.cuda_serves(capability(k)):
+            return f"its kernels are compiled for {chips}, got a GPU of {capability(k) / 10}; build again for it"
     return None
 
 
@@ -194,9 +187,7 @@ class CUDA(KernelBackend):
         fields |= dict(zip(("gy", "gh_n", "gc_n", "gc_all"), (_solid(g) for g in grads), strict=True))
         fields |= {"dgx": dgx, "dgh": dgh, "dp": dp, "dh_0": dh_0, "dc_0": dc_0, "dh_r": dh_r, "dc_r": dc_r}
         if rows:
-            machine.run(
-                _row(cell, t).name, "backward", {**fields, "n": n, "B": rows, "H": hidden, "N": size}
-            )
+            machine.run(_row(cell, t).name, "backward", {**fields, "n": n, "B": rows, "H": hidden, "N": size})
         dh_r, dc_r = (None if v is None else v.to(t.h_0.dtype) for v in (dh_r, dc_r))
         return ScanGradients(dgx, dgh, dh_0, dc_0, dh_r, dc_r, dp)
 
