@@ -104,7 +104,7 @@ SIMT_FLAGS := -std=c++17 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wal
 
 simt: ## every CUDA kernel compiled for the CPU, see tests/simt; FLAVOUR=asan or tsan: with a sanitizer
 	@$(PYTHON) csrc/cuda/generate.py build/cuda
-	@$(MAKE) -s $(patsubst build/cuda/%.cu,build/simt/$(FLAVOUR)/%.so,$(sort $(wildcard build/cuda/*.cu)))
+	@cd build/cuda && $(MAKE) -s -C ../.. $$(printf 'build/simt/$(FLAVOUR)/%s.so ' $$(basename -s .cu *.cu))
 
 # A way to build them: name, flags of the scheduler, flags of kernels, flags of the library.
 define simt
