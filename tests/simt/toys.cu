@@ -1,13 +1,15 @@
-// Small kernels that hold the machinery of this folder: products and conversions for test_shim.py to compare, and
-// kernels each of which can be had with a fault of a kind that it must find. A toy's run returns what is wrong with its
-// results, or nothing; a launch throws.
+// Small kernels that hold the machinery of this folder: products and conversions for test_shim.py to compare,
+// and kernels each of which can be had with a fault of a kind that it must find. A toy's run returns what is
+// wrong with its results, or nothing; a launch throws.
 
 #include <cstdio>
 #include <exception>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "arch.cuh"
+#include "scan.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -18,8 +20,8 @@ using rnnkit::cuda::Grid;
 using Stream = const void*;
 
 // d[16][8] += a[16][K] b[K][8] by one warp, in row-major order; words of 32 bits, each one or two values.
-template <int K, class T, void (*mma)(float (&)[4], uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t,
-                                      simt::Place)>
+template <int K, class T,
+          void (*mma)(float (&)[4], uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, simt::Place)>
 RNNKIT_KERNEL(32)
 product(const T* a, const T* b, float* d) {
   constexpr int each = 4 / sizeof(T);
@@ -51,8 +53,8 @@ RNNKIT_KERNEL(96) exchange(int fault, const float* in, float* out) {
   out[96 * arch::block_x() + k] = numbers[(k + 1) % 96];
 }
 
-// A round: each thread adds its neighbour's number to its own. `fault` 1: the stores do not wait for the loads; 2: the
-// next round's loads do not wait for the stores.
+// A round: each thread adds its neighbour's number to its own. `fault` 1: the stores do not wait for the
+// loads; 2: the next round's loads do not wait for the stores.
 RNNKIT_KERNEL(96) rounds(int fault, int count, const float* in, float* out) {
   RNNKIT_SHARED(shared);
   float* numbers = reinterpret_cast<float*>(shared);
@@ -84,8 +86,8 @@ RNNKIT_KERNEL(96) buffers(int fault, int count, const float* in, float* out) {
   out[96 * arch::block_x() + k] = numbers[count % 2 ? other + k : k];
 }
 
-// The sum of `bytes` / 4 numbers that the first thread stores. `fault` 1: one is not stored; 2: one more is loaded, 3:
-// stored, than there is memory for.
+// The sum of `bytes` / 4 numbers that the first thread stores. `fault` 1: one is not stored; 2: one more is
+// loaded, 3: stored, than there is memory for.
 RNNKIT_KERNEL(32) memory(int fault, int numbers, float* out) {
   RNNKIT_SHARED(shared);
   float* all = reinterpret_cast<float*>(shared);
@@ -100,8 +102,9 @@ RNNKIT_KERNEL(32) memory(int fault, int numbers, float* out) {
   out[arch::thread()] = sum;
 }
 
-// Barriers and products in different orders. `fault` 1: a thread leaves before the barrier; 2: half a warp leaves out a
-// product; 3: a warp waits at another barrier than the rest; 4: a product in a warp that is not whole.
+// Barriers and products in different orders. `fault` 1: a thread leaves before the barrier; 2: half a warp
+// leaves out a product; 3: a warp waits at another barrier than the rest; 4: a product in a warp that is not
+// whole.
 RNNKIT_KERNEL(80) order(int fault, float* out) {
   const int k = arch::thread();
   float d[4] = {};
@@ -113,8 +116,9 @@ RNNKIT_KERNEL(80) order(int fault, float* out) {
   out[k] = d[0];
 }
 
-// What no order of threads shows in the result, since a fiber gives way only where it waits and both stores are of the
-// same number. `fault` 1: two threads of a block store one place; 2: two blocks; 3: a product in the place of a barrier.
+// What no order of threads shows in the result, since a fiber gives way only where it waits and both stores
+// are of the same number. `fault` 1: two threads of a block store one place; 2: two blocks; 3: a product in
+// the place of a barrier.
 RNNKIT_KERNEL(64) hidden(int fault, float* common, float* out) {
   RNNKIT_SHARED(shared);
   float* numbers = reinterpret_cast<float*>(shared);
@@ -231,9 +235,47 @@ struct Toy {
   const char* name;
   std::string (*run)(int fault, Stream stream);
 };
-const Toy toys[] = {{"exchange", run_exchange}, {"rounds", run_rounds},   {"buffers", run_buffers},
-                    {"memory", run_memory},     {"order", run_order},     {"hidden", run_hidden},
+const Toy toys[] = {{"exchange", run_exchange}, {"rounds", run_rounds},  {"buffers", run_buffers},
+                    {"memory", run_memory},     {"order", run_order},    {"hidden", run_hidden},
                     {"many", run_many},         {"refused", run_refused}};
+
+// A scan that leaves in every field its place in the structure, and in lengths the sizes: run.py's mirror of
+// scan.h.
+using rnnkit::cuda::Backward;
+using rnnkit::cuda::Forward;
+using rnnkit::cuda::Sequence;
+using rnnkit::cuda::State;
+
+struct Marks {
+  float next = 1;
+  void operator()(const void* field) { *static_cast<float*>(const_cast<void*>(field)) = next++; }
+  void operator()(State state) {
+    if (!state.wide) throw std::runtime_error("a state of float32 is wide");
+    (*this)(state.data);
+  }
+};
+
+template <class... Fields>
+void mark(const Sequence& s, Fields... fields) {
+  const int64_t sizes[] = {s.n, s.B, s.H, s.N, s.t0, s.total, s.reverse, s.relu};
+  for (int k = 0; k < 8; ++k) const_cast<int64_t*>(s.lengths)[k] = sizes[k];
+  const_cast<bool*>(s.reset)[0] = true;
+  static_cast<unsigned char*>(s.workspace)[99] = 1;
+  Marks m;
+  (m(s.h_r), m(s.c_r), m(s.b_hn), m(s.h_0), m(s.c_0));
+  (m(fields), ...);
+}
+
+int64_t forward_bytes(const Forward&) { return 100; }
+void forward(const Forward& f, Stream) { mark(f, f.gx, f.w_hh, f.w_hr, f.y, f.h_n, f.c_n, f.c_all, f.gates); }
+int64_t backward_bytes(const Backward&) { return 100; }
+void backward(const Backward& b, Stream) {
+  mark(b, b.w_t, b.w_hr_t, b.gy, b.gc_all, b.gh_n, b.gc_n, b.y, b.c_all, b.gates, b.dgx, b.dgh, b.dp, b.dh_0,
+       b.dc_0, b.dh_r, b.dc_r);
+}
+
+rnnkit::cuda::Kernel kernel = {"toys", forward_bytes, forward, backward_bytes, backward, nullptr};
+const rnnkit::cuda::Entry enter(kernel);
 
 }  // namespace
 
