@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from rnnkit.backends import BACKENDS, NAMES, record, triton
+from rnnkit.backends import BACKENDS, NAMES, cuda, record, triton
 from rnnkit.kernels import table
 
 from . import calls
@@ -224,7 +224,10 @@ def _asked(problem: Problem) -> Iterator[None]:
     try:
         if problem.tf32:
             rnn.fp32_precision = "tf32"
-        with triton.stepwise() if problem.stepwise else contextlib.nullcontext():
+        with contextlib.ExitStack() as regimes:
+            if problem.stepwise:
+                regimes.enter_context(triton.stepwise())
+                regimes.enter_context(cuda.stepwise())
             yield
     finally:
         rnn.fp32_precision = before

@@ -8,7 +8,7 @@ such that the dtype holds them exactly: what differs later was made by computing
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import rnnkit
+from rnnkit.backends import cuda_table
 from rnnkit.cells import CELLS
 from rnnkit.kernels import table
 
@@ -187,6 +188,7 @@ def select(quick: bool = False, capability: int | None = None) -> list[Problem]:
         Problem(kind, EVERYTHING, F32, tf32=tf32, stepwise=True, fused=True) for tf32 in (True, False) for kind in KINDS
     ]
     rows = [] if capability is None else list(persistent(capability))
+    rows += [] if capability is None else list(resident(cuda_table.able(capability)))
     half = [Problem(kind, EVERYTHING, F16) for kind in KINDS]
     some = [Problem(kind, variant, dtype) for variant in QUICK for dtype in (BF16, F32) for kind in KINDS]
     rest = [Problem(kind, variant, dtype) for variant in PLAIN for dtype in (BF16, F32) for kind in KINDS]
@@ -205,6 +207,18 @@ def persistent(capability: int) -> Iterator[Problem]:
         proj = min(size, hidden - 1)  # torch has no P that is H
         variant = Variant((4, 33, 5, hidden), both=True, all_states=True, proj=proj, **MASKED)
         name = kernel if kernel in KINDS else table.CELLS_OF[kernel][0]
+        yield Problem(name, variant, dtype, tf32=tf32, fused=True)
+
+
+def resident(rows: Sequence[cuda_table.Row]) -> Iterator[Problem]:
+    """Everything in both directions, for each CUDA kernel that keeps its weights on one multiprocessor: its units all
+    taken, or, in turn, all but one; two blocks of rows."""
+    kinds = {"bf16": (BF16, False), "fp16": (F16, False), "tf32": (F32, True), "ieee": (F32, False)}
+    names = {kernel: cell for cell, kernel in cuda_table.CELLS.items()}  # of an RNN the last, relu
+    for k, row in enumerate(row for row in rows if row.regime == "cta"):
+        dtype, tf32 = kinds[row.kind]
+        name = "rnn_tanh" if row.kernel == "rnn" and k % 3 else names[row.kernel]
+        variant = Variant((4, 11, 5, row.units - k % 2), both=True, all_states=True, **MASKED)
         yield Problem(name, variant, dtype, tf32=tf32, fused=True)
 
 

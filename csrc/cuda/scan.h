@@ -62,9 +62,10 @@ struct Backward : Sequence {
 // What a kernel runs on: a CUDA stream, or the schedule of a launch on a CPU (tests/simt).
 using Stream = const void*;
 
-// One row of the table. `run` throws std::runtime_error where a launch fails.
+// One row of the table. What runs throws std::runtime_error where a launch fails.
 struct Kernel {
   const char* name;
+  int forward_shared, backward_shared;  // bytes of a block
   int64_t (*forward_bytes)(const Forward&);
   void (*forward)(const Forward&, Stream);
   int64_t (*backward_bytes)(const Backward&);

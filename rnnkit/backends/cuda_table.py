@@ -44,7 +44,7 @@ class Row(NamedTuple):
     """Rows of the batch in a block."""
     resident: tuple[int, int] = (0, 0)
     """cta: fragments of weights that a warp keeps in registers, forward and backward; the others are in shared memory.
-    A fragment is 16 rows by 32 bytes."""
+    A fragment is 16 units by 64 bytes."""
 
     @property
     def name(self) -> str:
@@ -54,32 +54,32 @@ class Row(NamedTuple):
 
 CTA = (
     # cell, kinds, units, warps, resident
-    ("rnn", HALF, 64, 4, (4, 4)),
-    ("rnn", HALF, 128, 8, (8, 8)),
-    ("rnn", HALF, 256, 8, (32, 32)),
-    ("rnn", HALF, 384, 12, (24, 24)),
-    ("lstm", HALF, 32, 2, (8, 8)),
-    ("lstm", HALF, 64, 4, (16, 16)),
-    ("lstm", HALF, 128, 8, (32, 32)),
-    ("lstm", HALF, 192, 12, (22, 22)),
-    ("gru", HALF, 32, 2, (6, 6)),
-    ("gru", HALF, 64, 4, (12, 12)),
-    ("gru", HALF, 128, 8, (24, 24)),
-    ("gru", HALF, 224, 14, (14, 14)),
-    ("gru_before", HALF, 64, 4, (12, 12)),
-    ("gru_before", HALF, 128, 8, (24, 24)),
-    ("gru_before", HALF, 224, 14, (14, 14)),
-    ("rnn", ("tf32",), 64, 4, (8, 8)),
-    ("rnn", ("tf32",), 128, 8, (16, 16)),
-    ("rnn", ("tf32",), 256, 16, (16, 16)),
-    ("lstm", ("tf32",), 32, 2, (16, 16)),
-    ("lstm", ("tf32",), 64, 4, (32, 32)),
-    ("lstm", ("tf32",), 128, 8, (40, 40)),
-    ("gru", ("tf32",), 32, 2, (12, 12)),
-    ("gru", ("tf32",), 64, 4, (24, 24)),
-    ("gru", ("tf32",), 128, 8, (40, 40)),
-    ("gru_before", ("tf32",), 64, 4, (24, 24)),
-    ("gru_before", ("tf32",), 128, 8, (40, 40)),
+    ("rnn", HALF, 64, 4, (2, 2)),
+    ("rnn", HALF, 128, 8, (4, 4)),
+    ("rnn", HALF, 256, 8, (16, 16)),
+    ("rnn", HALF, 384, 12, (12, 12)),
+    ("lstm", HALF, 32, 2, (4, 4)),
+    ("lstm", HALF, 64, 4, (8, 8)),
+    ("lstm", HALF, 128, 8, (16, 16)),
+    ("lstm", HALF, 192, 12, (11, 11)),
+    ("gru", HALF, 32, 2, (3, 3)),
+    ("gru", HALF, 64, 4, (6, 6)),
+    ("gru", HALF, 128, 8, (12, 12)),
+    ("gru", HALF, 224, 14, (7, 7)),
+    ("gru_before", HALF, 64, 4, (6, 6)),
+    ("gru_before", HALF, 128, 8, (12, 12)),
+    ("gru_before", HALF, 224, 14, (7, 7)),
+    ("rnn", ("tf32",), 64, 4, (4, 4)),
+    ("rnn", ("tf32",), 128, 8, (8, 8)),
+    ("rnn", ("tf32",), 256, 16, (8, 8)),
+    ("lstm", ("tf32",), 32, 2, (8, 8)),
+    ("lstm", ("tf32",), 64, 4, (16, 16)),
+    ("lstm", ("tf32",), 128, 8, (20, 20)),
+    ("gru", ("tf32",), 32, 2, (6, 6)),
+    ("gru", ("tf32",), 64, 4, (12, 12)),
+    ("gru", ("tf32",), 128, 8, (20, 20)),
+    ("gru_before", ("tf32",), 64, 4, (12, 12)),
+    ("gru_before", ("tf32",), 128, 8, (20, 20)),
     ("rnn", ("ieee",), 64, 4, (0, 0)),
     ("rnn", ("ieee",), 128, 8, (0, 0)),
     ("rnn", ("ieee",), 208, 13, (0, 0)),
@@ -101,6 +101,61 @@ ROWS: tuple[Row, ...] = (
     ),
     *(Row("step", cell, kind, 0, 8, rows) for cell in GATES for kind in KINDS for rows in (8, 32)),
 )
+
+
+def shared_bytes(row: Row, side: int) -> int:
+    """Shared memory of a block, forward (0) or backward (1); the sources say the same, and a test holds them together."""
+    size = {"f64": 8, "tf32": 4, "ieee": 4}.get(row.kind, 2)
+    if row.regime == "step":
+        blocks = 1 if side else 2 if row.kernel == "gru_before" else GATES[row.kernel]
+        return row.warps * blocks * row.rows * 16 * max(size, 4)
+    exact = row.kind == "ieee"
+    gates, terms = GATES[row.kernel], 16 // size * (1 if exact else 4)
+    parts = -(-row.units // terms)
+    fragments = row.units // 16 // row.warps * gates * parts
+    columns = parts * terms * size * (gates if side else 1)
+    aligned = -(-columns // 128) * 128
+    pitch = aligned + 16 if exact else columns if columns % 128 == 64 else aligned + 64
+    buffers = 1 if side and row.kernel == "gru_before" else 2
+    return buffers * row.rows * pitch + row.warps * (fragments - row.resident[side]) * (256 if exact else 1024)
+
+
+def limit(capability: int) -> int:
+    """Bytes of shared memory that a block may take on a GPU of this compute capability."""
+    if capability in SMALL:
+        return SMALL_SHARED
+    return CHIPS["sm_80"] if capability < 90 else CHIPS["sm_90a"]
+
+
+def able(capability: int) -> list[Row]:
+    """The rows whose blocks such a GPU can hold."""
+    most = limit(capability) if capability >= OLDEST else 0
+    return [row for row in ROWS if max(shared_bytes(row, 0), shared_bytes(row, 1)) <= most]
+
+
+def plan(cell: str, hidden: int, proj: int, kind: str, batch: int, capability: int) -> tuple[Row, str]:
+    """The row that runs a scan, and why."""
+    kernel = CELLS[cell]
+    largest = 0
+    for row in sorted((row for row in able(capability) if row.regime == "cta"), key=lambda row: row.units):
+        if (row.kernel, row.kind) != (kernel, kind):
+            continue
+        if proj == 0 and hidden <= row.units:
+            return row, "the recurrent weights stay on one multiprocessor for the whole sequence"
+        largest = row.units
+    why = f"on one multiprocessor fit up to {largest} units, got H={hidden}"
+    if proj:
+        why = "a projection has two products a step"
+    elif not largest:
+        why = f"no row holds {kind} weights of this cell on one multiprocessor"
+    return stepwise(cell, kind, batch, capability), why
+
+
+def stepwise(cell: str, kind: str, batch: int, capability: int) -> Row:
+    """The row that runs any size, step by step."""
+    asked = ("step", CELLS[cell], kind)
+    fit = [row for row in able(capability) if (row.regime, row.kernel, row.kind) == asked]
+    return fit[-1] if batch > TALL else fit[0]
 
 
 def source(row: Row) -> str:
