@@ -123,6 +123,14 @@ void arrived() {
 #endif
 }
 
+void name(Fiber& fiber, const std::string& words) {
+#if defined(SIMT_TSAN)
+  __tsan_set_fiber_name(fiber.sanitizer, words.c_str());
+#else
+  (void)fiber, (void)words;
+#endif
+}
+
 void publish(void* tag) {
 #if defined(SIMT_TSAN)
   __tsan_release(tag);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #if !defined(__x86_64__) || defined(SIMT_UCONTEXT)
 #define SIMT_UCONTEXT 1
@@ -40,6 +41,8 @@ void arrived();
 // that comes after a `see` of it.
 void publish(void* tag);
 void see(void* tag);
+// In its reports.
+void name(Fiber& fiber, const std::string& words);
 
 #if defined(SIMT_TSAN)
 constexpr bool watches_order = true;

@@ -23,8 +23,10 @@ namespace {
 
 constexpr int64_t most_shared = 227 * 1024;  // of the largest chip in rnnkit/backends/cuda_table.py
 constexpr int most_threads = 1024;
-constexpr int at_once = 2048;            // threads of a launch, unless one block has more
-constexpr size_t watched_fibers = 4000;  // ThreadSanitizer knows some 8,000
+// Threads of a launch at a time, unless one block has more; and fibers, of which ThreadSanitizer makes slow and
+// large ones.
+constexpr int at_once = watches_order ? 1024 : 2048;
+constexpr size_t watched_fibers = 2048;
 constexpr int epoch = 1024;              // draws between two sets of priorities
 
 struct Resident;
@@ -265,6 +267,7 @@ void begin(Resident& r, int64_t number) {
     t.warp = &r.warps[k / 32];
     // ThreadSanitizer takes who makes a fiber for what comes before it: never another thread of the launch.
     t.fiber = watches_order ? take_fiber() : nullptr;
+    if (watches_order) name(*t.fiber, in_words(t));
   }
   const uint64_t of_block = draw();
   for (size_t k = 0; k < r.warps.size(); ++k) {
