@@ -111,7 +111,7 @@ $(eval $(call flavour,aarch64,$(CROSS),-O2 -static))
 # csrc/cuda/generate.py writes, and `toys`, on which tests/simt/test_shim.py holds the machinery. The scheduler is not
 # compiled with a sanitizer: it is to see the kernels.
 SIMT_FLAGS := -std=c++17 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Wno-unused-parameter -Werror \
-  -DRNNKIT_SIMT -Icsrc/cuda -Itests
+  -DRNNKIT_SIMT -Itests
 
 simt: ## every CUDA kernel compiled for the CPU, see tests/simt; FLAVOUR=asan or tsan: with a sanitizer
 	@$(PYTHON) csrc/cuda/generate.py build/cuda
@@ -121,14 +121,20 @@ simt: ## every CUDA kernel compiled for the CPU, see tests/simt; FLAVOUR=asan or
 define simt
 build/simt/$(1)/%.o: tests/simt/%.cpp
 	@mkdir -p $$(@D)
-	$(CXX) $(SIMT_FLAGS) -O2 $(2) -MMD -c $$< -o $$@
+	$(CXX) $(SIMT_FLAGS) -Icsrc/cuda -O2 $(2) -MMD -c $$< -o $$@
 
-build/simt/$(1)/%.so: build/cuda/%.cu $(SIMT_PARTS:%=build/simt/$(1)/%.o)
-	$(CXX) $(SIMT_FLAGS) -O1 $(3) -MMD -MF $$@.d -MT $$@ -shared -x c++ $$< -x none $$(filter %.o,$$^) -o $$@
+$(SIMT_OUT)/$(1)/%.so: build/cuda/%.cu $(SIMT_PARTS:%=build/simt/$(1)/%.o)
+	@mkdir -p $$(@D)
+	$(call simt_library,$(3))
 
 build/simt/$(1)/toys.so: tests/simt/toys.cu $(SIMT_PARTS:%=build/simt/$(1)/%.o)
-	$(CXX) $(SIMT_FLAGS) -O1 $(3) -MMD -MF $$@.d -MT $$@ -shared -x c++ $$< -x none $$(filter %.o,$$^) -o $$@
+	$(call simt_library,$(3))
 endef
+simt_library = $(CXX) $(SIMT_FLAGS) -I$(SIMT_CSRC)/cuda -O1 $(1) -MMD -MF $$@.d -MT $$@ -shared -x c++ $$< \
+  -x none $$(filter %.o,$$^) -o $$@
+# Where the kernels' sources are, and where their libraries go: a test compiles a copy of them.
+SIMT_CSRC ?= csrc
+SIMT_OUT ?= build/simt
 SIMT_PARTS := simt fiber products library
 FLAVOUR ?= plain
 $(eval $(call simt,plain,,))
