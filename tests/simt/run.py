@@ -143,10 +143,22 @@ def built(name: str, flavour: str = FLAVOUR) -> Path:
             if name not in names:
                 raise ValueError(f"there is no CUDA kernel {name!r}; there are {', '.join(names)}")
         command = ["make", "-s", f"SIMT_CSRC={csrc}", f"SIMT_OUT={out}", str(target)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        # A compiler with a sanitizer in it is a slow one.
+        env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{target} cannot be built:\n{done.stdout}{done.stderr}")
     return ROOT / target
+
+
+def sanitizer(flavour: str) -> dict[str, str]:
+    """Variables of the environment in which a process can load libraries of a flavour."""
+    if flavour == "plain":
+        return {}
+    command = [*os.environ.get("CXX", "g++").split(), f"-print-file-name=lib{flavour}.so"]
+    found = subprocess.check_output(command, text=True).strip()
+    # Python and torch leave memory behind at exit.
+    return {"LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0", "RNNKIT_SIMT_FLAVOUR": flavour}
 
 
 def library(name: str) -> ctypes.CDLL:

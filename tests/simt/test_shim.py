@@ -191,38 +191,52 @@ def test_fields_have_the_places_of_scan_h() -> None:
     assert run.kernels("toys") == ["toys"]
 
 
-def sanitized(flavour: str, name: str, fault: int, seeds: int) -> str:
-    """What the sanitizer says of a toy, in a process of its own."""
-    library = {"asan": "libasan.so", "tsan": "libtsan.so"}[flavour]
-    compiler = os.environ.get("CXX", "g++")
-    found = subprocess.check_output([compiler, f"-print-file-name={library}"], text=True).strip()
-    program = """
+PROGRAM = """
 import ctypes, sys
-library, name, fault, seeds = sys.argv[1:]
+library, fault, seeds, *names = sys.argv[1:]
 toys = ctypes.CDLL(library)
 message = ctypes.create_string_buffer(1000)
-for seed in range(int(seeds)):
-    toys.toy(name.encode(), int(fault), ctypes.c_uint64(seed), False, message, ctypes.c_int64(1000))
+for name in names:
+    for seed in range(int(seeds)):
+        toys.toy(name.encode(), int(fault), ctypes.c_uint64(seed), False, message, ctypes.c_int64(1000))
 """
-    command = [sys.executable, "-S", "-E", "-c", program, str(run.built("toys", flavour)), name, str(fault), str(seeds)]
-    env = {**os.environ, "LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "report_bugs=1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def sanitized(flavour: str, *names: str, fault: int = 0, seeds: int = 1) -> str:
+    """What a sanitizer says of toys, in a process of its own."""
+    command = [sys.executable, "-S", "-E", "-c", PROGRAM, str(run.built("toys", flavour)), str(fault), str(seeds)]
+    env = {**os.environ, **run.sanitizer(flavour)}
+    done = subprocess.run([*command, *names], env=env, capture_output=True, text=True)
     assert bool(done.returncode) == ("Sanitizer" in done.stderr), done.stderr
     return done.stderr
 
 
-RIGHT: list[tuple[str, int]] = [(name, 0) for name in ("exchange", "rounds", "buffers", "memory", "order", "hidden")]
-
-
-@pytest.mark.parametrize("name, fault", RIGHT)
-def test_address_sanitizer_passes_what_is_right(name: str, fault: int) -> None:
-    assert sanitized("asan", name, fault, 20) == ""
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+def test_sanitizers_pass_what_is_right(flavour: str) -> None:
+    assert sanitized(flavour, "exchange", "rounds", "buffers", "memory", "order", "hidden", seeds=len(SEEDS)) == ""
 
 
 @pytest.mark.parametrize("fault, access", [(2, "READ"), (3, "WRITE")])
 def test_address_sanitizer_finds_the_first_byte_beyond(fault: int, access: str) -> None:
-    said = sanitized("asan", "memory", fault, 1)
-    assert (
-        "heap-buffer-overflow" in said and f"{access} of size 4" in said and "0 bytes to the right of 36-byte" in said
-    )
-    assert "toys.cu" in said
+    said = sanitized("asan", "memory", fault=fault)
+    assert "heap-buffer-overflow" in said and f"{access} of size 4" in said and "toys.cu" in said
+    assert "0 bytes to the right of 36-byte" in said or "0 bytes after 36-byte" in said
+
+
+@pytest.mark.parametrize(
+    "fault, threads",
+    [
+        (1, ("thread 0 of block (", "thread 63 of block (")),
+        (2, ("thread 5 of block (", "thread 5 of block (")),
+        (3, ("thread ", "thread ")),
+    ],
+)
+def test_thread_sanitizer_finds_what_no_order_shows(fault: int, threads: tuple[str, str]) -> None:
+    assert [toy("hidden", fault, seed) for seed in SEEDS] == [""] * len(SEEDS)
+    said = sanitized("tsan", "hidden", fault=fault)
+    assert "data race" in said and "toys.cu" in said and all(f"'{words}" in said for words in threads)
+
+
+@pytest.mark.parametrize("name, fault", [("exchange", 1), ("rounds", 1), ("rounds", 2), ("buffers", 1)])
+def test_thread_sanitizer_finds_a_missing_barrier(name: str, fault: int) -> None:
+    assert "data race" in sanitized("tsan", name, fault=fault)
