@@ -57,11 +57,11 @@ inline float from_fp16(uint16_t v) {
   return from_bits(sign | bits(from_bits(u) * 0x1p112f));
 }
 
-// Past the largest finite float it is infinity.
+// As sm_80 and sm_90 do it: past the largest finite float comes infinity, and a NaN of which only low bits
+// say so becomes infinity too.
 inline uint32_t to_tf32(float v) {
-  if (v != v) return 0x7fffe000;
   const uint32_t u = bits(v);
-  return (u & 0x7f800000) == 0x7f800000 ? u : (u + 0x1000) & ~0x1fffu;
+  return ((u & 0x7fffffff) < 0x7f800000 ? u + 0x1000 : u) & ~0x1fffu;
 }
 
 inline float exp(float v) { return std::exp(v); }
