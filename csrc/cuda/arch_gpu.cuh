@@ -41,7 +41,6 @@ RNNKIT_DEVICE float tanh_fast(float v) {
   asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
-RNNKIT_DEVICE float divide_fast(float a, float b) { return __fdividef(a, b); }
 
 RNNKIT_DEVICE void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                             uint32_t b1) {
