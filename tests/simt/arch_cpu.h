@@ -68,6 +68,7 @@ inline float exp(float v) { return std::exp(v); }
 inline double exp(double v) { return std::exp(v); }
 inline float tanh(float v) { return std::tanh(v); }
 inline double tanh(double v) { return std::tanh(v); }
+inline float tanh_fast(float v) { return std::tanh(v); }
 inline float exp_fast(float v) { return std::exp(v); }
 
 // Divisors above 2^126 give 0, or NaN below infinity: div.approx multiplies by a reciprocal that is flushed
