@@ -6,7 +6,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <tuple>
 
 #include "simt.h"
@@ -68,15 +67,20 @@ inline float exp(float v) { return std::exp(v); }
 inline double exp(double v) { return std::exp(v); }
 inline float tanh(float v) { return std::tanh(v); }
 inline double tanh(double v) { return std::tanh(v); }
-inline float tanh_fast(float v) { return std::tanh(v); }
-inline float exp_fast(float v) { return std::exp(v); }
 
-// Divisors above 2^126 give 0, or NaN below infinity: div.approx multiplies by a reciprocal that is flushed
-// to 0.
-inline float divide_fast(float a, float b) {
-  const float size = std::fabs(b);
-  if (size > 0x1p126f && size <= std::numeric_limits<float>::max()) return a * std::copysign(0.f, b);
-  return a / b;
+// Instructions that approximate are wrong by as much as PTX allows them, or less: by how much, the argument's
+// bits say.
+inline double off(float v, double bound) {
+  if (v == 0 || std::isinf(v)) return 1;
+  const uint32_t h = bits(v) * 0x9e3779b1u;
+  return 1 + bound * ((h >> 8) * 0x1p-23 - 1);
+}
+inline float tanh_fast(float v) {  // tanh.approx
+  const float r = static_cast<float>(std::tanh(v) * off(v, 0x1p-11));
+  return std::fabs(r) > 1 ? std::copysign(1.f, r) : r;
+}
+inline float exp_fast(float v) {  // ex2.approx of a product that is rounded
+  return static_cast<float>(std::exp2(v * 1.44269502f) * off(v, 0x1p-22));
 }
 
 // The operands of one lane; d is its accumulators.
