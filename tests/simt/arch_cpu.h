@@ -88,9 +88,11 @@ struct Product {
   float* d;
   uint32_t a[4], b[2];
 };
-void multiply_bf16(void* const* lanes);
-void multiply_fp16(void* const* lanes);
-void multiply_tf32(void* const* lanes);
+#define RNNKIT_SHARED_LIBRARY __attribute__((visibility("default")))
+RNNKIT_SHARED_LIBRARY void multiply_bf16(void* const* lanes);
+RNNKIT_SHARED_LIBRARY void multiply_fp16(void* const* lanes);
+RNNKIT_SHARED_LIBRARY void multiply_tf32(void* const* lanes);
+#undef RNNKIT_SHARED_LIBRARY
 
 inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                      uint32_t b1, ::simt::Place place = ::simt::Place::here()) {
