@@ -140,7 +140,8 @@ def lines(job: Job, version: str, found: Iterable[Found], asked: dict[str, int])
         usage = usage._replace(shared=usage.shared + dynamic)
         most[side, function] = Usage(*map(max, usage, most.get((side, function), usage)))
     facts = (version, row.name, row.regime, row.kernel, row.kind, row.units, row.warps, row.rows, job.chip)
-    return [Line(Name(*facts, side, function), usage) for (side, function), usage in most.items()]
+    order = sorted(most, key=lambda name: (SIDES.index(name[0]), name[1]))
+    return [Line(Name(*facts, *name), most[name]) for name in order]
 
 
 def said(text: str) -> Iterator[Found]:

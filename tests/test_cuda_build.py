@@ -242,7 +242,7 @@ def test_what_ptxas_says() -> None:
     ]
     row = next(row for row in cuda_table.ROWS if row.regime == "step")
     sizes = {"forward_asks": 101, "backward_asks": 201}
-    step, each = compiled.lines(compiled.Job(row, "sm_80"), "13.0", found, sizes)
+    each, step = compiled.lines(compiled.Job(row, "sm_80"), "13.0", found, sizes)
     assert (step.name.side, step.name.function, step.usage) == ("backward", "step", Usage(40, 8, 216))
     assert step.wrong == "spills 8 bytes" and step.fits
     assert (each.name.side, each.name.function, each.usage) == ("forward", "each", Usage(12, 0, 0))
