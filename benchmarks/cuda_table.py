@@ -134,7 +134,7 @@ def build(job: Job, nvcc: ModuleType, home: Path, version: str) -> list[Line] | 
 
 def lines(job: Job, version: str, found: Iterable[Found], asked: dict[str, int]) -> list[Line]:
     """What is known of a row's functions, of several instantiations of one the most of each."""
-    row, most = job.row, {}
+    row, most = job.row, dict[tuple[str, str], Usage]()
     for side, function, usage in found:
         dynamic = 0 if function in WITHOUT or not asked else asked[f"{side}_asks"] - 1
         usage = usage._replace(shared=usage.shared + dynamic)
