@@ -77,7 +77,7 @@ lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/ci/typecheck.py
-	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard tests/harness/*.cpp tests/harness/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/harness/*.$(e) tests/simt/*.$(e)))
 
 harness: build/harness/plain/harness ## the CPU engine against plain loops, without torch
 	$< --problems $(PROBLEMS)
@@ -115,7 +115,7 @@ SIMT_FLAGS := -std=c++17 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wal
 
 simt: ## every CUDA kernel compiled for the CPU, see tests/simt; FLAVOUR=asan or tsan: with a sanitizer
 	@$(PYTHON) csrc/cuda/generate.py build/cuda
-	@$(MAKE) -s $(patsubst build/cuda/%.cu,build/simt/$(FLAVOUR)/%.so,$(sort $(wildcard build/cuda/*.cu)))
+	@cd build/cuda && $(MAKE) -s -C ../.. $$(printf 'build/simt/$(FLAVOUR)/%s.so ' $$(basename -s .cu *.cu))
 
 # A way to build them: name, flags of the scheduler, flags of kernels, flags of the library.
 define simt

@@ -84,9 +84,9 @@ def complaints(backend: str, problem: Problem, given: Given, device: str) -> Ite
             continue
         try:
             for what in check(Call(backend, problem, given, device, problem.dtype), given):
-                yield f"{how}: {what} has other bits than in a plain call, in {problem}"
+                yield f"{how}: {what} has other bits than in a plain call"
         except Exception as raised:  # compilers have errors of their own
-            yield f"{how}: raised {first_line(raised)}, in {problem}"
+            yield f"{how}: raised {first_line(raised)}"
 
 
 def in_a_graph(call: Call, given: Given) -> list[str]:

@@ -11,6 +11,7 @@ filled with NaN, and so is the padding.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +37,8 @@ class Findings:
     """What came of it. A share is an error over what is allowed."""
 
     wrong: list[str] = field(default_factory=list)
-    culprits: set[str] = field(default_factory=set)
-    """The backends that something is wrong with."""
+    culprits: set[tuple[str, str, str]] = field(default_factory=set)
+    """The backend, kind of layer and precision that something is wrong with."""
     ran: dict[tuple[str, str], int] = field(default_factory=dict)
     """How many problems a backend has run, in a precision."""
     worst: dict[tuple[str, str], tuple[float, str]] = field(default_factory=dict)
@@ -54,10 +55,14 @@ class Findings:
     kernels: set[table.Row] = field(default_factory=set)
     """The persistent kernels that ran."""
 
-    def blame(self, backend: str, what: str) -> None:
+    def blame(self, backend: str, problem: Problem, what: str) -> None:
         """Put a failure down."""
-        self.culprits.add(backend)
-        self.wrong.append(f"{backend}: {what}")
+        self.culprits.add((backend, problem.kind, problem.precision))
+        self.wrong.append(f"{backend}: {what}, in {problem}")
+
+    def stumbled(self, problem: Problem, error: Exception) -> None:
+        """Put down an error of the examination itself, or of what all backends stand on."""
+        self.wrong.append(f"{first_line(error)}, where this is examined: {problem}")
 
     def add(self, other: Findings) -> None:
         """Take over what somebody else found."""
@@ -119,6 +124,11 @@ def examine(
                     findings.ended = True
                     findings.wrong.append(f"torch fails, and the examination ends, in {line}")
                     return
+            except Exception as error:  # a Triton that cannot be imported, say
+                findings.stumbled(problem, error)
+            if problem.memory and device == "cuda":  # else torch keeps it from those that come after
+                gc.collect()
+                torch.cuda.empty_cache()
             if tell is not None:
                 tell(done, str(problem))
 
@@ -160,20 +170,20 @@ def _examine(findings: Findings, device: str, problem: Problem, backends: Sequen
                 samples = [numbers(named(name), problem, given, problem.dtype, device) for given in drawn]
                 again = numbers(named(name), problem, drawn[0], problem.dtype, device) if name in FUSED else samples[0]
         except Exception as raised:  # compilers of kernels have errors of their own
-            findings.blame(name, f"raised {first_line(raised)}, in {problem}")
+            findings.blame(name, problem, f"raised {first_line(raised)}")
             continue
         others = {chosen for _, _, chosen in choices} - {name}
         if others and name != "auto":
-            findings.blame(name, f"was named, and {', '.join(sorted(others))} ran, in {problem}")
+            findings.blame(name, problem, f"was named, and {', '.join(sorted(others))} ran")
         for what in differing(again, samples[0]):
-            findings.blame(name, f"{what} has other bits the second time, in {problem}")
+            findings.blame(name, problem, f"{what} has other bits the second time")
         if name == "triton" and triton.missing() is None:
             findings.kernels |= set(kernels_of(problem, triton.chip()))
         _judge(findings, key, problem, _pooled(samples), truth, yardstick)
         if problem.calls:
             with _asked(problem):
                 for complaint in calls.complaints(name, problem, drawn[0], device):
-                    findings.blame(name, complaint)
+                    findings.blame(name, problem, complaint)
 
 
 def _able(findings: Findings, device: str, problem: Problem, backends: Sequence[str]) -> list[str]:
@@ -202,15 +212,15 @@ def _judge(
     """Each number against what it may be off by."""
     name = key[0]
     if got.keys() != truth.keys():
-        findings.blame(name, f"gives {', '.join(got)}, expected {', '.join(truth)}, in {problem}")
+        findings.blame(name, problem, f"gives {', '.join(got)}, expected {', '.join(truth)}")
         return
     for what, v in got.items():
         if v.dtype != problem.dtype:
-            findings.blame(name, f"{what} is {v.dtype}, expected {problem.dtype}, in {problem}")
+            findings.blame(name, problem, f"{what} is {v.dtype}, expected {problem.dtype}")
         off = error(v, truth[what])
         allowed = 2 * error(yardstick[what], truth[what]) + band(truth[what], problem.dtype)
         if not off <= allowed:
-            findings.blame(name, f"{what} is off by {off:.3g}, allowed {allowed:.3g}, in {problem}")
+            findings.blame(name, problem, f"{what} is off by {off:.3g}, allowed {allowed:.3g}")
         share = off / allowed if allowed else float(off > 0)
         if share > findings.worst.get(key, (-1.0, ""))[0]:
             findings.worst[key] = (share, f"{what}, {problem}")

@@ -104,6 +104,8 @@ class Bench:
             raise BadInput(
                 f"--record puts rows into a clone, and there is no {RESULTS}; rows.csv in --out has them too"
             )
+        self.barred: frozenset[tuple[str, str, str]] = frozenset()
+        """Backend, cell and dtype of what is not to be timed."""
         self.threads = [_count(n) for n in options.threads] or [1]
         if self.device == "cuda":
             missing = limits.no_device()
@@ -224,7 +226,8 @@ class Bench:
 
     def _job(self, job: Job, threads: int, progress: Progress) -> list[Row]:
         """Set up, gate, memory, clock: the rows of one job."""
-        made = sides.setup(job, self.device, threads, self.backends, self.options.compile, self.options.module)
+        fit = tuple(name for name in self.backends if (name, job.cell, job.dtype) not in self.barred)
+        made = sides.setup(job, self.device, threads, fit, self.options.compile, self.options.module)
         if self.options.backend:
             self.notes += made.cannot
         for line in made.failed:
@@ -288,6 +291,9 @@ class Bench:
         """The sides that can be captured."""
         captured = {}
         for side in every:
+            if side.on_host:
+                self.notes.append(f"{side.name} is not captured in a CUDA graph, since it waits for the device")
+                continue
             try:
                 captured[id(side)] = timing.graph(works[id(side)])
             except RuntimeError as error:

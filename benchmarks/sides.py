@@ -46,6 +46,8 @@ class Side:
     """The backend of rnnkit that does the work; empty where it is none."""
     weights: tuple[str, ...] = ()
     """The parameters in torch's order, by name, where the module's own order may be another."""
+    on_host: bool = False
+    """Whether it waits for what the device computes, so that no CUDA graph can hold it."""
 
     def work(self, x: Tensor, train: bool) -> Callable[[], object]:
         """What is timed: a forward without a graph, or a forward and a backward to the input and every weight."""
@@ -202,7 +204,7 @@ def _ways(job: Job, theirs: nn.Module, device: str) -> tuple[Run, list[Side]]:
         return (
             lambda m, x: _flat(m(x, reset=reset)),
             [
-                Side(SPLIT, theirs, lambda m, x: _split(m, x, reset)),
+                Side(SPLIT, theirs, lambda m, x: _split(m, x, reset), on_host=True),
                 Side(CELLS, cell, lambda m, x: _by_steps(m, x, reset)),
             ],
         )
@@ -212,7 +214,7 @@ def _ways(job: Job, theirs: nn.Module, device: str) -> tuple[Run, list[Side]]:
         there = lengths.to(device)
         return (
             lambda m, x: _flat(m(x, lengths=there)),
-            [Side(PACKED, theirs, lambda m, x: _packed(m, x, lengths))],
+            [Side(PACKED, theirs, lambda m, x: _packed(m, x, lengths), on_host=True)],
         )
     return _plain, [Side(TORCH, theirs, _plain)]
 

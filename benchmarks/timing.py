@@ -88,16 +88,27 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def graph(work: Work) -> Work:
-    """The same work as a CUDA graph's replay. Raises RuntimeError where it cannot be captured."""
+    """The same work as a CUDA graph's replay. Raises RuntimeError where it cannot be captured.
+
+    A capture that fails leaves torch on the graph's stream, and its generator as if it were still being captured: both
+    are put back, or what is called next would be launched elsewhere and could draw no random number.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # gradients get their memory, libraries choose their algorithms
             work()
     torch.cuda.current_stream().wait_stream(stream)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        work()
+    captured, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = generator.clone_state()
+    try:
+        with torch.cuda.graph(captured):
+            work()
+    except BaseException:
+        torch.cuda.set_stream(before)
+        generator.graphsafe_set_state(state)
+        raise
     captured.replay()
     torch.cuda.synchronize()
     return captured.replay

@@ -3,9 +3,10 @@
 First what is here: device, driver, versions. Then parity: outputs, states and all gradients of every backend that
 runs here, against float64, for every cell, dtype and extra; of the fused backends every kernel of the table, the same
 bits twice, in a CUDA graph, compiled and under autocast. Then the benchmark against cuDNN, those cases first by
-which the fused backends are judged, each result checked before it is timed; what failed parity is not timed. At the
-end the targets, each met or missed. It needs Python and torch alone, nothing is downloaded, and a clone runs as it
-is. Rows go into benchmarks/results/ of the clone, or into the folder that --out names; Ctrl-C keeps what there is.
+which the fused backends are judged, each result checked before it is timed; a backend is not timed in the cells and
+dtypes in which it failed parity. At the end the targets, each met or missed. It needs Python and torch alone, nothing
+is downloaded, and a clone runs as it is. Rows go into benchmarks/results/ of the clone, or into the folder that --out
+names; Ctrl-C keeps what there is.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ DEVICE = "cuda"
 LIMIT, QUICK = 540.0, 100.0  # seconds, all in all
 SHARE = 0.6  # of it, at most, for parity: kernels that are compiled when they are first called take minutes
 OUT = Path("gpu-check-out")
+TIMED = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU"}  # kind of layer -> cell of the benchmark
 SHOWN = 20  # failures on the console; the file has them all
 
 
@@ -105,15 +107,14 @@ def _check(
     if interrupted or findings.ended:
         say("stopped by Ctrl-C" if interrupted else "the device failed: nothing is timed")
         return 130 if interrupted else 1
-    fit = [name for name in backends if name not in findings.culprits and (name != "auto" or not findings.culprits)]
-    if findings.culprits:
-        say(f"not timed, since something is wrong: {', '.join(name for name in backends if name not in fit)}")
-    code = 0
-    if fit:
-        say("\nbenchmark")
-        bench.backends = tuple(fit)
-        bench.options.limit = max(bench.options.limit - (time.monotonic() - begin), 1.0)
-        code = bench.run()
+    bench.backends, bench.barred = backends, barred(findings)
+    for cell, dtype in dict.fromkeys((job.cell, job.dtype) for job in bench.jobs):
+        unfit = [name for name in backends if (name, cell, dtype) in bench.barred]
+        if unfit:
+            say(f"not timed, since something is wrong: {cell} in {dtype} by {', '.join(unfit)}")
+    say("\nbenchmark")
+    bench.options.limit = max(bench.options.limit - (time.monotonic() - begin), 1.0)
+    code = bench.run()
     say("\ntargets")
     for line in judged(bench.rows, findings):
         say(line)
@@ -200,6 +201,13 @@ def _bench(options: argparse.Namespace, out: Path) -> run.Bench:
     return bench
 
 
+def barred(findings: parity.Findings) -> frozenset[tuple[str, str, str]]:
+    """The backend, cell and dtype of what failed parity, of the kinds that the benchmark has; and `auto`, which may
+    take that backend."""
+    wrong = {(name, TIMED[kind], precision) for name, kind, precision in findings.culprits if kind in TIMED}
+    return frozenset(wrong | {("auto", cell, dtype) for _, cell, dtype in wrong})
+
+
 def urgency(job: Job) -> int:
     """0 and 1: what the fused backends are judged by. Sorts the jobs of a run that may not have time for all."""
     if job.dtype == "bfloat16" and job.train:
@@ -221,7 +229,8 @@ def judged(found: list[rows.Row], findings: parity.Findings) -> list[str]:
     measured = {row.implementation for row in found}
     for backend in BACKENDS:
         if backend.name in targets.FUSED and backend.name not in measured:
-            why = backend.available() or ("it failed parity" if backend.name in findings.culprits else "it has no row")
+            failed = any(name == backend.name for name, *_ in findings.culprits)
+            why = backend.available() or ("it failed parity" if failed else "it has no row")
             lines.append(f"-      {backend.name}: not judged: {why}")
     return lines
 

@@ -42,6 +42,25 @@ class Stream:
     def wait_stream(self, other: Stream) -> None: ...
 
 
+class Generator:
+    """Its state is whether random numbers are being captured."""
+
+    capturing = False
+
+    def clone_state(self) -> Generator:
+        clone = Generator()
+        clone.capturing = self.capturing
+        return clone
+
+    def graphsafe_set_state(self, state: Generator) -> None:
+        self.capturing = state.capturing
+
+
+STREAMS = [Stream()]
+"""The last is the current one."""
+GENERATOR = Generator()
+
+
 class CUDAGraph:
     def replay(self) -> None:
         CALLS.append("replay")
@@ -49,16 +68,23 @@ class CUDAGraph:
 
 @contextlib.contextmanager
 def capture(_: CUDAGraph) -> Iterator[None]:
+    """As torch's: what fails inside leaves the stream and the generator as they are in a capture."""
     CALLS.append("capture")
+    STREAMS.append(Stream())
+    GENERATOR.capturing = True
     yield
+    STREAMS.pop()
+    GENERATOR.capturing = False
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch.cuda of this file's making, on a machine of round figures."""
     CALLS.clear()
+    STREAMS[1:], GENERATOR.capturing = [], False
     real = sides.setup
     stand_ins: dict[str, Any] = dict(
-        Event=Event, Stream=Stream, CUDAGraph=CUDAGraph, graph=capture, current_stream=Stream,
+        Event=Event, Stream=Stream, CUDAGraph=CUDAGraph, graph=capture, current_stream=lambda: STREAMS[-1],
+        set_stream=STREAMS.append, current_device=lambda: 0, default_generators=(GENERATOR,),
         is_available=lambda: True, stream=contextlib.nullcontext, synchronize=lambda: None,
         reset_peak_memory_stats=lambda: None, memory_allocated=lambda: 2**20, max_memory_allocated=lambda: 3 * 2**20,
         get_device_name=lambda: "NVIDIA Abacus", get_device_capability=lambda: (9, 9),

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_believe import CALLS, pretend
+from make_believe import CALLS, GENERATOR, pretend
 from test_benchmarks import SHAPE
 
 from rnnkit.__main__ import main
-from rnnkit.benchmarks import rows, timing
+from rnnkit.benchmarks import rows, sides, timing
 
 
 @pytest.fixture
@@ -54,3 +54,25 @@ def test_what_cannot_be_captured_is_said(
     assert {r.launch for r in measure(tmp_path, "--mode", "training")} == {"call"}
     said = capsys.readouterr().out
     assert "auto cannot be captured in a CUDA graph: operation not permitted when stream is capturing\n" in said
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_the_generator_as_they_were(cuda: None) -> None:
+    before = torch.cuda.current_stream()
+
+    def work() -> None:
+        if "capture" in CALLS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        timing.graph(work)
+    assert torch.cuda.current_stream() is before and not GENERATOR.capturing
+
+
+@pytest.mark.parametrize(("group", "waits"), [("resets", sides.SPLIT), ("lengths", sides.PACKED)])
+def test_what_waits_for_the_device_is_not_captured(
+    group: str, waits: str, cuda: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = measure(tmp_path, "--case", f"{group}/64x64x32x128", "--mode", "inference", "--quick")
+    assert {r.launch for r in found if r.group == group and r.against == waits} == {"call"}
+    assert "graph" in {r.launch for r in found if r.group == group}
+    assert f"{waits} is not captured in a CUDA graph, since it waits for the device\n" in capsys.readouterr().out

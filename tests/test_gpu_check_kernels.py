@@ -18,7 +18,7 @@ import torch
 from make_believe import Fused, put, rerun
 
 from rnnkit import gpu_check, ops
-from rnnkit.backends import Outputs, triton
+from rnnkit.backends import BY_NAME, Outputs, triton
 from rnnkit.benchmarks import calls, crew, parity, problems, ways
 from rnnkit.benchmarks.problems import BF16, F16, F32, KINDS, Problem, Variant, kernels_of, select
 from rnnkit.benchmarks.targets import FUSED
@@ -121,7 +121,7 @@ class Restless(Fused):
 def test_other_bits_the_second_time(what: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = examined(Problem("gru", SMALL, F32), backend=Restless(what), patch=monkeypatch)
     assert any(f"triton: {named} has other bits the second time, in gru" in line for line in found.wrong), found.wrong
-    assert found.culprits == {"triton"}
+    assert found.culprits == {("triton", "gru", "float32")}
 
 
 def test_tf32_is_held_to_ten_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,31 +325,57 @@ def test_what_several_found_is_put_together(monkeypatch: pytest.MonkeyPatch) -> 
         parts.add(examined(problem, backend=wrong, patch=monkeypatch))
     other = parity.Findings(left=1, ended=True, without=["a"], failing=["b"], skipped={"cpu": {"why": 2}})
     parts.add(other)
-    assert parts.wrong == whole.wrong != [] and parts.culprits == whole.culprits == {"triton"}
+    assert parts.wrong == whole.wrong != [] and parts.culprits == whole.culprits
+    assert parts.culprits == {("triton", p.kind, p.precision) for p in every}
     assert (parts.ran, parts.worst, parts.kernels) == (whole.ran, whole.worst, whole.kernels)
     assert (parts.left, parts.ended, parts.without, parts.failing) == (1, True, ["a"], ["b"])
     assert parts.skipped == {"cpu": {"why": 3}}
 
 
-def test_an_error_of_the_examination_is_said_and_the_rest_goes_on() -> None:
+def test_an_error_of_the_examination_is_said_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     found, future = parity.Findings(), Future()  # type: ignore[var-annotated]
     future.set_exception(ValueError("no such thing"))
-    crew._take(found, future, next(iter(problems.persistent(90))))
-    assert found.wrong[0].startswith("ValueError where ") and found.wrong[0].endswith("is examined: no such thing")
-    assert not found.ended
+    assert crew._take(found, future, next(iter(problems.persistent(90))))
+    assert found.wrong[0].startswith("ValueError: no such thing, where this is examined: ") and not found.ended
+
+    def broken(problem: Problem) -> list[str]:
+        raise ImportError("libtriton.so: cannot open")
+
+    monkeypatch.setattr(BY_NAME["triton"], "unsupported", broken)
+    every, told = [Problem("gru", SMALL, F32), Problem("lstm", SMALL, F32)], []
+    parity.examine(found, "cpu", every, ("reference", "triton"), lambda done, what: told.append(done))
+    assert told == [1, 2] and not found.ended
+    assert [line.partition(" (")[0] for line in found.wrong[1:]] == [
+        f"ImportError: libtriton.so: cannot open, where this is examined: {p.kind} in float32" for p in every
+    ]
 
 
-def test_a_process_that_ends_is_said() -> None:
+def test_a_process_that_ends_is_said_and_the_rest_goes_on() -> None:
+    """Which of those that had begun it was is found out; a compiler that crashes is no device that fails."""
+    every = [Deadly("lstm", SMALL, F32), *(Problem(kind, SMALL, F32) for kind in ("gru", "rnn_tanh", "lstm"))]
+    findings, told = crewed(every)
+    assert not findings.ended and len(told) == 4 and findings.ran["reference", "float32"] == 3
+    (line,) = findings.wrong
+    assert line.startswith("triton: ended its process, in lstm in float32")
+    assert findings.culprits == {("triton", "lstm", "float32")}
+
+
+def test_a_device_that_fails_with_a_process_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "works", lambda device: False)
     findings, _ = crewed([Deadly("lstm", SMALL, F32), Problem("gru", SMALL, F32)])
     assert findings.ended and len(findings.wrong) == 1
-    assert "a process ended by itself, and the examination with it, in or near " in findings.wrong[0]
+    assert findings.wrong[0].startswith("the device fails, and the examination ends, in or near lstm in float32")
 
 
 def test_what_hangs_is_said_and_nobody_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been a compiler; a device that still runs is asked on."""
     monkeypatch.setattr(crew, "GRACE", 0.1)
-    findings, _ = crewed([Endless("lstm", SMALL, F32)], 0.0)
-    assert findings.ended and "did not end within 0.1 s after time was up: lstm in float32" in findings.wrong[0]
-    assert not multiprocessing.active_children()
+    for runs in (True, False):
+        monkeypatch.setattr(crew, "works", lambda device, runs=runs: runs)
+        findings, _ = crewed([Endless("lstm", SMALL, F32)], 0.0)
+        assert findings.wrong[0].startswith("triton: did not end within 0.1 s after time was up, in lstm in float32")
+        assert findings.ended != runs and findings.culprits == {("triton", "lstm", "float32")}
+        assert not multiprocessing.active_children()
 
     def stop(done: int, what: str) -> None:
         raise KeyboardInterrupt
@@ -357,6 +383,25 @@ def test_what_hangs_is_said_and_nobody_is_left(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt):
         crew.work(parity.Findings(), "cpu", [CALLED, Endless("gru", SMALL, F32)], ("triton",), stop, 600.0, 2)
     assert not multiprocessing.active_children()
+
+
+def test_a_large_problem_has_the_device_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[Problem]] = []
+
+    def wave(findings: parity.Findings, device: str, every: list[Problem], *rest: Any) -> tuple[list[Any], list[Any]]:
+        seen.append(every)
+        return [], []
+
+    monkeypatch.setattr(crew, "_wave", wave)
+    every = select(False, 90)
+    crewed(every)
+    assert [p for some in seen for p in some] == every and len(seen) < 10
+    assert all(len(some) == 1 for some in seen if any(p.memory for p in some))
+    freed: list[str] = []
+    monkeypatch.setattr(parity, "_examine", lambda findings, device, problem, backends: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("all"))
+    parity.examine(parity.Findings(), "cuda", every)
+    assert len(freed) == sum(p.memory > 0 for p in every) > 0
 
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,15 @@ class Reference(KernelBackend):
     def unsupported(self, problem: Problem) -> list[str]:
         return []
 
+    def formula(self, cell: Cell) -> scan.StepFunction:
+        """One step; whoever wants to see them gives another function of the same numbers."""
+        return STEPS[cell.name][0]
+
     def scan_forward(
         self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         y, last, c_all, gates = scan.forward(
-            STEPS[cell.name][0], gx, State(h, c), _weights(cell, t), _cuts(t), t0=t0, reverse=reverse
+            self.formula(cell), gx, State(h, c), _weights(cell, t), _cuts(t), t0=t0, reverse=reverse
         )
         if gates is None and cell.saved:  # no step was made
             gates = gx.new_zeros((0, gx.shape[1], cell.saved * t.w_hh.shape[0] // cell.gates))

@@ -146,9 +146,9 @@ class Triton(KernelBackend):
             return "can run it, but was not measured on a GPU yet, and torch has a layer for it; runs when named"
         return None
 
-    def detail(self, problem: Problem) -> str | None:
+    def detail(self, problem: Problem, index: int | None = None) -> str | None:
         sides = ("forward", "backward")[: 1 + problem.train]
-        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip(), problem.batch)
+        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip(index), problem.batch)
         plans = [_planned(problem.cell, side, *facts) for side in sides]
         if len({(plan.regime, plan.reason) for plan in plans}) == 1:
             return f"{plans[0].regime}: {plans[0].reason}"

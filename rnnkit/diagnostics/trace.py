@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Options, Outputs, Tensors
-from ..backends.products import bias_inside
 from ..backends.reference import Reference
 from ..cells import CELLS, Cell
 from ..convert import convert, revert
 from ..nn.base import Recurrent
-from ..reference import STEPS, State, Step, Weights, scan
+from ..reference import State, Step, Weights, scan
 
 NAMES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 """The gates of a cell, in the order of their blocks."""
@@ -54,25 +53,20 @@ class Trace:
 
 
 class _Watching(Reference):
-    """The reference, which keeps what each step gave."""
+    """The reference, which keeps what each step gave, in the order in which they were made."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
 
-    def scan_forward(
-        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def formula(self, cell: Cell) -> scan.StepFunction:
         self.steps = []
+        formula = super().formula(cell)
 
         def watched(gx: Tensor, s: State, w: Weights) -> Step:
-            self.steps.append(STEPS[cell.name][0](gx, s, w))
+            self.steps.append(formula(gx, s, w))
             return self.steps[-1]
 
-        w, cuts = Weights(t.w_hh, bias_inside(cell, t), t.w_hr), scan.Cuts(t.lengths, t.reset, t.h_r, t.c_r)
-        y, last, c_all, gates = scan.forward(watched, gx, State(h, c), w, cuts, t0=t0, reverse=reverse)
-        if reverse:
-            self.steps.reverse()
-        return y, last.h, last.c, c_all, gates
+        return watched
 
 
 @contextlib.contextmanager
@@ -108,7 +102,8 @@ def recorded(module: nn.Module) -> Iterator[dict[str, Trace]]:
             key = _label(names[m], f"l{count // directions}{'_reverse' if o.reverse else ''}")
             key += f" ({times})" if times > 1 else ""
             now[1] = count + 1
-        found.setdefault(key, Trace(cell, o.reverse, t.lengths)).add(watching.steps)
+        steps = watching.steps[::-1] if o.reverse else watching.steps
+        found.setdefault(key, Trace(cell, o.reverse, t.lengths)).add(steps)
         return outputs
 
     handles = [m.register_forward_pre_hook(enter) for m in names]

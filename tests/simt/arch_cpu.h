@@ -1,5 +1,6 @@
-// The back end of arch.cuh for a CPU: the wrappers that need a scheduler ask simt.h, the others are plain functions
-// that give what the instruction gives. Compiled with tests/ and csrc/cuda/ in the include path. Include arch.cuh.
+// The back end of arch.cuh for a CPU: the wrappers that need a scheduler ask simt.h, the others are plain
+// functions that give what the instruction gives. Compiled with tests/ and csrc/cuda/ in the include path.
+// Include arch.cuh.
 
 #pragma once
 
@@ -67,9 +68,11 @@ inline float exp(float v) { return std::exp(v); }
 inline double exp(double v) { return std::exp(v); }
 inline float tanh(float v) { return std::tanh(v); }
 inline double tanh(double v) { return std::tanh(v); }
+inline float tanh_fast(float v) { return std::tanh(v); }
 inline float exp_fast(float v) { return std::exp(v); }
 
-// Divisors above 2^126 give 0, or NaN below infinity: div.approx multiplies by a reciprocal that is flushed to 0.
+// Divisors above 2^126 give 0, or NaN below infinity: div.approx multiplies by a reciprocal that is flushed
+// to 0.
 inline float divide_fast(float a, float b) {
   const float size = std::fabs(b);
   if (size > 0x1p126f && size <= std::numeric_limits<float>::max()) return a * std::copysign(0.f, b);
@@ -85,18 +88,18 @@ void multiply_bf16(void* const* lanes);
 void multiply_fp16(void* const* lanes);
 void multiply_tf32(void* const* lanes);
 
-inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
-                     ::simt::Place place = ::simt::Place::here()) {
+inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1, ::simt::Place place = ::simt::Place::here()) {
   Product mine{d, {a0, a1, a2, a3}, {b0, b1}};
   ::simt::collective("mma_bf16", place, &mine, multiply_bf16);
 }
-inline void mma_fp16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
-                     ::simt::Place place = ::simt::Place::here()) {
+inline void mma_fp16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1, ::simt::Place place = ::simt::Place::here()) {
   Product mine{d, {a0, a1, a2, a3}, {b0, b1}};
   ::simt::collective("mma_fp16", place, &mine, multiply_fp16);
 }
-inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
-                     ::simt::Place place = ::simt::Place::here()) {
+inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1, ::simt::Place place = ::simt::Place::here()) {
   Product mine{d, {a0, a1, a2, a3}, {b0, b1}};
   ::simt::collective("mma_tf32", place, &mine, multiply_tf32);
 }
@@ -113,7 +116,8 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int thre
     const Call& call = *static_cast<const Call*>(c);
     std::apply(call.kernel, call.parameters);
   };
-  ::simt::run({name, grid.x, grid.y, threads, shared, static_cast<const ::simt::Schedule*>(stream), body, &call});
+  ::simt::run(
+      {name, grid.x, grid.y, threads, shared, static_cast<const ::simt::Schedule*>(stream), body, &call});
 }
 
 }  // namespace rnnkit::cuda::arch

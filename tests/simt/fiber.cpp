@@ -68,7 +68,8 @@ void adopt(Fiber& fiber) {
 
 Fiber* make_fiber(void (*entry)()) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  void* memory = mmap(nullptr, page + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      mmap(nullptr, page + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) throw std::bad_alloc();
   Fiber* fiber = new Fiber;
   fiber->bottom = static_cast<char*>(memory) + page;
@@ -91,8 +92,8 @@ void reset(Fiber& fiber, void (*entry)()) {
   fiber.context.uc_stack.ss_size = fiber.size;
   makecontext(&fiber.context, entry, 0);
 #else
-  // What simt_switch takes: six registers and the address to return to. `entry` finds the stack as a call leaves it,
-  // 8 bytes off a multiple of 16, and null where its caller would stand.
+  // What simt_switch takes: six registers and the address to return to. `entry` finds the stack as a call
+  // leaves it, 8 bytes off a multiple of 16, and null where its caller would stand.
   void** end = reinterpret_cast<void**>(fiber.bottom + fiber.size);
   for (int k = 1; k <= 8; ++k) end[-k] = nullptr;
   end[-2] = reinterpret_cast<void*>(entry);
@@ -119,6 +120,14 @@ void switch_fiber(Fiber& from, Fiber& to) {
 void arrived() {
 #if defined(SIMT_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+}
+
+void name(Fiber& fiber, const std::string& words) {
+#if defined(SIMT_TSAN)
+  __tsan_set_fiber_name(fiber.sanitizer, words.c_str());
+#else
+  (void)fiber, (void)words;
 #endif
 }
 

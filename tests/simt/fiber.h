@@ -1,9 +1,11 @@
-// Fibers: stacks that a thread of the CPU goes back and forth between, and what a sanitizer must be told of it. On
-// x86-64 a switch is a few instructions; elsewhere, or with SIMT_UCONTEXT, it is swapcontext, several times slower.
+// Fibers: stacks that a thread of the CPU goes back and forth between, and what a sanitizer must be told of
+// it. On x86-64 a switch is a few instructions; elsewhere, or with SIMT_UCONTEXT, it is swapcontext, several
+// times slower.
 
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #if !defined(__x86_64__) || defined(SIMT_UCONTEXT)
 #define SIMT_UCONTEXT 1
@@ -26,7 +28,8 @@ struct Fiber {
 
 // The stack that the caller is on.
 void adopt(Fiber& fiber);
-// A new one, below it a page that may not be touched. It runs `entry`, which does not return, from its first switch on.
+// A new one, below it a page that may not be touched. It runs `entry`, which does not return, from its first
+// switch on.
 Fiber* make_fiber(void (*entry)());
 // Forgets where it was: it runs `entry` at the next switch.
 void reset(Fiber& fiber, void (*entry)());
@@ -34,10 +37,12 @@ void switch_fiber(Fiber& from, Fiber& to);
 // The first thing that `entry` calls.
 void arrived();
 
-// What ThreadSanitizer takes for an order of memory: all that came before a `publish` of a tag, before all that comes
-// after a `see` of it.
+// What ThreadSanitizer takes for an order of memory: all that came before a `publish` of a tag, before all
+// that comes after a `see` of it.
 void publish(void* tag);
 void see(void* tag);
+// In its reports.
+void name(Fiber& fiber, const std::string& words);
 
 #if defined(SIMT_TSAN)
 constexpr bool watches_order = true;

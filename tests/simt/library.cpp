@@ -1,5 +1,5 @@
-// The kernels of scan.h for callers in C: the names that were linked, and a scan on memory of the CPU. The workspace is
-// the library's, of exactly the bytes that the kernel asks for.
+// The kernels of scan.h for callers in C: the names that were linked, and a scan on memory of the CPU. The
+// workspace is the library's, of exactly the bytes that the kernel asks for.
 
 #include <cstdio>
 #include <exception>
@@ -54,12 +54,14 @@ EXPORT const char* rnnkit_simt_kernels() {
   return names.c_str();
 }
 
-EXPORT int rnnkit_simt_forward(const char* name, const Forward* forward, const simt::Schedule* schedule, char* reason,
-                               int64_t size) {
-  return told(reason, size, [=] { scan(name, *forward, &Kernel::forward_bytes, &Kernel::forward, *schedule); });
+EXPORT int rnnkit_simt_forward(const char* name, const Forward* forward, const simt::Schedule* schedule,
+                               char* reason, int64_t size) {
+  return told(reason, size,
+              [=] { scan(name, *forward, &Kernel::forward_bytes, &Kernel::forward, *schedule); });
 }
 
 EXPORT int rnnkit_simt_backward(const char* name, const Backward* backward, const simt::Schedule* schedule,
                                 char* reason, int64_t size) {
-  return told(reason, size, [=] { scan(name, *backward, &Kernel::backward_bytes, &Kernel::backward, *schedule); });
+  return told(reason, size,
+              [=] { scan(name, *backward, &Kernel::backward_bytes, &Kernel::backward, *schedule); });
 }

@@ -1,5 +1,5 @@
-// The tensor cores of arch_cpu.h: the matrix product of a warp, from the words that its lanes brought. Sums in float64,
-// rounded once; a GPU rounds oftener.
+// The tensor cores of arch_cpu.h: the matrix product of a warp, from the words that its lanes brought. Sums
+// in float64, rounded once; a GPU rounds oftener.
 
 #include "arch.cuh"
 

@@ -1,5 +1,5 @@
-// The scheduler of simt.h: which thread goes on, and what it means when none can. Not compiled with a sanitizer, which
-// is to see the kernels' memory and not this one.
+// The scheduler of simt.h: which thread goes on, and what it means when none can. Not compiled with a
+// sanitizer, which is to see the kernels' memory and not this one.
 
 #include "simt.h"
 
@@ -23,9 +23,11 @@ namespace {
 
 constexpr int64_t most_shared = 227 * 1024;  // of the largest chip in rnnkit/backends/cuda_table.py
 constexpr int most_threads = 1024;
-constexpr int at_once = 2048;                // threads of a launch, unless one block has more
-constexpr size_t watched_fibers = 4000;      // ThreadSanitizer knows some 8,000
-constexpr int epoch = 1024;                  // draws between two sets of priorities
+// Threads of a launch at a time, unless one block has more; and fibers, of which ThreadSanitizer makes slow and
+// large ones.
+constexpr int at_once = watches_order ? 1024 : 2048;
+constexpr size_t watched_fibers = 2048;
+constexpr int epoch = 1024;              // draws between two sets of priorities
 
 struct Resident;
 
@@ -51,9 +53,9 @@ struct Resident : Block {
   std::vector<Warp> warps;
   std::unique_ptr<Poisoned> memory;
   int arrived, left;
-  Place place;        // of the barrier where `arrived` wait
-  int64_t barriers;   // that it has passed
-  char tags[2];       // of one barrier, and the next: nobody is at the one after while some still leave the first
+  Place place;       // of the barrier where `arrived` wait
+  int64_t barriers;  // that it has passed
+  char tags[2];  // of one barrier, and the next: nobody is at the one after while some still leave the first
 };
 
 struct Machine {
@@ -71,7 +73,8 @@ struct Machine {
   Fiber* idle = nullptr;  // a list, the end of which is `last`
   Fiber* last = nullptr;
   size_t fibers = 0, unused = 0;  // of those that idle, the first `unused` were not in this launch yet
-  std::vector<std::unique_ptr<Poisoned>> memories;  // of ended blocks, as long as a sanitizer may ask for them
+  std::vector<std::unique_ptr<Poisoned>>
+      memories;  // of ended blocks, as long as a sanitizer may ask for them
   Fiber outside, *running;
   std::string failure;
   char began, finished;  // tags
@@ -111,7 +114,8 @@ void draw_priorities() {
 Warp* choose() {
   const size_t n = m.able.size();
   if (m.schedule.ordered) {
-    return *std::min_element(m.able.begin(), m.able.end(), [](Warp* a, Warp* b) { return a->first < b->first; });
+    return *std::min_element(m.able.begin(), m.able.end(),
+                             [](Warp* a, Warp* b) { return a->first < b->first; });
   }
   const uint64_t r = draw();
   const uint64_t mode = m.schedule.seed % 4;
@@ -147,8 +151,8 @@ Task* next() {
 
 void entry();
 
-// A fiber for a thread that begins. ThreadSanitizer takes what one fiber runs for ordered, so there a launch uses none
-// again as long as there are others; elsewhere the warmest stack is the best.
+// A fiber for a thread that begins. ThreadSanitizer takes what one fiber runs for ordered, so there a launch
+// uses none again as long as there are others; elsewhere the warmest stack is the best.
 Fiber* take_fiber() {
   if (m.idle == nullptr || (watches_order && m.unused == 0 && m.fibers < watched_fibers)) {
     ++m.fibers;
@@ -197,8 +201,8 @@ std::string in_words(const Thread& t) {
 
 std::string in_words(const Launch& l) {
   std::ostringstream s;
-  s << "rnnkit: kernel " << l.kernel << " on " << l.x << " x " << l.y << " blocks of " << l.threads << " threads with "
-    << l.shared << " bytes of shared memory: ";
+  s << "rnnkit: kernel " << l.kernel << " on " << l.x << " x " << l.y << " blocks of " << l.threads
+    << " threads with " << l.shared << " bytes of shared memory: ";
   return s.str();
 }
 
@@ -263,6 +267,7 @@ void begin(Resident& r, int64_t number) {
     t.warp = &r.warps[k / 32];
     // ThreadSanitizer takes who makes a fiber for what comes before it: never another thread of the launch.
     t.fiber = watches_order ? take_fiber() : nullptr;
+    if (watches_order) name(*t.fiber, in_words(t));
   }
   const uint64_t of_block = draw();
   for (size_t k = 0; k < r.warps.size(); ++k) {
@@ -285,8 +290,8 @@ std::string deadlock() {
       std::ostringstream s;
       int waiting = 0;
       for (const Warp& other : r.warps) waiting += count(other.waiting);
-      s << "deadlock: " << in_words(r.tasks[w.first + __builtin_ctz(w.waiting)]) << " waits in " << w.what << " at "
-        << in_words(w.place) << "; of its block's " << m.launch->threads << " threads " << waiting
+      s << "deadlock: " << in_words(r.tasks[w.first + __builtin_ctz(w.waiting)]) << " waits in " << w.what
+        << " at " << in_words(w.place) << "; of its block's " << m.launch->threads << " threads " << waiting
         << " wait and " << r.left << " have ended";
       return s.str();
     }
@@ -319,7 +324,8 @@ std::vector<int64_t> order_of_blocks() {
 
 void end_block(Resident& r) {
   if (!r.memory->intact()) {
-    m.failure = "block (" + std::to_string(r.x) + ", " + std::to_string(r.y) + ") stored outside its shared memory";
+    m.failure =
+        "block (" + std::to_string(r.x) + ", " + std::to_string(r.y) + ") stored outside its shared memory";
   }
   if (watches_order) {
     m.memories.push_back(std::move(r.memory));
@@ -422,7 +428,8 @@ void collective(const char* what, Place place, void* mine, void (*act)(void* con
   Task& t = task();
   Warp& w = *t.warp;
   meet(t, what, place);
-  if (w.lanes != 32) fail(in_words(t) + " is in a warp of " + std::to_string(w.lanes) + " lanes and reached " + what);
+  if (w.lanes != 32)
+    fail(in_words(t) + " is in a warp of " + std::to_string(w.lanes) + " lanes and reached " + what);
   const uint32_t self = bit(t);
   w.brought[t.index - w.first] = mine;
   w.waiting |= self;

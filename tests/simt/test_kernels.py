@@ -39,12 +39,9 @@ STEPS = [row for row in cuda_table.ROWS if row.regime == "step"]
 
 @pytest.fixture(autouse=True)
 def on_cpu() -> Iterator[None]:
-    """The kernels on CPU tensors; float32 as it is."""
-    before = torch.backends.cudnn.rnn.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    """The kernels on CPU tensors. float32 is float32 unless a problem asks for TF32."""
     with cuda.simulation(simt.run):
         yield
-    torch.backends.cudnn.rnn.fp32_precision = before
 
 
 @pytest.fixture(params=["cta", "step"])
@@ -93,14 +90,16 @@ def test_everything_at_once(kind: str, regime: str) -> None:
         {"steps": 2, "rows": 19, "hidden": 18, "bidirectional": True},
         {"steps": 3, "rows": 2, "hidden": 45, "resets": ((1, 0), (2, 1))},
         {"steps": 3, "rows": 2, "hidden": 32, "lengths": (1, 3), "bias": False, "hx": False},
-        {"steps": 2, "rows": 2, "hidden": 1},
     ],
     ids=lambda sizes: f"B{sizes['rows']}H{sizes['hidden']}",
 )
 def test_odd_sizes(kind: str, sizes: dict[str, Any], regime: str) -> None:
-    if KINDS[kind].proj and sizes["hidden"] == 1:
-        pytest.skip("a projection of one unit does not exist")
     check(Case(kind, **sizes), "cuda", F32)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lstm_proj"])
+def test_one_unit(kind: str, regime: str) -> None:
+    check(Case(kind, hidden=1, steps=3, rows=2), "cuda", F32)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
@@ -137,10 +136,10 @@ def test_recompute_in_ranges(kind: str, regime: str, monkeypatch: pytest.MonkeyP
 def test_twenty_schedules(kind: str, regime: str) -> None:
     """The same bits whatever the order of threads and blocks."""
     case = Case(kind, **{**ALL, "steps": 3, "lengths": (3, 0, 2), "resets": ((0, 0), (2, 0), (1, 2))}, hidden=19)
-    with simt.schedule(seed=0):
+    with simt.scheduled(seed=0):
         first = ours(case, "cuda", F32)
     for seed in range(1, 20):
-        with simt.schedule(seed=seed):
+        with simt.scheduled(seed=seed):
             again = ours(case, "cuda", F32)
         assert all(torch.equal(again[name], v) for name, v in first.items()), seed
 
