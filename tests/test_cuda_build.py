@@ -24,6 +24,7 @@ from rnnkit import info
 from rnnkit.backends import cuda, cuda_table, extension
 from rnnkit.benchmarks import cuda_table as compiled
 from rnnkit.benchmarks.compiled import Usage
+from rnnkit.benchmarks.cuda_table import SIDES
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -310,6 +311,24 @@ def test_a_part_is_checked_and_not_written(tmp_path: Path, monkeypatch: pytest.M
     assert [line.name.row + " " + line.name.chip for line in compiled.read(record)] == every
     before, spills = record.read_text(), "sm_100"
     assert compiled.main(["--to", str(record)]) == 1 and record.read_text() == before
+
+
+@pytest.mark.parametrize(("most", "warps"), [(40, [7, 14]), (12, [14]), (3, [])])
+def test_a_search_finds_what_fits(most: int, warps: list[int]) -> None:
+    """Where more than so many fragments a thread spill; of 294 KiB of weights an sm_80 must have 131 in registers."""
+    row = next(row for row in cuda_table.ROWS if row.name == "cta_gru_bf16_224")
+    tried: list[cuda_table.Row] = []
+
+    def compile(job: compiled.Job) -> list[compiled.Line]:
+        tried.append(job.row)
+        found = [(side, f"cta_{side}", Usage(9, 4 * (kept > most), 0)) for side, kept in zip(SIDES, job.row.resident)]
+        return compiled.lines(job, "13.0", found, {})
+
+    fits = list(compiled.search(row, compile, "sm_80"))
+    assert [fit.warps for fit in fits] == warps and len(tried) < 30
+    for fit in fits:
+        assert fit.resident == (min(most, 28, 3 * 7 * 14 // fit.warps),) * 2
+        assert all(cuda_table.shared_bytes(fit, side) <= cuda_table.CHIPS["sm_80"] for side in (0, 1))
 
 
 def test_info_says_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
