@@ -118,6 +118,7 @@ def test_where_the_toolkit_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert nvcc.home() == nvcc.home(None) == usual, "an nvcc without headers beside it calls another"
     monkeypatch.setenv("CUDA_HOME", str(named))
     assert nvcc.home() == named and nvcc.version(named) == "13.7"
+    assert nvcc.smaller("13.7") and not nvcc.smaller("12.9")
     monkeypatch.setenv("CUDA_HOME", str(script))
     assert nvcc.home(str(named)) == named and nvcc.home() == usual
     monkeypatch.setattr(nvcc, "USUAL", str(tmp_path))
@@ -165,7 +166,8 @@ def test_with_cuda(run_setup: Setup, tmp_path: Path) -> None:
     assert all((tmp_path / "root" / kernel).exists() for kernel in kernels)
     flags = library.extra_compile_args
     assert [flag for flag in flags["nvcc"] if "gencode" in flag] == [nvcc.gencode(chip) for chip in ALL]
-    assert set(nvcc.FLAGS) <= set(flags["nvcc"]) and any("-warn-spills,-Werror" in flag for flag in nvcc.FLAGS)
+    assert {*nvcc.FLAGS, "-compress-mode=size"} <= set(flags["nvcc"])
+    assert any("-warn-spills,-Werror" in flag for flag in flags["nvcc"])
     assert f"-DRNNKIT_CUDA_BUILT=13.7,{','.join(ALL)}" in flags["cxx"]
     assert "cudart_static" in library.libraries and "cudart" not in library.libraries
     assert str(home) == cpp_extension.CUDA_HOME
