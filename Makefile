@@ -69,7 +69,7 @@ build/triton-%: .venv/installed
 	$(PIP) install -q --no-deps --upgrade --target $@ 'triton==$*'
 	touch $@
 
-# COMPILE="--part 1/10": a tenth of it, checked and not written.
+# COMPILE="--part 1/4": a quarter of it, checked and not written.
 cuda-compile: .venv/installed ## every CUDA kernel for every chip, by nvcc, without a GPU
 	$(BIN)/python -m rnnkit.benchmarks.cuda_table $(COMPILE)
 
