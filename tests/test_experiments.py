@@ -27,7 +27,9 @@ def test_a_vanilla_rnns_gradient_vanishes_at_a_small_scale(cell: str, seed: int)
     assert gradient_flow.orders(flow) < -20 and flow.decay["l0"] < 0.7
     logs = flow.norms["l0"].log10()
     straight = torch.linspace(float(logs[0]), float(logs[-1]), len(logs), dtype=logs.dtype)
-    assert float((logs - straight).abs().max()) < 0.15 * float(logs[-1] - logs[0]), "exponentially: a line in logarithms"
+    assert float((logs - straight).abs().max()) < 0.15 * float(logs[-1] - logs[0]), (
+        "exponentially: a line in logarithms"
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -104,6 +106,7 @@ CHECKS: dict[str, Any] = {"gates": check_gates, "gru-vs-lstm": check_cells, "mod
 
 def test_sentences_follow_the_numbers() -> None:
     """Made-up rows give other words: nothing in them is fixed."""
+
     def row(cell: str, steps: int, error: float) -> dict[str, Any]:
         return {"cell": cell, "T": steps, "error": error, "solved": 0.5, "budget": 7, "baseline": Adding.baseline()}
 
@@ -132,7 +135,9 @@ def test_unknown_experiments_and_folders(tmp_path: Path, capsys: pytest.CaptureF
     assert str(file) in capsys.readouterr().err
 
 
-def test_without_statsmodels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_statsmodels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = builtins.__import__
 
     def missing(name: str, *rest: Any, **more: Any) -> Any:

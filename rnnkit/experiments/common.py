@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..diagnostics.pictures import figure
+
 Show = Callable[[int, int, str], None]
 """show(done, of, what): how far an experiment is."""
 
-DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-MARKS = "osD^v"
-"""Lines and marks that are told apart in grey."""
-
-
-class MissingPackage(Exception):
-    """An optional package is not here; the message names the extra."""
+STYLES = tuple(
+    {"color": color, "linestyle": dash, "marker": mark, "markersize": 5, "markerfacecolor": "white", "linewidth": 1.3}
+    for color, dash, mark in zip(
+        ("black", "tab:blue", "tab:red", "tab:green"), ("-", "--", "-.", (0, (1, 1))), "osD^", strict=True
+    )
+)
+"""Lines that are told apart in grey too, by dashes and marks."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,44 @@ class Finding:
     """The matplotlib figure."""
 
 
-def write(finding: Finding, name: str, out: Path) -> list[Path]:
-    """name.csv, name.txt and, with matplotlib, name.png in `out`; what was written."""
+def files_of(name: str, out: Path) -> list[Path]:
+    """What `write` writes."""
+    return [out / f"{name}.{kind}" for kind in ("csv", "txt", "png")]
+
+
+def expect_room(names: Sequence[str], out: Path) -> None:
+    """Make the folder and see that the files can be written, before anything is computed; raises OSError.
+
+    And that there is matplotlib; raises ModuleNotFoundError.
+    """
+    figure(1, 1)
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / f"{name}.csv", out / f"{name}.txt"]
-    with files[0].open("w", newline="", encoding="utf-8") as file:
+    for file in [file for name in names for file in files_of(name, out)]:
+        new = not file.exists()
+        file.open("a").close()
+        if new:
+            file.unlink()
+
+
+def write(finding: Finding, name: str, out: Path) -> list[Path]:
+    """The files that were written."""
+    table, words, picture = files_of(name, out)
+    with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(finding.rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(finding.rows)
-    files[1].write_text("\n".join(finding.sentences) + "\n", encoding="utf-8")
-    try:
-        picture = finding.draw()
-    except ModuleNotFoundError:
-        return files
-    picture.savefig(out / f"{name}.png", dpi=130)
-    return [*files, out / f"{name}.png"]
+    words.write_text("\n".join(finding.sentences) + "\n", encoding="utf-8")
+    finding.draw().savefig(picture, dpi=130)
+    return [table, words, picture]
 
 
-def listed(words: Sequence[str]) -> str:
-    """a, b and c."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def listed(words: Iterable[str]) -> str:
+    """a, b and c; none of nothing."""
+    *most, last = list(words) or ["none"]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def mean(numbers: Iterable[float]) -> float:
+    """Of one number or more."""
+    some = list(numbers)
+    return sum(some) / len(some)

@@ -1,4 +1,4 @@
-"""Vanishing and exploding gradients: ‖∂L_T/∂h_t‖ against T - t for the vanilla RNN (tanh, relu), LSTM and GRU, with
+"""Vanishing and exploding gradients: ‖∂L_T/∂h_t‖ against T − t for the vanilla RNN (tanh, relu), LSTM and GRU, with
 recurrent weights of small, critical and large spectral radius.
 
 In float64, since what vanishes soon leaves float32. The LSTM starts with a forget-gate bias of FORGET, as one would for
@@ -7,20 +7,56 @@ long memories: sigmoid(5) = 0.9933, of which 0.26 is left after 200 steps.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import GRU, LSTM, RNN
-from ..diagnostics import GradientFlow, gradient_flow, initialise
+from ..diagnostics import gradient_flow, initialise
 from ..diagnostics.pictures import figure
-from .common import DASHES, Finding, Show, listed
+from .common import STYLES, Finding, Show, listed, mean
 
 STEPS, ROWS, INPUTS = 200, 8, 16
 SCALES = {"small": 0.5, "critical": 1.0, "large": 2.0}
 FORGET = 5.0
 CELLS = ("RNN tanh", "RNN relu", "LSTM", "GRU")
+BAND = 2.0  # powers of ten, within which a gradient counts as kept
+STRAIGHT = 0.98  # R² of the line through the logarithms, from which on a gradient moves exponentially
+
+
+class Size(NamedTuple):
+    """Width of the layers, and how many seeds."""
+
+    hidden: int
+    seeds: int
+
+
+QUICK, FULL = Size(32, 3), Size(256, 5)
+
+
+class Flow(NamedTuple):
+    """How one gradient fared."""
+
+    powers: Tensor
+    """[T]: log₁₀ of its norm at h_t over that at h_T, t from 1 to T."""
+
+    def moved(self) -> float:
+        """Powers of ten from h_T to h_1: below 0 it fell."""
+        return float(self.powers[0])
+
+    def strayed(self) -> float:
+        """Powers of ten, the most in either direction at any step."""
+        return float(self.powers.abs().max())
+
+    def rate(self) -> float:
+        """The factor of each step, on the way from h_T to h_1."""
+        return 10 ** (self.moved() / (len(self.powers) - 1))
+
+    def straight(self) -> float:
+        """R² of the straight line (least squares) through `powers`: 1 where it moves exponentially."""
+        steps = torch.arange(len(self.powers), dtype=self.powers.dtype)
+        return float(torch.corrcoef(torch.stack([steps, self.powers]))[0, 1] ** 2)
 
 
 def layer(cell: str, radius: float, hidden: int) -> torch.nn.Module:
@@ -35,65 +71,70 @@ def layer(cell: str, radius: float, hidden: int) -> torch.nn.Module:
     return initialise.spectral_radius_(made, radius)
 
 
-def measure(cell: str, radius: float, hidden: int, seed: int) -> GradientFlow:
-    """The gradient of the sum of h_T."""
+def measure(cell: str, radius: float, hidden: int, seed: int) -> Flow:
+    """The gradient of the sum of h_T, on random inputs."""
     torch.manual_seed(seed)
-    return gradient_flow(layer(cell, radius, hidden), torch.randn(STEPS, ROWS, INPUTS, dtype=torch.float64))
+    found = gradient_flow(layer(cell, radius, hidden), torch.randn(STEPS, ROWS, INPUTS, dtype=torch.float64))
+    norm = found.norms["l0"].clamp_min(torch.finfo(torch.float64).tiny)
+    return Flow((norm / norm[-1]).log10())
 
 
-def orders(flow: GradientFlow) -> float:
-    """By how many powers of ten the norm of h_1 differs from that of h_T; negative where it fell."""
-    norm = flow.norms["l0"]
-    return math.log10(max(float(norm[0]), 1e-300) / float(norm[-1]))
+Found = dict[tuple[str, str], list[Flow]]
+"""By cell and scale, one for each seed."""
 
 
-def run(quick: bool, seed: int, show: Show) -> Finding:
-    hidden, seeds = (32, 1) if quick else (128, 3)
-    found: dict[tuple[str, str], list[GradientFlow]] = {}
+def run(size: Size, seed: int, show: Show) -> Finding:
+    """Every cell at every scale."""
+    found: Found = {}
     rows = []
     for cell in CELLS:
-        for name, radius in SCALES.items():
-            flows = [measure(cell, radius, hidden, seed + k) for k in range(seeds)]
-            found[cell, name] = flows
+        for scale, radius in SCALES.items():
+            found[cell, scale] = [measure(cell, radius, size.hidden, seed + k) for k in range(size.seeds)]
             show(len(found), len(CELLS) * len(SCALES), f"{cell}, radius {radius}")
-            for k, flow in enumerate(flows):
-                for t, norm in enumerate(flow.norms["l0"].tolist(), 1):
-                    row = {"cell": cell, "scale": name, "spectral_radius": radius, "hidden": hidden, "seed": seed + k}
-                    rows.append({**row, "t": t, "distance": STEPS - t, "norm": norm, "decay": flow.decay["l0"]})
+            same = {"cell": cell, "scale": scale, "spectral_radius": radius, "hidden": size.hidden}
+            for k, flow in enumerate(found[cell, scale]):
+                rows += [
+                    {**same, "seed": seed + k, "steps_back": STEPS - t, "log10_of_norm": power}
+                    for t, power in enumerate(flow.powers.tolist(), 1)
+                ]
     return Finding(rows, sentences(found), lambda: draw(found))
 
 
-def sentences(found: dict[tuple[str, str], list[GradientFlow]]) -> list[str]:
-    def rate(cell: str, scale: str) -> float:
-        return sum(flow.decay["l0"] for flow in found[cell, scale]) / len(found[cell, scale])
+def sentences(found: Found) -> list[str]:
+    """Means over the seeds, and of what must hold for each the worst."""
 
-    def lost(cell: str, scale: str) -> float:
-        return -sum(map(orders, found[cell, scale])) / len(found[cell, scale])
+    def moves(cell: str, scale: str) -> str:
+        flows = found[cell, scale]
+        powers = mean(flow.moved() for flow in flows)
+        how = " exponentially" if min(flow.straight() for flow in flows) > STRAIGHT else ""
+        rate = 10 ** (powers / (STEPS - 1))
+        verb = "falls" if powers < 0 else "grows"
+        return (
+            f"the {cell}'s {verb}{how}, by {abs(powers):.1f} powers of ten over {STEPS - 1} steps (× {rate:.3f} a step)"
+        )
 
-    def moved(cell: str, scale: str) -> str:
-        powers = lost(cell, scale)
-        return f"{'falls' if powers > 0 else 'grows'} by {abs(powers):.1f} powers of ten over {STEPS - 1} steps"
-
-    small, large = SCALES["small"], SCALES["large"]
+    worst = {cell: max(flow.strayed() for scale in SCALES for flow in found[cell, scale]) for cell in CELLS}
+    kept = worst["LSTM"] <= BAND
+    others = [f"{cell} up to {worst[cell]:.1f}" for cell in CELLS if cell != "LSTM"]
     return [
-        f"At spectral radius {small} the gradient of the tanh RNN {moved('RNN tanh', 'small')} (× "
-        f"{rate('RNN tanh', 'small'):.3f} a step), that of the relu RNN {moved('RNN relu', 'small')}.",
-        f"At spectral radius {large} the gradient of the relu RNN {moved('RNN relu', 'large')} (× "
-        f"{rate('RNN relu', 'large'):.3f} a step), that of the tanh RNN {moved('RNN tanh', 'large')}.",
-        f"The LSTM with forget bias {FORGET:g} stays within "
-        f"{max(abs(lost('LSTM', scale)) for scale in SCALES):.1f} powers of ten at "
-        f"{listed([f'radius {radius}' for radius in SCALES.values()])}; the GRU, which starts with z near one half, "
-        f"{moved('GRU', 'critical')} at radius {SCALES['critical']}.",
+        f"At spectral radius {SCALES['small']} of the gradients {moves('RNN tanh', 'small')}, "
+        f"{moves('RNN relu', 'small')}.",
+        f"At spectral radius {SCALES['large']} {moves('RNN relu', 'large')}, {moves('RNN tanh', 'large')}.",
+        f"The LSTM with forget bias {FORGET:g} {'stays' if kept else 'does not stay'} within {BAND:g} powers of ten of "
+        f"where it began, at every step and scale: it strays by {worst['LSTM']:.1f} at most, {listed(others)}.",
     ]
 
 
-def draw(found: dict[tuple[str, str], list[GradientFlow]]) -> Any:
+def draw(found: Found) -> Any:
+    """The mean of the logarithms over the seeds, a panel for each scale."""
     fig, axes = figure(1, len(SCALES), width=4.2)
-    for axis, (name, radius) in zip(axes, SCALES.items(), strict=True):
-        for cell, dash in zip(CELLS, DASHES, strict=False):
-            norm = torch.stack([flow.norms["l0"] for flow in found[cell, name]]).clamp_min(1e-300).log10().mean(0)
-            axis.plot(range(STEPS - 1, -1, -1), norm, linestyle=dash, color="black", label=cell)
-        axis.set(title=f"spectral radius {radius} ({name})", xlabel="distance T − t, steps", ylim=(-62, 32))
-    axes[0].set_ylabel("log₁₀ ‖∂L_T/∂h_t‖")
-    axes[0].legend()
+    for axis, (scale, radius) in zip(axes, SCALES.items(), strict=True):
+        axis.axhspan(-BAND, BAND, color="0.85", label=f"within {BAND:g} powers of ten")
+        for cell, style in zip(CELLS, STYLES, strict=True):
+            powers = torch.stack([flow.powers for flow in found[cell, scale]]).mean(0)
+            axis.plot(range(STEPS - 1, -1, -1), powers, markevery=25, label=cell, **style)
+        axis.set(title=f"{scale} recurrent weights (spectral radius {radius})", xlabel="steps back, T − t")
+        axis.sharey(axes[0])
+    axes[0].set_ylabel("log₁₀ of ‖∂L_T/∂h_t‖ / ‖∂L_T/∂h_T‖")
+    axes[-1].legend()
     return fig
