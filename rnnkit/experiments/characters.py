@@ -37,7 +37,10 @@ def learn(
     seed: int,
     shown: Callable[[int, float], None],
 ) -> list[Learned]:
-    """`updates` steps of each model, in turns, on random windows of `train` [N]. shown(steps so far, first one's loss)."""
+    """`updates` steps of each model, in turns, on random windows of `train` [N].
+
+    shown: is told the steps so far and the first model's loss.
+    """
     g = torch.Generator().manual_seed(seed)
     optimizers = [torch.optim.Adam(model.parameters(), lr=RATE) for model in models]
     within = torch.arange(WINDOW)

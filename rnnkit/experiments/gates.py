@@ -28,7 +28,7 @@ CUT = 100  # characters before a reset
 AFTER = 60  # characters for which it is followed
 FORGOTTEN = 0.1  # of the state, below which what was before a reset counts as gone
 APART = 0.02  # between means of gates, below which they count as alike
-KINDS = ("letter or digit", "space", "punctuation", "line end")
+KINDS = ("letter or digit", "space", "punctuation mark", "line end")
 
 
 class Size(NamedTuple):
@@ -60,7 +60,8 @@ def run(size: Size, seed: int, show: Show) -> Finding:
     learn([model], corpus.train, size.updates, seed, lambda k, loss: show(k, size.updates, f"loss {loss:.3f}"))
     g = torch.Generator().manual_seed(seed)
     held = corpus.held_out.long()
-    start = int(torch.randint(len(held) - LENGTH, (1,), generator=g))
+    start = int(torch.randint(len(held) - 2 * LENGTH, (1,), generator=g))
+    start += int((held[start:] == corpus.letters.index("\n")).nonzero()[0]) + 1  # a line begins there
     piece = held[start : start + LENGTH]
     inside = {name: v[:, 0] for name, v in look(model, piece[None])["rnn.l0"].items()}  # each [T, H]
     begin = torch.randint(len(held) - CUT - AFTER, (size.windows, 1), generator=g)
@@ -89,7 +90,7 @@ def kind(letter: str) -> str:
         return "line end"
     if letter == " ":
         return "space"
-    return "letter or digit" if letter.isalnum() or letter == "_" else "punctuation"
+    return "letter or digit" if letter.isalnum() or letter == "_" else "punctuation mark"
 
 
 def rows_of(inside: dict[str, Tensor], letters: list[str], reset: Reset) -> list[dict[str, Any]]:
@@ -127,19 +128,23 @@ def sentences(rows: list[dict[str, Any]], reset: Reset, bits: float) -> list[str
         return f"is lowest after a {where} ({low:.2f}) and highest after a {other} ({high:.2f})"
 
     gone = next((k for k, left in enumerate(reset.state.tolist()) if left < FORGOTTEN), None)
-    first, last = float(reset.bits[0]), float(reset.bits[-1])
+    state = f"the state, changed by {float(reset.state[0]):.0%} at first,"
+    if gone is None:
+        left = f"still differs by {float(reset.state[-1]):.0%} after {AFTER} characters"
+    else:
+        left = f"is within {FORGOTTEN:.0%} of what it would have been {gone} characters later"
     return [
-        f"The LSTM spends {bits:.2f} bits on a character of held-out text, and its forget gate, on average over its units, "
-        f"{extremes('forget')}.",
+        f"The LSTM spends {bits:.2f} bits on a character of held-out text, and its forget gate, on average over its "
+        f"units, {extremes('forget')}.",
         f"Its input gate {extremes('input')}.",
-        f"A reset makes the next character cost {abs(first):.2f} bits {'more' if first > 0 else 'less'} and the {AFTER}th "
-        f"{abs(last):.2f} {'more' if last > 0 else 'less'}; the state, changed by {float(reset.state[0]):.0%} at first, "
-        + (
-            f"is within {FORGOTTEN:.0%} of what it would have been {gone} characters later."
-            if gone is not None
-            else f"still differs by {float(reset.state[-1]):.0%} after {AFTER} characters."
-        ),
+        f"A reset makes the next character cost {more(reset.bits[0])} and the {AFTER}th {more(reset.bits[-1])}; "
+        f"{state} {left}.",
     ]
+
+
+def more(bits: Tensor) -> str:
+    """A difference, in words."""
+    return f"{abs(float(bits)):.2f} bits {'more' if bits > 0 else 'less'}"
 
 
 def draw(inside: dict[str, Tensor], letters: list[str], reset: Reset) -> Any:
@@ -161,7 +166,8 @@ def draw(inside: dict[str, Tensor], letters: list[str], reset: Reset) -> Any:
     (moved,) = right.plot(
         steps, reset.state, "--", color="0.4", marker="s", markersize=3, label="state, ‖change‖ / ‖h‖ (right)"
     )
-    right.set(ylabel="change of the state", ylim=(0, None))
+    ratio = float(reset.state.max() / reset.bits.abs().max())
+    right.set(ylabel="change of the state", ylim=tuple(ratio * v for v in last.get_ylim()))  # one zero for both
     last.legend(handles=[cost, moved])
     return fig
 

@@ -109,17 +109,16 @@ def sentences(found: Found) -> list[str]:
         how = " exponentially" if min(flow.straight() for flow in flows) > STRAIGHT else ""
         rate = 10 ** (powers / (STEPS - 1))
         verb = "falls" if powers < 0 else "grows"
-        return (
-            f"the {cell}'s {verb}{how}, by {abs(powers):.1f} powers of ten over {STEPS - 1} steps (× {rate:.3f} a step)"
-        )
+        return f"{verb}{how}, by {abs(powers):.1f} powers of ten over {STEPS - 1} steps (× {rate:.3f} a step)"
 
     worst = {cell: max(flow.strayed() for scale in SCALES for flow in found[cell, scale]) for cell in CELLS}
     kept = worst["LSTM"] <= BAND
     others = [f"{cell} up to {worst[cell]:.1f}" for cell in CELLS if cell != "LSTM"]
     return [
-        f"At spectral radius {SCALES['small']} of the gradients {moves('RNN tanh', 'small')}, "
-        f"{moves('RNN relu', 'small')}.",
-        f"At spectral radius {SCALES['large']} {moves('RNN relu', 'large')}, {moves('RNN tanh', 'large')}.",
+        f"At spectral radius {SCALES['small']} the tanh RNN's gradient {moves('RNN tanh', 'small')}, and the relu "
+        f"RNN's {moves('RNN relu', 'small')}.",
+        f"At spectral radius {SCALES['large']} the relu RNN's gradient {moves('RNN relu', 'large')}, and the tanh "
+        f"RNN's {moves('RNN tanh', 'large')}.",
         f"The LSTM with forget bias {FORGET:g} {'stays' if kept else 'does not stay'} within {BAND:g} powers of ten of "
         f"where it began, at every step and scale: it strays by {worst['LSTM']:.1f} at most, {listed(others)}.",
     ]
@@ -133,8 +132,8 @@ def draw(found: Found) -> Any:
         for cell, style in zip(CELLS, STYLES, strict=True):
             powers = torch.stack([flow.powers for flow in found[cell, scale]]).mean(0)
             axis.plot(range(STEPS - 1, -1, -1), powers, markevery=25, label=cell, **style)
-        axis.set(title=f"{scale} recurrent weights (spectral radius {radius})", xlabel="steps back, T − t")
+        axis.set(title=f"{scale}: spectral radius {radius} of W_hh", xlabel="steps back, T − t")
         axis.sharey(axes[0])
-    axes[0].set_ylabel("log₁₀ of ‖∂L_T/∂h_t‖ / ‖∂L_T/∂h_T‖")
+    axes[0].set_ylabel(r"$\log_{10}$ of $\|\partial L_T/\partial h_t\|\,/\,\|\partial L_T/\partial h_T\|$")
     axes[-1].legend()
     return fig

@@ -1,10 +1,10 @@
 """Weak long-term memory: on the adding problem and the copy task, how many answers each cell gets right after the same
 number of training steps, against the length T over which it has to remember.
 
-T are the steps of an adding problem and the pause of a copy task. An answer is right where a sum is within NEAR (whoever
-always says 1 is right in 19 % of the cases), or where all copied symbols are. A tanh RNN, and an LSTM and a GRU whose
-gates start with time scales up to T (`initialise.chrono_`), of the same width, with the same optimizer, rate and
-clipping; a run ends early when the loss is a fiftieth of the memoryless one.
+T are the steps of an adding problem and the pause of a copy task. An answer is right where a sum is within NEAR
+(whoever always says 1 is right in 19 % of the cases), or where all copied symbols are. A tanh RNN, and an LSTM and a
+GRU whose gates start with time scales up to T (`initialise.chrono_`), of the same width, with the same optimizer, rate
+and clipping; a run ends early when the loss is a fiftieth of the memoryless one.
 """
 
 from __future__ import annotations
@@ -134,11 +134,11 @@ def sentences(rows: list[dict[str, Any]]) -> list[str]:
         at = {cell: over_seeds(rows, task, cell, longest) for cell in CELLS}
         said = {cell: f"{cell} ({solved:.0%} right, {loss:.3f} of it)" for cell, (solved, loss) in at.items()}
         able = [said[cell] for cell, (_, loss) in at.items() if loss < SOLVED]
-        unable = [said[cell] for cell, (_, loss) in at.items() if not loss < SOLVED]
-        return (
-            f"{listed(able) if able else 'no cell'} came below {SOLVED:g} of the memoryless loss within {budget} training "
-            f"steps" + (f"; {listed(unable)} did not" if unable else "")
-        )
+        unable = [said[cell] for cell in at if said[cell] not in able]
+        within = f"came below {SOLVED:g} of the memoryless loss within {budget} training steps"
+        if not able:
+            return f"not one {within}: {listed(unable)}"
+        return f"{listed(able)} {within}" + (f", {listed(unable)} did not" if unable else "")
 
     def reach(task: str) -> str:
         far = {cell: [t for t in lengths if over_seeds(rows, task, cell, t)[1] < SOLVED] for cell in CELLS}

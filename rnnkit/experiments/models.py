@@ -1,5 +1,5 @@
-"""The four sequence models on a real series (sunspots, 1700 to 2008) and on a real text (Python's standard library), each
-beside a baseline of persistence: what each next observation is worth, what it costs, and how far a forecast reaches.
+"""The four sequence models on a real series (sunspots, 1700 to 2008) and on a real text (Python's standard library),
+each beside a baseline of persistence: what each next observation is worth, what it costs, how far a forecast reaches.
 
 Judged is the last observation of every window of held-out data, given those before it in the window: so all models see
 the same past. The series is standardised by the years before the held-out ones. Persistence says of a year: as the last
@@ -194,10 +194,10 @@ def sentences(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor
     grows = [f"{name} ({first} to {last})" for name, (first, last) in takes.items() if last > first]
     stays = [f"{name} ({first})" for name, (first, last) in takes.items() if last == first]
     return [
-        f"A held-out year of sunspots has, in nats, the log-likelihood {ranking('sunspots')}.",
-        f"A held-out character of text has {ranking('text')}.",
-        f"From t = 1 to {YEARS} the parameters of a step grow for {listed(grows)} and stay for {listed(stays)}, and of the "
-        f"{AHEAD} years forecast the band of {LEVEL:.0%} held "
+        f"The log-likelihood of a held-out year of sunspots is, in nats, {ranking('sunspots')}.",
+        f"That of a held-out character of text is {ranking('text')}.",
+        f"From t = 1 to {YEARS} the parameters of a step grow for {listed(grows)} and stay for {listed(stays)}, and of "
+        f"the {AHEAD} years forecast the band of {LEVEL:.0%} held "
         f"{listed(f'{count} ({name})' for name, count in inside.items())}.",
     ]
 
@@ -208,6 +208,7 @@ def draw(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor) -> 
     begin = len(series) - HELD
     years = range(FIRST + begin, FIRST + begin + AHEAD)
     for axis, name in zip(axes, ("autoregressive", "latent GRU"), strict=False):
+        axis.sharey(axes[0])
         expected, low, high = ahead[name]
         axis.fill_between(years, low, high, color="0.85", label=f"{LEVEL:.0%} band")
         axis.plot(years, expected, "--", color="black", label="mean")
@@ -215,23 +216,23 @@ def draw(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor) -> 
         axis.plot([FIRST + k for k in seen], series[begin - 30 : begin + AHEAD], color="black", label="observed")
         axis.axvline(years[0] - 0.5, color="0.5", linewidth=1, linestyle=":")
         axis.set(title=f"forecast, {name}", xlabel="year", ylabel="sunspot number")
-    axes[0].sharey(axes[1])
     axes[0].legend(fontsize=8, loc="upper left")
     places = range(len(NAMES))
     for side, (data, shade) in enumerate((("sunspots", "0.35"), ("text", "0.8"))):
         nats = learned[data].nats
         gain = [nats[name] - nats[BASELINE] for name in NAMES]
-        bars = axes[2].barh([k + 0.4 * side for k in places], gain, 0.4, color=shade, edgecolor="black", label=data)
+        label = f"{data} (persistence: {nats[BASELINE]:.2f})"
+        bars = axes[2].barh([k + 0.4 * side for k in places], gain, 0.4, color=shade, edgecolor="black", label=label)
         axes[2].bar_label(bars, [f"{v:+.2f}" for v in gain], fontsize=8, padding=2)
     axes[2].set_yticks([k + 0.2 for k in places], NAMES)
     axes[2].invert_yaxis()
     axes[2].margins(x=0.15)
     axes[2].axvline(0, color="black", linewidth=1)
-    axes[2].set(xlabel="held-out log-likelihood over persistence, nats")
+    axes[2].set(xlabel="held-out log-likelihood above persistence, nats", title="what an observation is worth")
     axes[2].legend(fontsize=8)
     for name, style in zip(NAMES, STYLES, strict=True):
         counts = [learned["sunspots"].models[name].cost(t).parameters for t in range(1, YEARS + 1)]
         axes[3].semilogy(range(1, YEARS + 1), counts, label=name, markevery=3, **style)
-    axes[3].set(title="sunspots", xlabel="step t", ylabel="parameters of p(x_t | past)")
-    axes[3].legend(fontsize=8)
+    axes[3].set(title="what a step takes, sunspots", xlabel="step t", ylabel=r"parameters of $p(x_t\,|\,\ldots)$")
+    axes[3].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.7))
     return fig
