@@ -18,37 +18,39 @@ SEEDS = (0, 1, 2)
 FLOWS = [(seed, hidden) for seed in SEEDS for hidden in (32, 128)]
 
 
-# The claims.
+# The claims. Beside each bound stands what ten seeds (0 to 9) gave, six (0 to 5) where something is trained.
 
 
 @pytest.mark.parametrize("seed, hidden", FLOWS)
 @pytest.mark.parametrize("cell", ["RNN tanh", "RNN relu"])
 def test_a_vanilla_rnns_gradient_vanishes_at_a_small_scale(cell: str, seed: int, hidden: int) -> None:
     flow = gradient_flow.measure(cell, gradient_flow.SCALES["small"], hidden, seed)
-    assert flow.moved() < -40
-    assert flow.straight() > 0.99, "exponentially: a line in logarithms"
-    assert flow.rate() < 0.65
+    assert flow.moved() < -45  # -109 to -65 powers of ten
+    assert flow.rate() < 0.6  # 0.28 to 0.47 a step
+    assert flow.straight() > 0.99, "exponentially: a line in logarithms"  # 1.000
 
 
 @pytest.mark.parametrize("seed, hidden", FLOWS)
 def test_a_relu_rnns_gradient_explodes_at_a_large_scale(seed: int, hidden: int) -> None:
     flow = gradient_flow.measure("RNN relu", gradient_flow.SCALES["large"], hidden, seed)
-    assert flow.moved() > 7 and flow.rate() > 1.08
+    assert flow.moved() > 7  # 10.2 to 41.4
+    assert flow.rate() > 1.08  # 1.13 to 1.61
 
 
-@pytest.mark.parametrize("seed, hidden", FLOWS)
-def test_an_lstm_keeps_its_gradient_where_the_rnn_has_lost_ten_orders(seed: int, hidden: int) -> None:
+# 128 units at the critical scale come near the bounds: 1.4 to 1.9 and -12.5 to -10.8.
+@pytest.mark.parametrize("scale, hidden", [("small", 32), ("critical", 32), ("small", 128)])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_lstm_keeps_its_gradient_where_the_rnn_has_lost_ten_orders(seed: int, scale: str, hidden: int) -> None:
     """With a forget bias, over 200 steps: at every step, not at the last alone."""
-    for scale in ("small", "critical"):
-        radius = gradient_flow.SCALES[scale]
-        assert gradient_flow.measure("LSTM", radius, hidden, seed).strayed() < 2
-        assert gradient_flow.measure("RNN tanh", radius, hidden, seed).moved() < -10
+    radius = gradient_flow.SCALES[scale]
+    assert gradient_flow.measure("LSTM", radius, hidden, seed).strayed() < 2  # 1.3 to 1.8
+    assert gradient_flow.measure("RNN tanh", radius, hidden, seed).moved() < -10  # -76 to -21
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gated_cells_solve_the_adding_problem_where_the_tanh_rnn_does_not(seed: int) -> None:
     loss = {cell: memory.train("adding", cell, 100, memory.QUICK.budget, seed).loss for cell in memory.CELLS}
-    tenth = memory.SOLVED / 6
+    tenth = memory.SOLVED / 6  # 0.0167
     assert loss["LSTM"] < tenth and loss["GRU"] < tenth, loss
     assert loss["RNN tanh"] > 7 * tenth, loss
 
@@ -161,10 +163,12 @@ def test_sentences_on_gradients() -> None:
 
     usual = said(tanh=-0.3, relu=0.2)
     assert "tanh RNN's gradient falls exponentially, by 59.7" in usual and "relu RNN's gradient grows" in usual
-    assert "stays within 2 powers" in usual
+    assert "stays within 2 powers of ten at every step at radius 0.5, 1.0 and 2.0" in usual
+    assert "up to 59.7 (RNN tanh), 39.8 (RNN relu) and 0.2 (GRU)" in usual
     other = said(tanh=0.3, relu=-0.2, LSTM=-0.1)
     assert "tanh RNN's gradient grows exponentially" in other and "relu RNN's gradient falls" in other
-    assert "does not stay within 2 powers" in other and "by 19.9 at most" in other
+    assert "does not stay within 2 powers of ten at radius 0.5, 1.0 and 2.0 (it strays by 19.9, 19.9 and 19.9)" in other
+    assert "stays within" not in other
     bent = {key: [gradient_flow.Flow(-torch.arange(200.0, dtype=torch.float64).log1p())] for key in
             [(c, s) for c in gradient_flow.CELLS for s in gradient_flow.SCALES]}  # fmt: skip
     assert "exponentially" not in " ".join(gradient_flow.sentences(bent))

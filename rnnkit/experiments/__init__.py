@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from ..demo import check_out, seed_option
+from ..demo import check_out, seed_option, text
 from ..progress import Progress
 from . import gates, gradient_flow, gru_vs_lstm, memory, models
 from .common import Finding, expect_room, write
@@ -53,16 +53,22 @@ def main(options: argparse.Namespace) -> int:
         check_out(options.out)
         if "models" in chosen:
             models.sunspots()
+        if {"gates", "gru-vs-lstm", "models"} & set(chosen):
+            text.load(None)
         expect_room(chosen, options.out)
-        for name in chosen:
-            finding = _run(name, options)
-            files = write(finding, name, options.out)
-            print(f"{name}: {', '.join(map(str, files))}", *(f"  {said}" for said in finding.sentences), sep="\n")
-            sys.stdout.flush()
-    except (ValueError, ModuleNotFoundError) as error:
+    except (text.InputError, ModuleNotFoundError) as error:
         return _complain(str(error))
     except OSError as error:
-        return _complain(f"cannot write to {error.filename or options.out}: {error.strerror or error}")
+        return _complain(_unwritten(error, options.out))
+    for name in chosen:
+        finding = _run(name, options)
+        try:
+            files = write(finding, name, options.out)
+        except OSError as error:
+            return _complain(_unwritten(error, options.out))
+        print(
+            f"{name}: {', '.join(map(str, files))}", *(f"  {said}" for said in finding.sentences), sep="\n", flush=True
+        )
     return 0
 
 
@@ -80,6 +86,10 @@ def _run(name: str, options: argparse.Namespace) -> Finding:
     finally:
         if progress is not None:
             progress.close()
+
+
+def _unwritten(error: OSError, out: Path) -> str:
+    return f"cannot write to {error.filename or out}: {error.strerror or error}"
 
 
 def _complain(what: str) -> int:

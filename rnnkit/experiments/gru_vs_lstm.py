@@ -31,7 +31,7 @@ class Size(NamedTuple):
     seeds: int
 
 
-QUICK, FULL = Size(64, 500, 2), Size(192, 2000, 2)
+QUICK, FULL = Size(64, 500, 2), Size(192, 1500, 2)
 
 
 def width_of_gru(lstm: int) -> int:
