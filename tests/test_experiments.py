@@ -141,6 +141,7 @@ def check_models(rows: list[dict[str, str]]) -> None:
             for what in ("low", "mean", "high")
         )
         assert len(mean) == models.AHEAD and all(a < b < c for a, b, c in zip(low, mean, high))
+        assert 30 < (sum(high) - sum(low)) / models.AHEAD < 300, "in sunspots: they vary by 40 about their mean"
 
 
 CHECKS: dict[str, Any] = {"gates": check_gates, "gru-vs-lstm": check_cells, "models": check_models}

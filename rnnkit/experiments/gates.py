@@ -156,7 +156,8 @@ def draw(inside: dict[str, Tensor], letters: list[str], reset: Reset) -> Any:
     for axis, name, words in ((axes[0], "f", "forget gate f"), (axes[1], "i", "input gate i")):
         heat_map(fig, axis, inside[name][:SHOWN, chosen], words, 0, 1)
         axis.set_xticks(range(SHOWN), ["^", *(mark(letter) for letter in letters[: SHOWN - 1])], family="monospace")
-    axes[0].set_title("0: closed, 1: open; below each step the character just read (^ start, ⏎ line end, ␣ space)")
+    axes[0].set_title(f"0: closed, 1: open; {len(chosen)} units, the slowest to forget on top")
+    axes[1].set_xlabel("step t: the character just read (^ start, ⏎ line end, ␣ space)")
     last = axes[2]
     steps = range(1, AFTER + 1)
     (cost,) = last.plot(steps, reset.bits, color="black", marker="o", markersize=3, label="cost, bits (left)")
