@@ -51,15 +51,15 @@ def test_an_lstm_keeps_its_gradient_where_the_rnn_has_lost_ten_orders(seed: int,
 def test_gated_cells_solve_the_adding_problem_where_the_tanh_rnn_does_not(seed: int) -> None:
     loss = {cell: memory.train("adding", cell, 100, memory.QUICK.budget, seed).loss for cell in memory.CELLS}
     tenth = memory.SOLVED / 6  # 0.0167
-    assert loss["LSTM"] < tenth and loss["GRU"] < tenth, loss
-    assert loss["RNN tanh"] > 7 * tenth, loss
+    assert loss["LSTM"] < tenth and loss["GRU"] < tenth, loss  # 0.0021 to 0.0033
+    assert loss["RNN tanh"] > 7 * tenth, loss  # 0.163 to 0.190
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_gru_copies_where_the_tanh_rnn_does_not(seed: int) -> None:
     gru, rnn = (memory.train("copying", cell, 25, memory.QUICK.budget, seed) for cell in ("GRU", "RNN tanh"))
-    assert gru.loss < memory.SOLVED * gru.baseline and gru.solved > 0.9
-    assert rnn.loss > 0.8 * rnn.baseline and rnn.solved < 0.2
+    assert gru.loss < memory.SOLVED * gru.baseline and gru.solved > 0.9  # 0.015 to 0.016 of it, all right
+    assert rnn.loss > 0.8 * rnn.baseline and rnn.solved < 0.2  # 1.00 to 1.01 of it, 1 to 2 % right
 
 
 # Every experiment, as a user runs it, but smaller than --quick.
