@@ -225,7 +225,7 @@ def draw(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor) -> 
         bars = axes[2].barh([k + 0.4 * side for k in places], gain, 0.4, color=shade, edgecolor="black", label=label)
         axes[2].bar_label(bars, [f"{v:+.2f}" for v in gain], fontsize=8, padding=2)
     axes[2].set_yticks([k + 0.2 for k in places], NAMES)
-    axes[2].invert_yaxis()
+    axes[2].set_ylim(len(NAMES) - 0.3, -1.3)  # the first on top, and room for the legend
     axes[2].margins(x=0.15)
     axes[2].axvline(0, color="black", linewidth=1)
     axes[2].set(xlabel="held-out log-likelihood above persistence, nats", title="what an observation is worth")
