@@ -18,7 +18,7 @@ SEEDS = (0, 1, 2)
 FLOWS = [(seed, hidden) for seed in SEEDS for hidden in (32, 128)]
 
 
-# The claims. Beside each bound stands what ten seeds (0 to 9) gave, six (0 to 5) where something is trained.
+# The claims. Beside a bound stands what ten seeds (0 to 9) gave, six (0 to 5) where something is trained.
 
 
 @pytest.mark.parametrize("seed, hidden", FLOWS)
@@ -109,14 +109,17 @@ def check_gates(rows: list[dict[str, str]]) -> None:
     assert [row["part"] for row in rows] == ["gates"] * gates.LENGTH + ["reset"] * gates.AFTER
     assert all(0 < float(row[gate]) < 1 for row in rows[: gates.LENGTH] for gate in ("forget", "input", "output"))
     after = rows[gates.LENGTH :]
-    assert float(after[0]["bits_more"]) > 0.1 and abs(float(after[-1]["bits_more"])) < 0.1
-    assert float(after[0]["state_changed"]) > 0.3 > float(after[-1]["state_changed"]), "forgotten by itself"
+    first, last = float(after[0]["bits_more"]), float(after[-1]["bits_more"])
+    assert first > 0.3 and abs(last) < 0.1  # 0.62 to 0.96; 0.00
+    first, last = float(after[0]["state_changed"]), float(after[-1]["state_changed"])
+    assert first > 0.4 and last < 0.1, "what was before is forgotten by itself"  # 0.59 to 0.62; 0.00
 
 
 def check_cells(rows: list[dict[str, str]]) -> None:
     lstm, equal, same = (int(row["layer_parameters"]) for row in rows[:3])
     assert equal / lstm == pytest.approx(0.75) and same / lstm == pytest.approx(1, abs=0.02)
-    assert all(float(row["held_out_bits"]) < 5 and float(row["ms_per_step"]) > 0 for row in rows)
+    assert all(float(row["held_out_bits"]) < 4.5 for row in rows)  # 3.77 to 4.05, of log₂ 128 = 7
+    assert all(float(row["ms_per_step"]) > 0 for row in rows)
 
 
 def check_models(rows: list[dict[str, str]]) -> None:
@@ -124,11 +127,13 @@ def check_models(rows: list[dict[str, str]]) -> None:
         return {row["model"]: float(row["value"]) for row in rows if row["what"] == what and row["data"] == data}
 
     years, letters = (of("held-out nats of an observation", data) for data in ("sunspots", "text"))
-    assert years["autoregressive"] > years["Markov"] + 0.3, "a cycle of eleven years needs more than the last one"
-    assert years["latent GRU"] > years["Markov"] + 0.3
-    assert letters["autoregressive"] > letters["Markov"] + 0.05
+    assert years["autoregressive"] > years["Markov"] + 0.4, (
+        "a cycle of eleven years needs more than the last one"
+    )  # 0.65
+    assert years["latent GRU"] > years["Markov"] + 0.4  # 0.59 to 0.85
+    assert letters["autoregressive"] > letters["Markov"] + 0.05  # 0.09 to 0.12
     for nats in (years, letters):
-        assert all(nats[name] > nats[models.BASELINE] for name in models.NAMES), nats
+        assert all(nats[name] > nats[models.BASELINE] + 0.05 for name in models.NAMES), nats  # 0.11 and more
     for data, steps in (("sunspots", models.YEARS), ("text", models.LETTERS)):
         for name in models.NAMES:
             mine = [row for row in rows if row["data"] == data and row["model"] == name]
@@ -141,7 +146,7 @@ def check_models(rows: list[dict[str, str]]) -> None:
             for what in ("low", "mean", "high")
         )
         assert len(mean) == models.AHEAD and all(a < b < c for a, b, c in zip(low, mean, high))
-        assert 30 < (sum(high) - sum(low)) / models.AHEAD < 300, "in sunspots: they vary by 40 about their mean"
+        assert 40 < (sum(high) - sum(low)) / models.AHEAD < 200, "in sunspots"  # 77 to 116
 
 
 CHECKS: dict[str, Any] = {"gates": check_gates, "gru-vs-lstm": check_cells, "models": check_models}
