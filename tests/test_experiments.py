@@ -68,7 +68,7 @@ SMALL: dict[str, Any] = {
     "gradient-flow": gradient_flow.Size(16, 2),
     "memory": memory.Size((5, 10), 60, 2),
     "gates": gates.Size(32, 150, 50),
-    "gru-vs-lstm": gru_vs_lstm.Size(32, 60, 2),
+    "gru-vs-lstm": gru_vs_lstm.Size(32, 60, 1),
     "models": models.Size(60, 10_000, 1, 32),
 }
 
