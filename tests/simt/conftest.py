@@ -11,8 +11,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    switch = torch.backends.cudnn.rnn
-    before = switch.fp32_precision
-    switch.fp32_precision = "ieee"
+    switch = torch.backends.cudnn
+    before = switch.allow_tf32
+    switch.allow_tf32 = False
     yield
-    switch.fp32_precision = before
+    switch.allow_tf32 = before
