@@ -1,5 +1,5 @@
-"""The tests of the CUDA kernels can fail: an error planted in the source of each turns the comparison red, and a barrier
-that is missing is found in some order of threads.
+"""The tests of the CUDA kernels can fail: an error planted in the source of each turns the comparison red, and a
+barrier that is missing is found in some order of threads.
 
 A copy of csrc/ with one line changed is compiled in place of the source. Without a change the comparison is silent.
 """
