@@ -6,9 +6,7 @@
 Every row of kernels/table.py is compiled for each of its chips, and the step regime's kernels in each of its tiles for
 all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset, all gradients.
 What is compiled is what Triton would compile at that launch: its own functions say of which arguments it knows that
-they are multiples of 16, or on AMD's GPUs within 2 GiB. Where a row of the result stands for several kernels (tensors
-within 2 GiB and not; states in the layer's dtype, and in float32 between the ranges of `recompute`: both of persistent
-kernels alone) it is the one of most registers.
+they are multiples of 16, or on AMD's GPUs within 2 GiB (there both are compiled, and the one of more registers stands).
 A row of the result holds registers a thread, shared memory a block and what spilled (NVIDIA: bytes of stack a thread;
 AMD: registers), by the Triton that compiled it: a run replaces its own version's rows and keeps the others'.
 Exit code 1 where a kernel spills, needs more shared memory than its chip has, or does not compile.
@@ -60,13 +58,11 @@ class Job(NamedTuple):
     proj: int
     plan: table.Plan
     rows: int
-    wide: bool
-    """Whether states are float32, as they pass between the ranges of `recompute`."""
 
 
 class Name(NamedTuple):
-    """One compiled kernel. What every cell's scan may launch, a product of the step regime, names no scan, and in the
-    place of H stands what all its sizes are multiples of."""
+    """One compiled kernel. What every cell's scan may launch, a product of the step regime, names no scan, and instead of
+    H of what all its sizes are multiples."""
 
     triton: str
     regime: str
@@ -118,16 +114,13 @@ def jobs() -> Iterator[Job]:
     every = itertools.product(scans, STEP_SIZES.values(), table.STEP, table.SIDES, kinds, table.CHIPS)
     for (kernel, cell), (hidden, proj), some, side, (kind, dtype), chip in every:
         proj = proj if kernel == "lstm_proj" else 0
-        yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, table.step(some, kind, ""), FEW, False)
+        for rows in batches(chip):
+            yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, table.step(some, kind, ""), rows)
 
 
-def variants(dtype: str, chip: str) -> Iterator[tuple[int, bool]]:
-    """Rows, and whether states are wide, for which the kernels of a row differ. What they cost one half type shows."""
-    yield FEW, False
-    if dtype == "bf16":
-        yield FEW, True
-    if dtype != "fp16" and chip.startswith("gfx"):
-        yield MANY, False
+def batches(chip: str) -> tuple[int, ...]:
+    """The numbers of rows for which a chip's kernels differ."""
+    return (FEW, MANY) if chip.startswith("gfx") else (FEW,)
 
 
 class Launch(NamedTuple):
@@ -158,11 +151,10 @@ def launches(job: Job, make: Callable[..., Tensor] = torch.empty) -> list[Launch
     def some(*sizes: int, dtype: torch.dtype = TORCH[job.dtype]) -> Tensor:
         return make(sizes, dtype=dtype, device="meta")
 
-    state = torch.float32 if job.wide else TORCH[job.dtype]
     t = Tensors(
         x=some(steps, batch, 8),
-        h_0=some(batch, size, dtype=state),
-        c_0=some(batch, hidden, dtype=state) if cell.has_c else None,
+        h_0=some(batch, size),
+        c_0=some(batch, hidden) if cell.has_c else None,
         w_ih=some(cell.gates * hidden, 8),
         w_hh=some(cell.gates * hidden, size),
         b_ih=some(cell.gates * hidden),
@@ -174,10 +166,10 @@ def launches(job: Job, make: Callable[..., Tensor] = torch.empty) -> list[Launch
         c_r=some(batch, hidden) if cell.has_c else None,
     )
     b_hn = some(hidden) if cell.reset_after else None
-    seen: dict[tuple[Any, ...], Launch] = {}
+    seen: dict[str, Launch] = {}
 
     def see(kernel: Any, grid: tuple[int, ...], plan: table.Plan, **arguments: Any) -> None:
-        seen[(id(kernel), *map(_sort, arguments.values()))] = Launch(kernel, plan, arguments)
+        seen[f"{kernel.__name__} {[_sort(v) for v in arguments.values()]}"] = Launch(kernel, plan, arguments)
 
     regime: Any = persistent if job.plan.regime == "persistent" else step
     gx = some(steps, batch, cell.gates * hidden)
@@ -308,13 +300,16 @@ def _tried(row: table.Row) -> table.Row:
 
 
 def _of(row: table.Row, chip: str) -> list[Job]:
-    hidden, proj = table.largest(row)
+    """H is the tile's or the odd number below it, P just below H or its own tile."""
+    hidden = row.hidden if row.multiple > 1 else row.hidden - 1
+    below = row.multiple if row.multiple > 1 else 3
+    proj = row.size - below if row.kernel == "lstm_proj" else 0
     plan = table.persistent(row, "")
     which = [(cell, dtype) for cell in table.CELLS_OF[row.kernel] for dtype in DTYPES[row.kind]]
     return [
-        Job(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan, *variant)
+        Job(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan, rows)
         for cell, dtype in which
-        for variant in variants(dtype, chip)
+        for rows in batches(chip)
     ]
 
 

@@ -2,8 +2,7 @@
 
 A row stands here when its kernel compiles for its chips without a spill and within their shared memory
 (`python -m rnnkit.benchmarks.compile_table`, whose figures are benchmarks/results/triton-compile.csv). What has no
-row runs step by step. Sizes that are no multiples of 16 have rows of their own, since their kernels read each number
-by itself and take more registers; compiled is the largest problem that a row serves. The direction of time is a number
+row runs step by step. Compiled is H equal to the tile; an odd H may spill some words. The direction of time is a number
 at run time, so a row holds for both. It holds for each of VERSIONS too: ptxas and LLVM come with Triton, and another
 one gives registers differently, so what spilled with either was given other warps or lost the chip.
 
@@ -236,14 +235,6 @@ def rows_of(capability: int) -> list[Row]:
     chip, shared = chip_of(capability)
     small = capability in SMALL  # else what a row's chips have is known from the record
     return [row for row in PERSISTENT if chip in row.chips and (not small or row.shared <= shared)]
-
-
-def largest(row: Row) -> tuple[int, int]:
-    """H and P of the largest problem that a row serves, both odd where any size may be; P is below H, or 0."""
-    any_size = row.multiple == 1
-    hidden = row.hidden - any_size
-    proj = min(row.size - any_size, hidden - (2 if any_size else row.multiple))
-    return hidden, proj if row.kernel == "lstm_proj" else 0
 
 
 def tile(size: int) -> int:

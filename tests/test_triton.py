@@ -331,20 +331,6 @@ def test_only_products_take_tall_tiles() -> None:
                 assert arguments["BLOCK_B"] == rows and grid[0] == -(-33 // rows)
 
 
-@needs_triton
-def test_sizes_that_are_not_aligned_have_kernels_of_their_own() -> None:
-    """A row is the first that serves a size: whole by its tile, and by 16 where everything is a multiple of it."""
-    for row in table.PERSISTENT:
-        hidden, proj = table.largest(row)
-        cell, capability = table.CELLS_OF[row.kernel][0], 100 if "sm_100" in row.chips else 90
-        if {"sm_90", "sm_100"} & set(row.chips):
-            assert table.find(cell, row.side, hidden, proj, row.kind, capability) == row
-    for hidden, multiple in ((48, 16), (47, 1), (40, 1), (64, 16), (1, 1), (16, 16)):
-        assert table.find("gru", "forward", hidden, 0, "half", 90).multiple == multiple  # type: ignore[union-attr]
-    for hidden, proj, multiple in ((64, 48, 16), (64, 47, 1), (63, 48, 1)):
-        assert table.find("lstm", "forward", hidden, proj, "half", 90).multiple == multiple  # type: ignore[union-attr]
-
-
 # Compilation ahead of time.
 
 
@@ -379,7 +365,7 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
 
     def facts(hidden: int, chip: str, rows: int) -> tuple[dict[str, str], dict[str, list[str]]]:
         plan = table.step(table.STEP[0], "half", "")
-        job = compile_table.Job("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, plan, rows, False)
+        job = compile_table.Job("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, plan, rows)
         (launch,) = [launch for launch in launches(job) if launch.function == "product.product"]
         types, constants, known, _ = specialized(launch, chip)
         names = launch.kernel.arg_names
@@ -435,8 +421,8 @@ def test_a_run_replaces_what_its_own_triton_said(tmp_path: Path) -> None:
 
 @needs_triton
 def test_some_of_the_table_compiles(tmp_path: Path) -> None:
-    """Every 151st scan; CI takes more, `make triton-compile` the whole."""
-    command = [sys.executable, "-m", "rnnkit.benchmarks.compile_table", "--part", "1/151", "--workers", "1"]
+    """Every 61st scan; CI and `make triton-compile` take the whole."""
+    command = [sys.executable, "-m", "rnnkit.benchmarks.compile_table", "--part", "1/61", "--workers", "1"]
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
