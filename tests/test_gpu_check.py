@@ -42,7 +42,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cases = [Case("field", 3, 4, 5, 6), Case("resets", 3, 4, 5, 6, resets=0.2), Case("grid", 3, 4, 5, 6)]
     jobs = [Job(case, "GRU", "training", dtype) for dtype in ("float32", "bfloat16") for case in reversed(cases)]
     monkeypatch.setattr(parity, "examine", lambda findings, _, *rest: real(findings, "cpu", *rest))
-    monkeypatch.setattr(problems, "select", lambda quick, capability: few)
+    monkeypatch.setattr(problems, "select", lambda *asked: few)
     monkeypatch.setattr(gpu_check, "select", lambda device, dtypes: jobs)
     yield
     for switch, allowed in zip(switches, before):
@@ -293,8 +293,8 @@ def test_parity_goes_to_several_processes(cuda: None, tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     assert check(tmp_path, "--backend", "reference", "--limit", "100", "--workers", "3") == 1
     assert check(tmp_path, "--backend", "reference", "--limit", "100", "--quick") == 0, "two problems are for one"
-    few = problems.select(True, None) * 4
-    monkeypatch.setattr(problems, "select", lambda quick, capability: few)
+    few = problems.select() * 4
+    monkeypatch.setattr(problems, "select", lambda *asked: few)
     assert check(tmp_path, "--backend", "reference", "--limit", "100", "--quick") == 1
     seconds = gpu_check.SHARE * 100
     assert asked == [("cuda", 2, ("reference",), seconds, 3), ("cuda", 8, ("reference",), seconds, 2)]

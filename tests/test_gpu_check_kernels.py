@@ -18,7 +18,7 @@ import torch
 from make_believe import Fused, put, rerun
 
 from rnnkit import gpu_check, ops
-from rnnkit.backends import BY_NAME, Outputs, triton
+from rnnkit.backends import BY_NAME, Outputs, cuda, cuda_table, triton
 from rnnkit.benchmarks import calls, crew, parity, problems, ways
 from rnnkit.benchmarks.problems import BF16, F16, F32, KINDS, Problem, Variant, kernels_of, select
 from rnnkit.benchmarks.targets import FUSED
@@ -426,3 +426,20 @@ def test_the_kernels_that_ran_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
     assert {r[:5] for r in findings.kernels} == {("lstm_proj", side, 64, 64, "half") for side in table.SIDES}
     (line,) = gpu_check.kernels(findings)
     assert line.endswith(f"2 of {len(table.rows_of(90))} persistent kernels of sm_90 ran") and FUSED
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(cuda, "machine", cuda.machine._replace(capability=lambda index: 90))
+    put(monkeypatch, Fused(), "cuda")
+    small = Problem("gru", Variant((2, 3, 2, 64)), F16, fused=True)
+    parity.examine(findings, "cpu", [small, replace(small, stepwise=True), replace(small, kind="lstm")], ("cuda",))
+    _, line = gpu_check.kernels(findings)
+    assert line == f"cuda       3 of {len(cuda_table.able(90))} kernels that a GPU of 9.0 can hold ran"
+    names = {row.name for row in findings.kernels if isinstance(row, cuda_table.Row)}
+    assert names == {"cta_gru_fp16_64", "step_gru_fp16_8", "cta_lstm_fp16_64"}
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+def test_every_cuda_kernel_is_met(capability: int) -> None:
+    rows = cuda_table.able(capability)
+    every = [p for p in select(False, None, rows) if p.fused]
+    assert {problems.compiled_for(p, capability) for p in every} >= set(rows)
+    assert len(every) == len(set(every))

@@ -137,14 +137,14 @@ class CUDA(KernelBackend):
             return "can run it, but was not measured on a GPU yet, and torch has a layer for it; runs when named"
         return None
 
-    def detail(self, problem: Problem) -> str | None:
+    def detail(self, problem: Problem, index: int | None = None) -> str | None:
         row, why = planned(
             problem.cell,
             problem.hidden_size,
             problem.proj_size,
             kind(problem.dtype),
             problem.batch,
-            machine.capability(None),
+            machine.capability(index),
         )
         return f"{row.regime}: {why} ({row.name})"
 
