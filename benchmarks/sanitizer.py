@@ -152,7 +152,9 @@ BEGUN, ENDED = "problem {} of {}: {}", "all that there was time for"
 def main(arguments: list[str] | None = None) -> int:
     """Run the problems, one after the other, as long as there is time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="begin none after; default: all")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), metavar="S", help="begin none after; default: all"
+    )
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     every = small(cuda.machine.capability(None))

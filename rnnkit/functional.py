@@ -6,18 +6,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, ops
+from . import checks, ops, streams
+from .backends import Options
 from .cells import CELLS
 from .layouts import Layout
 
 State = Tensor | tuple[Tensor, Tensor]
+Layer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""What a layer gives in one direction: y, h_n, c_n, c_all."""
 
 
 def rnn(
@@ -286,13 +289,13 @@ def stack(
 
     x, finals, everything = layout.x, [], []
     for k in range(num_layers):
-        outputs = []
-        for d in range(directions):
+
+        def run(d: int, x: Tensor = x, k: int = k) -> Layer:
             i = k * directions + d
             again = None
             if h_r is not None:
                 again = h_r[i] if c_r is None else (h_r[i], c_r[i])
-            y, h_n, c_n, c_all = ops.layer(
+            return ops.layer(
                 cell,
                 x,
                 None if h_0 is None else h_0[i],
@@ -306,11 +309,22 @@ def stack(
                 recompute=recompute,
                 backend=backend,
             )
-            outputs.append(y)
+
+        if directions == 1:
+            ran = [run(0)]
+        else:
+            how = Options(True, return_all_states, recompute)
+            states_given = (h_0, c_0, h_r, c_r)
+            last = pieces[2 * k + 1]
+            at_once = streams.on_gpu(x) and ops.overlaps(
+                cell, x, last, *states_given, lengths=lengths, reset=marks, options=how, backend=backend
+            )
+            ran = _at_once(run, x) if at_once else [run(0), run(1)]
+        for y, h_n, c_n, c_all in ran:
             finals.append((h_n, c_n))
             if return_all_states:
                 everything.append((y, c_all))
-        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        x = ran[0][0] if directions == 1 else torch.cat([ran[0][0], ran[1][0]], -1)
         if drops and k < num_layers - 1:
             x = layout.dropout(x, dropout)
 
@@ -325,6 +339,24 @@ def stack(
     if return_all_states:
         return layout.output(x), states, _pair(kind.has_c, everything, layout.all_states)
     return layout.output(x), states
+
+
+def _at_once(run: Callable[..., Layer], x: Tensor) -> list[Layer]:
+    """Both directions of a layer of x: the reverse one on the side stream, the forward one on the current.
+
+    The reverse one first: autograd begins with the node that was made last, so that its backward, which the current
+    stream waits for, comes last there too. It sees x as a view where x is a leaf, or the gradient of x would be summed
+    on the side stream.
+    """
+    if x.is_leaf and x.requires_grad and torch.is_grad_enabled():
+        x = x.view_as(x)
+    side = streams.beside(x)
+    try:
+        with side.work():
+            reverse = run(1, x)
+        return [run(0, x), reverse]
+    finally:
+        side.join()
 
 
 def _single(cell: str, input: Any, hx: Any, weights: Sequence[Tensor], batch_first: bool, backend: str) -> Any:

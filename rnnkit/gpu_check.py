@@ -182,9 +182,7 @@ def kernels(findings: parity.Findings) -> list[str]:
     return lines
 
 
-def _parity(
-    options: argparse.Namespace, findings: parity.Findings, backends: tuple[str, ...], seconds: float
-) -> bool:
+def _parity(options: argparse.Namespace, findings: parity.Findings, backends: tuple[str, ...], seconds: float) -> bool:
     """Whether Ctrl-C came before the end."""
     every = problems.select(options.quick, capability(), built())
     workers = options.workers or crew.size(len(every))

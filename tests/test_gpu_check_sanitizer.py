@@ -74,12 +74,14 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """examined(text, code, sleep) -> findings, lines: by a tool that says this and runs nothing."""
     monkeypatch.setattr(cuda, "missing", lambda: None)
 
-    def examined(text: str, code: int = 0, sleep: float = 0.0, seconds: float = 60.0) -> tuple[parity.Findings, list[str]]:
+    def examined(
+        text: str, code: int = 0, sleep: float = 0.0, seconds: float = 60.0
+    ) -> tuple[parity.Findings, list[str]]:
         (tmp_path / "text").write_text(text)
         tool = tmp_path / "bin" / "compute-sanitizer"
         tool.parent.mkdir(exist_ok=True)
         tool.write_text(
-            f"#!/bin/sh\necho \"$PYTORCH_NO_CUDA_MEMORY_CACHING $*\" >> {tmp_path}/asked\ncat {tmp_path}/text\nsleep {sleep}\nexit {code}\n"
+            f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >> {tmp_path}/asked\ncat {tmp_path}/text\nsleep {sleep}\nexit {code}\n'
         )
         tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
@@ -142,7 +144,9 @@ def test_why_it_is_left_out(found: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert found("")[1] == ["sanitizer  left out: it is not built"]
     monkeypatch.setattr(cuda, "missing", lambda: None)
     monkeypatch.setattr(sanitizer, "tool", lambda: None)
-    assert sanitizer.examine(findings, 60.0, tmp_path)[0].startswith("sanitizer  left out: compute-sanitizer is not here: ")
+    assert sanitizer.examine(findings, 60.0, tmp_path)[0].startswith(
+        "sanitizer  left out: compute-sanitizer is not here: "
+    )
 
 
 def test_where_the_tool_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,10 +182,14 @@ def test_every_kernel_is_watched(capability: int) -> None:
     assert {problems.compiled_for(problem, capability) for problem in every} == set(rows) and len(every) == len(rows)
     first = [problems.compiled_for(problem, capability) for problem in every[: len(every) // 3]]
     for facts in ("regime", "kernel", "kind"):
-        assert {getattr(row, facts) for row in first} == {getattr(row, facts) for row in rows}, "a third has some of all"
+        assert {getattr(row, facts) for row in first} == {getattr(row, facts) for row in rows}, (
+            "a third has some of all"
+        )
 
 
-def test_the_program_runs_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_runs_as_long_as_there_is_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ran: list[tuple[Any, ...]] = []
     monkeypatch.setattr(sanitizer, "numbers", lambda way, problem, given, dtype, device: ran.append((problem, device)))
     monkeypatch.setattr(sanitizer, "small", lambda capability: few)
