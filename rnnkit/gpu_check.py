@@ -6,8 +6,8 @@ and extra; of the fused backends every kernel of the table, the same bits twice,
 autocast. Then probes: what the device takes for the things that kernels are made of. Then the benchmark against cuDNN,
 those cases first by which the fused backends are judged, each result checked before it is timed; a backend is not timed
 in the cells and dtypes in which something was found. At the end the targets, each met or missed. It needs Python and
-torch alone, nothing is downloaded, and a clone runs as it is. Rows go into benchmarks/results/ of the clone, or into the
-folder that --out names; Ctrl-C keeps what there is.
+torch alone, nothing is downloaded, and a clone runs as it is. Rows go into benchmarks/results/ of the clone, or into
+the folder that --out names; Ctrl-C keeps what there is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from . import info
 from .backends import BACKENDS, NAMES, cuda, cuda_table, triton
-from .benchmarks import crew, machine, parity, problems, rows, run, sanitizer, targets
+from .benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
 from .demo import check_out
 from .demo.text import InputError
@@ -34,6 +34,7 @@ DEVICE = "cuda"
 LIMIT, QUICK = 540.0, 100.0  # seconds, all in all
 SHARE = 0.55  # of it, at most, for parity: kernels that are compiled when they are first called take minutes
 WATCHED = 0.15  # for compute-sanitizer
+PROBED = 0.06  # for the probes
 OUT = Path("gpu-check-out")
 TIMED = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU"}  # kind of layer -> cell of the benchmark
 SHOWN = 20  # failures on the console; the file has them all
@@ -114,6 +115,10 @@ def _check(
     if interrupted or findings.ended:
         say("stopped by Ctrl-C" if interrupted else "the device failed: nothing is timed")
         return 130 if interrupted else 1
+    if "cuda" in backends:
+        say("\nprobes: what this GPU takes for the things that kernels are made of")
+        for line in probes.examine(PROBED * bench.options.limit, out, options.out is None and rows.RESULTS.is_dir()):
+            say(line)
     bench.backends, bench.barred = backends, barred(findings)
     for cell, dtype in dict.fromkeys((job.cell, job.dtype) for job in bench.jobs):
         unfit = [name for name in backends if (name, cell, dtype) in bench.barred]
@@ -177,8 +182,8 @@ def kernels(findings: parity.Findings) -> list[str]:
         able, chip = set(table.rows_of(known)), table.chip_of(known)[0]
         lines.append(f"triton     {len(findings.kernels & able)} of {len(able)} persistent kernels of {chip} ran")
     if rows:
-        ran, chip = len(findings.kernels & set(rows)), cuda.machine.capability(None) / 10
-        lines.append(f"cuda       {ran} of {len(rows)} kernels that a GPU of {chip} can hold ran")
+        ran, version = len(findings.kernels & set(rows)), cuda.machine.capability(None) / 10
+        lines.append(f"cuda       {ran} of {len(rows)} kernels that a GPU of {version} can hold ran")
     return lines
 
 

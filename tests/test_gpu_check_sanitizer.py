@@ -1,5 +1,5 @@
-"""compute-sanitizer over the CUDA kernels, where there is neither: a tool that says what the real one says, what is made
-of it, and that the program that it watches runs every kernel. The reports are in the form of its manual.
+"""compute-sanitizer over the CUDA kernels, where there is neither: a tool that says what the real one says, what is
+made of it, and that the program that it watches runs every kernel. The reports are in the form of its manual.
 """
 
 from __future__ import annotations
@@ -80,9 +80,8 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "text").write_text(text)
         tool = tmp_path / "bin" / "compute-sanitizer"
         tool.parent.mkdir(exist_ok=True)
-        tool.write_text(
-            f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >> {tmp_path}/asked\ncat {tmp_path}/text\nsleep {sleep}\nexit {code}\n'
-        )
+        asked = f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >> {tmp_path}/asked'
+        tool.write_text("\n".join(["#!/bin/sh", asked, f"cat {tmp_path}/text", f"sleep {sleep}", f"exit {code}", ""]))
         tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
         findings = parity.Findings()
@@ -106,7 +105,8 @@ def test_findings_are_failures_of_the_backend(found: Any, tmp_path: Path) -> Non
     findings, lines = found(HEAD + OUTSIDE.format(0) + OUTSIDE.format(1) + ELSEWHERE + TAIL, sanitizer.FOUND)
     assert len(findings.wrong) == len(sanitizer.CHECKS)
     assert findings.wrong[0] == (
-        "cuda: memcheck: Invalid __global__ write of size 2 bytes in cta_forward lstm bf16 (cta_forward.cuh:123), 2 times"
+        "cuda: memcheck: Invalid __global__ write of size 2 bytes in cta_forward lstm bf16 (cta_forward.cuh:123), "
+        "2 times"
     )
     assert findings.culprits == {("cuda", "lstm", "bfloat16"), ("cuda", "lstm_proj", "bfloat16")}
     assert lines[0] == "memcheck   2 of 92 problems, 1 findings in the kernels, 1 elsewhere"

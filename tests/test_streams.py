@@ -92,7 +92,9 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
         finally:
             current.pop()
 
-    for name, stand_in in dict(Stream=Stream, Event=Event, stream=on, current_stream=lambda _=None: current[-1]).items():
+    for name, stand_in in dict(
+        Stream=Stream, Event=Event, stream=on, current_stream=lambda _=None: current[-1]
+    ).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(streams, "on_gpu", lambda v: True)
     monkeypatch.setattr(streams, "_thread", streams._Thread())
@@ -155,7 +157,9 @@ def test_the_backward_is_joined_before_autograd_lets_go(main: Stream, noting: No
     assert before(reverse, main.work())
 
 
-@pytest.mark.parametrize("how", [{}, {"num_layers": 2, "dropout": 0.5}, {"proj_size": 2}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"num_layers": 2, "dropout": 0.5}, {"proj_size": 2}, {"batch_first": True}], ids=str
+)
 def test_the_numbers_are_the_same(how: dict[str, Any], noting: Noting, monkeypatch: pytest.MonkeyPatch) -> None:
     def numbers() -> list[torch.Tensor]:
         module, leaf = layer(**how), x().requires_grad_()
@@ -244,7 +248,7 @@ def test_a_side_for_each_stream_and_thread(main: Stream, noting: Noting) -> None
     other = Stream("gpu")
     with torch.cuda.stream(other):  # type: ignore[arg-type]
         module(x())
-    forward, reverse = noting.moments("forward")
+    _, reverse = noting.moments("forward")
     assert not before(noting.noted[0][2], reverse) and before(reverse, other.work())
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(streams.beside(x())))

@@ -103,8 +103,8 @@ class Backend:
     it has in all."""
 
     overlaps = False
-    """Whether both directions of a layer may run at once on two streams of a GPU: its kernels never wait for blocks that
-    have no multiprocessor yet, and work that is launched is all that it does."""
+    """Whether both directions of a layer may run at once, on two streams of a GPU: no kernel waits for blocks that may
+    have no multiprocessor yet."""
 
     def available(self) -> str | None:
         """Why it cannot run anything on this machine; None where it can."""
