@@ -69,7 +69,7 @@ build/triton-%: .venv/installed
 	$(PIP) install -q --no-deps --upgrade --target $@ 'triton==$*'
 	touch $@
 
-# COMPILE="--part 1/10": a tenth of it, checked and not written.
+# COMPILE="--part 1/4": a quarter of it, checked and not written.
 cuda-compile: .venv/installed ## every CUDA kernel for every chip, by nvcc, without a GPU
 	$(BIN)/python -m rnnkit.benchmarks.cuda_table $(COMPILE)
 
@@ -108,34 +108,48 @@ $(eval $(call flavour,tsan,$(CXX),-O1 -fsanitize=thread))
 $(eval $(call flavour,aarch64,$(CROSS),-O2 -static))
 
 # The CUDA kernels on the CPU, a fiber for each thread: one library for each row of the table, built from what
-# csrc/cuda/generate.py writes, and `toys`, on which tests/simt/test_shim.py holds the machinery. The scheduler is not
-# compiled with a sanitizer: it is to see the kernels.
+# csrc/cuda/generate.py writes, and `toys`, on which tests/simt/test_shim.py holds the machinery. They share one
+# scheduler, libsimt.so: fibers are many, and a process may have only so many mappings. It is not compiled with a
+# sanitizer, which is to see the kernels.
 SIMT_FLAGS := -std=c++17 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Wno-unused-parameter -Werror \
-  -DRNNKIT_SIMT -Icsrc/cuda -Itests
+  -DRNNKIT_SIMT -Itests
 
 simt: ## every CUDA kernel compiled for the CPU, see tests/simt; FLAVOUR=asan or tsan: with a sanitizer
 	@$(PYTHON) csrc/cuda/generate.py build/cuda
 	@cd build/cuda && $(MAKE) -s -C ../.. $$(printf 'build/simt/$(FLAVOUR)/%s.so ' $$(basename -s .cu *.cu))
 
+# A part: make simt-sanitize SIMT="-k everything_at_once".
+simt-sanitize: .venv/installed ## the same under AddressSanitizer, UBSan and ThreadSanitizer, in the kernels' tests
+	$(BIN)/python tests/ci/simt.py $(SIMT)
+
 # A way to build them: name, flags of the scheduler, flags of kernels, flags of the library.
 define simt
 build/simt/$(1)/%.o: tests/simt/%.cpp
 	@mkdir -p $$(@D)
-	$(CXX) $(SIMT_FLAGS) -O2 $(2) -MMD -c $$< -o $$@
+	$(CXX) $(SIMT_FLAGS) -Icsrc/cuda -O2 $(2) -MMD -c $$< -o $$@
 
-build/simt/$(1)/%.so: build/cuda/%.cu $(SIMT_PARTS:%=build/simt/$(1)/%.o)
-	$(CXX) $(SIMT_FLAGS) -O1 $(3) -MMD -MF $$@.d -MT $$@ -shared -x c++ $$< -x none $$(filter %.o,$$^) -o $$@
+build/simt/$(1)/libsimt.so: $(SIMT_PARTS:%=build/simt/$(1)/%.o)
+	$(CXX) $(3) -shared -Wl,-soname,libsimt.so $$^ -o $$@
 
-build/simt/$(1)/toys.so: tests/simt/toys.cu $(SIMT_PARTS:%=build/simt/$(1)/%.o)
-	$(CXX) $(SIMT_FLAGS) -O1 $(3) -MMD -MF $$@.d -MT $$@ -shared -x c++ $$< -x none $$(filter %.o,$$^) -o $$@
+$(SIMT_OUT)/$(1)/%.so: build/cuda/%.cu build/simt/$(1)/library.o build/simt/$(1)/libsimt.so
+	@mkdir -p $$(@D)
+	$(call simt_library,$(3))
+
+build/simt/$(1)/toys.so: tests/simt/toys.cu build/simt/$(1)/library.o build/simt/$(1)/libsimt.so
+	$(call simt_library,$(3))
 endef
-SIMT_PARTS := simt fiber products library
+simt_library = $(CXX) $(SIMT_FLAGS) -I$(SIMT_CSRC)/cuda -O1 $(1) -MMD -MF $$@.d -MT $$@ -shared -x c++ $$< \
+  -x none $$(filter %.o %/libsimt.so,$$^) -Wl,-rpath,$$(abspath $$(dir $$(filter %/libsimt.so,$$^))) -o $$@
+# Where the kernels' sources are, and where their libraries go: a test compiles a copy of them.
+SIMT_CSRC ?= csrc
+SIMT_OUT ?= build/simt
+SIMT_PARTS := simt fiber products
 FLAVOUR ?= plain
 $(eval $(call simt,plain,,))
 $(eval $(call simt,asan,-DSIMT_ASAN,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all \
   -fno-sanitize=null$(comma)object-size$(comma)pointer-overflow))
 $(eval $(call simt,tsan,-DSIMT_TSAN,-fsanitize=thread))
-.SECONDARY: $(foreach f,plain asan tsan,$(SIMT_PARTS:%=build/simt/$(f)/%.o))
+.SECONDARY: $(foreach f,plain asan tsan,$(patsubst %,build/simt/$(f)/%.o,$(SIMT_PARTS) library))
 -include $(wildcard build/simt/*/*.d)
 
 wheel: .venv/installed ## sdist and wheel into dist/, tried in a fresh environment

@@ -75,6 +75,7 @@ def with_cuda(cpp_extension: Any) -> tuple[list[str], dict[str, Any], list[str],
         chips = nvcc.chosen(os.environ.get("RNNKIT_CUDA_ARCH"), generate.table().CHIPS, capability)
     except ValueError as error:
         raise SystemExit(f"rnnkit: RNNKIT_CUDA_ARCH: {error}") from None
+    release = nvcc.version(home)
     kernels = generate.write(ROOT / "build" / "cuda")
     print(f"rnnkit: {len(kernels)} CUDA kernels for {', '.join(chips)} by {home / 'bin' / 'nvcc'}", file=sys.stderr)
     arguments = {
@@ -89,8 +90,8 @@ def with_cuda(cpp_extension: Any) -> tuple[list[str], dict[str, Any], list[str],
     return (
         [str(path.relative_to(ROOT)) for path in sources],
         arguments,
-        [f"-DRNNKIT_CUDA_BUILT={','.join([nvcc.version(home), *chips])}"],
-        [*nvcc.FLAGS, hidden, *(nvcc.gencode(chip) for chip in chips)],
+        [f"-DRNNKIT_CUDA_BUILT={','.join([release, *chips])}"],
+        [*nvcc.FLAGS, *nvcc.smaller(release), hidden, *(nvcc.gencode(chip) for chip in chips)],
     )
 
 

@@ -72,6 +72,9 @@ def work(
             findings.ended = True
         elif lost and not broke:  # whichever of the first had begun is found by itself
             waves = [*([problem] for problem in lost[:workers]), *([lost[workers:]] if lost[workers:] else []), *waves]
+        if time.monotonic() > end and not findings.ended:
+            findings.left += sum(map(len, waves))
+            return
 
 
 def _waves(every: Sequence[Problem]) -> list[list[Problem]]:

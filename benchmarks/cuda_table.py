@@ -1,6 +1,7 @@
 """Compiles the CUDA kernels for every chip, without a GPU, and says what each takes.
 
     python -m rnnkit.benchmarks.cuda_table [--part K/N] [--workers N] [--to FILE]      checks, writes the whole
+    python -m rnnkit.benchmarks.cuda_table --search ROW     what a row of the regime cta can keep in registers
 
 Every row of rnnkit/backends/cuda_table.py is compiled for each chip by nvcc, with the flags of setup.py, in a clone. A
 row of the result holds registers a thread, bytes that spilled, and shared memory a block: what ptxas says of a kernel,
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,7 @@ SHARED = {
 }
 SIDES = ("forward", "backward")
 WITHOUT = ("each",)  # kernels that are launched without shared memory
+MOST_KEPT = 28  # fragments in registers: each takes 8 of a thread's 255
 
 
 class Job(NamedTuple):
@@ -134,13 +136,14 @@ def build(job: Job, nvcc: ModuleType, home: Path, version: str) -> list[Line] | 
 
 def lines(job: Job, version: str, found: Iterable[Found], asked: dict[str, int]) -> list[Line]:
     """What is known of a row's functions, of several instantiations of one the most of each."""
-    row, most = job.row, {}
+    row, most = job.row, dict[tuple[str, str], Usage]()
     for side, function, usage in found:
         dynamic = 0 if function in WITHOUT or not asked else asked[f"{side}_asks"] - 1
         usage = usage._replace(shared=usage.shared + dynamic)
         most[side, function] = Usage(*map(max, usage, most.get((side, function), usage)))
     facts = (version, row.name, row.regime, row.kernel, row.kind, row.units, row.warps, row.rows, job.chip)
-    return [Line(Name(*facts, side, function), usage) for (side, function), usage in most.items()]
+    order = sorted(most, key=lambda name: (SIDES.index(name[0]), name[1]))
+    return [Line(Name(*facts, *name), most[name]) for name in order]
 
 
 def said(text: str) -> Iterator[Found]:
@@ -177,6 +180,37 @@ def sizes(cubin: Path) -> dict[str, int]:
     return {f[7]: int(f[2], 0) for f in fields if len(f) >= 8 and f[3] == "OBJECT"}
 
 
+def search(row: table.Row, compile: Callable[[Job], list[Line] | str], chip: str) -> Iterator[table.Row]:
+    """For each number of warps the row with most fragments of weights in registers, on either side, that spills
+    nothing and leaves shared memory within the chip's; no row where there is none.
+    """
+    fragment = 64 // (4 if row.kind == "tf32" else 2)  # terms of a sum
+    blocks, parts = row.units // 16, -(-row.units // fragment)
+    for warps in range(1, 17):
+        if blocks % warps:
+            continue
+        every = blocks // warps * table.GATES[row.kernel] * parts
+        sides = range(len(SIDES))
+
+        def held(kept: int, side: int, warps: int = warps) -> int:
+            return table.shared_bytes(row._replace(warps=warps, resident=(kept, kept)), side)
+
+        least = [next((k for k in range(every + 1) if held(k, side) <= table.CHIPS[chip]), every + 1) for side in sides]
+        low, high = [k - 1 for k in least], [min(every, MOST_KEPT)] * 2
+        while any(low[side] < high[side] for side in sides):
+            middle = [max((low[side] + high[side] + 1) // 2, 0) for side in sides]
+            tried = row._replace(warps=warps, resident=(middle[0], middle[1]))
+            found = compile(Job(tried, chip))
+            for side in sides:
+                good = not isinstance(found, str) and not any(
+                    line.usage.spilled for line in found if line.name.side == SIDES[side]
+                )
+                if low[side] < high[side]:
+                    low[side], high[side] = (middle[side], high[side]) if good else (low[side], middle[side] - 1)
+        if all(low[side] >= least[side] for side in sides):
+            yield row._replace(warps=warps, resident=(low[0], low[1]))
+
+
 def compiler() -> ModuleType | None:
     """csrc/cuda/nvcc.py; None where there is no clone."""
     path = SOURCES / "nvcc.py"
@@ -196,17 +230,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th job from the K-th on")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="at a time (%(default)s)")
     parser.add_argument("--to", type=Path, default=CUDA_COMPILED, metavar="FILE", help="of the whole; %(default)s")
+    parser.add_argument("--search", metavar="ROW", help="try other warps and residents for a row, write nothing")
+    parser.add_argument("--chip", choices=table.CHIPS, default="sm_90a", help="of the search; default: %(default)s")
     options = parser.parse_args(arguments)
+    named = [row for row in table.ROWS if row.name == options.search and row.regime == "cta" and row.kind != "ieee"]
+    if options.search and not named:
+        parser.error(f"expected a row of the regime cta that uses tensor cores, got {options.search!r}")
     nvcc = compiler()
     home = None if nvcc is None else nvcc.home()
     if nvcc is None or home is None:
         missing = f"{SOURCES} is not there: it compiles in a clone" if nvcc is None else nvcc.MISSING
         print(f"rnnkit.benchmarks.cuda_table: {missing}", file=sys.stderr)
         return 2
+    start, version = time.monotonic(), nvcc.version(home)
+    for row in named:
+        for fit in search(row, lambda job: build(job, nvcc, home, version), options.chip):
+            shared = [table.shared_bytes(fit, side) for side in range(len(SIDES))]
+            print(
+                f"{row.name} on {options.chip}: warps {fit.warps}, resident {fit.resident}, shared {shared}", flush=True
+            )
+    if named:
+        return 0
     mine = list(jobs())[options.part[0] - 1 :: options.part[1]]
     found: list[Line] = []
     wrong: list[str] = []
-    start, version = time.monotonic(), nvcc.version(home)
     with ThreadPoolExecutor(options.workers) as pool:
         results = pool.map(lambda job: build(job, nvcc, home, version), mine)
         for done, (job, some) in enumerate(zip(mine, results, strict=True), 1):

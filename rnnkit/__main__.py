@@ -10,10 +10,16 @@ import argparse
 import sys
 from types import ModuleType
 
-from . import demo, gpu_check, info
+from . import demo, experiments, gpu_check, info
 from .benchmarks import run as bench
 
-COMMANDS: dict[str, ModuleType] = {"info": info, "bench": bench, "demo": demo, "gpu-check": gpu_check}
+COMMANDS: dict[str, ModuleType] = {
+    "info": info,
+    "bench": bench,
+    "demo": demo,
+    "experiments": experiments,
+    "gpu-check": gpu_check,
+}
 CODES = "exit codes: 0 all right, 1 a check or a gate failed, 2 bad input, 3 no device, 130 stopped by Ctrl-C"
 
 

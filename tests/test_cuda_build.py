@@ -24,6 +24,7 @@ from rnnkit import info
 from rnnkit.backends import cuda, cuda_table, extension
 from rnnkit.benchmarks import cuda_table as compiled
 from rnnkit.benchmarks.compiled import Usage
+from rnnkit.benchmarks.cuda_table import SIDES
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -117,6 +118,7 @@ def test_where_the_toolkit_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert nvcc.home() == nvcc.home(None) == usual, "an nvcc without headers beside it calls another"
     monkeypatch.setenv("CUDA_HOME", str(named))
     assert nvcc.home() == named and nvcc.version(named) == "13.7"
+    assert nvcc.smaller("13.7") and not nvcc.smaller("12.9")
     monkeypatch.setenv("CUDA_HOME", str(script))
     assert nvcc.home(str(named)) == named and nvcc.home() == usual
     monkeypatch.setattr(nvcc, "USUAL", str(tmp_path))
@@ -165,7 +167,8 @@ def test_with_cuda(run_setup: Setup, tmp_path: Path) -> None:
     assert all((tmp_path / "root" / kernel).exists() for kernel in kernels)
     flags = library.extra_compile_args
     assert [flag for flag in flags["nvcc"] if "gencode" in flag] == [nvcc.gencode(chip) for chip in ALL]
-    assert set(nvcc.FLAGS) <= set(flags["nvcc"]) and any("-warn-spills,-Werror" in flag for flag in nvcc.FLAGS)
+    assert {*nvcc.FLAGS, "-compress-mode=size"} <= set(flags["nvcc"])
+    assert any("-warn-spills,-Werror" in flag for flag in flags["nvcc"])
     assert f"-DRNNKIT_CUDA_BUILT=13.7,{','.join(ALL)}" in flags["cxx"]
     assert "cudart_static" in library.libraries and "cudart" not in library.libraries
     assert str(home) == cpp_extension.CUDA_HOME
@@ -243,7 +246,7 @@ def test_what_ptxas_says() -> None:
     ]
     row = next(row for row in cuda_table.ROWS if row.regime == "step")
     sizes = {"forward_asks": 101, "backward_asks": 201}
-    step, each = compiled.lines(compiled.Job(row, "sm_80"), "13.0", found, sizes)
+    each, step = compiled.lines(compiled.Job(row, "sm_80"), "13.0", found, sizes)
     assert (step.name.side, step.name.function, step.usage) == ("backward", "step", Usage(40, 8, 216))
     assert step.wrong == "spills 8 bytes" and step.fits
     assert (each.name.side, each.name.function, each.usage) == ("forward", "each", Usage(12, 0, 0))
@@ -311,6 +314,24 @@ def test_a_part_is_checked_and_not_written(tmp_path: Path, monkeypatch: pytest.M
     assert [line.name.row + " " + line.name.chip for line in compiled.read(record)] == every
     before, spills = record.read_text(), "sm_100"
     assert compiled.main(["--to", str(record)]) == 1 and record.read_text() == before
+
+
+@pytest.mark.parametrize(("most", "warps"), [(40, [7, 14]), (12, [14]), (3, [])])
+def test_a_search_finds_what_fits(most: int, warps: list[int]) -> None:
+    """Where more than so many fragments a thread spill; of 294 KiB of weights an sm_80 must have 131 in registers."""
+    row = next(row for row in cuda_table.ROWS if row.name == "cta_gru_bf16_224")
+    tried: list[cuda_table.Row] = []
+
+    def compile(job: compiled.Job) -> list[compiled.Line]:
+        tried.append(job.row)
+        found = [(side, f"cta_{side}", Usage(9, 4 * (kept > most), 0)) for side, kept in zip(SIDES, job.row.resident)]
+        return compiled.lines(job, "13.0", found, {})
+
+    fits = list(compiled.search(row, compile, "sm_80"))
+    assert [fit.warps for fit in fits] == warps and len(tried) < 30
+    for fit in fits:
+        assert fit.resident == (min(most, 28, 3 * 7 * 14 // fit.warps),) * 2
+        assert all(cuda_table.shared_bytes(fit, side) <= cuda_table.CHIPS["sm_80"] for side in (0, 1))
 
 
 def test_info_says_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:

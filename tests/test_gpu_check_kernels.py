@@ -315,6 +315,8 @@ def test_several_processes_find_what_one_finds() -> None:
     assert findings.wrong == [] and sum(findings.skipped["triton"].values()) >= 3
     late, told = crewed(every * 4, 0.0)
     assert late.left >= 12 - crew.MOST and late.left + len(told) <= 12 and not late.ended
+    late, told = crewed([every[0], MANY, every[1]], 0.0)
+    assert late.left == 2 and told == [], "a large one has its turn alone, and does not begin late"
 
 
 def test_what_several_found_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:

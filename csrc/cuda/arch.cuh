@@ -14,7 +14,8 @@
 //   float from_bf16(uint16_t), from_fp16(uint16_t)
 //   uint32_t to_tf32(float)                      rounded to nearest, ties away; 13 low bits are zero
 //   float exp(float), double exp(double), float tanh(float), double tanh(double)    a few ulp
-//   float exp_fast(float), divide_fast(float, float)                           some 1e-6, for half types
+//   float exp_fast(float)                                                      some 1e-6, relative
+//   float tanh_fast(float)                                                     2^-11, relative; one instruction
 //   void mma_bf16, mma_fp16(float (&d)[4], a0, a1, a2, a3, b0, b1)             m16n8k16, two values a word
 //   void mma_tf32(float (&d)[4], a0, a1, a2, a3, b0, b1)                       m16n8k8, one value a word
 //   launch(name, kernel, Grid, threads, shared bytes, stream, arguments...)    throws where it fails

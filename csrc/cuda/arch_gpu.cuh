@@ -36,7 +36,11 @@ RNNKIT_DEVICE double exp(double v) { return ::exp(v); }
 RNNKIT_DEVICE float tanh(float v) { return ::tanhf(v); }
 RNNKIT_DEVICE double tanh(double v) { return ::tanh(v); }
 RNNKIT_DEVICE float exp_fast(float v) { return __expf(v); }
-RNNKIT_DEVICE float divide_fast(float a, float b) { return __fdividef(a, b); }
+RNNKIT_DEVICE float tanh_fast(float v) {
+  float r;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
 
 RNNKIT_DEVICE void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                             uint32_t b1) {

@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 USUAL = "/usr/local/cuda"
-# A spill is an error. Line numbers are for compute-sanitizer and the profilers.
-FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-warn-spills,-Werror"]
+# A spill is an error. Line numbers, for compute-sanitizer and profilers, come with NVCC_APPEND_FLAGS=-lineinfo and make
+# the library more than twice as large.
+FLAGS = ["-O3", "-std=c++17", "-Xptxas=-warn-spills,-Werror"]
 
 
 def home(*more: str | None) -> Path | None:
@@ -44,6 +45,11 @@ def version(place: Path) -> str:
     if found is None:
         raise ValueError(f"{place / 'bin/nvcc'} --version says no release: {said!r}")
     return found[1]
+
+
+def smaller(release: str) -> list[str]:
+    """The flag that makes a library less than half as large, of a release of nvcc that has it and whose drivers do."""
+    return ["-compress-mode=size"] if int(release.partition(".")[0]) >= 13 else []
 
 
 def gencode(chip: str) -> str:

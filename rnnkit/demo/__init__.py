@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder to write to; default: %(default)s/"
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument("--seed", type=seed_option, default=0, metavar="S", help="default: %(default)s")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -226,7 +226,8 @@ def _positive(value: str) -> int:
     return number
 
 
-def _seed(value: str) -> int:
+def seed_option(value: str) -> int:
+    """A seed on the command line."""
     number = int(value)
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"must lie in [0, 2^63), got {number}")

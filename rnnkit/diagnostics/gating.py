@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pictures import figure
+from .pictures import figure, heat_map
 from .trace import recorded
 
 FULL = {
@@ -52,14 +52,9 @@ class Gates(dict[str, dict[str, Tensor]]):
         chosen = list(names or every)
         fig, axes = figure(len(chosen), 1, height=1.1)
         for axis, name in zip(axes, chosen, strict=True):
-            v = every[name][:, row].T
+            v = every[name][:, row]
             most = 1.0 if name in SIGMOID else float(v.abs().max()) or 1.0
-            least = 0.0 if name in SIGMOID else -most
-            shown = axis.imshow(
-                v.numpy(force=True), aspect="auto", cmap="gray", vmin=least, vmax=most, interpolation="nearest"
-            )
-            axis.set_ylabel(f"{FULL[name]}\nunit")
-            fig.colorbar(shown, ax=axis)
+            heat_map(fig, axis, v, FULL[name], 0.0 if name in SIGMOID else -most, most)
         if labels is not None:
             axes[-1].set_xticks(range(len(labels)), labels)
         axes[-1].set_xlabel("step t")

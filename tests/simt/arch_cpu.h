@@ -6,7 +6,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <tuple>
 
 #include "simt.h"
@@ -57,25 +56,31 @@ inline float from_fp16(uint16_t v) {
   return from_bits(sign | bits(from_bits(u) * 0x1p112f));
 }
 
-// Past the largest finite float it is infinity.
+// As sm_80 and sm_90 do it: past the largest finite float comes infinity, and a NaN of which only low bits
+// say so becomes infinity too.
 inline uint32_t to_tf32(float v) {
-  if (v != v) return 0x7fffe000;
   const uint32_t u = bits(v);
-  return (u & 0x7f800000) == 0x7f800000 ? u : (u + 0x1000) & ~0x1fffu;
+  return ((u & 0x7fffffff) < 0x7f800000 ? u + 0x1000 : u) & ~0x1fffu;
 }
 
 inline float exp(float v) { return std::exp(v); }
 inline double exp(double v) { return std::exp(v); }
 inline float tanh(float v) { return std::tanh(v); }
 inline double tanh(double v) { return std::tanh(v); }
-inline float exp_fast(float v) { return std::exp(v); }
 
-// Divisors above 2^126 give 0, or NaN below infinity: div.approx multiplies by a reciprocal that is flushed
-// to 0.
-inline float divide_fast(float a, float b) {
-  const float size = std::fabs(b);
-  if (size > 0x1p126f && size <= std::numeric_limits<float>::max()) return a * std::copysign(0.f, b);
-  return a / b;
+// Instructions that approximate are wrong by as much as PTX allows them, or less: by how much, the argument's
+// bits say.
+inline double off(float v, double bound) {
+  if (v == 0 || std::isinf(v)) return 1;
+  const uint32_t h = bits(v) * 0x9e3779b1u;
+  return 1 + bound * ((h >> 8) * 0x1p-23 - 1);
+}
+inline float tanh_fast(float v) {  // tanh.approx
+  const float r = static_cast<float>(std::tanh(v) * off(v, 0x1p-11));
+  return std::fabs(r) > 1 ? std::copysign(1.f, r) : r;
+}
+inline float exp_fast(float v) {  // ex2.approx of a product that is rounded
+  return static_cast<float>(std::exp2(v * 1.44269502f) * off(v, 0x1p-22));
 }
 
 // The operands of one lane; d is its accumulators.
@@ -83,9 +88,11 @@ struct Product {
   float* d;
   uint32_t a[4], b[2];
 };
-void multiply_bf16(void* const* lanes);
-void multiply_fp16(void* const* lanes);
-void multiply_tf32(void* const* lanes);
+#define RNNKIT_SHARED_LIBRARY __attribute__((visibility("default")))
+RNNKIT_SHARED_LIBRARY void multiply_bf16(void* const* lanes);
+RNNKIT_SHARED_LIBRARY void multiply_fp16(void* const* lanes);
+RNNKIT_SHARED_LIBRARY void multiply_tf32(void* const* lanes);
+#undef RNNKIT_SHARED_LIBRARY
 
 inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                      uint32_t b1, ::simt::Place place = ::simt::Place::here()) {

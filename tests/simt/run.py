@@ -51,6 +51,20 @@ def scheduled(seed: int = 0, ordered: bool = False) -> Iterator[None]:
         schedule = before
 
 
+csrc, out = Path("csrc"), Path("build") / "simt"
+
+
+@contextlib.contextmanager
+def sources(copy: Path, folder: Path) -> Iterator[None]:
+    """Kernels inside are compiled from a copy of csrc/, their libraries kept in a folder."""
+    global csrc, out
+    before, (csrc, out) = (csrc, out), (copy, folder)
+    try:
+        yield
+    finally:
+        csrc, out = before
+
+
 class State(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("wide", ctypes.c_bool))
 
@@ -119,22 +133,41 @@ def why_not() -> str | None:
 
 def built(name: str, flavour: str = FLAVOUR) -> Path:
     """The library of a kernel, or `toys`, up to date. One process at a time builds."""
-    target = Path("build") / "simt" / flavour / f"{name}.so"
-    (ROOT / target).parent.mkdir(parents=True, exist_ok=True)
-    with open(ROOT / "build" / "simt" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    target = out / flavour / f"{name}.so"
+    lock = ROOT / "build" / "simt" / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         if name != "toys":
             names = [path.stem for path in generator().write(ROOT / "build" / "cuda")]
             if name not in names:
                 raise ValueError(f"there is no CUDA kernel {name!r}; there are {', '.join(names)}")
-        done = subprocess.run(["make", "-s", str(target)], cwd=ROOT, capture_output=True, text=True)
+        command = ["make", "-s", f"SIMT_CSRC={csrc}", f"SIMT_OUT={out}", str(target)]
+        # A compiler with a sanitizer in it is a slow one.
+        env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{target} cannot be built:\n{done.stdout}{done.stderr}")
     return ROOT / target
 
 
-@functools.cache
+def sanitizer(flavour: str) -> dict[str, str]:
+    """Variables of the environment in which a process can load libraries of a flavour."""
+    if flavour == "plain":
+        return {}
+    command = [*os.environ.get("CXX", "g++").split(), f"-print-file-name=lib{flavour}.so"]
+    found = subprocess.check_output(command, text=True).strip()
+    # Python and torch leave memory behind at exit.
+    return {"LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0", "RNNKIT_SIMT_FLAVOUR": flavour}
+
+
 def library(name: str) -> ctypes.CDLL:
+    """The library, built when it is first asked for."""
+    return loaded(out, name)
+
+
+@functools.cache
+def loaded(folder: Path, name: str) -> ctypes.CDLL:
     found = ctypes.CDLL(str(built(name)))
     found.rnnkit_simt_kernels.restype = ctypes.c_char_p
     return found

@@ -23,11 +23,11 @@ namespace {
 
 constexpr int64_t most_shared = 227 * 1024;  // of the largest chip in rnnkit/backends/cuda_table.py
 constexpr int most_threads = 1024;
-// Threads of a launch at a time, unless one block has more; and fibers, of which ThreadSanitizer makes slow and
-// large ones.
+// Threads of a launch at a time, unless one block has more; and fibers, of which ThreadSanitizer makes slow
+// and large ones.
 constexpr int at_once = watches_order ? 1024 : 2048;
 constexpr size_t watched_fibers = 2048;
-constexpr int epoch = 1024;              // draws between two sets of priorities
+constexpr int epoch = 1024;  // draws between two sets of priorities
 
 struct Resident;
 

@@ -37,11 +37,7 @@ RESIDENT = list(problems.resident(cuda_table.ROWS))
 STEPS = [row for row in cuda_table.ROWS if row.regime == "step"]
 
 
-@pytest.fixture(autouse=True)
-def on_cpu() -> Iterator[None]:
-    """The kernels on CPU tensors. float32 is float32 unless a problem asks for TF32."""
-    with cuda.simulation(simt.run):
-        yield
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture(params=["cta", "step"])

@@ -327,4 +327,9 @@ EXPORT void toy_from_bf16(const uint16_t* in, float* out, int64_t n) {
 EXPORT void toy_from_fp16(const uint16_t* in, float* out, int64_t n) {
   for (int64_t k = 0; k < n; ++k) out[k] = arch::from_fp16(in[k]);
 }
-EXPORT float toy_divide_fast(float a, float b) { return arch::divide_fast(a, b); }
+EXPORT void toy_tanh_fast(const float* in, float* out, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) out[k] = arch::tanh_fast(in[k]);
+}
+EXPORT void toy_exp_fast(const float* in, float* out, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) out[k] = arch::exp_fast(in[k]);
+}
