@@ -11,7 +11,7 @@ export PYTHON TORCH
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := dev,triton,plots,onnx,data
-COMPILED := $(shell find csrc -name '*.h' -o -name '*.cpp')
+COMPILED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 comma := ,
 HARNESS := $(wildcard tests/harness/*.cpp csrc/cpu/*.cpp)
 HARNESS_HEADERS := $(wildcard tests/harness/*.h csrc/cpu/*.h csrc/cells/*.h)

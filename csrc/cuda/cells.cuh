@@ -1,6 +1,6 @@
-// The cells as the kernels of every regime see them: how many gates, what is saved, and the gate math of csrc/cells on
-// arrays of gates, forward and backward next to one another. And time: which step is processed when, which rows live,
-// where a state is replaced.
+// The cells as the kernels of every regime see them: how many gates, what is saved, and the gate math of
+// csrc/cells on arrays of gates, forward and backward next to one another. And time: which step is processed
+// when, which rows live, where a state is replaced.
 //
 // x: gx of the step; s: the recurrent sums; K blocks are saved. `before` is the state before the step that a
 // derivative needs (c of an LSTM, h of a GRU), `after` the one after it (c of an LSTM, y of an RNN).
@@ -22,7 +22,8 @@ struct rnn {
     return relu ? RnnRelu::step<M>(x[0] + s[0]) : RnnTanh::step<M>(x[0] + s[0]);
   }
   template <class M, class T>
-  RNNKIT_DEVICE static void backward(bool relu, T d, T&, const T (&)[1], T, T after, T (&dx)[1], T (&ds)[1], T&) {
+  RNNKIT_DEVICE static void backward(bool relu, T d, T&, const T (&)[1], T, T after, T (&dx)[1], T (&ds)[1],
+                                     T&) {
     dx[0] = ds[0] = relu ? RnnRelu::step_vjp<M>(d, after) : RnnTanh::step_vjp<M>(d, after);
   }
 };
@@ -67,8 +68,8 @@ struct gru {
   }
 };
 
-// Two products in a step: gates r and z by h, then n by r h; backward dn first, then the others by what W_hn makes of
-// it.
+// Two products in a step: gates r and z by h, then n by r h; backward dn first, then the others by what W_hn
+// makes of it.
 struct gru_before {
   static constexpr int G = 3, K = 3;
   static constexpr bool has_c = false, two_products = true, from_h = true;
@@ -108,7 +109,8 @@ RNNKIT_DEVICE int64_t length_of(const Sequence& s, int64_t row) {
   return s.lengths != nullptr && s.lengths[row] < s.total ? s.lengths[row] : s.total;
 }
 
-// Whether the state is replaced before step t. Backwards in time a reset at t + 1 lies there, between t and t + 1.
+// Whether the state is replaced before step t. Backwards in time a reset at t + 1 lies there, between t and t
+// + 1.
 RNNKIT_DEVICE bool is_cut(const Sequence& s, int64_t t, int64_t row, int64_t length) {
   const int64_t at = t + (s.reverse ? 1 : 0);
   return s.reset != nullptr && at < length && s.reset[at * s.B + row];

@@ -1,12 +1,14 @@
-// The regime for small sizes: one block keeps W_hh on its multiprocessor for the whole sequence, in registers and
-// shared memory, and carries 8 rows of the batch through all of time. Blocks never wait for one another.
+// The regime for small sizes: one block keeps W_hh on its multiprocessor for the whole sequence, in registers
+// and shared memory, and carries 8 rows of the batch through all of time. Blocks never wait for one another.
 //
-//     a block: 8 rows              W_hh, once                       at each step
-//     ┌──────────────────────┐     a warp has 16 units of every     product: W_hh by h (shared memory, 2 buffers)
-//     │ warp 0: units 0..15  │     gate: fragments in registers     gate math, on sums that never left registers
-//     │ warp 1: units 16..31 │     as far as they go, the others    h back to the other buffer; one barrier
-//     │ ...                  │     in shared memory                 y, gates, c to memory; gx of the next step
-//     └──────────────────────┘
+// clang-format off
+//     a block: 8 rows           W_hh, once                      at each step
+//     +----------------------+  a warp has 16 units of every    product: W_hh by h (shared memory, 2 buffers)
+//     | warp 0: units 0..15  |  gate: fragments in registers    gate math, on sums that never left registers
+//     | warp 1: units 16..31 |  as far as they go, the others   h back to the other buffer; one barrier
+//     | ...                  |  in shared memory                y, gates, c to memory; gx of the next step
+//     +----------------------+
+// clang-format on
 //
 // The backward is the same with W_hh^T, and with the gradients of the gates where h was. cta_forward.cuh and
 // cta_backward.cuh hold the kernels; here is what a configuration is, its weights and its product.
@@ -28,18 +30,18 @@ struct Cta {
   static constexpr int G = Cell::G;
   static constexpr int rows = 8;
   static constexpr int threads = 32 * WARPS;
-  static constexpr int blocks = UNITS / 16 / WARPS;                      // of 16 units, a warp's
-  static constexpr int parts = (UNITS + F::terms - 1) / F::terms;        // fragments along the terms of a gate
-  static constexpr int width = parts * F::terms;                         // terms of a gate, padded
-  static constexpr int fragments = blocks * G * parts;                   // of weights, a warp's
+  static constexpr int blocks = UNITS / 16 / WARPS;                // of 16 units, a warp's
+  static constexpr int parts = (UNITS + F::terms - 1) / F::terms;  // fragments along the terms of a gate
+  static constexpr int width = parts * F::terms;                   // terms of a gate, padded
+  static constexpr int fragments = blocks * G * parts;             // of weights, a warp's
   static constexpr int kept = KEPT;
   static constexpr int shared_fragments = fragments - KEPT;
   static constexpr int fragment_bytes = 2 * F::pieces * 16;
   static constexpr int weight_bytes = WARPS * shared_fragments * fragment_bytes;
   static_assert(UNITS % (16 * WARPS) == 0 && KEPT <= fragments && (O::tensor || KEPT == 0), "configuration");
 
-  // Rows of operands in shared memory, so far apart that a warp's loads meet all banks once: 64 bytes beyond a multiple
-  // of 128 for a lane's four pieces of eight rows, 16 beyond for one piece of every second row.
+  // Rows of operands in shared memory, so far apart that a warp's loads meet all banks once: 64 bytes beyond
+  // a multiple of 128 for a lane's four pieces of eight rows, 16 beyond for one piece of every second row.
   static constexpr int pitch_of(int columns) {
     const int bytes = columns * static_cast<int>(sizeof(Stored));
     const int aligned = (bytes + 127) / 128 * 128;
@@ -77,8 +79,8 @@ struct Lane {
   }
 };
 
-// A warp's fragments of W_hh or W_hh^T. Those in registers and those in shared memory alternate evenly, so that loads
-// spread over the product.
+// A warp's fragments of W_hh or W_hh^T. Those in registers and those in shared memory alternate evenly, so
+// that loads spread over the product.
 template <class C>
 struct Weights {
   using F = Fragments<typename C::O>;
@@ -86,17 +88,20 @@ struct Weights {
   Words* shared;
 
   // The fragment of 16 units, one gate, some terms.
-  RNNKIT_DEVICE static constexpr int number(int part, int block, int gate) { return (part * C::blocks + block) * C::G + gate; }
+  RNNKIT_DEVICE static constexpr int number(int part, int block, int gate) {
+    return (part * C::blocks + block) * C::G + gate;
+  }
   RNNKIT_DEVICE static constexpr bool in_registers(int n) {
     return (n + 1) * C::kept / C::fragments != n * C::kept / C::fragments;
   }
   RNNKIT_DEVICE static constexpr int kept_at(int n) { return n * C::kept / C::fragments; }
 
-  // w: rows of units, `between` elements from one gate's rows to the next gate's, `pitch` from a row to the next;
-  // terms 0 .. H - 1 of each. whole: its rows begin at multiples of 16 bytes.
-  RNNKIT_DEVICE Weights(unsigned char* memory, const Lane<C>& at, const void* w, int64_t between, int64_t pitch,
-                        bool whole) {
-    shared = reinterpret_cast<Words*>(memory + at.warp * C::shared_fragments * C::fragment_bytes) + F::piece(at.lane);
+  // w: rows of units, `between` elements from one gate's rows to the next gate's, `pitch` from a row to the
+  // next; terms 0 .. H - 1 of each. whole: its rows begin at multiples of 16 bytes.
+  RNNKIT_DEVICE Weights(unsigned char* memory, const Lane<C>& at, const void* w, int64_t between,
+                        int64_t pitch, bool whole) {
+    shared = reinterpret_cast<Words*>(memory + at.warp * C::shared_fragments * C::fragment_bytes) +
+             F::piece(at.lane);
     const auto* from = static_cast<const typename C::Stored*>(w);
     RNNKIT_UNROLL
     for (int part = 0; part < C::parts; ++part) {
@@ -126,8 +131,8 @@ struct Weights {
   }
 
   // A lane's pieces of the batch: rows of `pitch` elements in shared memory, from a column on.
-  RNNKIT_DEVICE static void batch(Words (&b)[F::columns], const typename C::Stored* rows, int pitch, int column,
-                                  int lane) {
+  RNNKIT_DEVICE static void batch(Words (&b)[F::columns], const typename C::Stored* rows, int pitch,
+                                  int column, int lane) {
     RNNKIT_UNROLL
     for (int i = 0; i < F::columns; ++i) {
       b[i] = *reinterpret_cast<const Words*>(rows + F::column(lane, i) * pitch + column + F::term(lane));
@@ -161,18 +166,26 @@ RNNKIT_DEVICE void clear(typename C::Stored* memory, int count) {
 #include "cta_forward.cuh"
 
 // One row of the table, the whole of a source.
-#define RNNKIT_CTA(NAME, CELL, KIND, UNITS, WARPS, FORWARD_KEPT, BACKWARD_KEPT)                              \
-  namespace rnnkit::cuda {                                                                                    \
-  namespace {                                                                                                 \
-  constexpr char name[] = #NAME;                                                                              \
-  using ForwardConfiguration = Cta<cell::CELL, kind::KIND, UNITS, WARPS, FORWARD_KEPT>;                       \
-  using BackwardConfiguration = Cta<cell::CELL, kind::KIND, UNITS, WARPS, BACKWARD_KEPT>;                     \
-  int64_t no_bytes(const Forward&) { return 0; }                                                              \
-  int64_t no_bytes_back(const Backward&) { return 0; }                                                        \
-  void run(const Forward& f, Stream stream) { run_cta_forward<ForwardConfiguration>(name, f, stream); }       \
-  void run_back(const Backward& b, Stream stream) { run_cta_backward<BackwardConfiguration>(name, b, stream); } \
-  Kernel kernel = {name,     ForwardConfiguration::forward_bytes, BackwardConfiguration::backward_bytes,     \
-                   no_bytes, run, no_bytes_back, run_back, nullptr};                                          \
-  const Entry entry(kernel);                                                                                  \
-  }                                                                                                           \
+#define RNNKIT_CTA(NAME, CELL, KIND, UNITS, WARPS, FORWARD_KEPT, BACKWARD_KEPT)                         \
+  namespace rnnkit::cuda {                                                                              \
+  namespace {                                                                                           \
+  constexpr char name[] = #NAME;                                                                        \
+  using ForwardConfiguration = Cta<cell::CELL, kind::KIND, UNITS, WARPS, FORWARD_KEPT>;                 \
+  using BackwardConfiguration = Cta<cell::CELL, kind::KIND, UNITS, WARPS, BACKWARD_KEPT>;               \
+  int64_t no_bytes(const Forward&) { return 0; }                                                        \
+  int64_t no_bytes_back(const Backward&) { return 0; }                                                  \
+  void run(const Forward& f, Stream stream) { run_cta_forward<ForwardConfiguration>(name, f, stream); } \
+  void run_back(const Backward& b, Stream stream) {                                                     \
+    run_cta_backward<BackwardConfiguration>(name, b, stream);                                           \
+  }                                                                                                     \
+  Kernel kernel = {name,                                                                                \
+                   ForwardConfiguration::forward_bytes,                                                 \
+                   BackwardConfiguration::backward_bytes,                                               \
+                   no_bytes,                                                                            \
+                   run,                                                                                 \
+                   no_bytes_back,                                                                       \
+                   run_back,                                                                            \
+                   nullptr};                                                                            \
+  const Entry entry(kernel);                                                                            \
+  }                                                                                                     \
   }

@@ -1,7 +1,8 @@
-// The backward kernel of the regime that keeps W_hh^T on one multiprocessor; cta.cuh has the picture. Included by it.
+// The backward kernel of the regime that keeps W_hh^T on one multiprocessor; cta.cuh has the picture.
+// Included by it.
 //
-// Of a cell without a loss behind it (all that arrives is 0) no gradient goes on, by selection: what the forward saved
-// there may be NaN, beyond a reset or a length.
+// Of a cell without a loss behind it (all that arrives is 0) no gradient goes on, by selection: what the
+// forward saved there may be NaN, beyond a reset or a length.
 
 #pragma once
 
@@ -9,8 +10,8 @@
 
 namespace rnnkit::cuda {
 
-// sums [block] += W_hh^T of gates FIRST .. FIRST + COUNT - 1 by the gradients in shared memory. Sums take turns, as in
-// the forward.
+// sums [block] += W_hh^T of gates FIRST .. FIRST + COUNT - 1 by the gradients in shared memory. Sums take
+// turns, as in the forward.
 template <class C, int FIRST, int COUNT>
 RNNKIT_DEVICE void product_back(typename C::Real (&acc)[C::blocks][4], const Weights<C>& w,
                                 const typename C::Stored* rows, int lane) {
@@ -44,7 +45,8 @@ RNNKIT_DEVICE void product_back(typename C::Real (&acc)[C::blocks][4], const Wei
 }
 
 template <class C>
-RNNKIT_KERNEL(C::threads) cta_backward(const Backward b, const bool paired, const bool whole) {
+RNNKIT_KERNEL(C::threads)
+cta_backward(const Backward b, const bool paired, const bool whole) {
   using O = typename C::O;
   using Cell = typename C::Cell;
   using Mem = Memory<O>;
@@ -55,7 +57,8 @@ RNNKIT_KERNEL(C::threads) cta_backward(const Backward b, const bool paired, cons
   constexpr int G = C::G, K = Cell::K, SAVED = K > 0 ? K : 1;
   constexpr int BUFFERS = Cell::two_products ? 1 : 2;
   RNNKIT_SHARED(memory);
-  auto* const buffers = reinterpret_cast<Stored*>(memory);  // [BUFFERS][8][pitch], a gate's units `width` apart
+  auto* const buffers =
+      reinterpret_cast<Stored*>(memory);  // [BUFFERS][8][pitch], a gate's units `width` apart
   const Lane<C> me(b, paired);
   const Weights<C> w(memory + BUFFERS * C::backward_buffer * sizeof(Stored), me, b.w_t, b.H, G * b.H, whole);
   clear<C>(buffers, BUFFERS * C::backward_buffer);
@@ -79,7 +82,8 @@ RNNKIT_KERNEL(C::threads) cta_backward(const Backward b, const bool paired, cons
   arch::sync();
 
   // What the step to come reads, [block][...][row].
-  Two saved[C::blocks][SAVED][2], gy[C::blocks][2], gc[C::blocks][2], before[C::blocks][2], after[C::blocks][2];
+  Two saved[C::blocks][SAVED][2], gy[C::blocks][2], gc[C::blocks][2], before[C::blocks][2],
+      after[C::blocks][2];
   const auto fetch = [&](int64_t k) {
     const int64_t t = place(b, k, true);
     RNNKIT_UNROLL
@@ -102,8 +106,8 @@ RNNKIT_KERNEL(C::threads) cta_backward(const Backward b, const bool paired, cons
         if (Cell::has_c || Cell::from_h) {
           const State& first = replaced ? (Cell::has_c ? b.c_r : b.h_r) : (Cell::has_c ? b.c_0 : b.h_0);
           if (earlier >= 0 && !replaced) {
-            before[block][i] =
-                Mem::load(Cell::has_c ? b.c_all : b.y, (earlier * b.B + me.row[i]) * b.H + unit, inside, paired);
+            before[block][i] = Mem::load(Cell::has_c ? b.c_all : b.y,
+                                         (earlier * b.B + me.row[i]) * b.H + unit, inside, paired);
           } else {
             RNNKIT_UNROLL
             for (int u = 0; u < 2; ++u) {
@@ -140,7 +144,8 @@ RNNKIT_KERNEL(C::threads) cta_backward(const Backward b, const bool paired, cons
       }
     };
     const auto read = [&](int block, int j, Real& d, Real(&kept)[SAVED], Real& was) {
-      d = lives[j % 2] && j / 2 < me.inside(block) ? dh[block][j] + O::widen(gy[block][j % 2].v[j / 2]) : Real(0);
+      d = lives[j % 2] && j / 2 < me.inside(block) ? dh[block][j] + O::widen(gy[block][j % 2].v[j / 2])
+                                                   : Real(0);
       RNNKIT_UNROLL
       for (int s = 0; s < K; ++s) kept[s] = O::widen(saved[block][s][j % 2].v[j / 2]);
       was = Cell::has_c || Cell::from_h ? O::widen(before[block][j % 2].v[j / 2]) : Real(0);
@@ -191,7 +196,8 @@ RNNKIT_KERNEL(C::threads) cta_backward(const Backward b, const bool paired, cons
           if (Cell::has_c && alive) d_c = dc[block][j] + O::widen(gc[block][j % 2].v[j / 2]);
           const bool idle = guarded && d == Real(0) && d_c == Real(0);
           const Real now = Cell::from_h ? Real(0) : O::widen(after[block][j % 2].v[j / 2]);
-          Cell::template backward<Math>(b.relu, d, d_c, kept, was, now, dx[block][j], ds[block][j], direct[block][j]);
+          Cell::template backward<Math>(b.relu, d, d_c, kept, was, now, dx[block][j], ds[block][j],
+                                        direct[block][j]);
           RNNKIT_UNROLL
           for (int gate = 0; gate < G; ++gate) {
             if (idle) dx[block][j][gate] = ds[block][j][gate] = Real(0);
@@ -251,8 +257,8 @@ void run_cta_backward(const char* name, const Backward& b, Stream stream) {
   const bool paired =
       b.H % 2 == 0 && aligned(2 * stored, {b.gy, b.gc_all, b.y, b.c_all, b.gates, b.dgx, b.dgh});
   const bool whole = b.H * stored % 16 == 0 && aligned(16, {b.w_t});
-  arch::launch(name, cta_backward<C>, Grid{(b.B + C::rows - 1) / C::rows, 1}, C::threads, C::backward_bytes, stream,
-               b, paired, whole);
+  arch::launch(name, cta_backward<C>, Grid{(b.B + C::rows - 1) / C::rows, 1}, C::threads, C::backward_bytes,
+               stream, b, paired, whole);
 }
 
 }  // namespace rnnkit::cuda

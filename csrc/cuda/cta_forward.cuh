@@ -1,4 +1,5 @@
-// The forward kernel of the regime that keeps W_hh on one multiprocessor; cta.cuh has the picture. Included by it.
+// The forward kernel of the regime that keeps W_hh on one multiprocessor; cta.cuh has the picture. Included
+// by it.
 
 #pragma once
 
@@ -6,8 +7,8 @@
 
 namespace rnnkit::cuda {
 
-// acc [block][gate] += W_hh of gates FIRST .. FIRST + COUNT - 1 by the rows in shared memory. CHAINS sums of each take
-// turns, where there are few: a product waits for the one before it into the same sum.
+// acc [block][gate] += W_hh of gates FIRST .. FIRST + COUNT - 1 by the rows in shared memory. CHAINS sums of
+// each take turns, where there are few: a product waits for the one before it into the same sum.
 template <class C, int FIRST, int COUNT>
 RNNKIT_DEVICE void product(typename C::Real (&acc)[C::blocks][COUNT][4], const Weights<C>& w,
                            const typename C::Stored* rows, int lane) {
@@ -40,7 +41,8 @@ RNNKIT_DEVICE void product(typename C::Real (&acc)[C::blocks][COUNT][4], const W
 }
 
 template <class C>
-RNNKIT_KERNEL(C::threads) cta_forward(const Forward f, const bool paired, const bool whole) {
+RNNKIT_KERNEL(C::threads)
+cta_forward(const Forward f, const bool paired, const bool whole) {
   using O = typename C::O;
   using Cell = typename C::Cell;
   using Mem = Memory<O>;
@@ -105,7 +107,8 @@ RNNKIT_KERNEL(C::threads) cta_forward(const Forward f, const bool paired, const 
       const int64_t at = me.row[j % 2] * f.H + me.unit(block) + j / 2;
       h[block][j] = there ? Mem::load(f.h_0, at) : Real(0);
       c[block][j] = there && Cell::has_c ? Mem::load(f.c_0, at) : Real(0);
-      if (j < 2 && f.b_hn != nullptr && j < me.inside(block)) bias[block][j] = Mem::load(f.b_hn, me.unit(block) + j);
+      if (j < 2 && f.b_hn != nullptr && j < me.inside(block))
+        bias[block][j] = Mem::load(f.b_hn, me.unit(block) + j);
     }
   }
   if (f.n > 0) {
@@ -147,8 +150,8 @@ RNNKIT_KERNEL(C::threads) cta_forward(const Forward f, const bool paired, const 
         for (int j = 0; j < 4; ++j) {
           Real in[G] = {};
           in[2] = O::widen(x[block][2][j % 2].v[j / 2]);
-          fresh[block][j] =
-              Cell::template forward_state<typename O::Math>(in, last[block][0][j], h[block][j], saved[block][j]);
+          fresh[block][j] = Cell::template forward_state<typename O::Math>(in, last[block][0][j], h[block][j],
+                                                                           saved[block][j]);
         }
       }
     } else {
@@ -165,8 +168,8 @@ RNNKIT_KERNEL(C::threads) cta_forward(const Forward f, const bool paired, const 
             sums[gate] = acc[block][gate][j];
           }
           sums[G - 1] += bias[block][j / 2];
-          fresh[block][j] =
-              Cell::template forward<typename O::Math>(f.relu, in, sums, h[block][j], next_c, saved[block][j]);
+          fresh[block][j] = Cell::template forward<typename O::Math>(f.relu, in, sums, h[block][j], next_c,
+                                                                     saved[block][j]);
           if (Cell::has_c && t < me.length[j % 2]) c[block][j] = next_c;
         }
       }
@@ -222,8 +225,8 @@ void run_cta_forward(const char* name, const Forward& f, Stream stream) {
   constexpr int stored = static_cast<int>(sizeof(typename C::Stored));
   const bool paired = f.H % 2 == 0 && aligned(2 * stored, {f.gx, f.y, f.c_all, f.gates});
   const bool whole = f.H * stored % 16 == 0 && aligned(16, {f.w_hh});
-  arch::launch(name, cta_forward<C>, Grid{(f.B + C::rows - 1) / C::rows, 1}, C::threads, C::forward_bytes, stream, f,
-               paired, whole);
+  arch::launch(name, cta_forward<C>, Grid{(f.B + C::rows - 1) / C::rows, 1}, C::threads, C::forward_bytes,
+               stream, f, paired, whole);
 }
 
 }  // namespace rnnkit::cuda

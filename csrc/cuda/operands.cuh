@@ -1,13 +1,15 @@
-// The kinds of operands of the recurrent product, and the product of one fragment. The weights are the first operand of
-// a matrix product and stay where they are; the batch is the second, 8 rows wide, so a batch of one wastes the least.
+// The kinds of operands of the recurrent product, and the product of one fragment. The weights are the first
+// operand of a matrix product and stay where they are; the batch is the second, 8 rows wide, so a batch of
+// one wastes the least.
 //
-// A fragment is 16 units by 64 bytes of each (32 halfs, 16 floats). A lane = 4 g + q has units 2g and 2g + 1 of it and
-// the batch's rows (columns of the product) 2q and 2q + 1: of a sum acc[j] is unit 2g + j / 2, row 2q + j % 2, for every
-// gate alike, so a lane has all gates of its cells and nothing is exchanged. The terms of a sum may come in any order,
-// so a lane's part of a fragment is 16 bytes in one piece (elements 8q to 8q + 7 of 32), one wide load.
+// A fragment is 16 units by 64 bytes of each (32 halfs, 16 floats). A lane = 4 g + q has units 2g and 2g + 1
+// of it and the batch's rows (columns of the product) 2q and 2q + 1: of a sum acc[j] is unit 2g + j / 2, row
+// 2q + j % 2, for every gate alike, so a lane has all gates of its cells and nothing is exchanged. The terms
+// of a sum may come in any order, so a lane's part of a fragment is 16 bytes in one piece (elements 8q to 8q
+// + 7 of 32), one wide load.
 //
-// Kinds without tensor cores (ieee, f64) have the same units and rows a lane, and each lane reads all terms of its own:
-// a fragment is then 16 units by 16 bytes.
+// Kinds without tensor cores (ieee, f64) have the same units and rows a lane, and each lane reads all terms
+// of its own: a fragment is then 16 units by 16 bytes.
 
 #pragma once
 
@@ -38,9 +40,9 @@ struct Plain {
   RNNKIT_DEVICE static T tanh(T v) { return arch::tanh(v); }
 };
 
-// For operands of 11 bits and fewer: within 1e-6, relative, wherever the function is, since a forget gate is multiplied
-// a thousand times. The special function unit makes 16 results a clock and is what gate math waits for, so it is asked
-// once a function: of exp(-|v|), and 1 / (1 + that) comes from Newton's steps.
+// For operands of 11 bits and fewer: within 1e-6, relative, wherever the function is, since a forget gate is
+// multiplied a thousand times. The special function unit makes 16 results a clock and is what gate math waits
+// for, so it is asked once a function: of exp(-|v|), and 1 / (1 + that) comes from Newton's steps.
 struct Fast : Plain<float> {
   // 1 / d for d in [1, 2]: a line within 1/17, and three steps that square the error.
   RNNKIT_DEVICE static float inverse(float d) {
@@ -64,8 +66,8 @@ struct Fast : Plain<float> {
   }
 };
 
-// For bfloat16, whose own rounding is 2^-9: tanh is one instruction, within 2^-11. A sigmoid made of it would be off by
-// 2^-12 beside 0 and 1, which is too much for a gate that is nearly shut.
+// For bfloat16, whose own rounding is 2^-9: tanh is one instruction, within 2^-11. A sigmoid made of it would
+// be off by 2^-12 beside 0 and 1, which is too much for a gate that is nearly shut.
 struct Rough : Fast {
   RNNKIT_DEVICE static float tanh(float v) { return arch::tanh_fast(v); }
 };
@@ -135,10 +137,10 @@ template <class O>
 struct Fragments {
   using Stored = typename O::Stored;
   using Real = typename O::Real;
-  static constexpr int count = 16 / sizeof(Stored);                // elements of a lane's piece
-  static constexpr int terms = O::tensor ? 4 * count : count;      // terms of a sum in a fragment
-  static constexpr int columns = O::tensor ? 1 : 2;                // pieces of the batch that a lane takes
-  static constexpr int pieces = O::tensor ? 32 : 8;                // different pieces of each half of the weights
+  static constexpr int count = 16 / sizeof(Stored);            // elements of a lane's piece
+  static constexpr int terms = O::tensor ? 4 * count : count;  // terms of a sum in a fragment
+  static constexpr int columns = O::tensor ? 1 : 2;            // pieces of the batch that a lane takes
+  static constexpr int pieces = O::tensor ? 32 : 8;            // different pieces of each half of the weights
 
   // Where a lane's piece begins within the fragment's terms.
   RNNKIT_DEVICE static int term(int lane) { return O::tensor ? lane % 4 * count : 0; }
@@ -148,7 +150,8 @@ struct Fragments {
   RNNKIT_DEVICE static int piece(int lane) { return O::tensor ? lane : lane / 4; }
 
   // acc += units 2g (a0) and 2g + 1 (a1) by the batch.
-  RNNKIT_DEVICE static void multiply(Real (&acc)[4], const Words& a0, const Words& a1, const Words (&b)[columns]) {
+  RNNKIT_DEVICE static void multiply(Real (&acc)[4], const Words& a0, const Words& a1,
+                                     const Words (&b)[columns]) {
     if constexpr (O::tensor) {
       O::mma(acc, a0, a1, b[0], 0);
       O::mma(acc, a0, a1, b[0], 2);
@@ -164,8 +167,8 @@ struct Fragments {
     }
   }
 
-  // 16 bytes of a matrix's row from column k on, as operands; zeros from column `end` on. `whole`: rows begin at
-  // multiples of 16 bytes.
+  // 16 bytes of a matrix's row from column k on, as operands; zeros from column `end` on. `whole`: rows begin
+  // at multiples of 16 bytes.
   RNNKIT_DEVICE static Words load(const Stored* row, int64_t k, int64_t end, bool whole) {
     Words v;
     if (whole && k + count <= end) {
@@ -182,8 +185,8 @@ struct Fragments {
   }
 };
 
-// Elements of a matrix in memory, and two neighbours at once where both are inside and `paired` says that they are
-// aligned. What is outside is 0.
+// Elements of a matrix in memory, and two neighbours at once where both are inside and `paired` says that
+// they are aligned. What is outside is 0.
 template <class O>
 struct Memory {
   using Stored = typename O::Stored;
@@ -192,7 +195,9 @@ struct Memory {
     Stored v[2];
   };
 
-  RNNKIT_DEVICE static Real load(const void* p, int64_t at) { return O::widen(static_cast<const Stored*>(p)[at]); }
+  RNNKIT_DEVICE static Real load(const void* p, int64_t at) {
+    return O::widen(static_cast<const Stored*>(p)[at]);
+  }
   RNNKIT_DEVICE static void store(void* p, int64_t at, Real v) { static_cast<Stored*>(p)[at] = O::narrow(v); }
 
   // inside: how many of the two are.

@@ -1,13 +1,13 @@
-// A scan on a GPU: what it reads and writes, on plain pointers, and the list of kernels that can run it. No torch,
-// and no CUDA: ops.cpp fills these structures in from tensors, the tests from memory of a CPU.
+// A scan on a GPU: what it reads and writes, on plain pointers, and the list of kernels that can run it. No
+// torch, and no CUDA: ops.cpp fills these structures in from tensors, the tests from memory of a CPU.
 //
-// Every regime stands behind the same two functions, Kernel::bytes and Kernel::run: cta.cuh and step.cuh are two,
-// another one is another file and further rows of rnnkit/backends/cuda_table.py. Each row is compiled as a source
-// of its own (generate.py), which enters its kernel here under its name.
+// Every regime stands behind the same two functions, Kernel::bytes and Kernel::run: cta.cuh and step.cuh are
+// two, another one is another file and further rows of rnnkit/backends/cuda_table.py. Each row is compiled as
+// a source of its own (generate.py), which enters its kernel here under its name.
 //
-// Shapes: n steps, B rows, H units, N the size of the state (P with a projection, else H), G gates, K blocks of H
-// that are saved. Everything is contiguous. S is the type that is stored, A the one that is computed in: float32
-// for bfloat16 and float16, else S.
+// Shapes: n steps, B rows, H units, N the size of the state (P with a projection, else H), G gates, K blocks
+// of H that are saved. Everything is contiguous. S is the type that is stored, A the one that is computed in:
+// float32 for bfloat16 and float16, else S.
 
 #pragma once
 
@@ -47,16 +47,16 @@ struct Forward : Sequence {
 };
 
 struct Backward : Sequence {
-  const void* w_t;                  // S [N, G H]: W_hh^T
-  const void* w_hr_t;               // S [H, N]: W_hr^T, or null
-  const void *gy, *gc_all;          // S [n, B, N], [n, B, H], or null: zeros
-  State gh_n, gc_n;                 // [B, N], [B, H], or null: zeros
-  const void *y, *c_all, *gates;    // as the forward left them
-  void* dgx;                        // S [n, B, G H]
-  void* dgh;                        // the same, GRU with reset after; else it is dgx
-  void* dp;                         // S [n, B, N]: of the projected state, with a projection
-  State dh_0, dc_0;                 // [B, N], [B, H]
-  State dh_r, dc_r;                 // the same; null where there is no reset
+  const void* w_t;                // S [N, G H]: W_hh^T
+  const void* w_hr_t;             // S [H, N]: W_hr^T, or null
+  const void *gy, *gc_all;        // S [n, B, N], [n, B, H], or null: zeros
+  State gh_n, gc_n;               // [B, N], [B, H], or null: zeros
+  const void *y, *c_all, *gates;  // as the forward left them
+  void* dgx;                      // S [n, B, G H]
+  void* dgh;                      // the same, GRU with reset after; else it is dgx
+  void* dp;                       // S [n, B, N]: of the projected state, with a projection
+  State dh_0, dc_0;               // [B, N], [B, H]
+  State dh_r, dc_r;               // the same; null where there is no reset
 };
 
 // What a kernel runs on: a CUDA stream, or the schedule of a launch on a CPU (tests/simt).

@@ -1,15 +1,18 @@
-// The regime for any size: at each step a product over all multiprocessors with the gate math behind it in the same
-// kernel, one launch a step (two for an LSTM with a projection and for the original GRU, which have two products). The
-// state lies in memory. Nothing waits for the host, so a CUDA graph can hold a scan.
+// The regime for any size: at each step a product over all multiprocessors with the gate math behind it in
+// the same kernel, one launch a step (two for an LSTM with a projection and for the original GRU, which have
+// two products). The state lies in memory. Nothing waits for the host, so a CUDA graph can hold a scan.
 //
-//     grid: rows of the batch / (8 TILES)  x  units / 16          a block: 16 units of every gate
+// clang-format off
+//     grid: rows of the batch / (8 TILES)  x  units / 16       a block: 16 units of every gate
 //
-//     warp 0   terms 0 .. 63    ─┐  W_hh straight from memory (the cache, where it fits) to registers, 16 bytes a lane;
-//     warp 1   terms 64 .. 127  ─┤  every element is read once for 8 TILES rows
-//     ...                        ├─ sums through shared memory, added in one order
-//     warp 7                    ─┘  gate math, a thread a cell; the new state to the other buffer
+//     warp 0  terms 0 .. 31,  256 .. 287 ..  |  W_hh straight from memory (the cache, where it fits) to
+//     warp 1  terms 32 .. 63, 288 .. 319 ..  |  registers, 16 bytes a lane: each element once for 8 TILES rows
+//     ...                                    |  sums through shared memory, added in one order
+//     warp 7                                 |  gate math, a thread a cell; the new state to the other buffer
+// clang-format on
 //
-// Here is the product and what both sides share; step_forward.cuh and step_backward.cuh say what happens to the sums.
+// Here is the product and what both sides share; step_forward.cuh and step_backward.cuh say what happens to
+// the sums.
 
 #pragma once
 
@@ -54,7 +57,8 @@ Operands operands(const void* data, int64_t pitch) {
 
 // last(unit, row, sums of the BLOCKS gates), once for each cell inside.
 template <class S, int BLOCKS, class Last>
-RNNKIT_KERNEL(S::threads) step(const Matrix m, const Operands a, const int64_t B, const Last last) {
+RNNKIT_KERNEL(S::threads)
+step(const Matrix m, const Operands a, const int64_t B, const Last last) {
   using F = Fragments<typename S::O>;
   using Real = typename S::Real;
   using Stored = typename S::Stored;
@@ -90,7 +94,8 @@ RNNKIT_KERNEL(S::threads) step(const Matrix m, const Operands a, const int64_t B
     RNNKIT_UNROLL
     for (int block = 0; block < BLOCKS; ++block) {
       RNNKIT_UNROLL
-      for (int tile = 0; tile < S::TILES; ++tile) F::multiply(sums[block][tile], w[block][0], w[block][1], b[tile]);
+      for (int tile = 0; tile < S::TILES; ++tile)
+        F::multiply(sums[block][tile], w[block][0], w[block][1], b[tile]);
     }
   }
   RNNKIT_UNROLL
@@ -127,14 +132,16 @@ constexpr int step_bytes(int blocks) {
 }
 
 template <class S, int BLOCKS, class Last>
-void launch_step(const char* name, const Matrix& m, const Operands& a, int64_t B, Stream stream, const Last& last) {
+void launch_step(const char* name, const Matrix& m, const Operands& a, int64_t B, Stream stream,
+                 const Last& last) {
   const Grid grid{(B + S::rows - 1) / S::rows, (m.units + 15) / 16};
   arch::launch(name, step<S, BLOCKS, Last>, grid, S::threads, step_bytes<S>(BLOCKS), stream, m, a, B, last);
 }
 
 // last(i) for i in 0 .. count - 1, a thread each.
 template <class Last>
-RNNKIT_KERNEL(256) each(const int64_t count, const Last last) {
+RNNKIT_KERNEL(256)
+each(const int64_t count, const Last last) {
   const int64_t i = static_cast<int64_t>(arch::block_x()) * 256 + arch::thread();
   if (i < count) last(i);
 }
@@ -167,17 +174,23 @@ class Room {
 #include "step_forward.cuh"
 
 // One row of the table, the whole of a source.
-#define RNNKIT_STEP(NAME, CELL, KIND, WARPS, TILES)                                                              \
-  namespace rnnkit::cuda {                                                                                      \
-  namespace {                                                                                                   \
-  constexpr char name[] = #NAME;                                                                                \
-  using Configuration = Step<cell::CELL, kind::KIND, WARPS, TILES>;                                             \
-  int64_t bytes(const Forward& f) { return StepForward<Configuration>(f, nullptr).room.used(); }                \
-  int64_t bytes_back(const Backward& b) { return StepBackward<Configuration>(b, nullptr).room.used(); }         \
-  void run(const Forward& f, Stream stream) { run_step_forward<Configuration>(name, f, stream); }               \
-  void run_back(const Backward& b, Stream stream) { run_step_backward<Configuration>(name, b, stream); }        \
-  Kernel kernel = {name,  step_bytes<Configuration>(cell::CELL::two_products ? 2 : cell::CELL::G),                \
-                   step_bytes<Configuration>(1), bytes, run, bytes_back, run_back, nullptr};                     \
-  const Entry entry(kernel);                                                                                    \
-  }                                                                                                             \
+#define RNNKIT_STEP(NAME, CELL, KIND, WARPS, TILES)                                                      \
+  namespace rnnkit::cuda {                                                                               \
+  namespace {                                                                                            \
+  constexpr char name[] = #NAME;                                                                         \
+  using Configuration = Step<cell::CELL, kind::KIND, WARPS, TILES>;                                      \
+  int64_t bytes(const Forward& f) { return StepForward<Configuration>(f, nullptr).room.used(); }         \
+  int64_t bytes_back(const Backward& b) { return StepBackward<Configuration>(b, nullptr).room.used(); }  \
+  void run(const Forward& f, Stream stream) { run_step_forward<Configuration>(name, f, stream); }        \
+  void run_back(const Backward& b, Stream stream) { run_step_backward<Configuration>(name, b, stream); } \
+  Kernel kernel = {name,                                                                                 \
+                   step_bytes<Configuration>(cell::CELL::two_products ? 2 : cell::CELL::G),              \
+                   step_bytes<Configuration>(1),                                                         \
+                   bytes,                                                                                \
+                   run,                                                                                  \
+                   bytes_back,                                                                           \
+                   run_back,                                                                             \
+                   nullptr};                                                                             \
+  const Entry entry(kernel);                                                                             \
+  }                                                                                                      \
   }

@@ -1,8 +1,9 @@
-// The backward of the regime for any size: what happens to the sums of a step. step.cuh has the picture and the product.
+// The backward of the regime for any size: what happens to the sums of a step. step.cuh has the picture and
+// the product.
 //
-// A launch multiplies the gradients of the gates at the step that was processed before it by W_hh^T: that is what
-// reaches the state at its own step. So n steps are n + 1 launches, and what a cell needs of another launch (the part
-// of its gradient that passes no product, dc) stays with its thread.
+// A launch multiplies the gradients of the gates at the step that was processed before it by W_hh^T: that is
+// what reaches the state at its own step. So n steps are n + 1 launches, and what a cell needs of another
+// launch (the part of its gradient that passes no product, dc) stays with its thread.
 
 #pragma once
 
@@ -20,7 +21,8 @@ struct StepBackward {
   using Math = typename O::Math;
   Backward b;
   Room room;
-  Real* aside;  // [B, N] of the gradient of the state what passes no product; all of it where a row does not live
+  Real* aside;  // [B, N] of the gradient of the state what passes no product; all of it where a row does not
+                // live
   Real* dc;     // [B, H]
   Real* whole;  // [B, H] the original GRU: the gradient of the state at the step
 
@@ -33,8 +35,8 @@ struct StepBackward {
   RNNKIT_DEVICE bool guarded() const { return b.lengths != nullptr || b.reset != nullptr; }
   RNNKIT_DEVICE bool lives(int64_t k, int64_t row) const { return place(b, k, true) < length_of(b, row); }
 
-  // The gradient of the state after the k-th step, given what came through the product of the step before. A cut
-  // between the two sends it to the state at a reset.
+  // The gradient of the state after the k-th step, given what came through the product of the step before. A
+  // cut between the two sends it to the state at a reset.
   RNNKIT_DEVICE Real arriving(int64_t k, int64_t unit, int64_t row, Real sum) const {
     const int64_t at = row * b.N + unit;
     if (k == 0 || !lives(k - 1, row)) return aside[at];
@@ -57,7 +59,8 @@ struct StepBackward {
   RNNKIT_DEVICE int64_t gate(int64_t k, int64_t unit, int64_t row, int block, int blocks) const {
     return ((place(b, k, true) * b.B + row) * blocks + block) * b.H + unit;
   }
-  RNNKIT_DEVICE void read(int64_t k, int64_t unit, int64_t row, Real (&saved)[Cell::K > 0 ? Cell::K : 1]) const {
+  RNNKIT_DEVICE void read(int64_t k, int64_t unit, int64_t row,
+                          Real (&saved)[Cell::K > 0 ? Cell::K : 1]) const {
     RNNKIT_UNROLL
     for (int block = 0; block < Cell::K; ++block) {
       saved[block] = Mem::load(b.gates, gate(k, unit, row, block, Cell::K));
@@ -193,7 +196,8 @@ void run_step_backward(const char* name, const Backward& b, Stream stream) {
   using Cell = typename S::Cell;
   const Scan s(b, b.workspace);
   const int64_t wide = Cell::G * b.H;
-  const int64_t multiplied = Cell::two_products ? 2 * b.H : wide;  // columns of the gates that multiplied h itself
+  const int64_t multiplied =
+      Cell::two_products ? 2 * b.H : wide;  // columns of the gates that multiplied h itself
   const auto* w_t = static_cast<const Stored*>(b.w_t);
   const Matrix back = matrix<Stored>(w_t, b.N, 0, wide, multiplied);
   const auto gradients = [&](int64_t k) {  // of the gates at the step before the k-th
@@ -207,13 +211,13 @@ void run_step_backward(const char* name, const Backward& b, Stream stream) {
     if constexpr (Cell::two_products) {
       const auto* dn = static_cast<const Stored*>(b.dgx) + t * b.B * wide + multiplied;
       launch_step<S, 1>(name, back, gradients(k), b.B, stream, typename Scan::First{s, k});
-      launch_step<S, 1>(name, matrix<Stored>(w_t + multiplied, b.H, 0, wide, b.H), operands<Stored>(dn, wide), b.B,
-                        stream, typename Scan::Second{s, k});
+      launch_step<S, 1>(name, matrix<Stored>(w_t + multiplied, b.H, 0, wide, b.H), operands<Stored>(dn, wide),
+                        b.B, stream, typename Scan::Second{s, k});
     } else if (Cell::has_c && b.w_hr_t != nullptr) {
       const auto* dp = static_cast<const Stored*>(b.dp) + t * b.B * b.N;
       launch_step<S, 1>(name, back, gradients(k), b.B, stream, typename Scan::Arrive{s, k});
-      launch_step<S, 1>(name, matrix<Stored>(b.w_hr_t, b.H, 0, b.N, b.N), operands<Stored>(dp, b.N), b.B, stream,
-                        typename Scan::Gates{s, k, true});
+      launch_step<S, 1>(name, matrix<Stored>(b.w_hr_t, b.H, 0, b.N, b.N), operands<Stored>(dp, b.N), b.B,
+                        stream, typename Scan::Gates{s, k, true});
     } else {
       launch_step<S, 1>(name, back, gradients(k), b.B, stream, typename Scan::Gates{s, k, false});
     }

@@ -1,4 +1,5 @@
-// The forward of the regime for any size: what happens to the sums of a step. step.cuh has the picture and the product.
+// The forward of the regime for any size: what happens to the sums of a step. step.cuh has the picture and
+// the product.
 
 #pragma once
 
@@ -117,7 +118,9 @@ struct StepForward {
   struct Project {
     StepForward s;
     int64_t k;
-    RNNKIT_DEVICE void operator()(int64_t unit, int64_t row, const Real (&sum)[1]) const { s.carry(k, unit, row, sum[0]); }
+    RNNKIT_DEVICE void operator()(int64_t unit, int64_t row, const Real (&sum)[1]) const {
+      s.carry(k, unit, row, sum[0]);
+    }
   };
   // The two halves of a step of the original GRU.
   struct First {
@@ -163,14 +166,14 @@ void run_step_forward(const char* name, const Forward& f, Stream stream) {
       const int64_t inside = 2 * f.H * f.H;  // where the rows of gate n begin
       launch_step<S, 2>(name, matrix<Stored>(w_hh, f.H, f.H * f.H, f.H, f.H), state, f.B, stream,
                         typename Scan::First{s, k});
-      launch_step<S, 1>(name, matrix<Stored>(w_hh + inside, f.H, 0, f.H, f.H), operands<Stored>(s.between, f.H), f.B,
-                        stream, typename Scan::Second{s, k});
+      launch_step<S, 1>(name, matrix<Stored>(w_hh + inside, f.H, 0, f.H, f.H),
+                        operands<Stored>(s.between, f.H), f.B, stream, typename Scan::Second{s, k});
     } else {
       launch_step<S, Cell::G>(name, matrix<Stored>(w_hh, f.H, f.H * f.N, f.N, f.N), state, f.B, stream,
                               typename Scan::Gates{s, k});
       if (Cell::has_c && f.w_hr != nullptr) {
-        launch_step<S, 1>(name, matrix<Stored>(f.w_hr, f.N, 0, f.H, f.H), operands<Stored>(s.between, f.H), f.B,
-                          stream, typename Scan::Project{s, k});
+        launch_step<S, 1>(name, matrix<Stored>(f.w_hr, f.N, 0, f.H, f.H), operands<Stored>(s.between, f.H),
+                          f.B, stream, typename Scan::Project{s, k});
       }
     }
   }

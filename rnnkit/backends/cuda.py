@@ -59,10 +59,16 @@ def capability(index: int | None = None) -> int:
     return 10 * major + minor
 
 
-FORWARD = ("gx w_hh w_hr b_hn h_0 c_0 lengths reset h_r c_r y h_n c_n c_all gates").split()
+FORWARD = (
+    *("gx", "w_hh", "w_hr", "b_hn", "h_0", "c_0", "lengths", "reset", "h_r", "c_r"),
+    *("y", "h_n", "c_n", "c_all", "gates"),
+)
 BACKWARD = (
-    "w_t w_hr_t h_0 c_0 lengths reset h_r c_r gy gh_n gc_n gc_all y c_all gates dgx dgh dp dh_0 dc_0 dh_r dc_r"
-).split()
+    *("w_t", "w_hr_t", "h_0", "c_0", "lengths", "reset", "h_r", "c_r"),
+    *("gy", "gh_n", "gc_n", "gc_all", "y", "c_all", "gates"),
+    *("dgx", "dgh", "dp", "dh_0", "dc_0", "dh_r", "dc_r"),
+)
+"""The tensors of the operators, in their order."""
 
 
 def launch(kernel: str, side: str, fields: dict[str, Any]) -> None:

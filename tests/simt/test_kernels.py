@@ -61,7 +61,9 @@ def test_every_row_that_keeps_its_weights(problem: Problem) -> None:
 def test_every_row_of_any_size(row: cuda_table.Row) -> None:
     dtype = {"bf16": BF16, "fp16": F16}.get(row.kind, F32)
     names = {"rnn": "rnn_relu", "lstm": "lstm_proj", "gru": "gru", "gru_before": "gru_reset_before"}
-    by = Variant((3, row.rows + 3, 3, 19 if row.rows == 8 else 40), both=True, all_states=True, proj=9, **problems.MASKED)
+    by = Variant(
+        (3, row.rows + 3, 3, 19 if row.rows == 8 else 40), both=True, all_states=True, proj=9, **problems.MASKED
+    )
     tf32 = row.kind == "tf32"
     batch = replace(by, size=(3, row.rows - 1, *by.size[2:])) if row.rows == 8 else by
     found(Problem(names[row.kernel], batch, dtype, tf32=tf32, stepwise=True, fused=True))

@@ -1,7 +1,7 @@
 """The tests of the CUDA kernels can fail: an error planted in the source of each turns the comparison red, and a barrier
-that is missing is found whatever the order of threads.
+that is missing is found in some order of threads.
 
-A copy of csrc/ with one line changed is compiled in place of the source. Without a change the same comparison is silent.
+A copy of csrc/ with one line changed is compiled in place of the source. Without a change the comparison is silent.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ GATES = [  # a wrong gate, or a wrong derivative of one; both regimes call these
     ("cells/gru.h", "d.h_before = drh * r", "d.h_before = drh", "gru_reset_before"),
 ]
 TIME = [  # a row that lives one step too long, a reset at the wrong step, a state from the wrong one
-    ("cuda/cells.cuh", "s.lengths[row] < s.total ? s.lengths[row]", "s.lengths[row] < s.total ? s.lengths[row] + 1", "lstm"),
+    (
+        "cuda/cells.cuh",
+        "s.lengths[row] < s.total ? s.lengths[row]",
+        "s.lengths[row] < s.total ? s.lengths[row] + 1",
+        "lstm",
+    ),
     ("cuda/cells.cuh", "t + (s.reverse ? 1 : 0)", "t", "gru"),
     ("cuda/cells.cuh", "s.reverse ? t + 1 : t - 1", "t - 1", "lstm"),
     ("cuda/cells.cuh", "s.reverse != backward ? s.n - 1 - k : k", "s.reverse ? s.n - 1 - k : k", "rnn_tanh"),
@@ -93,7 +98,9 @@ def compare(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both directions, in every order of threads until one of them shows it."""
     monkeypatch.setattr(cuda, "STEPWISE", regime == "step")
     resets = ((0, 0), (2, 0), (1, 2), (3, 2), (2, 1))
-    case = Case(kind, bidirectional=True, steps=4, rows=3, hidden=21, lengths=(4, 2, 3), resets=resets, reset_state=True)
+    case = Case(
+        kind, bidirectional=True, steps=4, rows=3, hidden=21, lengths=(4, 2, 3), resets=resets, reset_state=True
+    )
     for seed in range(SEEDS):
         with simt.scheduled(seed=seed):
             check(case, "cuda", F32)
@@ -114,5 +121,8 @@ def test_red(error: Error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(pieces) > error.which + 1, f"{error.file} has no {error.right!r} number {error.which}"
     at = error.which + 1
     path.write_text(error.right.join(pieces[:at]) + error.wrong + error.right.join(pieces[at:]), encoding="utf-8")
-    with simt.sources(copy, tmp_path), pytest.raises((AssertionError, RuntimeError), match=r"off by|budget|rnnkit: kernel"):
+    with (
+        simt.sources(copy, tmp_path),
+        pytest.raises((AssertionError, RuntimeError), match=r"off by|budget|rnnkit: kernel"),
+    ):
         compare(error.kind, error.regime, monkeypatch)
