@@ -112,7 +112,7 @@ def reports(text: str) -> tuple[Counter[str], int]:
             continue
         kernel = re.search(rf"{KERNELS}::cuda::(\w+)", whole)
         parts = re.findall(r"(?:cell|kind)::(\w+)", whole)
-        lines = dict.fromkeys(re.findall(r" in (\S+?:\d+)", whole))
+        lines = dict.fromkeys(re.findall(r" in (\S+?:\d+)", whole) or re.findall(r"\+(0x[0-9a-f]+)", whole))
         first = re.split(rf" (?:between|at|in) |:? ?void {KERNELS}", what)[0]
         name = f"{kernel[1] if kernel else 'a kernel'} {' '.join(dict.fromkeys(parts))}".strip()
         ours[f"{first} in {name}" + (f" ({', '.join(lines)})" if lines else "")] += 1
