@@ -185,6 +185,8 @@ def select(
     whole = [Problem(kind, EVERYTHING, dtype) for dtype in (BF16, F32) for kind in KINDS]
     steps = [Problem(kind, EVERYTHING, BF16, stepwise=True, fused=True) for kind in KINDS]
     calls = [Problem(kind, CALLS, BF16, stepwise=by, calls=True, fused=True) for by in (False, True) for kind in KINDS]
+    both = replace(CALLS, both=True)  # on two streams at once
+    calls += [Problem("lstm", both, BF16, stepwise=by, calls=True, fused=True) for by in (False, True)]
     if quick:
         return [*whole, *steps, *(p for p in calls if p.kind == "lstm")]
     exact = [

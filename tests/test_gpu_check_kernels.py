@@ -204,9 +204,10 @@ def test_a_graph_that_is_wrong(graph: Any, said: str, monkeypatch: pytest.Monkey
     assert (graph is one_without_its_backward) == all("gradient" in line for line in findings.wrong)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_call_is_as_a_plain_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert examined(replace(CALLED, kind=kind), patch=monkeypatch).wrong == []
+@pytest.mark.parametrize(("kind", "both"), [*((kind, False) for kind in KINDS), ("lstm", True)])
+def test_every_call_is_as_a_plain_one(kind: str, both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = replace(CALLED, kind=kind, variant=replace(CALLED.variant, both=both))
+    assert examined(called, patch=monkeypatch).wrong == []
 
 
 def test_a_row_that_looks_at_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +424,7 @@ def test_the_kernels_that_ran_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(triton, "chip", lambda index=None: 90)
     monkeypatch.setattr(triton, "capability", lambda index=None: 90)
     findings = parity.Findings()
-    row = Problem("lstm_proj", Variant((2, 3, 2, 64), proj=40), BF16, fused=True)
+    row = Problem("lstm_proj", Variant((2, 3, 2, 64), proj=48), BF16, fused=True)
     parity.examine(findings, "cpu", [row, replace(row, stepwise=True)], ("triton",))
     assert {r[:5] for r in findings.kernels} == {("lstm_proj", side, 64, 64, "half") for side in table.SIDES}
     (line,) = gpu_check.kernels(findings)

@@ -101,7 +101,7 @@ def test_a_kernel_without_findings(found: Any, tmp_path: Path) -> None:
     assert len(asked) == len(sanitizer.CHECKS)
     for line, check in zip(asked, sorted(sanitizer.CHECKS)):
         assert line.startswith(f"1 --tool {check} --kernel-name kernel_substring=rnnkit "), "each tensor by itself"
-        assert f"{sys.executable} -m rnnkit.benchmarks.sanitizer --seconds 45" in line
+        assert f"{sys.executable} -m rnnkit.benchmarks.sanitizer --seconds 35" in line
 
 
 def test_findings_are_failures_of_the_backend(found: Any, tmp_path: Path) -> None:
