@@ -236,6 +236,7 @@ __global__ void __launch_bounds__(32, 1) there_and_back(int rounds, Out out) {
                  : "r"(here)
                  : "memory");
   }
+  __syncwarp();  // the barrier is one of whole warps
   meet();
   const long long begin = clock64();
   int done = 0;
@@ -258,6 +259,7 @@ __global__ void __launch_bounds__(32, 1) there_and_back(int rounds, Out out) {
     }
   }
   const long long end = clock64();
+  __syncwarp();
   meet();
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     const bool whole = done == rounds && value == 2 * static_cast<uint32_t>(rounds);
