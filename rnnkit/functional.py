@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -287,44 +288,47 @@ def stack(
     if drops:
         checks.weights_before_dropout(cell, layout.x, pieces, directions)
 
-    x, finals, everything = layout.x, [], []
-    for k in range(num_layers):
+    finals: list[tuple[Tensor, Tensor | None]] = []
+    everything: list[tuple[Tensor, Tensor | None]] = []
 
-        def run(d: int, x: Tensor = x, k: int = k) -> Layer:
-            i = k * directions + d
-            again = None
-            if h_r is not None:
-                again = h_r[i] if c_r is None else (h_r[i], c_r[i])
-            return ops.layer(
-                cell,
-                x,
-                None if h_0 is None else h_0[i],
-                None if c_0 is None else c_0[i],
-                pieces[i],
-                lengths=lengths,
-                reset=marks,
-                reset_state=again,
-                reverse=d == 1,
-                all_states=return_all_states,
-                recompute=recompute,
-                backend=backend,
-            )
+    def direction(k: int, d: int, x: Tensor) -> Layer:
+        i = k * directions + d
+        again = None
+        if h_r is not None:
+            again = h_r[i] if c_r is None else (h_r[i], c_r[i])
+        return ops.layer(
+            cell,
+            x,
+            None if h_0 is None else h_0[i],
+            None if c_0 is None else c_0[i],
+            pieces[i],
+            lengths=lengths,
+            reset=marks,
+            reset_state=again,
+            reverse=d == 1,
+            all_states=return_all_states,
+            recompute=recompute,
+            backend=backend,
+        )
 
-        if directions == 1:
-            ran = [run(0)]
-        else:
-            how = Options(True, return_all_states, recompute)
-            states_given = (h_0, c_0, h_r, c_r)
+    def both(k: int, x: Tensor) -> tuple[Layer, ...]:
+        if streams.on_gpu(x):
+            given, how = (h_0, c_0, h_r, c_r), Options(True, return_all_states, recompute)
             last = pieces[2 * k + 1]
-            at_once = streams.on_gpu(x) and ops.overlaps(
-                cell, x, last, *states_given, lengths=lengths, reset=marks, options=how, backend=backend
-            )
-            ran = _at_once(run, x) if at_once else [run(0), run(1)]
-        for y, h_n, c_n, c_all in ran:
-            finals.append((h_n, c_n))
-            if return_all_states:
-                everything.append((y, c_all))
-        x = ran[0][0] if directions == 1 else torch.cat([ran[0][0], ran[1][0]], -1)
+            if ops.overlaps(cell, x, last, *given, lengths=lengths, reset=marks, options=how, backend=backend):
+                return _at_once(functools.partial(direction, k), x)
+        return direction(k, 0, x), direction(k, 1, x)
+
+    def layer(k: int, x: Tensor) -> Tensor:  # a function, so that nothing of a layer is held while the next one runs
+        ran = (direction(k, 0, x),) if directions == 1 else both(k, x)
+        finals.extend((h_n, c_n) for _, h_n, c_n, _ in ran)
+        if return_all_states:
+            everything.extend((y, c_all) for y, _, _, c_all in ran)
+        return ran[0][0] if directions == 1 else torch.cat([y for y, *_ in ran], -1)
+
+    x = layout.x
+    for k in range(num_layers):
+        x = layer(k, x)
         if drops and k < num_layers - 1:
             x = layout.dropout(x, dropout)
 
@@ -341,7 +345,7 @@ def stack(
     return layout.output(x), states
 
 
-def _at_once(run: Callable[..., Layer], x: Tensor) -> list[Layer]:
+def _at_once(run: Callable[[int, Tensor], Layer], x: Tensor) -> tuple[Layer, Layer]:
     """Both directions of a layer of x: the reverse one on the side stream, the forward one on the current.
 
     The reverse one first: autograd begins with the node that was made last, so that its backward, which the current
@@ -354,7 +358,7 @@ def _at_once(run: Callable[..., Layer], x: Tensor) -> list[Layer]:
     try:
         with side.work():
             reverse = run(1, x)
-        return [run(0, x), reverse]
+        return run(0, x), reverse
     finally:
         side.join()
 
