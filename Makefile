@@ -120,7 +120,7 @@ simt: ## every CUDA kernel compiled for the CPU, see tests/simt; FLAVOUR=asan or
 
 # A part: make simt-sanitize SIMT="-k everything_at_once".
 simt-sanitize: .venv/installed ## the same under AddressSanitizer, UBSan and ThreadSanitizer, in the kernels' tests
-	$(BIN)/python tests/ci/simt.py $(SIMT)
+	$(BIN)/python tests/ci/simt_sanitize.py $(SIMT)
 
 # A way to build them: name, flags of the scheduler, flags of kernels, flags of the library.
 define simt

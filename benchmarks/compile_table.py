@@ -5,10 +5,6 @@
 
 Every row of kernels/table.py is compiled for each of its chips, and the step regime's kernels in each of its tiles for
 all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset, all gradients.
-What is compiled is what Triton would compile at that launch: its own functions say of which arguments it knows that
-they are multiples of 16, or on AMD's GPUs within 2 GiB. Where a row of the result stands for several kernels (tensors
-within 2 GiB and not; states in the layer's dtype, and in float32 between the ranges of `recompute`: both of persistent
-kernels alone) it is the one of most registers.
 A row of the result holds registers a thread, shared memory a block and what spilled (NVIDIA: bytes of stack a thread;
 AMD: registers), by the Triton that compiled it: a run replaces its own version's rows and keeps the others'.
 Exit code 1 where a kernel spills, needs more shared memory than its chip has, or does not compile.
@@ -18,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,9 +37,11 @@ from .rows import COMPILED
 
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
+         torch.int32: "*i32", torch.bool: "*i1"}  # fmt: skip
 PRODUCTS = ("product.product", "product.product_back")
-STEP_SIZES = {16: (128, 48), 1: (127, 45)}  # H, and P where there is a projection
-FEW, MANY = 3, 2**28  # rows of a batch: so many that on AMD's GPUs no tensor of theirs is within 2 GiB
+Pairs = tuple[tuple[str, Any], ...]
+STEP_SIZES = (100, 40)  # H, and P where there is a projection; a step's kernels are the same for any size
 
 
 class Job(NamedTuple):
@@ -59,14 +56,10 @@ class Job(NamedTuple):
     hidden: int
     proj: int
     plan: table.Plan
-    rows: int
-    wide: bool
-    """Whether states are float32, as they pass between the ranges of `recompute`."""
 
 
 class Name(NamedTuple):
-    """One compiled kernel. What every cell's scan may launch, a product of the step regime, names no scan, and in the
-    place of H stands what all its sizes are multiples of."""
+    """One compiled kernel. What every cell's scan may launch, a product of the step regime, names no scan."""
 
     triton: str
     regime: str
@@ -113,21 +106,16 @@ def jobs() -> Iterator[Job]:
     for row in table.PERSISTENT:
         for chip in row.chips:
             yield from _of(row, chip)
-    scans = [(kernel, cell) for kernel in table.KERNELS for cell in table.CELLS_OF[kernel]]
-    kinds = [(kind, dtype) for kind, dtypes in DTYPES.items() for dtype in dtypes]
-    every = itertools.product(scans, STEP_SIZES.values(), table.STEP, table.SIDES, kinds, table.CHIPS)
-    for (kernel, cell), (hidden, proj), some, side, (kind, dtype), chip in every:
-        proj = proj if kernel == "lstm_proj" else 0
-        yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, table.step(some, kind, ""), FEW, False)
-
-
-def variants(dtype: str, chip: str) -> Iterator[tuple[int, bool]]:
-    """Rows, and whether states are wide, for which the kernels of a row differ. What they cost one half type shows."""
-    yield FEW, False
-    if dtype == "bf16":
-        yield FEW, True
-    if dtype != "fp16" and chip.startswith("gfx"):
-        yield MANY, False
+    for kernel in table.KERNELS:
+        hidden, proj = STEP_SIZES[0], STEP_SIZES[1] if kernel == "lstm_proj" else 0
+        for some in table.STEP:
+            for cell in table.CELLS_OF[kernel]:
+                for side in table.SIDES:
+                    for kind, dtypes in DTYPES.items():
+                        plan = table.step(some, kind, "")
+                        for dtype in dtypes:
+                            for chip in table.CHIPS:
+                                yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, plan)
 
 
 class Launch(NamedTuple):
@@ -141,28 +129,21 @@ class Launch(NamedTuple):
     def function(self) -> str:
         return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
 
-    @property
-    def multiple(self) -> int:
-        """Of what a product knows that its sizes are multiples."""
-        (terms,) = [p for p in self.kernel.params if p.name == "K"]
-        return table.MULTIPLES[terms.do_not_specialize]
 
-
-def launches(job: Job, make: Callable[..., Tensor] = torch.empty) -> list[Launch]:
-    """The kernels that the scan starts, each kind once. Tensors are on `meta`, those that it is given by `make`."""
+def launches(job: Job) -> list[Launch]:
+    """The kernels that the scan starts, each kind once. Tensors are on `meta`."""
     from rnnkit.kernels import persistent, step
 
     cell = CELLS[job.cell]
-    steps, batch, hidden, size = 2, job.rows, job.hidden, job.proj or job.hidden
+    steps, batch, hidden, size = 2, 3, job.hidden, job.proj or job.hidden
 
     def some(*sizes: int, dtype: torch.dtype = TORCH[job.dtype]) -> Tensor:
-        return make(sizes, dtype=dtype, device="meta")
+        return torch.empty(sizes, dtype=dtype, device="meta")
 
-    state = torch.float32 if job.wide else TORCH[job.dtype]
     t = Tensors(
         x=some(steps, batch, 8),
-        h_0=some(batch, size, dtype=state),
-        c_0=some(batch, hidden, dtype=state) if cell.has_c else None,
+        h_0=some(batch, size),
+        c_0=some(batch, hidden) if cell.has_c else None,
         w_ih=some(cell.gates * hidden, 8),
         w_hh=some(cell.gates * hidden, size),
         b_ih=some(cell.gates * hidden),
@@ -174,10 +155,10 @@ def launches(job: Job, make: Callable[..., Tensor] = torch.empty) -> list[Launch
         c_r=some(batch, hidden) if cell.has_c else None,
     )
     b_hn = some(hidden) if cell.reset_after else None
-    seen: dict[tuple[Any, ...], Launch] = {}
+    seen: dict[str, Launch] = {}
 
     def see(kernel: Any, grid: tuple[int, ...], plan: table.Plan, **arguments: Any) -> None:
-        seen[(id(kernel), *map(_sort, arguments.values()))] = Launch(kernel, plan, arguments)
+        seen[f"{kernel.__name__} {[signature(v) for v in arguments.values()]}"] = Launch(kernel, plan, arguments)
 
     regime: Any = persistent if job.plan.regime == "persistent" else step
     gx = some(steps, batch, cell.gates * hidden)
@@ -190,9 +171,9 @@ def launches(job: Job, make: Callable[..., Tensor] = torch.empty) -> list[Launch
     return list(seen.values())
 
 
-def _sort(value: Any) -> str:
-    """By what two launches of a kernel are alike."""
-    return f"{value.dtype} {value.data_ptr()}" if isinstance(value, Tensor) else type(value).__name__
+def signature(value: Any) -> str:
+    """The type of an argument as Triton writes it."""
+    return TYPES[value.dtype] if isinstance(value, Tensor) else "constexpr" if value is None else "i32"
 
 
 def named(job: Job, launch: Launch, triton: str) -> Name:
@@ -200,7 +181,7 @@ def named(job: Job, launch: Launch, triton: str) -> Name:
     shape, plan = launch.arguments, launch.plan
     scan = (job.kernel, job.cell, job.side, launch.function, job.hidden, job.proj)
     if launch.function in PRODUCTS:
-        scan = ("", "", "", launch.function, launch.multiple, 0)
+        scan = ("", "", "", launch.function, 0, 0)
     tile = (shape["BLOCK_B"], shape.get("BLOCK_H") or shape["BLOCK_N"], plan.warps, plan.stages)
     return Name(triton, job.plan.regime, *scan, job.dtype, job.kind, job.chip, *tile)
 
@@ -209,51 +190,40 @@ def build(job: Job) -> list[Line] | str:
     """Compile the kernels of a job; what went wrong where one does not compile."""
     import triton
 
+    from rnnkit.kernels.launch import options
+
     lines = []
     for launch in launches(job):
+        kernel, arguments = launch.kernel, launch.arguments
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
+        types = {name: "constexpr" if name in fixed else signature(arguments[name]) for name in kernel.arg_names}
+        constants = {name: arguments[name] for name, kind in types.items() if kind == "constexpr"}
+        asked = options(launch.plan, amd=job.chip.startswith("gfx"))
         try:
-            usage = _usage(launch.kernel, job.chip, *specialized(launch, job.chip))
+            usage = _usage(kernel, job.chip, *(tuple(some.items()) for some in (types, constants, asked)))
         except Exception as error:  # whatever the compiler raises is a finding
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         lines.append(Line(named(job, launch, triton.__version__), usage))
     return lines
 
 
-Pairs = tuple[tuple[Any, Any], ...]
-
-
-def specialized(launch: Launch, chip: str) -> tuple[Pairs, Pairs, Pairs, Pairs]:
-    """What Triton's own `JITFunction.run` makes of a launch: types, constants, what is known of arguments, options."""
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    from rnnkit.kernels.launch import options
-
-    kernel, backend = launch.kernel, make_backend(_target(chip))
-    asked = options(launch.plan, amd=chip.startswith("gfx"))
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, found, _ = bind(**launch.arguments, **asked)
-    _, types, constants, known = kernel._pack_args(backend, asked, bound, found, asked)
-    facts = ((place, tuple(map(tuple, facts))) for place, facts in known.items())
-    return tuple(types.items()), tuple(constants.items()), tuple(facts), tuple(asked.items())
-
-
-def _target(chip: str) -> Any:
-    from triton.backends.compiler import GPUTarget
-
-    return GPUTarget("hip", chip, 64) if chip.startswith("gfx") else GPUTarget("cuda", int(chip[3:]), 32)
-
-
 @functools.cache
-def _usage(kernel: Any, chip: str, types: Pairs, constants: Pairs, known: Pairs, options: Pairs) -> Usage:
+def _usage(kernel: Any, chip: str, types: Pairs, constants: Pairs, options: Pairs) -> Usage:
     """Compile a kernel; several scans share one."""
     from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    attributes = {place: list(map(list, facts)) for place, facts in known}
-    source = ASTSource(fn=kernel, signature=dict(types), constexprs=dict(constants), attrs=attributes)
-    compiled = triton_compile(source, target=_target(chip), options=dict(options))
     amd = chip.startswith("gfx")
+    place = {name: k for k, (name, _) in enumerate(types)}
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(types),
+        constexprs={(place[name],): value for name, value in constants},
+        attrs={(place[name],): [["tt.divisibility", 16]] for name, kind in types if kind.startswith("*")},
+    )
+    target = GPUTarget("hip", chip, 64) if amd else GPUTarget("cuda", int(chip[3:]), 32)
+    compiled = triton_compile(source, target=target, options=dict(options))
     found = amd_usage(compiled.asm["amdgcn"]) if amd else nvidia_usage(compiled.asm["cubin"])
     return Usage(*found, compiled.metadata.shared)
 
@@ -281,7 +251,7 @@ def search(kernel: str) -> Iterator[table.Row]:
     for side in table.SIDES:
         for hidden in table.TILES:
             for size in [s for s in table.TILES if s <= hidden] if kernel == "lstm_proj" else [hidden]:
-                for kind, multiple in itertools.product(DTYPES, table.MULTIPLES):
+                for kind in DTYPES:
                     weights = CELLS[table.CELLS_OF[kernel][0]].gates * hidden * size * (2 if kind == "half" else 4)
                     if weights > max(table.SHARED.values()):
                         continue
@@ -289,7 +259,7 @@ def search(kernel: str) -> Iterator[table.Row]:
                     for warps in (4, 8) if hidden <= 64 else (8, 4, 16):
                         if best is not None and len(best.chips) == len(table.CHIPS):
                             break
-                        row = _tried(table.Row(kernel, side, hidden, size, kind, multiple, (), warps, 0))
+                        row = _tried(table.Row(kernel, side, hidden, size, kind, (), warps, 0))
                         if best is None or len(row.chips) > len(best.chips):
                             best = row
                     if best is not None and best.chips:
@@ -308,14 +278,10 @@ def _tried(row: table.Row) -> table.Row:
 
 
 def _of(row: table.Row, chip: str) -> list[Job]:
-    hidden, proj = table.largest(row)
+    proj = row.size - 1 if row.kernel == "lstm_proj" else 0
     plan = table.persistent(row, "")
     which = [(cell, dtype) for cell in table.CELLS_OF[row.kernel] for dtype in DTYPES[row.kind]]
-    return [
-        Job(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan, *variant)
-        for cell, dtype in which
-        for variant in variants(dtype, chip)
-    ]
+    return [Job(row.kernel, cell, row.side, dtype, row.kind, chip, row.hidden, proj, plan) for cell, dtype in which]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -204,11 +204,12 @@ def select(
 
 
 def persistent(capability: int) -> Iterator[Problem]:
-    """Everything in both directions, for each persistent kernel: the largest that it serves, three tiles of rows."""
+    """Everything in both directions, for each persistent kernel: its tile is full, three tiles of rows."""
     kinds = {"half": (BF16, False), "tf32": (F32, True), "ieee": (F32, False)}
-    every = dict.fromkeys((row.kernel, *table.largest(row), row.kind) for row in table.rows_of(capability))
-    for kernel, hidden, proj, kind in every:
+    every = dict.fromkeys((row.kernel, row.hidden, row.size, row.kind) for row in table.rows_of(capability))
+    for kernel, hidden, size, kind in every:
         dtype, tf32 = kinds[kind]
+        proj = min(size, hidden - 1)  # torch has no P that is H
         variant = Variant((4, 33, 5, hidden), both=True, all_states=True, proj=proj, **MASKED)
         name = kernel if kernel in KINDS else table.CELLS_OF[kernel][0]
         yield Problem(name, variant, dtype, tf32=tf32, fused=True)

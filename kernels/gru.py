@@ -104,7 +104,7 @@ def load_bias(b_hn, unit, inside):
     return v
 
 
-@triton.jit(do_not_specialize=["n", "t0", "total", "reverse", "B"])
+@triton.jit(do_not_specialize=["n", "t0", "total", "reverse"])
 def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, total, reverse, B, AFTER: tl.constexpr,
             H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     SAVED: tl.constexpr = 4 * H if AFTER else 3 * H
@@ -139,7 +139,7 @@ def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, tota
     store(h_n, row, unit, H, valid, h)
 
 
-@triton.jit(do_not_specialize=["n", "reverse", "B"])
+@triton.jit(do_not_specialize=["n", "reverse"])
 def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0, dh_r, n, reverse, B,
              AFTER: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
              BLOCK_H: tl.constexpr):  # fmt: skip
@@ -195,7 +195,7 @@ def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0,
     store(dh_r, row, unit, H, valid, to_r)
 
 
-@triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
 def reset_step(gx, gh, h, rh, k, n, reverse, B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
     """rh [B, H] = r ⊙ h of the original form, from the first blocks of gh [B, 3H]."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
@@ -204,7 +204,7 @@ def reset_step(gx, gh, h, rh, k, n, reverse, B, H: tl.constexpr, BLOCK_B: tl.con
     store(rh, row, unit, H, valid, sigmoid(ar) * load(h, row, unit, H, valid))
 
 
-@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
+@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse"])
 def forward_step(gx, gh, b_hn, h, lengths, reset, h_r, y, gates, k, n, t0, total, reverse, B, AFTER: tl.constexpr,
                  H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """gh [B, 3H] = h W_hhᵀ, its n block (r ⊙ h) W_hnᵀ unless AFTER; h becomes the next step's."""
@@ -231,7 +231,7 @@ def forward_step(gx, gh, b_hn, h, lengths, reset, h_r, y, gates, k, n, t0, total
     carry(h, new, h_r, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
 
 
-@triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
 def candidate_back(gy, dh, gates, lengths, reset, dgx, k, n, reverse, B, H: tl.constexpr, BLOCK_B: tl.constexpr,
                    BLOCK_H: tl.constexpr):  # fmt: skip
     """The n block of dgx of the original form, for the product that makes drh of it."""
@@ -249,7 +249,7 @@ def candidate_back(gy, dh, gates, lengths, reset, dgx, k, n, reverse, B, H: tl.c
     store(dgx, at, unit + 2 * H, 3 * H, (row < B)[:, None] & inside[None, :], dn)
 
 
-@triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
 def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_r, dgx, dgh, direct, idle, k, n, reverse, B,
                   AFTER: tl.constexpr, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """dgx and, AFTER, dgh at the step's time; direct [B, H], what reaches h beside the products. Unless AFTER, dgx has

@@ -16,8 +16,6 @@ from ..backends.problem import Tensors
 from ..cells import Cell
 from .table import Plan
 
-ALIGNED = 16
-"""Of what Triton looks for multiples: in bytes of an address, and of a number."""
 Launch = Callable[..., None]
 """run(kernel, grid, plan, **arguments)"""
 
@@ -49,15 +47,14 @@ class Operands(NamedTuple):
 
 
 def operands(cell: Cell, t: Tensors, b_hn: Tensor | None) -> Operands:
-    given = (t.w_hh, b_hn, t.w_hr, t.lengths, t.reset, t.h_r, t.c_r)
-    return Operands(*(solid(v) for v in given), t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1])  # type: ignore[arg-type]
+    b_hn, w_hr, lengths, reset, h_r, c_r = (solid(v) for v in (b_hn, t.w_hr, t.lengths, t.reset, t.h_r, t.c_r))
+    hidden, size = t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1]
+    return Operands(t.w_hh.contiguous(), b_hn, w_hr, lengths, reset, h_r, c_r, hidden, size)
 
 
 def solid(v: Tensor | None) -> Tensor | None:
-    """Contiguous: an expanded gradient is written out. And aligned: of a part of another tensor that is not a copy is
-    made, or Triton would compile a kernel for each such operand, which nobody has seen before."""
-    v = None if v is None else v.contiguous()
-    return v if v is None or v.data_ptr() % ALIGNED == 0 else v.clone()
+    """Contiguous: an expanded gradient is written out."""
+    return None if v is None else v.contiguous()
 
 
 def tiles(count: int, block: int) -> int:

@@ -77,7 +77,7 @@ def store4(p, row, unit, H: tl.constexpr, mask, v1, v2, v3, v4):
     store(p, row, unit + 3 * H, 4 * H, mask, v4)
 
 
-@triton.jit(do_not_specialize=["n", "t0", "total", "reverse", "B"])
+@triton.jit(do_not_specialize=["n", "t0", "total", "reverse"])
 def forward(gx, w_hh, w_hr, h_0, c_0, lengths, reset, h_r, c_r, y, h_n, c_n, c_all, gates, n, t0, total, reverse, B,
             H: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
             BLOCK_N: tl.constexpr):  # fmt: skip
@@ -114,7 +114,7 @@ def forward(gx, w_hh, w_hr, h_0, c_0, lengths, reset, h_r, c_r, y, h_n, c_n, c_a
     store(c_n, row, unit, H, valid, c)
 
 
-@triton.jit(do_not_specialize=["n", "reverse", "B"])
+@triton.jit(do_not_specialize=["n", "reverse"])
 def backward(gy, gh_n, gc_n, gc_all, c_all, gates, w_hh, w_hr, c_0, lengths, reset, c_r, dgx, dp, dh_0, dc_0, dh_r,
              dc_r, n, reverse, B, H: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
              BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -165,7 +165,7 @@ def backward(gy, gh_n, gc_n, gc_all, c_all, gates, w_hh, w_hr, c_0, lengths, res
     store(dc_r, row, unit, H, valid, dc_to_r)
 
 
-@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
+@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse"])
 def forward_step(gx, gh, h, c, lengths, reset, h_r, c_r, y, m, c_all, gates, k, n, t0, total, reverse, B,
                  H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """gh [B, 4H] = h W_hhᵀ; c and, where m is None, h become the next step's. m [B, H]: what W_hr multiplies."""
@@ -189,7 +189,7 @@ def forward_step(gx, gh, h, c, lengths, reset, h_r, c_r, y, m, c_all, gates, k, 
         carry(h, new, h_r, reset, k, n, t, row, unit, H, length, B, inside, reverse)
 
 
-@triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
 def backward_step(gy, gc_all, dh, arrived, dm, dc, dc_next, c_all, gates, c_0, lengths, reset, c_r, dgx, dc_r, idle, k,
                   n, reverse, B, H: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr,
                   BLOCK_H: tl.constexpr):  # fmt: skip

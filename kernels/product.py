@@ -2,14 +2,7 @@
 
 Here h and c are fp32 [B, ·] in memory, already replaced where the next step's state is cut; the kernels of a step
 follow one another on the stream and never wait for the host. Programs share a matrix as tiles of rows by units.
-
-A product's sizes are numbers at run time, so one serves every H. Triton compiles a kernel anew for each set of numbers
-and addresses that are multiples of 16, or 1: so there are two of each product, of one source. The one is started
-where all its sizes are multiples of 16, which it knows then, and reads rows 16 bytes at once; `_odd` knows nothing of
-its sizes and addresses.
 """
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -21,11 +14,6 @@ from .shared import dot, is_cut, length_of, load, matrix, place, replaced, rows,
 def units(BLOCK: tl.constexpr):
     """The units of this program's tile."""
     return tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-
-
-def odd(kernel: Any, sizes: list[str], pointers: list[str]) -> Any:
-    """The same kernel, compiled once whatever these sizes and the pointers' addresses are."""
-    return triton.jit(kernel.fn, do_not_specialize=sizes, do_not_specialize_on_alignment=pointers)
 
 
 @triton.jit
@@ -40,18 +28,14 @@ def sums(a, at, a_width, w, along_k, along_unit, unit, live, K, N, PRECISION: tl
     return acc
 
 
-@triton.jit(do_not_specialize=["B"])
-def product(a, a_width, w, out, out_width, B, K, N, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
-            BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """out [B, N] = a w: a [B, K] of a_width columns, w [K, N] or, TRANSPOSED, its transpose; out fp32 of out_width."""
+@triton.jit
+def product(a, a_width, w, out, out_width, along_k, along_unit, B, K, N, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
+            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """out [B, N] = a w: a [B, K] of a_width columns, w [K, N] by its strides, out fp32 of out_width columns."""
     row, unit = rows(BLOCK_B), units(BLOCK_N)
     live = row < B
-    along_k, along_unit = (1, K) if TRANSPOSED else (N, 1)
     acc = sums(a, row, a_width, w, along_k, along_unit, unit, live, K, N, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
     store(out, row, unit, out_width, live[:, None] & (unit < N)[None, :], acc)
-
-
-product_odd = odd(product, sizes=["a_width", "out_width", "B", "K", "N"], pointers=["a", "w", "out"])
 
 
 @triton.jit
@@ -66,7 +50,7 @@ def carry(state, new, by, reset, k, n, t, row, unit, width, length, B, inside, r
     store(state, row, unit, width, mask, after)
 
 
-@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
+@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse"])
 def settle(new, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B, N: tl.constexpr, BLOCK_B: tl.constexpr,
            BLOCK_N: tl.constexpr):  # fmt: skip
     """The projected state of a step, new [B, N], becomes its output and the state of the next."""
@@ -80,7 +64,7 @@ def settle(new, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B, N: tl.co
     carry(h, value, h_r, reset, k, n, t0 + j, row, unit, N, length, B, inside, reverse)
 
 
-@triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
 def arrive(gy, dh, lengths, arrived, dp, k, n, reverse, B, N: tl.constexpr, BLOCK_B: tl.constexpr,
            BLOCK_N: tl.constexpr):  # fmt: skip
     """The whole gradient of a projected state, into `arrived` [B, N] fp32 and dp [n, B, N]; 0 beyond a length."""
@@ -106,8 +90,8 @@ def is_idle_row(d, g, j, row, width, live, B, BLOCK: tl.constexpr):
     return busy == 0
 
 
-@triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
-def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n, reverse, B, K, N,
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
+def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n, reverse, B, K, N: tl.constexpr,
                  PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_K: tl.constexpr):  # fmt: skip
     """dh [B, N] of a step becomes that of the step before: direct + dgh W. A cut sends it to dh_r instead.
@@ -129,10 +113,3 @@ def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n
         store(dh_r, row, unit, N, valid, load(dh_r, row, unit, N, valid) + tl.where(at, d, 0.0))
         d = tl.where(at, 0.0, d)
     store(dh, row, unit, N, valid, d)
-
-
-product_back_odd = odd(
-    product_back,
-    sizes=["k", "n", "reverse", "dgh_width", "B", "K", "N"],
-    pointers=["dgh", "w", "direct", "dh", "dh_r", "idle", "lengths", "reset"],
-)

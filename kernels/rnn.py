@@ -40,7 +40,7 @@ def step_vjp(dh, h, RELU: tl.constexpr):
     return da
 
 
-@triton.jit(do_not_specialize=["n", "t0", "total", "reverse", "B"])
+@triton.jit(do_not_specialize=["n", "t0", "total", "reverse"])
 def forward(gx, w_hh, h_0, lengths, reset, h_r, y, h_n, n, t0, total, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
             PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
@@ -62,7 +62,7 @@ def forward(gx, w_hh, h_0, lengths, reset, h_r, y, h_n, n, t0, total, reverse, B
     store(h_n, row, unit, H, valid, h)
 
 
-@triton.jit(do_not_specialize=["n", "reverse", "B"])
+@triton.jit(do_not_specialize=["n", "reverse"])
 def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
              PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
@@ -92,7 +92,7 @@ def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, reverse, B, 
     store(dh_r, row, unit, H, valid, to_r)
 
 
-@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
+@triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse"])
 def forward_step(gx, gh, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
                  BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """gh [B, H] = h W_hhᵀ; h becomes the next step's."""
@@ -107,7 +107,7 @@ def forward_step(gx, gh, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B,
     carry(h, new, h_r, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
 
 
-@triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
+@triton.jit(do_not_specialize=["k", "n", "reverse"])
 def backward_step(gy, y, dh, lengths, reset, dgx, idle, k, n, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
                   BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """dgx at the step's time, for the product that makes the next dh of it; idle [B] for that product."""

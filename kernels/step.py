@@ -15,16 +15,11 @@ from .. import masks
 from ..backends.problem import Outputs, Tensors
 from ..cells import Cell
 from . import gru, lstm, product, rnn
-from .launch import ALIGNED, Found, Launch, Operands, operands, room, room_back, solid, start, tiles, total_steps
+from .launch import Found, Launch, Operands, operands, room, room_back, solid, start, tiles, total_steps
 from .table import ROWS, Plan
 
 POINTWISE = 128
 """Units of a tile in the kernels without a product; it has ROWS rows."""
-
-
-def fitting(kernel: Any, odd: Any, *sizes: int) -> Any:
-    """Which of the two a product of these sizes is."""
-    return kernel if all(size % ALIGNED == 0 for size in sizes) else odd
 
 
 class Scan:
@@ -32,15 +27,16 @@ class Scan:
 
     def __init__(self, o: Operands, rows: int, reverse: bool, plan: Plan, run: Launch) -> None:
         self.o, self.rows, self.plan, self.run = o, rows, plan, run
-        self.small = plan._replace(block_b=ROWS, warps=4, stages=1)
+        self.small = plan._replace(block_b=ROWS, warps=4)
         self.common = {"lengths": o.lengths, "reset": o.reset, "B": rows, "reverse": int(reverse)}
 
     def product(self, a: Tensor, w: Tensor, out: Tensor, *, transpose: bool = True) -> None:
-        """out [B, N] = a wᵀ, or a w, rows of a matrix. a and out may be some columns of a wider one."""
+        """out [B, N] = a wᵀ, or a w. Either may be some columns of a wider matrix."""
         count, k = w.shape if transpose else (w.shape[1], w.shape[0])
+        along_k, along_unit = (1, w.shape[1]) if transpose else (w.shape[1], 1)
         plan = self.plan
         self.run(
-            fitting(product.product, product.product_odd, k, count, a.stride(0), out.stride(0)),
+            product.product,
             (tiles(self.rows, plan.block_b), tiles(count, plan.block_n)),
             plan,
             a=a,
@@ -48,10 +44,11 @@ class Scan:
             w=w,
             out=out,
             out_width=out.stride(0),
+            along_k=along_k,
+            along_unit=along_unit,
             B=self.rows,
             K=k,
             N=count,
-            TRANSPOSED=transpose,
             PRECISION=plan.precision,
             BLOCK_B=plan.block_b,
             BLOCK_N=plan.block_n,
@@ -63,8 +60,7 @@ class Scan:
         plan = self.plan
         given = {**arguments, "dgh": source, "dgh_width": source.shape[2], "w": w, "K": w.shape[0], "N": self.o.size}
         given |= {"PRECISION": plan.precision, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
-        kernel = fitting(product.product_back, product.product_back_odd, w.shape[0], self.o.size, source.shape[2])
-        self._start(kernel, plan, tiles(self.o.size, plan.block_n), given)
+        self._start(product.product_back, plan, tiles(self.o.size, plan.block_n), given)
 
     def cell(self, kernel: Any, **arguments: Any) -> None:
         """A kernel over rows and hidden units."""
@@ -145,7 +141,7 @@ def backward(
 ) -> Found:
     """The gradients of the scan over all T."""
     n, rows = y.shape[:2]
-    o, c_all = operands(cell, t, b_hn), solid(c_all)
+    o = operands(cell, t, b_hn)
     scan = Scan(o, rows, reverse, plan, run)
     found = room_back(cell, y, o, torch.float32)
     gy, gh_n, gc_n, gc_all = (solid(g) for g in grads)

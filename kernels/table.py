@@ -2,8 +2,7 @@
 
 A row stands here when its kernel compiles for its chips without a spill and within their shared memory
 (`python -m rnnkit.benchmarks.compile_table`, whose figures are benchmarks/results/triton-compile.csv). What has no
-row runs step by step. Sizes that are no multiples of 16 have rows of their own, since their kernels read each number
-by itself and take more registers; compiled is the largest problem that a row serves. The direction of time is a number
+row runs step by step. Compiled is H equal to the tile; an odd H may spill some words. The direction of time is a number
 at run time, so a row holds for both. It holds for each of VERSIONS too: ptxas and LLVM come with Triton, and another
 one gives registers differently, so what spilled with either was given other warps or lost the chip.
 
@@ -50,8 +49,6 @@ TILES = (32, 64, 128, 256)
 """Units of a tile that hold a whole state."""
 KINDS = ("half", "tf32", "ieee")
 """Operands of a product: bfloat16 and float16; float32 rounded to TF32; float32."""
-MULTIPLES = (16, 1)
-"""Of what a kernel's sizes are multiples. By 16 every row of a matrix is aligned, and is read 16 bytes at a time."""
 ROWS = 16
 """Rows of a tile unless it is a tall one: what one matrix instruction takes."""
 PROGRAMS = 100
@@ -89,8 +86,6 @@ class Row(NamedTuple):
     size: int
     """Units of its state's tile: with a projection P's, else `hidden`."""
     kind: str
-    multiple: int
-    """Serves sizes that are multiples of it: 16, or any, which are not aligned and take more registers."""
     chips: tuple[str, ...]
     warps: int
     shared: int
@@ -112,102 +107,102 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 EVERY = CHIPS
 
 PERSISTENT: tuple[Row, ...] = (
-    Row("rnn", "forward", 32, 32, "half", 16, EVERY, 4, 2048),
-    Row("rnn", "forward", 32, 32, "tf32", 16, EVERY, 4, 8192),
-    Row("rnn", "forward", 32, 32, "ieee", 16, EVERY, 4, 6144),
-    Row("rnn", "forward", 64, 64, "half", 16, EVERY, 4, 10240),
-    Row("rnn", "forward", 64, 64, "tf32", 16, EVERY, 4, 24576),
-    Row("rnn", "forward", 64, 64, "ieee", 16, EVERY, 4, 20480),
-    Row("rnn", "forward", 128, 128, "half", 16, EVERY, 8, 36864),
-    Row("rnn", "forward", 128, 128, "tf32", 16, EVERY, 8, 81920),
-    Row("rnn", "forward", 128, 128, "ieee", 16, ("gfx942",), 8, 65536),
-    Row("rnn", "forward", 256, 256, "half", 16, NVIDIA, 8, 139264),
-    Row("rnn", "backward", 32, 32, "half", 16, EVERY, 4, 3072),
-    Row("rnn", "backward", 32, 32, "tf32", 16, EVERY, 4, 6144),
-    Row("rnn", "backward", 32, 32, "ieee", 16, EVERY, 4, 6144),
-    Row("rnn", "backward", 64, 64, "half", 16, EVERY, 4, 10240),
-    Row("rnn", "backward", 64, 64, "tf32", 16, EVERY, 4, 20480),
-    Row("rnn", "backward", 64, 64, "ieee", 16, EVERY, 8, 20480),
-    Row("rnn", "backward", 128, 128, "half", 16, EVERY, 8, 36864),
-    Row("rnn", "backward", 128, 128, "tf32", 16, EVERY, 8, 73728),
-    Row("rnn", "backward", 128, 128, "ieee", 16, EVERY, 8, 73728),
-    Row("rnn", "backward", 256, 256, "half", 16, NVIDIA, 8, 139264),
-    Row("lstm", "forward", 32, 32, "half", 16, EVERY, 4, 2048),
-    Row("lstm", "forward", 32, 32, "tf32", 16, EVERY, 4, 20480),
-    Row("lstm", "forward", 32, 32, "ieee", 16, EVERY, 4, 18432),
-    Row("lstm", "forward", 64, 64, "half", 16, EVERY, 4, 34816),
-    Row("lstm", "forward", 64, 64, "tf32", 16, EVERY, 4, 73728),
-    Row("lstm", "forward", 64, 64, "ieee", 16, NVIDIA, 8, 69632),
-    Row("lstm", "forward", 128, 128, "half", 16, EVERY, 8, 135168),
-    Row("lstm", "backward", 32, 32, "half", 16, EVERY, 4, 13312),
-    Row("lstm", "backward", 32, 32, "tf32", 16, EVERY, 4, 26624),
-    Row("lstm", "backward", 32, 32, "ieee", 16, EVERY, 4, 24576),
-    Row("lstm", "backward", 64, 64, "half", 16, EVERY, 4, 43008),
-    Row("lstm", "backward", 64, 64, "tf32", 16, EVERY, 4, 86016),
-    Row("lstm", "backward", 64, 64, "ieee", 16, NVIDIA, 8, 81920),
-    Row("lstm", "backward", 128, 128, "half", 16, EVERY, 8, 151552),
-    Row("lstm_proj", "forward", 32, 32, "half", 16, EVERY, 4, 2048),
-    Row("lstm_proj", "forward", 32, 32, "tf32", 16, EVERY, 4, 24576),
-    Row("lstm_proj", "forward", 32, 32, "ieee", 16, EVERY, 8, 24576),
-    Row("lstm_proj", "forward", 64, 32, "half", 16, EVERY, 4, 22528),
-    Row("lstm_proj", "forward", 64, 32, "tf32", 16, EVERY, 4, 47104),
-    Row("lstm_proj", "forward", 64, 32, "ieee", 16, NVIDIA, 8, 45056),
-    Row("lstm_proj", "forward", 64, 64, "half", 16, EVERY, 4, 43008),
-    Row("lstm_proj", "forward", 64, 64, "tf32", 16, NVIDIA, 8, 90112),
-    Row("lstm_proj", "forward", 64, 64, "ieee", 16, ("gfx942",), 4, 16384),
-    Row("lstm_proj", "forward", 128, 32, "half", 16, NVIDIA, 8, 45056),
-    Row("lstm_proj", "forward", 128, 32, "tf32", 16, NVIDIA, 8, 92160),
-    Row("lstm_proj", "forward", 128, 32, "ieee", 16, ("sm_80",), 16, 92160),
-    Row("lstm_proj", "forward", 128, 64, "half", 16, NVIDIA, 8, 86016),
-    Row("lstm_proj", "forward", 128, 64, "tf32", 16, ("sm_90",), 8, 176128),
-    Row("lstm_proj", "forward", 256, 32, "half", 16, NVIDIA, 8, 90112),
-    Row("lstm_proj", "backward", 32, 32, "half", 16, EVERY, 4, 15360),
-    Row("lstm_proj", "backward", 32, 32, "tf32", 16, EVERY, 4, 30720),
-    Row("lstm_proj", "backward", 32, 32, "ieee", 16, EVERY, 8, 30720),
-    Row("lstm_proj", "backward", 64, 32, "half", 16, NVIDIA, 4, 30720),
-    Row("lstm_proj", "backward", 64, 32, "tf32", 16, NVIDIA, 8, 61440),
-    Row("lstm_proj", "backward", 64, 64, "half", 16, NVIDIA, 8, 51200),
-    Row("lstm_proj", "backward", 64, 64, "tf32", 16, NVIDIA, 8, 102400),
-    Row("lstm_proj", "backward", 64, 64, "ieee", 16, ("gfx942",), 4, 16384),
-    Row("lstm_proj", "backward", 128, 32, "half", 16, NVIDIA, 8, 61440),
-    Row("lstm_proj", "backward", 128, 32, "tf32", 16, ("sm_100",), 8, 122880),
-    Row("lstm_proj", "backward", 128, 32, "ieee", 16, ("sm_80",), 16, 122880),
-    Row("lstm_proj", "backward", 128, 64, "half", 16, NVIDIA, 8, 102400),
-    Row("lstm_proj", "backward", 128, 64, "tf32", 16, ("sm_90", "sm_100"), 8, 204800),
-    Row("gru", "forward", 32, 32, "half", 16, EVERY, 4, 2048),
-    Row("gru", "forward", 32, 32, "tf32", 16, EVERY, 4, 16384),
-    Row("gru", "forward", 32, 32, "ieee", 16, EVERY, 4, 14336),
-    Row("gru", "forward", 64, 64, "half", 16, EVERY, 4, 26624),
-    Row("gru", "forward", 64, 64, "tf32", 16, EVERY, 4, 57344),
-    Row("gru", "forward", 64, 64, "ieee", 16, ("sm_80", "sm_90", "gfx942"), 4, 53248),
-    Row("gru", "forward", 128, 128, "half", 16, EVERY, 8, 102400),
-    Row("gru", "forward", 128, 128, "tf32", 16, ("sm_90", "sm_100", "gfx942"), 8, 212992),
-    Row("gru", "forward", 128, 128, "ieee", 16, ("gfx942",), 8, 65536),
-    Row("gru", "backward", 32, 32, "half", 16, EVERY, 4, 10240),
-    Row("gru", "backward", 32, 32, "tf32", 16, EVERY, 4, 20480),
-    Row("gru", "backward", 32, 32, "ieee", 16, EVERY, 4, 18432),
-    Row("gru", "backward", 64, 64, "half", 16, EVERY, 4, 32768),
-    Row("gru", "backward", 64, 64, "tf32", 16, EVERY, 4, 65536),
-    Row("gru", "backward", 64, 64, "ieee", 16, NVIDIA, 8, 61440),
-    Row("gru", "backward", 128, 128, "half", 16, EVERY, 8, 114688),
-    Row("gru", "backward", 128, 128, "tf32", 16, ("sm_90", "sm_100", "gfx942"), 8, 229376),
-    Row("gru", "backward", 128, 128, "ieee", 16, ("gfx942",), 8, 65536),
-    Row("gru_reset_before", "forward", 32, 32, "half", 16, EVERY, 4, 2048),
-    Row("gru_reset_before", "forward", 32, 32, "tf32", 16, EVERY, 4, 16384),
-    Row("gru_reset_before", "forward", 32, 32, "ieee", 16, EVERY, 4, 14336),
-    Row("gru_reset_before", "forward", 64, 64, "half", 16, EVERY, 4, 26624),
-    Row("gru_reset_before", "forward", 64, 64, "tf32", 16, EVERY, 4, 57344),
-    Row("gru_reset_before", "forward", 64, 64, "ieee", 16, EVERY, 8, 53248),
-    Row("gru_reset_before", "forward", 128, 128, "half", 16, EVERY, 4, 102400),
-    Row("gru_reset_before", "forward", 128, 128, "tf32", 16, ("sm_90", "sm_100"), 8, 212992),
-    Row("gru_reset_before", "backward", 32, 32, "half", 16, EVERY, 4, 9216),
-    Row("gru_reset_before", "backward", 32, 32, "tf32", 16, EVERY, 4, 18432),
-    Row("gru_reset_before", "backward", 32, 32, "ieee", 16, EVERY, 4, 16384),
-    Row("gru_reset_before", "backward", 64, 64, "half", 16, EVERY, 4, 30720),
-    Row("gru_reset_before", "backward", 64, 64, "tf32", 16, EVERY, 4, 61440),
-    Row("gru_reset_before", "backward", 64, 64, "ieee", 16, NVIDIA, 8, 57344),
-    Row("gru_reset_before", "backward", 128, 128, "half", 16, NVIDIA, 8, 110592),
-    Row("gru_reset_before", "backward", 128, 128, "tf32", 16, ("sm_90", "sm_100"), 8, 221184),
+    Row("rnn", "forward", 32, 32, "half", EVERY, 4, 2048),
+    Row("rnn", "forward", 32, 32, "tf32", EVERY, 4, 8192),
+    Row("rnn", "forward", 32, 32, "ieee", EVERY, 4, 6144),
+    Row("rnn", "forward", 64, 64, "half", EVERY, 4, 10240),
+    Row("rnn", "forward", 64, 64, "tf32", EVERY, 4, 24576),
+    Row("rnn", "forward", 64, 64, "ieee", EVERY, 4, 20480),
+    Row("rnn", "forward", 128, 128, "half", EVERY, 8, 36864),
+    Row("rnn", "forward", 128, 128, "tf32", EVERY, 8, 81920),
+    Row("rnn", "forward", 128, 128, "ieee", ("gfx942",), 8, 65536),
+    Row("rnn", "forward", 256, 256, "half", NVIDIA, 8, 139264),
+    Row("rnn", "backward", 32, 32, "half", EVERY, 4, 3072),
+    Row("rnn", "backward", 32, 32, "tf32", EVERY, 4, 6144),
+    Row("rnn", "backward", 32, 32, "ieee", EVERY, 4, 6144),
+    Row("rnn", "backward", 64, 64, "half", EVERY, 4, 10240),
+    Row("rnn", "backward", 64, 64, "tf32", EVERY, 4, 20480),
+    Row("rnn", "backward", 64, 64, "ieee", EVERY, 8, 20480),
+    Row("rnn", "backward", 128, 128, "half", EVERY, 8, 36864),
+    Row("rnn", "backward", 128, 128, "tf32", EVERY, 8, 73728),
+    Row("rnn", "backward", 128, 128, "ieee", EVERY, 8, 73728),
+    Row("rnn", "backward", 256, 256, "half", NVIDIA, 8, 139264),
+    Row("lstm", "forward", 32, 32, "half", EVERY, 4, 2048),
+    Row("lstm", "forward", 32, 32, "tf32", EVERY, 4, 20480),
+    Row("lstm", "forward", 32, 32, "ieee", EVERY, 4, 18432),
+    Row("lstm", "forward", 64, 64, "half", EVERY, 4, 34816),
+    Row("lstm", "forward", 64, 64, "tf32", EVERY, 4, 73728),
+    Row("lstm", "forward", 64, 64, "ieee", NVIDIA, 8, 69632),
+    Row("lstm", "forward", 128, 128, "half", EVERY, 8, 135168),
+    Row("lstm", "backward", 32, 32, "half", EVERY, 4, 13312),
+    Row("lstm", "backward", 32, 32, "tf32", EVERY, 4, 26624),
+    Row("lstm", "backward", 32, 32, "ieee", EVERY, 4, 24576),
+    Row("lstm", "backward", 64, 64, "half", EVERY, 4, 43008),
+    Row("lstm", "backward", 64, 64, "tf32", EVERY, 4, 86016),
+    Row("lstm", "backward", 64, 64, "ieee", NVIDIA, 8, 81920),
+    Row("lstm", "backward", 128, 128, "half", EVERY, 8, 151552),
+    Row("lstm_proj", "forward", 32, 32, "half", EVERY, 4, 2048),
+    Row("lstm_proj", "forward", 32, 32, "tf32", EVERY, 4, 24576),
+    Row("lstm_proj", "forward", 32, 32, "ieee", EVERY, 8, 24576),
+    Row("lstm_proj", "forward", 64, 32, "half", EVERY, 4, 22528),
+    Row("lstm_proj", "forward", 64, 32, "tf32", EVERY, 4, 47104),
+    Row("lstm_proj", "forward", 64, 32, "ieee", NVIDIA, 8, 45056),
+    Row("lstm_proj", "forward", 64, 64, "half", EVERY, 4, 43008),
+    Row("lstm_proj", "forward", 64, 64, "tf32", NVIDIA, 8, 90112),
+    Row("lstm_proj", "forward", 64, 64, "ieee", ("gfx942",), 4, 16384),
+    Row("lstm_proj", "forward", 128, 32, "half", NVIDIA, 8, 45056),
+    Row("lstm_proj", "forward", 128, 32, "tf32", NVIDIA, 8, 92160),
+    Row("lstm_proj", "forward", 128, 32, "ieee", ("sm_80",), 16, 92160),
+    Row("lstm_proj", "forward", 128, 64, "half", NVIDIA, 8, 86016),
+    Row("lstm_proj", "forward", 128, 64, "tf32", ("sm_90",), 8, 176128),
+    Row("lstm_proj", "forward", 256, 32, "half", NVIDIA, 8, 90112),
+    Row("lstm_proj", "backward", 32, 32, "half", EVERY, 4, 15360),
+    Row("lstm_proj", "backward", 32, 32, "tf32", EVERY, 4, 30720),
+    Row("lstm_proj", "backward", 32, 32, "ieee", EVERY, 8, 30720),
+    Row("lstm_proj", "backward", 64, 32, "half", NVIDIA, 4, 30720),
+    Row("lstm_proj", "backward", 64, 32, "tf32", NVIDIA, 8, 61440),
+    Row("lstm_proj", "backward", 64, 64, "half", NVIDIA, 8, 51200),
+    Row("lstm_proj", "backward", 64, 64, "tf32", NVIDIA, 8, 102400),
+    Row("lstm_proj", "backward", 64, 64, "ieee", ("gfx942",), 4, 16384),
+    Row("lstm_proj", "backward", 128, 32, "half", NVIDIA, 8, 61440),
+    Row("lstm_proj", "backward", 128, 32, "tf32", ("sm_100",), 8, 122880),
+    Row("lstm_proj", "backward", 128, 32, "ieee", ("sm_80",), 16, 122880),
+    Row("lstm_proj", "backward", 128, 64, "half", NVIDIA, 8, 102400),
+    Row("lstm_proj", "backward", 128, 64, "tf32", ("sm_90", "sm_100"), 8, 204800),
+    Row("gru", "forward", 32, 32, "half", EVERY, 4, 2048),
+    Row("gru", "forward", 32, 32, "tf32", EVERY, 4, 16384),
+    Row("gru", "forward", 32, 32, "ieee", EVERY, 4, 14336),
+    Row("gru", "forward", 64, 64, "half", EVERY, 4, 26624),
+    Row("gru", "forward", 64, 64, "tf32", EVERY, 4, 57344),
+    Row("gru", "forward", 64, 64, "ieee", ("sm_80", "sm_90", "gfx942"), 4, 53248),
+    Row("gru", "forward", 128, 128, "half", EVERY, 8, 102400),
+    Row("gru", "forward", 128, 128, "tf32", ("sm_90", "sm_100", "gfx942"), 8, 212992),
+    Row("gru", "forward", 128, 128, "ieee", ("gfx942",), 8, 65536),
+    Row("gru", "backward", 32, 32, "half", EVERY, 4, 10240),
+    Row("gru", "backward", 32, 32, "tf32", EVERY, 4, 20480),
+    Row("gru", "backward", 32, 32, "ieee", EVERY, 4, 18432),
+    Row("gru", "backward", 64, 64, "half", EVERY, 4, 32768),
+    Row("gru", "backward", 64, 64, "tf32", EVERY, 4, 65536),
+    Row("gru", "backward", 64, 64, "ieee", NVIDIA, 8, 61440),
+    Row("gru", "backward", 128, 128, "half", EVERY, 8, 114688),
+    Row("gru", "backward", 128, 128, "tf32", ("sm_90", "sm_100", "gfx942"), 8, 229376),
+    Row("gru", "backward", 128, 128, "ieee", ("gfx942",), 8, 65536),
+    Row("gru_reset_before", "forward", 32, 32, "half", EVERY, 4, 2048),
+    Row("gru_reset_before", "forward", 32, 32, "tf32", EVERY, 4, 16384),
+    Row("gru_reset_before", "forward", 32, 32, "ieee", EVERY, 4, 14336),
+    Row("gru_reset_before", "forward", 64, 64, "half", EVERY, 4, 26624),
+    Row("gru_reset_before", "forward", 64, 64, "tf32", EVERY, 4, 57344),
+    Row("gru_reset_before", "forward", 64, 64, "ieee", EVERY, 8, 53248),
+    Row("gru_reset_before", "forward", 128, 128, "half", EVERY, 4, 102400),
+    Row("gru_reset_before", "forward", 128, 128, "tf32", ("sm_90", "sm_100"), 8, 212992),
+    Row("gru_reset_before", "backward", 32, 32, "half", EVERY, 4, 9216),
+    Row("gru_reset_before", "backward", 32, 32, "tf32", EVERY, 4, 18432),
+    Row("gru_reset_before", "backward", 32, 32, "ieee", EVERY, 4, 16384),
+    Row("gru_reset_before", "backward", 64, 64, "half", EVERY, 4, 30720),
+    Row("gru_reset_before", "backward", 64, 64, "tf32", EVERY, 4, 61440),
+    Row("gru_reset_before", "backward", 64, 64, "ieee", NVIDIA, 8, 57344),
+    Row("gru_reset_before", "backward", 128, 128, "half", NVIDIA, 8, 110592),
+    Row("gru_reset_before", "backward", 128, 128, "tf32", ("sm_90", "sm_100"), 8, 221184),
 )
 
 
@@ -226,9 +221,8 @@ def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: in
 def find(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> Row | None:
     """The persistent kernel that a scan runs by, None where there is none."""
     kernel = "lstm_proj" if proj else "rnn" if cell.startswith("rnn_") else cell
-    multiple = MULTIPLES[hidden % 16 > 0 or proj % 16 > 0]
-    wanted = (kernel, side, tile(hidden), tile(proj or hidden), kind, multiple)
-    return next((row for row in rows_of(capability) if row[:6] == wanted), None)
+    wanted = (kernel, side, tile(hidden), tile(proj or hidden), kind)
+    return next((row for row in rows_of(capability) if row[:5] == wanted), None)
 
 
 def rows_of(capability: int) -> list[Row]:
@@ -236,14 +230,6 @@ def rows_of(capability: int) -> list[Row]:
     chip, shared = chip_of(capability)
     small = capability in SMALL  # else what a row's chips have is known from the record
     return [row for row in PERSISTENT if chip in row.chips and (not small or row.shared <= shared)]
-
-
-def largest(row: Row) -> tuple[int, int]:
-    """H and P of the largest problem that a row serves, both odd where any size may be; P is below H, or 0."""
-    any_size = row.multiple == 1
-    hidden = row.hidden - any_size
-    proj = min(row.size - any_size, hidden - (2 if any_size else row.multiple))
-    return hidden, proj if row.kernel == "lstm_proj" else 0
 
 
 def tile(size: int) -> int:

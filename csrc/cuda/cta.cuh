@@ -117,7 +117,7 @@ struct Weights {
                 F::load(from + gate * between + unit * pitch, part * F::terms + F::term(at.lane), end, whole);
             if (in_registers(n)) {
               kept[kept_at(n)][i] = v;
-            } else {
+            } else if (C::O::tensor || at.lane % 4 == 0) {  // one of the lanes that have the same piece
               shared[((n - kept_at(n)) * 2 + i) * F::pieces] = v;
             }
           }

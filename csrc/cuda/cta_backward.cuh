@@ -84,6 +84,12 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
   // What the step to come reads, [block][...][row].
   Two saved[C::blocks][SAVED][2], gy[C::blocks][2], gc[C::blocks][2], before[C::blocks][2],
       after[C::blocks][2];
+  // Whether the state before the step that is processed, the next one, the one after that was replaced: known
+  // a step ahead of what depends on it.
+  const auto cut_before = [&](int64_t k, int i) {
+    return k < b.n && is_cut(b, place(b, k, true), me.row[i], me.length[i]);
+  };
+  bool cut[3][2] = {{cut_before(0, 0), cut_before(0, 1)}, {cut_before(0, 0), cut_before(0, 1)}};
   const auto fetch = [&](int64_t k) {
     const int64_t t = place(b, k, true);
     RNNKIT_UNROLL
@@ -91,7 +97,7 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
       const bool lives = t < me.length[i];
       const int64_t at = t * b.B + me.row[i];
       const int64_t earlier = step_before(b, t, me.length[i]);
-      const bool replaced = lives && is_cut(b, t, me.row[i], me.length[i]);
+      const bool replaced = cut[1][i];
       RNNKIT_UNROLL
       for (int block = 0; block < C::blocks; ++block) {
         const int inside = lives ? me.inside(block) : 0;
@@ -117,11 +123,14 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
           }
         }
       }
+      cut[2][i] = cut_before(k + 1, i);
     }
   };
   if (b.n > 0) fetch(0);
 
   for (int64_t k = 0; k < b.n; ++k) {
+    RNNKIT_UNROLL
+    for (int i = 0; i < 2; ++i) cut[0][i] = cut[1][i], cut[1][i] = cut[2][i];
     Stored* const rows = buffers + (Cell::two_products ? 0 : k % 2 * C::backward_buffer);
     const int64_t t = place(b, k, true);
     const bool lives[2] = {t < me.length[0], t < me.length[1]};
@@ -218,7 +227,6 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
 
     RNNKIT_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const bool cut = lives[i] && is_cut(b, t, me.row[i], me.length[i]);
       RNNKIT_UNROLL
       for (int block = 0; block < C::blocks; ++block) {
         RNNKIT_UNROLL
@@ -226,7 +234,7 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
           const int j = 2 * u + i;
           if (!lives[i] || u >= me.inside(block)) continue;
           dh[block][j] = back[block][j] + direct[block][j];
-          if (!cut) continue;
+          if (!cut[0][i]) continue;
           const int64_t at = me.row[i] * b.H + me.unit(block) + u;
           Mem::store(b.dh_r, at, Mem::load(b.dh_r, at) + dh[block][j]);
           dh[block][j] = Real(0);

@@ -74,9 +74,12 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
       }
     }
   };
-  // The state of a row before step t, replaced where a reset says so.
-  const auto enter = [&](int64_t t, int i) {
-    if (!is_cut(f, t, me.row[i], me.length[i])) return;
+  // Whether the state of a row is replaced before the k-th step. Asked a product before it is needed.
+  const auto cut_before = [&](int64_t k, int i) {
+    return k < f.n && is_cut(f, f.t0 + place(f, k, false), me.row[i], me.length[i]);
+  };
+  // Replaces it.
+  const auto enter = [&](int i) {
     RNNKIT_UNROLL
     for (int block = 0; block < C::blocks; ++block) {
       RNNKIT_UNROLL
@@ -113,7 +116,9 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
   }
   if (f.n > 0) {
     RNNKIT_UNROLL
-    for (int i = 0; i < 2; ++i) enter(f.t0 + place(f, 0, false), i);
+    for (int i = 0; i < 2; ++i) {
+      if (cut_before(0, i)) enter(i);
+    }
     fetch(0);
   }
   publish(buffers, h);
@@ -124,6 +129,7 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
     Stored* const now = buffers + (Cell::two_products ? 0 : k % 2 * C::forward_buffer);
     Stored* const other = buffers + (Cell::two_products || k % 2 == 0 ? C::forward_buffer : 0);
     const int64_t t = f.t0 + place(f, k, false);
+    const bool cut[2] = {cut_before(k + 1, 0), cut_before(k + 1, 1)};
     Real saved[C::blocks][4][SAVED], fresh[C::blocks][4];
 
     if constexpr (Cell::two_products) {
@@ -202,7 +208,7 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
           }
         }
       }
-      if (k + 1 < f.n) enter(f.t0 + place(f, k + 1, false), i);
+      if (cut[i]) enter(i);
     }
     publish(Cell::two_products ? now : other, h);
     arch::sync();

@@ -59,16 +59,11 @@ def capability(index: int | None = None) -> int:
     return 10 * major + minor
 
 
-FORWARD = (
-    *("gx", "w_hh", "w_hr", "b_hn", "h_0", "c_0", "lengths", "reset", "h_r", "c_r"),
-    *("y", "h_n", "c_n", "c_all", "gates"),
-)
-BACKWARD = (
-    *("w_t", "w_hr_t", "h_0", "c_0", "lengths", "reset", "h_r", "c_r"),
-    *("gy", "gh_n", "gc_n", "gc_all", "y", "c_all", "gates"),
-    *("dgx", "dgh", "dp", "dh_0", "dc_0", "dh_r", "dc_r"),
-)
-"""The tensors of the operators, in their order."""
+COMMON = ("h_0", "c_0", "lengths", "reset", "h_r", "c_r")
+FORWARD = ("gx", "w_hh", "w_hr", "b_hn", *COMMON, "y", "h_n", "c_n", "c_all", "gates")
+GIVEN = ("gy", "gh_n", "gc_n", "gc_all")
+BACKWARD = ("w_t", "w_hr_t", *COMMON, *GIVEN, "y", "c_all", "gates", "dgx", "dgh", "dp", "dh_0", "dc_0", "dh_r", "dc_r")
+"""The operands of cuda_scan_forward and cuda_scan_backward (csrc/cuda/ops.cpp), in order."""
 
 
 def launch(kernel: str, side: str, fields: dict[str, Any]) -> None:
@@ -145,14 +140,8 @@ class CUDA(KernelBackend):
         return None
 
     def detail(self, problem: Problem, index: int | None = None) -> str | None:
-        row, why = planned(
-            problem.cell,
-            problem.hidden_size,
-            problem.proj_size,
-            kind(problem.dtype),
-            problem.batch,
-            machine.capability(index),
-        )
+        sizes = (problem.hidden_size, problem.proj_size, kind(problem.dtype), problem.batch)
+        row, why = planned(problem.cell, *sizes, machine.capability(index))
         return f"{row.regime}: {why} ({row.name})"
 
     def scan_forward(
@@ -191,7 +180,7 @@ class CUDA(KernelBackend):
         fields = _common(cell, t, o.reverse, 0, n)
         fields |= {"w_t": t.w_hh.t().contiguous(), "w_hr_t": None if t.w_hr is None else t.w_hr.t().contiguous()}
         fields |= {"h_0": t.h_0.contiguous(), "c_0": _solid(t.c_0), "y": y.contiguous(), "c_all": c_all, "gates": gates}
-        fields |= dict(zip(("gy", "gh_n", "gc_n", "gc_all"), (_solid(g) for g in grads), strict=True))
+        fields |= dict(zip(GIVEN, (_solid(g) for g in grads), strict=True))
         fields |= {"dgx": dgx, "dgh": dgh, "dp": dp, "dh_0": dh_0, "dc_0": dc_0, "dh_r": dh_r, "dc_r": dc_r}
         if rows:
             machine.run(_row(cell, t).name, "backward", {**fields, "n": n, "B": rows, "H": hidden, "N": size})

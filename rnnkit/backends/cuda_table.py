@@ -104,7 +104,7 @@ ROWS: tuple[Row, ...] = (
 
 
 def shared_bytes(row: Row, side: int) -> int:
-    """Shared memory of a block, forward (0) or backward (1). The sources say the same; a test holds them together."""
+    """Shared memory of a block, forward (0) or backward (1), as the sources compute it; a test holds them together."""
     size = {"f64": 8, "tf32": 4, "ieee": 4}.get(row.kind, 2)
     if row.regime == "step":
         blocks = 1 if side else 2 if row.kernel == "gru_before" else GATES[row.kernel]

@@ -55,7 +55,9 @@ struct Resident : Block {
   int arrived, left;
   Place place;       // of the barrier where `arrived` wait
   int64_t barriers;  // that it has passed
-  char tags[2];  // of one barrier, and the next: nobody is at the one after while some still leave the first
+  // Of one barrier, and the next: nobody is at the one after while some still leave the first. Each block has
+  // its own, or it would seem to come after the one that was here before.
+  std::unique_ptr<char[]> tags;
 };
 
 struct Machine {
@@ -258,6 +260,7 @@ void begin(Resident& r, int64_t number) {
   r.shared = r.memory->data();
   r.arrived = r.left = 0;
   r.barriers = 0;
+  r.tags = std::make_unique<char[]>(2);
   r.tasks.resize(static_cast<size_t>(l.threads));
   r.warps.resize(static_cast<size_t>((l.threads + 31) / 32));
   for (int k = 0; k < l.threads; ++k) {

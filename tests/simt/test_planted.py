@@ -1,5 +1,5 @@
-"""The tests of the CUDA kernels can fail: an error planted in the source of each turns the comparison red, and a barrier
-that is missing is found in some order of threads.
+"""The tests of the CUDA kernels can fail: an error planted in the source of each turns the comparison red, and a
+barrier that is missing is found in some order of threads.
 
 A copy of csrc/ with one line changed is compiled in place of the source. Without a change the comparison is silent.
 """
@@ -56,11 +56,12 @@ CTA = [
     ("cuda/cta_backward.cuh", "(FIRST + gate) * C::width + part * F::terms", "(FIRST + gate) * C::width", "gru"),
     ("cuda/cta.cuh", "unit < at.H ? at.H : 0", "unit < at.H ? at.H - 1 : 0", "lstm"),
     # resets, lengths, states
-    ("cuda/cta_forward.cuh", "if (k + 1 < f.n) enter(f.t0 + place(f, k + 1, false), i);", "", "lstm"),
-    ("cuda/cta_forward.cuh", "enter(f.t0 + place(f, 0, false), i);", "", "gru"),
+    ("cuda/cta_forward.cuh", "if (cut[i]) enter(i);", "if (cut[i] && i > 1) enter(i);", "lstm"),
+    ("cuda/cta_forward.cuh", "if (cut_before(0, i)) enter(i);", "", "gru"),
     ("cuda/cta_forward.cuh", "if (lives && u < inside) h", "if (u < inside) h", "rnn_tanh"),
     ("cuda/cta_forward.cuh", "if (Cell::has_c && t < me.length[j % 2]) c", "if (Cell::has_c) c", "lstm"),
-    ("cuda/cta_backward.cuh", "if (!cut) continue;", "if (cut || !cut) continue;", "gru"),
+    ("cuda/cta_backward.cuh", "if (!cut[0][i]) continue;", "continue;", "gru"),
+    ("cuda/cta_backward.cuh", "cut[2][i] = cut_before(k + 1, i)", "cut[2][i] = cut_before(k + 2, i)", "lstm"),
     ("cuda/cta_backward.cuh", "if (alive) dc[block][j] = d_c;", "dc[block][j] = d_c;", "lstm"),
     ("cuda/cta_backward.cuh", "earlier >= 0 && !replaced", "earlier >= 0", "lstm"),
     # barriers: without one a warp that runs ahead reads what is not there yet, or writes what is still read

@@ -2,7 +2,7 @@
 the sanitizer comes first. AddressSanitizer and UBSan find accesses beyond any memory, ThreadSanitizer two accesses that
 no barrier orders.
 
-    python tests/ci/simt.py [--flavour asan] [pytest's arguments]
+    python tests/ci/simt_sanitize.py [--flavour asan] [pytest's arguments]
 """
 
 from __future__ import annotations
