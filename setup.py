@@ -85,7 +85,7 @@ def with_cuda(cpp_extension: Any) -> tuple[list[str], dict[str, Any], list[str],
         "libraries": ["cudart_static", "rt", "dl", "pthread"],
         "extra_link_args": ["-Wl,--exclude-libs,ALL"],
     }
-    sources = [ROOT / "csrc" / "cuda" / "ops.cpp", *kernels]
+    sources = [*(ROOT / "csrc" / "cuda" / name for name in ("ops.cpp", "probes.cu")), *kernels]
     hidden = "-Xcompiler=-fvisibility=hidden"
     return (
         [str(path.relative_to(ROOT)) for path in sources],

@@ -162,7 +162,8 @@ def test_with_cuda(run_setup: Setup, tmp_path: Path) -> None:
     home = toolkit(tmp_path / "toolkit")
     (library,) = run_setup(RNNKIT_CUDA="1", CUDA_HOME=str(home))["ext_modules"]
     kernels = [f"build/cuda/{row.name}.cu" for row in cuda_table.ROWS]
-    assert [source for source in library.sources if "cuda" in source] == ["csrc/cuda/ops.cpp", *kernels]
+    own = ["csrc/cuda/ops.cpp", "csrc/cuda/probes.cu"]
+    assert [source for source in library.sources if "cuda" in source] == [*own, *kernels]
     assert all((tmp_path / "root" / kernel).exists() for kernel in kernels)
     flags = library.extra_compile_args
     assert [flag for flag in flags["nvcc"] if "gencode" in flag] == [nvcc.gencode(chip) for chip in ALL]

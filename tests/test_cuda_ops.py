@@ -19,8 +19,10 @@ from rnnkit.backends import cuda, cuda_table, extension
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = """
+#include "probes.h"
 #include "scan.h"
 namespace rnnkit::cuda {
+double probe(const char* what, int64_t size, Stream) { return *what == 'h' ? size / 2.0 : 0; }
 namespace {
 int64_t bytes(const Forward&) { return 0; }
 int64_t bytes_back(const Backward&) { return 0; }
@@ -242,3 +244,12 @@ def test_what_is_built_in() -> None:
 def test_another_kind_of_device() -> None:
     with pytest.raises(RuntimeError, match="rnnkit: gx must be on a GPU, got another kind of device"):
         forward(gx=some(N, B, 4 * H).to("meta"))
+
+
+def test_probes_need_a_device() -> None:
+    if torch.version.cuda is None:
+        with pytest.raises(RuntimeError, match="this torch is built without CUDA"):
+            torch.ops.rnnkit.cuda_probe("half", 3)
+    elif not torch.cuda.is_available():
+        with pytest.raises(RuntimeError):
+            torch.ops.rnnkit.cuda_probe("half", 3)

@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "../tensors.h"
+#include "probes.h"
 #include "scan.h"
 
 namespace rnnkit {
@@ -288,6 +289,12 @@ void cuda_scan_backward(std::string kernel, bool reverse, bool relu, Tensor w_t,
 
 std::string cuda_kernels() { return names(); }
 
+double cuda_probe(std::string what, int64_t size) {
+  current_stream(0);  // or why there is none
+  const int32_t device = torch::stable::accelerator::getCurrentDeviceIndex();
+  return cuda::probe(what.c_str(), size, current_stream(device));
+}
+
 #define RNNKIT_TEXT_OF(...) #__VA_ARGS__
 #define RNNKIT_TEXT(...) RNNKIT_TEXT_OF(__VA_ARGS__)
 
@@ -313,6 +320,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       "Tensor(c!)? dp, Tensor(d!) dh_0, Tensor(e!)? dc_0, Tensor(f!)? dh_r, Tensor(g!)? dc_r) -> ()");
   m.def("cuda_kernels() -> str");
   m.def("cuda_built() -> str");
+  m.def("cuda_probe(str what, int size) -> float");
 }
 
 // For every device, so that a tensor elsewhere meets our words.
@@ -321,4 +329,5 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkit, CompositeExplicitAutograd, m) {
   m.impl("cuda_scan_backward", TORCH_BOX(&rnnkit::cuda_scan_backward));
   m.impl("cuda_kernels", TORCH_BOX(&rnnkit::cuda_kernels));
   m.impl("cuda_built", TORCH_BOX(&rnnkit::cuda_built));
+  m.impl("cuda_probe", TORCH_BOX(&rnnkit::cuda_probe));
 }

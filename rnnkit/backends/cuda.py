@@ -114,6 +114,7 @@ def missing() -> str | None:
 class CUDA(KernelBackend):
     name = "cuda"
     saves_narrow = True
+    overlaps = True
 
     def available(self) -> str | None:
         return missing()

@@ -120,6 +120,7 @@ def missing() -> str | None:
 class Triton(KernelBackend):
     name = "triton"
     saves_narrow = True
+    overlaps = True
 
     def available(self) -> str | None:
         return missing()
