@@ -90,7 +90,7 @@ CTA = (
     ("gru", ("ieee",), 64, 4, (0, 0)),
     ("gru", ("ieee",), 112, 7, (0, 0)),
     ("gru_before", ("ieee",), 64, 4, (0, 0)),
-    ("gru_before", ("ieee",), 112, 7, (0, 0)),
+    ("gru_before", ("ieee",), 96, 6, (0, 0)),
 )
 
 ROWS: tuple[Row, ...] = (
