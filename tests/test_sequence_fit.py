@@ -232,7 +232,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, what: str) -> None:
         ValueError, match=r"fit\.pt is no checkpoint of fit, or a damaged one.*; remove it, or "
     ) as error:
         fit(MarkovModel(), waves(), epochs=2, checkpoint=file, resume=True, progress=False)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("where", ["missing/fit.pt", "folder", "/proc/fit.pt", "file/fit.pt"])
