@@ -15,6 +15,9 @@
 
 #pragma once
 
+#include <sstream>
+#include <stdexcept>
+
 #include "cells.cuh"
 
 namespace rnnkit::cuda {
@@ -27,6 +30,7 @@ struct Cta {
   using F = Fragments<O>;
   using Stored = typename O::Stored;
   using Real = typename O::Real;
+  static constexpr int units = UNITS;
   static constexpr int G = Cell::G;
   static constexpr int rows = 8;
   static constexpr int threads = 32 * WARPS;
@@ -152,6 +156,17 @@ RNNKIT_DEVICE void put(typename O::Stored* to, typename O::Real a, typename O::R
     memcpy(&two, words, sizeof words);
   }
   *reinterpret_cast<Two*>(to) = two;
+}
+
+// Refuses what a configuration does not hold.
+template <class C>
+void expect_held(const char* name, const Sequence& s) {
+  if (s.H <= C::units && s.N == s.H) return;
+  std::ostringstream message;
+  message << "rnnkit: CUDA kernel " << name << " holds up to " << C::units
+          << " units and no projection, got H=" << s.H << " and a state of " << s.N
+          << "; a kernel of the regime step takes any";
+  throw std::runtime_error(message.str());
 }
 
 // Zeros in shared memory, by all threads.

@@ -261,6 +261,7 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
 
 template <class C>
 void run_cta_backward(const char* name, const Backward& b, Stream stream) {
+  expect_held<C>(name, b);
   constexpr int stored = static_cast<int>(sizeof(typename C::Stored));
   const bool paired =
       b.H % 2 == 0 && aligned(2 * stored, {b.gy, b.gc_all, b.y, b.c_all, b.gates, b.dgx, b.dgh});

@@ -228,6 +228,7 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
 
 template <class C>
 void run_cta_forward(const char* name, const Forward& f, Stream stream) {
+  expect_held<C>(name, f);
   constexpr int stored = static_cast<int>(sizeof(typename C::Stored));
   const bool paired = f.H % 2 == 0 && aligned(2 * stored, {f.gx, f.y, f.c_all, f.gates});
   const bool whole = f.H * stored % 16 == 0 && aligned(16, {f.w_hh});

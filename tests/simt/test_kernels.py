@@ -161,3 +161,13 @@ def test_what_explain_says() -> None:
     large = rnnkit.explain(rnnkit.GRU(3, 400, backend="cuda"), torch.zeros(2, 1, 3)).to_dict()["layers"][0]
     assert large["detail"] == "step: on one multiprocessor fit up to 112 units, got H=400 (step_gru_ieee_8)"
     assert rnnkit.explain(rnnkit.GRU(3, 40), torch.zeros(2, 1, 3)).to_dict()["layers"][0]["backend"] != "cuda"
+
+
+@pytest.mark.parametrize(("hidden", "size"), [(65, 65), (8, 4)], ids=["units", "projection"])
+def test_a_kernel_refuses_what_it_does_not_hold(hidden: int, size: int) -> None:
+    held = {"n": 1, "B": 1, "H": hidden, "N": size, "t0": 0, "total": 1, "reverse": False, "relu": False}
+    fields = {"gx": torch.zeros(1, 1, 4 * hidden), "w_hh": torch.zeros(4 * hidden, size), "y": torch.zeros(1, 1, size)}
+    with pytest.raises(
+        RuntimeError, match=f"holds up to 64 units and no projection, got H={hidden} and a state of {size}"
+    ):
+        simt.run("cta_lstm_ieee_64", "forward", {**held, **fields})
