@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import math
 import re
 import sys
 from pathlib import Path
@@ -93,9 +95,7 @@ def test_a_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert name in said.err and "s left" in said.err, "a progress bar"
     assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(file.suffix for file in out.iterdir()) == [".csv", ".png", ".txt"]
-    check = CHECKS.get(name)
-    if check is not None:
-        check(rows_of(out / f"{name}.csv"))
+    CHECKS[name](rows_of(out / f"{name}.csv"))
 
 
 def check_sentences(sentences: list[str]) -> None:
@@ -103,6 +103,34 @@ def check_sentences(sentences: list[str]) -> None:
     for sentence in sentences:
         assert sentence[0].isupper() and sentence[-1] == "." and not re.search(r"\.\s", sentence), sentence
         assert not re.search(r"\b(nan|inf|None)\b", sentence) and re.search(r"\d", sentence), sentence
+
+
+def check_flows(rows: list[dict[str, str]]) -> None:
+    curves: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        curves.setdefault((row["cell"], row["scale"], row["seed"]), []).append(row)
+        assert row["hidden"] == "16" and float(row["spectral_radius"]) == gradient_flow.SCALES[row["scale"]]
+    assert set(curves) == set(itertools.product(gradient_flow.CELLS, gradient_flow.SCALES, ("1", "2")))
+    far = {}
+    for key, curve in curves.items():
+        assert [int(row["steps_back"]) for row in curve] == list(range(gradient_flow.STEPS))[::-1]
+        assert float(curve[-1]["log10_of_norm"]) == 0, "over that at h_T"
+        far[key] = float(curve[0]["log10_of_norm"])
+    for seed in "12":
+        assert far["RNN tanh", "small", seed] < -45 and far["RNN relu", "small", seed] < -45
+        assert far["RNN relu", "large", seed] > 7  # 27 and 41; two of eight seeds fall at this width
+        assert abs(far["LSTM", "small", seed]) < 5  # 1.9
+
+
+def check_memory(rows: list[dict[str, str]]) -> None:
+    keys = [(row["task"], row["cell"], row["T"], row["seed"]) for row in rows]
+    assert sorted(keys) == sorted(itertools.product(memory.TASKS, memory.CELLS, ("5", "10"), ("1", "2")))
+    for row in rows:
+        steps = int(row["T"])
+        nothing = 1 / 6 if row["task"] == "adding" else 3 * math.log(4) / (steps + 6)
+        assert float(row["baseline"]) == pytest.approx(nothing, rel=1e-6)
+        assert float(row["loss"]) < 1.5 * nothing, "near the memoryless loss or below"
+        assert row["budget"] == "60" and 0 < int(row["steps"]) <= 60 and 0 <= float(row["solved"]) <= 1
 
 
 def check_gates(rows: list[dict[str, str]]) -> None:
@@ -149,7 +177,13 @@ def check_models(rows: list[dict[str, str]]) -> None:
         assert 40 < (sum(high) - sum(low)) / models.AHEAD < 200, "in sunspots"  # 77 to 116
 
 
-CHECKS: dict[str, Any] = {"gates": check_gates, "gru-vs-lstm": check_cells, "models": check_models}
+CHECKS: dict[str, Any] = {
+    "gradient-flow": check_flows,
+    "memory": check_memory,
+    "gates": check_gates,
+    "gru-vs-lstm": check_cells,
+    "models": check_models,
+}
 
 
 # Sentences follow the numbers: made-up ones give other words.
