@@ -54,13 +54,13 @@ def test_gated_cells_solve_the_adding_problem_where_the_tanh_rnn_does_not(seed: 
     loss = {cell: memory.train("adding", cell, 100, memory.QUICK.budget, seed).loss for cell in memory.CELLS}
     tenth = memory.SOLVED / 6  # 0.0167
     assert loss["LSTM"] < tenth and loss["GRU"] < tenth, loss  # 0.0021 to 0.0033
-    assert loss["RNN tanh"] > 7 * tenth, loss  # 0.163 to 0.190
+    assert loss["RNN tanh"] > 7 * tenth, loss  # 0.159 to 0.169
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_gru_copies_where_the_tanh_rnn_does_not(seed: int) -> None:
     gru, rnn = (memory.train("copying", cell, 25, memory.QUICK.budget, seed) for cell in ("GRU", "RNN tanh"))
-    assert gru.loss < memory.SOLVED * gru.baseline and gru.solved > 0.9  # 0.015 to 0.016 of it, all right
+    assert gru.loss < memory.SOLVED * gru.baseline and gru.solved > 0.9  # 0.015 to 0.064 of it, 91 % and more
     assert rnn.loss > 0.8 * rnn.baseline and rnn.solved < 0.2  # 1.00 to 1.01 of it, 1 to 2 % right
 
 
@@ -135,7 +135,10 @@ def check_memory(rows: list[dict[str, str]]) -> None:
 
 def check_gates(rows: list[dict[str, str]]) -> None:
     assert [row["part"] for row in rows] == ["gates"] * gates.LENGTH + ["reset"] * gates.AFTER
-    assert all(0 < float(row[gate]) < 1 for row in rows[: gates.LENGTH] for gate in ("forget", "input", "output"))
+    for gate in ("forget", "input", "output", "reset", "update"):
+        means = [float(row[gate]) for row in rows[: gates.LENGTH]]
+        assert 0 < min(means) < max(means) - 0.02 < 1, f"{gate} gate moves with the text"
+    assert all(float(row["cell"]) > 0 for row in rows[: gates.LENGTH]), "mean of |c|"
     after = rows[gates.LENGTH :]
     first, last = float(after[0]["bits_more"]), float(after[-1]["bits_more"])
     assert first > 0.3 and abs(last) < 0.1  # 0.62 to 0.96; 0.00
@@ -244,15 +247,26 @@ def test_sentences_on_memory() -> None:
 
 
 def test_sentences_on_gates() -> None:
-    rows = [{"kind": kind, "forget": 0.5 + 0.1 * k, "input": 0.5} for k, kind in enumerate(gates.KINDS)]
+    rows = [
+        {"kind": kind, "forget": 0.5 + 0.1 * k, "input": 0.5, "output": 0.9 - 0.1 * k, "cell": 1 + k, "reset": 0.4,
+         "update": 0.2 * k}
+        for k, kind in enumerate(gates.KINDS)
+    ]  # fmt: skip
     fading = gates.Reset(torch.linspace(1, 0.01, gates.AFTER), torch.linspace(1, 0.02, gates.AFTER))
-    usual = gates.sentences(rows, fading, 2.0)
+    usual = gates.sentences(rows, fading, {"LSTM": 2.0, "GRU": 1.5})
     check_sentences(usual)
-    assert "lowest after a letter or digit (0.50) and highest after a line end (0.80)" in usual[0]
-    assert "about the same whatever was read" in usual[1]
+    assert "LSTM spends 2.00 bits" in usual[0] and "GRU spends 1.50 bits" in usual[1]
+    assert "forget gate is lowest after a letter or digit (0.50) and highest after a line end (0.80)" in usual[0]
+    assert "input gate is about the same whatever was read" in usual[0]
+    assert "output gate is lowest after a line end (0.60) and highest after a letter or digit (0.90)" in usual[0]
+    assert "cell state |c| is lowest after a letter or digit (1.00) and highest after a line end (4.00)" in usual[0]
+    assert (
+        "weight of the past, is lowest after a letter or digit (0.00) and highest after a line end (0.60)" in usual[1]
+    )
+    assert "reset gate is about the same" in usual[1]
     assert "1.00 bits more" in usual[2] and "55 characters later" in usual[2]
     kept = gates.Reset(torch.full((gates.AFTER,), -0.5), torch.full((gates.AFTER,), 0.7))
-    other = gates.sentences(rows[::-1], kept, 2.0)
+    other = gates.sentences(rows[::-1], kept, {"LSTM": 2.0, "GRU": 1.5})
     assert "0.50 bits less" in other[2] and "still differs by 70%" in other[2]
 
 
