@@ -370,10 +370,18 @@ def test_missing_packages(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_bad_seed(idle: None, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "seed, words",
+    [
+        ("-1", "argument --seed: must lie in [0, 2^63), got -1"),
+        ("x", "argument --seed: must be a whole number, got 'x'"),
+    ],
+)
+def test_a_bad_seed(seed: str, words: str, idle: None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["experiments", "gates", "--seed", "-1"])
-    assert stop.value.code == 2 and "must lie in" in capsys.readouterr().err
+        main(["experiments", "gates", "--seed", seed])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and words in said and said.count("\n") == 1, said
 
 
 def test_a_disk_that_is_full(
