@@ -232,13 +232,16 @@ def test_bad_options(
 
 
 @pytest.mark.parametrize(
-    "options", [["--steps", "0"], ["--steps", "-3"], ["--steps", "x"], ["--seed", "-1"], ["--cell", "x"]], ids=" ".join
+    "options",
+    [["--steps", "0"], ["--steps", "-3"], ["--steps", "x"], ["--seed", "-1"], ["--seed", "x"], ["--cell", "x"]],
+    ids=" ".join,
 )
 def test_bad_values(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["demo", *options])
-    assert stop.value.code == 2
-    assert "rnnkit demo: error: argument" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "_" not in said
+    assert "rnnkit demo: error: argument" in said
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent to a process")

@@ -219,8 +219,15 @@ def _device(where: train.Place) -> str:
     return f"{name}, {where.world} processes" if where.world > 1 else name
 
 
+def _whole(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {value!r}") from None
+
+
 def _positive(value: str) -> int:
-    number = int(value)
+    number = _whole(value)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
@@ -228,7 +235,7 @@ def _positive(value: str) -> int:
 
 def seed_option(value: str) -> int:
     """A seed on the command line."""
-    number = int(value)
+    number = _whole(value)
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"must lie in [0, 2^63), got {number}")
     return number

@@ -23,4 +23,5 @@ def heat_map(fig: Any, axis: Any, values: Tensor, name: str, least: float, most:
         values.T.numpy(force=True), aspect="auto", cmap="gray", vmin=least, vmax=most, interpolation="nearest"
     )
     axis.set_ylabel(f"{name}\nunit")
+    axis.yaxis.get_major_locator().set_params(integer=True)
     fig.colorbar(shown, ax=axis)

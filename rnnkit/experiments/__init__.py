@@ -2,7 +2,7 @@
 
     gradient-flow   how a gradient falls or grows on its way back through time, by cell and scale of the weights
     memory          which cells solve the adding problem and the copy task, and up to which length
-    gates           what an LSTM's gates do over the characters of a real text, and what a reset does
+    gates           what an LSTM's and a GRU's gates do over the characters of a real text, and what a reset does
     gru-vs-lstm     parameters, time and loss at equal width and at equal parameters
     models          naive, autoregressive, Markov and latent models on a real series and a real text
 

@@ -1,5 +1,6 @@
-"""What the gates do: an LSTM learns characters of Python's standard library; then its forget and input gates over
-held-out text, what they do after each kind of character, and what a reset of the state costs.
+"""What the gates do: an LSTM and a GRU learn characters of Python's standard library on the same batches; then their
+gates and the cell state over held-out text, what they do after each kind of character, and what a reset of the LSTM's
+state costs.
 
 At step t the layer reads character t − 1 and predicts character t.
 """
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import LSTM
+from .. import GRU, LSTM
 from ..demo import text
 from ..diagnostics import gates as look
 from ..diagnostics import initialise
@@ -23,7 +24,7 @@ from .common import Finding, Show, mean
 
 EMBEDDED = 32
 LENGTH = 2000  # characters over which gates are looked at
-SHOWN, UNITS = 70, 24  # characters and units in the picture
+SHOWN, UNITS = 70, 12  # characters, and units of a layer, in the picture
 CUT = 100  # characters before a reset
 AFTER = 60  # characters for which it is followed
 FORGOTTEN = 0.1  # of the state, below which what was before a reset counts as gone
@@ -31,8 +32,19 @@ APART = 0.02  # between means of gates, below which they count as alike
 KINDS = ("letter or digit", "space", "punctuation mark", "line end")
 
 
+GATES = {
+    "forget": ("LSTM", "f"),
+    "input": ("LSTM", "i"),
+    "output": ("LSTM", "o"),
+    "cell": ("LSTM", "c"),
+    "reset": ("GRU", "r"),
+    "update": ("GRU", "z"),
+}
+"""What is shown of which layer: the CSV's columns and the picture's panels. Of the cell state the columns hold |c|."""
+
+
 class Size(NamedTuple):
-    """Width of the LSTM, its training steps, the held-out windows in which a reset is followed."""
+    """Width of both layers, their training steps, the held-out windows in which a reset is followed."""
 
     hidden: int
     updates: int
@@ -55,20 +67,28 @@ def run(size: Size, seed: int, show: Show) -> Finding:
     """Train, look at the gates, reset."""
     torch.manual_seed(seed)
     corpus = text.load(None)
-    layer: Any = initialise.forget_bias_(LSTM(EMBEDDED, size.hidden, batch_first=True))
-    model = LatentAutoregressiveModel(layer, vocabulary=len(corpus.letters))
-    learn([model], corpus.train, size.updates, seed, lambda k, loss: show(k, size.updates, f"loss {loss:.3f}"))
+    models: dict[str, LatentAutoregressiveModel] = {}
+    for name, made in (("LSTM", LSTM), ("GRU", GRU)):
+        layer: Any = made(EMBEDDED, size.hidden, batch_first=True)
+        if name == "LSTM":
+            initialise.forget_bias_(layer)
+        models[name] = LatentAutoregressiveModel(layer, vocabulary=len(corpus.letters))
+    learn(
+        [*models.values()], corpus.train, size.updates, seed, lambda k, loss: show(k, size.updates, f"loss {loss:.3f}")
+    )
     g = torch.Generator().manual_seed(seed)
     held = corpus.held_out.long()
     start = int(torch.randint(len(held) - 2 * LENGTH, (1,), generator=g))
     start += int((held[start:] == corpus.letters.index("\n")).nonzero()[0]) + 1  # a line begins there
     piece = held[start : start + LENGTH]
-    inside = {name: v[:, 0] for name, v in look(model, piece[None])["rnn.l0"].items()}  # each [T, H]
+    every = {name: look(model, piece[None])["rnn.l0"] for name, model in models.items()}
+    inside = {gate: every[name][letter][:, 0] for gate, (name, letter) in GATES.items()}  # each [T, H]
     begin = torch.randint(len(held) - CUT - AFTER, (size.windows, 1), generator=g)
-    reset = after_reset(model, held[begin + torch.arange(CUT + AFTER)])
+    reset = after_reset(models["LSTM"], held[begin + torch.arange(CUT + AFTER)])
     letters = [corpus.letters[k] for k in piece.tolist()]
     rows = rows_of(inside, letters, reset)
-    return Finding(rows, sentences(rows, reset, bits_of(model, held)), lambda: draw(inside, letters, reset))
+    bits = {name: bits_of(model, held) for name, model in models.items()}
+    return Finding(rows, sentences(rows, reset, bits), lambda: draw(inside, letters, reset))
 
 
 def after_reset(model: LatentAutoregressiveModel, x: Tensor) -> Reset:
@@ -94,18 +114,16 @@ def kind(letter: str) -> str:
 
 
 def rows_of(inside: dict[str, Tensor], letters: list[str], reset: Reset) -> list[dict[str, Any]]:
-    """The gates' means over the units at each step of the text; then, by the steps since, what a reset changes."""
-    f, i, o = (inside[name].mean(1).tolist() for name in "fio")
-    keys = ("part", "step", "read", "kind", "forget", "input", "output", "bits_more", "state_changed")
+    """Means over the units at each step of the text; then, by the steps since, what a reset changes."""
+    means = {gate: v.abs().mean(1).tolist() for gate, v in inside.items()}
+    keys = ("part", "step", "read", "kind", *GATES, "bits_more", "state_changed")
     rows: list[dict[str, Any]] = [
         {
             "part": "gates",
             "step": t + 1,
             "read": "start" if t == 0 else letters[t - 1].encode("unicode_escape").decode(),
             "kind": "start" if t == 0 else kind(letters[t - 1]),
-            "forget": f[t],
-            "input": i[t],
-            "output": o[t],
+            **{gate: v[t] for gate, v in means.items()},
         }
         for t in range(len(letters))
     ]
@@ -116,8 +134,8 @@ def rows_of(inside: dict[str, Tensor], letters: list[str], reset: Reset) -> list
     return [{key: row.get(key, "") for key in keys} for row in rows]
 
 
-def sentences(rows: list[dict[str, Any]], reset: Reset, bits: float) -> list[str]:
-    """Where gates open and close, and how long a reset is felt."""
+def sentences(rows: list[dict[str, Any]], reset: Reset, bits: dict[str, float]) -> list[str]:
+    """Where the LSTM's gates open and close, where the GRU's, and how long a reset is felt; bits by layer."""
 
     def extremes(gate: str) -> str:
         by_kind = {k: [row[gate] for row in rows if row["kind"] == k] for k in KINDS}
@@ -134,10 +152,13 @@ def sentences(rows: list[dict[str, Any]], reset: Reset, bits: float) -> list[str
     else:
         left = f"is within {FORGOTTEN:.0%} of what it would have been {gone} characters later"
     return [
-        f"The LSTM spends {bits:.2f} bits on a character of held-out text, and its forget gate, on average over its "
-        f"units, {extremes('forget')}.",
-        f"Its input gate {extremes('input')}.",
-        f"A reset makes the next character cost {more(reset.bits[0])} and the {AFTER}th {more(reset.bits[-1])}; "
+        f"The LSTM spends {bits['LSTM']:.2f} bits on a character of held-out text; on average over its units the "
+        f"forget gate {extremes('forget')}, the input gate {extremes('input')}, the output gate "
+        f"{extremes('output')} and the size of the cell state |c| {extremes('cell')}.",
+        f"The GRU spends {bits['GRU']:.2f} bits; its update gate, the weight of the past, {extremes('update')}, and "
+        f"its reset gate {extremes('reset')}.",
+        f"A reset of the LSTM makes the next character cost {more(reset.bits[0])} and the {AFTER}th "
+        f"{more(reset.bits[-1])}; "
         f"{state} {left}.",
     ]
 
@@ -148,21 +169,29 @@ def more(bits: Tensor) -> str:
 
 
 def draw(inside: dict[str, Tensor], letters: list[str], reset: Reset) -> Any:
-    """Forget and input gate of the units whose forget gate varies most, the slowest on top; below it the reset."""
-    fig, axes = figure(3, 1, width=11, height=2.6)
-    f = inside["f"][:SHOWN]
-    chosen = f.std(0).topk(min(UNITS, f.shape[1])).indices
-    chosen = chosen[f[:, chosen].mean(0).argsort(descending=True)]
-    for axis, name, words in ((axes[0], "f", "forget gate f"), (axes[1], "i", "input gate i")):
-        heat_map(fig, axis, inside[name][:SHOWN, chosen], words, 0, 1)
-        axis.set_xticks(range(SHOWN), ["^", *(mark(letter) for letter in letters[: SHOWN - 1])], family="monospace")
-    axes[0].set_title(f"0: closed, 1: open; {len(chosen)} units, the slowest to forget on top")
-    axes[1].set_xlabel("step t: the character just read (^ start, ⏎ line end, ␣ space)")
-    last = axes[2]
+    """The units of each layer whose forget or update gate varies most, the slowest on top; below them the reset."""
+    fig, axes = figure(len(GATES) + 1, 1, width=11, height=1.7)
+    read = ["^", *(mark(letter) for letter in letters[: SHOWN - 1])]
+    for axis, (gate, (name, letter)) in zip(axes, GATES.items(), strict=False):
+        past = inside["forget" if name == "LSTM" else "update"][:SHOWN]
+        chosen = past.std(0).topk(min(UNITS, past.shape[1])).indices
+        chosen = chosen[past[:, chosen].mean(0).argsort(descending=True)]
+        shown = inside[gate][:SHOWN, chosen]
+        most = float(shown.abs().max()) if gate == "cell" else 1.0
+        words = "cell state c" if gate == "cell" else f"{gate} gate {letter}"
+        heat_map(fig, axis, shown, f"{name}\n{words}", -most if gate == "cell" else 0.0, most)
+        axis.set_xticks(range(len(read)), read, family="monospace", fontsize=8)
+    axes[0].set_title(
+        f"gates: 0 closed (black), 1 open (white); cell state: 0 is mid-grey; {len(chosen)} units a layer, "
+        "the slowest to forget on top",
+        fontsize=10,
+    )
+    axes[len(GATES) - 1].set_xlabel("step t: the character just read (^ start, ⏎ line end, ␣ space)")
+    last = axes[-1]
     steps = range(1, AFTER + 1)
     (cost,) = last.plot(steps, reset.bits, color="black", marker="o", markersize=3, label="cost, bits (left)")
     last.axhline(0, color="0.7", linewidth=1)
-    last.set(xlabel="characters after a reset of the state", ylabel="bits more a character")
+    last.set(xlabel="characters after a reset of the LSTM's state", ylabel="bits more\na character")
     right = last.twinx()
     (moved,) = right.plot(
         steps, reset.state, "--", color="0.4", marker="s", markersize=3, label="state, ‖change‖ / ‖h‖ (right)"

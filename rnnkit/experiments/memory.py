@@ -38,7 +38,7 @@ class Size(NamedTuple):
     seeds: int
 
 
-QUICK, FULL = Size((10, 25, 50, 100), 1500, 1), Size((10, 25, 50, 100, 200, 300), 2000, 2)
+QUICK, FULL = Size((10, 30, 100), 1000, 1), Size((10, 25, 50, 100, 200, 300), 2000, 2)
 
 
 class Trained(NamedTuple):
