@@ -254,5 +254,5 @@ def draw(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor) -> 
         counts = [found.models[name].cost(t).parameters for t in steps]
         costs.semilogy(steps, counts, label=name, markevery=3, **style)
     costs.set(title=f"what a step takes, {data}", xlabel="step t", ylabel=r"parameters of $p(x_t\,|\,\ldots)$")
-    costs.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.7))
+    costs.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.7 if data == "sunspots" else 0.3))
     return fig
