@@ -401,3 +401,27 @@ def test_a_disk_that_is_full(
 def test_lists_in_words() -> None:
     assert common.listed(["a", "b", "c"]) == "a, b and c"
     assert common.listed(["a"]) == "a" and common.listed([]) == "none"
+
+
+def test_unknown_data_sets(idle: None, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(["models", "--data", "nope"], capsys)
+    assert "there is no data set nope; there are sunspots, text, and all" in said
+    assert "only models takes --data" in refused(["gates", "--data", "text"], capsys)
+
+
+@pytest.mark.parametrize("data", models.STEPS)
+def test_models_of_one_data_set(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text without the package that has the sunspots."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install rnnkit[plots]")
+    if data == "text":
+        monkeypatch.setitem(sys.modules, "statsmodels.datasets", None)
+    else:
+        pytest.importorskip("statsmodels", reason="the sunspots come with statsmodels: pip install rnnkit[data]")
+    monkeypatch.setattr(models, "QUICK", SMALL["models"])
+    assert main(["experiments", "models", "--quick", "--data", data, "--out", str(tmp_path)]) == 0
+    assert {row["data"] for row in rows_of(tmp_path / "models.csv")} == {data}
+    sentences = (tmp_path / "models.txt").read_text(encoding="utf-8").splitlines()
+    check_sentences(sentences)
+    assert ("years forecast" in " ".join(sentences)) == (data == "sunspots")

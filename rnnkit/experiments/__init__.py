@@ -7,7 +7,7 @@
     models          naive, autoregressive, Markov and latent models on a real series and a real text
 
 Each writes a CSV, a picture and three sentences about the numbers that it just found. Pictures need matplotlib
-(pip install rnnkit[plots]), models also statsmodels (pip install rnnkit[data]).
+(pip install rnnkit[plots]), models also statsmodels (pip install rnnkit[data]) unless with --data text.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("experiments-out"), metavar="DIR", help="default: %(default)s/"
     )
     parser.add_argument("--quick", action="store_true", help="under a minute each, not up to ten")
+    parser.add_argument("--data", metavar="NAME", help=f"of models: {', '.join(models.STEPS)}, or all; default: all")
     parser.add_argument("--seed", type=seed_option, default=0, metavar="S", help="default: %(default)s")
 
 
@@ -49,9 +50,13 @@ def main(options: argparse.Namespace) -> int:
     unknown = [name for name in chosen if name not in EXPERIMENTS]
     if unknown or not chosen:
         return _complain(f"there is no experiment {', '.join(unknown)}; {there}" if unknown else f"which one? {there}")
+    if options.data is not None and "models" not in chosen:
+        return _complain("only models takes --data")
+    if options.data not in (None, "all", *models.STEPS):
+        return _complain(f"there is no data set {options.data}; there are {', '.join(models.STEPS)}, and all")
     try:
         check_out(options.out)
-        if "models" in chosen:
+        if "models" in chosen and options.data != "text":
             models.sunspots()
         if {"gates", "gru-vs-lstm", "models"} & set(chosen):
             text.load(None)
@@ -81,8 +86,9 @@ def _run(name: str, options: argparse.Namespace) -> Finding:
         progress.show(done, what)
 
     experiment = EXPERIMENTS[name]
+    of = {"data": [options.data]} if name == "models" and options.data not in (None, "all") else {}
     try:
-        return experiment.run(experiment.QUICK if options.quick else experiment.FULL, options.seed, show)
+        return experiment.run(experiment.QUICK if options.quick else experiment.FULL, options.seed, show, **of)
     finally:
         if progress is not None:
             progress.close()

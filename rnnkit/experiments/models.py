@@ -9,7 +9,8 @@ else any by its frequency.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ JUDGED = 5000  # windows of held-out text
 BASELINE = "persistence"
 NAMES = ("naive", "Markov", "autoregressive", "latent GRU")
 ORDERS = {"sunspots": 9, "text": 3}
+STEPS = {"sunspots": YEARS, "text": LETTERS}
+"""The data sets that there are, and the steps of a window of each."""
 
 
 class Size(NamedTuple):
@@ -71,27 +74,29 @@ def sunspots() -> Tensor:
     return torch.tensor(data.load_pandas().data["SUNACTIVITY"].to_numpy(), dtype=torch.float32)
 
 
-def run(size: Size, seed: int, show: Show) -> Finding:
-    """Train on both, judge, forecast."""
-    series = sunspots()
-    known = series[:-HELD]
-    scaled = (series - known.mean()) / known.std()
-
-    def shown(data: str, before: int) -> Callable[[int], None]:
-        return lambda k: show(before + k + 1, 2 * len(NAMES), f"{data}: {NAMES[k]}")
-
+def run(size: Size, seed: int, show: Show, data: Sequence[str] = tuple(STEPS)) -> Finding:
+    """Train on each of `data`, judge, forecast the sunspots."""
     torch.manual_seed(seed)
-    learned = {
-        "sunspots": of_series(scaled, size, seed, shown("sunspots", 0)),
-        "text": of_text(size, seed, shown("text", len(NAMES))),
-    }
-    past = scaled[:-HELD][None]
-    g = torch.Generator().manual_seed(seed)
-    ahead = {
-        name: [v[0] * known.std() + known.mean() for v in model.forecast(past, AHEAD, level=LEVEL, generator=g)]
-        for name, model in learned["sunspots"].models.items()
-        if name != "naive"  # has no parameters for a step beyond YEARS
-    }
+    learned: dict[str, Learned] = {}
+    ahead: dict[str, Any] = {}
+    series = torch.empty(0)
+
+    def shown(name: str) -> Callable[[int], None]:
+        before = len(learned) * len(NAMES)
+        return lambda k: show(before + k + 1, len(data) * len(NAMES), f"{name}: {NAMES[k]}")
+
+    if "sunspots" in data:
+        series = sunspots()
+        known = series[:-HELD]
+        scaled = (series - known.mean()) / known.std()
+        learned["sunspots"] = of_series(scaled, size, seed, shown("sunspots"))
+        g = torch.Generator().manual_seed(seed)
+        for name, model in learned["sunspots"].models.items():
+            if name != "naive":  # has no parameters for a step beyond YEARS
+                band = model.forecast(scaled[:-HELD][None], AHEAD, level=LEVEL, generator=g)
+                ahead[name] = [v[0] * known.std() + known.mean() for v in band]
+    if "text" in data:
+        learned["text"] = of_text(size, seed, shown("text"))
     return Finding(
         rows_of(learned, ahead, series), sentences(learned, ahead, series), lambda: draw(learned, ahead, series)
     )
@@ -157,15 +162,15 @@ def rows_of(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor) 
     def add(data: str, model: str, what: str, at: int, value: float) -> None:
         rows.append({"data": data, "model": model, "what": what, "at": at, "value": value})
 
-    for data, steps in (("sunspots", YEARS), ("text", LETTERS)):
-        for name, nats in learned[data].nats.items():
-            add(data, name, "held-out nats of an observation", steps, nats)
-        for name, model in learned[data].models.items():
-            for t in range(1, steps + 1):
+    for data, found_in in learned.items():
+        for name, nats in found_in.nats.items():
+            add(data, name, "held-out nats of an observation", STEPS[data], nats)
+        for name, model in found_in.models.items():
+            for t in range(1, STEPS[data] + 1):
                 add(data, name, "parameters of a step", t, model.cost(t).parameters)
                 add(data, name, "multiply-adds of a step", t, model.cost(t).multiply_adds)
     begin = len(series) - HELD
-    for k in range(AHEAD):
+    for k in range(AHEAD if ahead else 0):
         add("sunspots", "observed", "sunspot number", FIRST + begin + k, float(series[begin + k]))
         for name, found in ahead.items():
             for what, v in zip(("mean", "low", "high"), found, strict=True):
@@ -174,7 +179,7 @@ def rows_of(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor) 
 
 
 def sentences(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor) -> list[str]:
-    """One for each data set, one on what a step takes and how forecasts fared."""
+    """What each model is worth, what a step takes and how forecasts fared; of the text alone, the best's gain."""
 
     def ranking(data: str) -> str:
         nats = learned[data].nats
@@ -189,26 +194,38 @@ def sentences(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor
     begin = len(series) - HELD
     observed = series[begin : begin + AHEAD]
     inside = {name: int(((low <= observed) & (observed <= high)).sum()) for name, (_, low, high) in ahead.items()}
-    models = learned["sunspots"].models
-    takes = {name: (model.cost(1).parameters, model.cost(YEARS).parameters) for name, model in models.items()}
+    data, first_of = next(iter(learned.items()))
+    models = first_of.models
+    takes = {name: (model.cost(1).parameters, model.cost(STEPS[data]).parameters) for name, model in models.items()}
     grows = [f"{name} ({first} to {last})" for name, (first, last) in takes.items() if last > first]
     stays = [f"{name} ({first})" for name, (first, last) in takes.items() if last == first]
-    return [
-        f"The log-likelihood of a held-out year of sunspots is, in nats, {ranking('sunspots')}.",
-        f"That of a held-out character of text is {ranking('text')}.",
-        f"From t = 1 to {YEARS} the parameters of a step grow for {listed(grows)} and stay for {listed(stays)}, and of "
-        f"the {AHEAD} years forecast the band of {LEVEL:.0%} held "
-        f"{listed(f'{count} ({name})' for name, count in inside.items())}.",
-    ]
+    worth_of = {"sunspots": "a held-out year of sunspots", "text": "a held-out character of text"}
+    said = [f"The log-likelihood of {worth_of[name]} is, in nats, {ranking(name)}." for name in learned]
+    steps = (
+        f"From t = 1 to {STEPS[data]} the parameters of a step grow for {listed(grows)} and stay for {listed(stays)}"
+    )
+    held = listed(f"{count} ({name})" for name, count in inside.items())
+    bands = f"f the {AHEAD} years forecast the band of {LEVEL:.0%} held {held}."
+    if len(learned) > 1:
+        return [*said, f"{steps}, and o{bands}"]
+    if ahead:
+        return [*said, f"{steps}.", f"O{bands}"]
+    best = max(models, key=first_of.nats.__getitem__)
+    times = math.exp(first_of.nats[best] - first_of.nats[BASELINE])
+    gain = (
+        f"The probability of a character under {best} is {times:.2f} times that under persistence, in geometric mean."
+    )
+    return [*said, f"{steps}.", gain]
 
 
 def draw(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor) -> Any:
     """Two forecasts, what an observation is worth, what a step takes."""
-    fig, axes = figure(2, 2, width=5, height=3.4)
+    fig, axes = figure(2 if ahead else 1, 2, width=5, height=3.4)
+    *forecasts, gains, costs = axes
     begin = len(series) - HELD
     years = range(FIRST + begin, FIRST + begin + AHEAD)
-    for axis, name in zip(axes, ("autoregressive", "latent GRU"), strict=False):
-        axis.sharey(axes[0])
+    for axis, name in zip(forecasts, ("autoregressive", "latent GRU"), strict=False):
+        axis.sharey(forecasts[0])
         expected, low, high = ahead[name]
         axis.fill_between(years, low, high, color="0.85", label=f"{LEVEL:.0%} band")
         axis.plot(years, expected, "--", color="black", label="mean")
@@ -216,23 +233,26 @@ def draw(learned: dict[str, Learned], ahead: dict[str, Any], series: Tensor) -> 
         axis.plot([FIRST + k for k in seen], series[begin - 30 : begin + AHEAD], color="black", label="observed")
         axis.axvline(years[0] - 0.5, color="0.5", linewidth=1, linestyle=":")
         axis.set(title=f"forecast, {name}", xlabel="year", ylabel="sunspot number")
-    axes[0].legend(fontsize=8, loc="upper left")
+    if forecasts:
+        forecasts[0].legend(fontsize=8, loc="upper left")
     places = range(len(NAMES))
-    for side, (data, shade) in enumerate((("sunspots", "0.35"), ("text", "0.8"))):
+    for side, (data, shade) in enumerate(zip(learned, ("0.35", "0.8"), strict=False)):
         nats = learned[data].nats
         gain = [nats[name] - nats[BASELINE] for name in NAMES]
         label = f"{data} (persistence: {nats[BASELINE]:.2f})"
-        bars = axes[2].barh([k + 0.4 * side for k in places], gain, 0.4, color=shade, edgecolor="black", label=label)
-        axes[2].bar_label(bars, [f"{v:+.2f}" for v in gain], fontsize=8, padding=2)
-    axes[2].set_yticks([k + 0.2 for k in places], NAMES)
-    axes[2].set_ylim(len(NAMES) - 0.3, -1.3)  # the first on top, and room for the legend
-    axes[2].margins(x=0.15)
-    axes[2].axvline(0, color="black", linewidth=1)
-    axes[2].set(xlabel="held-out log-likelihood above persistence, nats", title="what an observation is worth")
-    axes[2].legend(fontsize=8)
+        bars = gains.barh([k + 0.4 * side for k in places], gain, 0.4, color=shade, edgecolor="black", label=label)
+        gains.bar_label(bars, [f"{v:+.2f}" for v in gain], fontsize=8, padding=2)
+    gains.set_yticks([k + 0.2 for k in places], NAMES)
+    gains.set_ylim(len(NAMES) - 0.3, -1.3)  # the first on top, and room for the legend
+    gains.margins(x=0.15)
+    gains.axvline(0, color="black", linewidth=1)
+    gains.set(xlabel="held-out log-likelihood above persistence, nats", title="what an observation is worth")
+    gains.legend(fontsize=8)
+    data, found = next(iter(learned.items()))
+    steps = range(1, STEPS[data] + 1)
     for name, style in zip(NAMES, STYLES, strict=True):
-        counts = [learned["sunspots"].models[name].cost(t).parameters for t in range(1, YEARS + 1)]
-        axes[3].semilogy(range(1, YEARS + 1), counts, label=name, markevery=3, **style)
-    axes[3].set(title="what a step takes, sunspots", xlabel="step t", ylabel=r"parameters of $p(x_t\,|\,\ldots)$")
-    axes[3].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.7))
+        counts = [found.models[name].cost(t).parameters for t in steps]
+        costs.semilogy(steps, counts, label=name, markevery=3, **style)
+    costs.set(title=f"what a step takes, {data}", xlabel="step t", ylabel=r"parameters of $p(x_t\,|\,\ldots)$")
+    costs.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.7 if data == "sunspots" else 0.3))
     return fig
