@@ -29,7 +29,7 @@ int64_t bytes_back(const Backward&) { return 0; }
 void run(const Forward&, Stream) {}
 void run_back(const Backward&, Stream) {}
 #define KERNEL(NAME) \\
-  Kernel NAME = {#NAME, 0, 0, bytes, run, bytes_back, run_back, nullptr}; \\
+  Kernel NAME = {#NAME, bytes, run, bytes_back, run_back, nullptr}; \\
   const Entry entry_##NAME(NAME);
 """
 H, B, N = 6, 3, 2  # units, rows, steps

@@ -193,14 +193,7 @@ RNNKIT_DEVICE void clear(typename C::Stored* memory, int count) {
   void run_back(const Backward& b, Stream stream) {                                                     \
     run_cta_backward<BackwardConfiguration>(name, b, stream);                                           \
   }                                                                                                     \
-  Kernel kernel = {name,                                                                                \
-                   ForwardConfiguration::forward_bytes,                                                 \
-                   BackwardConfiguration::backward_bytes,                                               \
-                   no_bytes,                                                                            \
-                   run,                                                                                 \
-                   no_bytes_back,                                                                       \
-                   run_back,                                                                            \
-                   nullptr};                                                                            \
+  Kernel kernel = {name, no_bytes, run, no_bytes_back, run_back, nullptr};                              \
   const Entry entry(kernel);                                                                            \
   }                                                                                                     \
   }

@@ -65,7 +65,6 @@ using Stream = const void*;
 // One row of the table. What runs throws std::runtime_error where a launch fails.
 struct Kernel {
   const char* name;
-  int forward_shared, backward_shared;  // bytes of a block
   int64_t (*forward_bytes)(const Forward&);
   void (*forward)(const Forward&, Stream);
   int64_t (*backward_bytes)(const Backward&);

@@ -183,14 +183,7 @@ class Room {
   int64_t bytes_back(const Backward& b) { return StepBackward<Configuration>(b, nullptr).room.used(); }  \
   void run(const Forward& f, Stream stream) { run_step_forward<Configuration>(name, f, stream); }        \
   void run_back(const Backward& b, Stream stream) { run_step_backward<Configuration>(name, b, stream); } \
-  Kernel kernel = {name,                                                                                 \
-                   step_bytes<Configuration>(cell::CELL::two_products ? 2 : cell::CELL::G),              \
-                   step_bytes<Configuration>(1),                                                         \
-                   bytes,                                                                                \
-                   run,                                                                                  \
-                   bytes_back,                                                                           \
-                   run_back,                                                                             \
-                   nullptr};                                                                             \
+  Kernel kernel = {name, bytes, run, bytes_back, run_back, nullptr};                                     \
   const Entry entry(kernel);                                                                             \
   }                                                                                                      \
   }

@@ -133,11 +133,7 @@ class CUDA(KernelBackend):
     def reluctant(self, problem: Problem) -> str | None:
         if simulated:
             return "can run it on a CPU that executes its kernels, far slower than any other; runs when named"
-        cell = measured.ALIKE.get(problem.cell, problem.cell)
-        known = measured.TYPICAL.get((problem.device, cell, problem.train), ())
-        if self.name not in known and not problem.extras and problem.steps:
-            return "can run it, but was not measured on a GPU yet, and torch has a layer for it; runs when named"
-        return None
+        return measured.untried(self.name, problem)
 
     def detail(self, problem: Problem, index: int | None = None) -> str | None:
         sizes = (problem.hidden_size, problem.proj_size, kind(problem.dtype), problem.batch)

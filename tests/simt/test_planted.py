@@ -65,6 +65,8 @@ CTA = [
     ("cuda/cta_backward.cuh", "if (alive) dc[block][j] = d_c;", "dc[block][j] = d_c;", "lstm"),
     ("cuda/cta_backward.cuh", "earlier >= 0 && !replaced", "earlier >= 0", "lstm"),
     # barriers: without one a warp that runs ahead reads what is not there yet, or writes what is still read
+    ("cuda/cta_forward.cuh", "arch::sync();", "", "lstm", 0),
+    ("cuda/cta_backward.cuh", "arch::sync();", "", "lstm", 0),
     ("cuda/cta_forward.cuh", "arch::sync();", "", "lstm", 1),
     ("cuda/cta_forward.cuh", "arch::sync();", "", "gru_reset_before", 2),
     ("cuda/cta_forward.cuh", "arch::sync();", "", "lstm", 3),

@@ -274,7 +274,7 @@ void backward(const Backward& b, Stream) {
        b.dc_0, b.dh_r, b.dc_r);
 }
 
-rnnkit::cuda::Kernel kernel = {"toys", 0, 0, forward_bytes, forward, backward_bytes, backward, nullptr};
+rnnkit::cuda::Kernel kernel = {"toys", forward_bytes, forward, backward_bytes, backward, nullptr};
 const rnnkit::cuda::Entry enter(kernel);
 
 }  // namespace
