@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import stoppable
 from torch import nn
 
 import rnnkit
@@ -247,7 +248,7 @@ def test_bad_values(options: list[str], capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent to a process")
 def test_ctrl_c_leaves_what_was_reached(book: Path, tmp_path: Path) -> None:
     command = [*DEMO, "--steps", "100000", "--text", str(book), "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = stoppable(command, ENVIRONMENT)
     assert process.stderr is not None
     for line in process.stderr:
         if "step 1/" in line:
