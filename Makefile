@@ -11,7 +11,7 @@ export PYTHON TORCH
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := dev,triton,plots,onnx,data
-COMPILED := $(shell find csrc -name '*.h' -o -name '*.cpp')
+COMPILED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 comma := ,
 HARNESS := $(wildcard tests/harness/*.cpp csrc/cpu/*.cpp)
 HARNESS_HEADERS := $(wildcard tests/harness/*.h csrc/cpu/*.h csrc/cells/*.h)
@@ -21,7 +21,8 @@ CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test variants bench gpu-check triton-compile other-triton lint harness sanitize aarch64 wheel clean
+.PHONY: help demo test variants bench gpu-check triton-compile other-triton cuda-compile lint harness sanitize aarch64 \
+  simt wheel wheel-cuda clean
 
 help: ## say what the verbs do
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -43,10 +44,16 @@ bench: .venv/installed ## every backend against torch.nn; BENCH=--quick for a mi
 	$(BIN)/python -m rnnkit bench $(BENCH)
 
 # Takes the Python, torch and Triton that it finds, offline: where there is a GPU there is maybe nothing else. What is
-# compiled is compiled in place where it is missing and there is a device; where it cannot be, the check goes on.
+# compiled is compiled in place where it is missing or old and there is a device, with the CUDA kernels for that device
+# where there is an nvcc, and line numbers for compute-sanitizer; where it cannot be, the check goes on.
 gpu-check: ## every backend on this machine's GPU: right, then fast; GPU_CHECK=--quick for two minutes
-	@if ! ls rnnkit/_C*.so >/dev/null 2>&1 && $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(PYTHON) setup.py -q build_ext --inplace || echo 'rnnkit: going on without the C++ extension' >&2; \
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  if $(PYTHON) csrc/cuda/nvcc.py >/dev/null && $(PYTHON) -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
+	    NVCC_APPEND_FLAGS=-lineinfo RNNKIT_CUDA=1 RNNKIT_CUDA_ARCH=$${RNNKIT_CUDA_ARCH:-native} $(PYTHON) setup.py -q build_ext --inplace || \
+	      echo 'rnnkit: going on without new CUDA kernels' >&2; \
+	  fi; \
+	  ls rnnkit/_C*.so >/dev/null 2>&1 || $(PYTHON) setup.py -q build_ext --inplace || \
+	    echo 'rnnkit: going on without the C++ extension' >&2; \
 	fi
 	$(PYTHON) -m rnnkit gpu-check $(GPU_CHECK)
 
@@ -62,11 +69,15 @@ build/triton-%: .venv/installed
 	$(PIP) install -q --no-deps --upgrade --target $@ 'triton==$*'
 	touch $@
 
+# COMPILE="--part 1/4": a quarter of it, checked and not written.
+cuda-compile: .venv/installed ## every CUDA kernel for every chip, by nvcc, without a GPU
+	$(BIN)/python -m rnnkit.benchmarks.cuda_table $(COMPILE)
+
 lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/ci/typecheck.py
-	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard tests/harness/*.cpp tests/harness/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/harness/*.$(e) tests/simt/*.$(e)))
 
 harness: build/harness/plain/harness ## the CPU engine against plain loops, without torch
 	$< --problems $(PROBLEMS)
@@ -96,8 +107,56 @@ $(eval $(call flavour,asan,$(CXX),-O1 -fsanitize=address$(comma)undefined -fno-s
 $(eval $(call flavour,tsan,$(CXX),-O1 -fsanitize=thread))
 $(eval $(call flavour,aarch64,$(CROSS),-O2 -static))
 
+# The CUDA kernels on the CPU, a fiber for each thread: one library for each row of the table, built from what
+# csrc/cuda/generate.py writes, and `toys`, on which tests/simt/test_shim.py holds the machinery. They share one
+# scheduler, libsimt.so: fibers are many, and a process may have only so many mappings. It is not compiled with a
+# sanitizer, which is to see the kernels.
+SIMT_FLAGS := -std=c++17 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Wno-unused-parameter -Werror \
+  -DRNNKIT_SIMT -Itests
+
+simt: ## every CUDA kernel compiled for the CPU, see tests/simt; FLAVOUR=asan or tsan: with a sanitizer
+	@$(PYTHON) csrc/cuda/generate.py build/cuda
+	@cd build/cuda && $(MAKE) -s -C ../.. $$(printf 'build/simt/$(FLAVOUR)/%s.so ' $$(basename -s .cu *.cu))
+
+# A part: make simt-sanitize SIMT="-k everything_at_once".
+simt-sanitize: .venv/installed ## the same under AddressSanitizer, UBSan and ThreadSanitizer, in the kernels' tests
+	$(BIN)/python tests/ci/simt_sanitize.py $(SIMT)
+
+# A way to build them: name, flags of the scheduler, flags of kernels, flags of the library.
+define simt
+build/simt/$(1)/%.o: tests/simt/%.cpp
+	@mkdir -p $$(@D)
+	$(CXX) $(SIMT_FLAGS) -Icsrc/cuda -O2 $(2) -MMD -c $$< -o $$@
+
+build/simt/$(1)/libsimt.so: $(SIMT_PARTS:%=build/simt/$(1)/%.o)
+	$(CXX) $(3) -shared -Wl,-soname,libsimt.so $$^ -o $$@
+
+$(SIMT_OUT)/$(1)/%.so: build/cuda/%.cu build/simt/$(1)/library.o build/simt/$(1)/libsimt.so
+	@mkdir -p $$(@D)
+	$(call simt_library,$(3))
+
+build/simt/$(1)/toys.so: tests/simt/toys.cu build/simt/$(1)/library.o build/simt/$(1)/libsimt.so
+	$(call simt_library,$(3))
+endef
+simt_library = $(CXX) $(SIMT_FLAGS) -I$(SIMT_CSRC)/cuda -O1 $(1) -MMD -MF $$@.d -MT $$@ -shared -x c++ $$< \
+  -x none $$(filter %.o %/libsimt.so,$$^) -Wl,-rpath,$$(abspath $$(dir $$(filter %/libsimt.so,$$^))) -o $$@
+# Where the kernels' sources are, and where their libraries go: a test compiles a copy of them.
+SIMT_CSRC ?= csrc
+SIMT_OUT ?= build/simt
+SIMT_PARTS := simt fiber products
+FLAVOUR ?= plain
+$(eval $(call simt,plain,,))
+$(eval $(call simt,asan,-DSIMT_ASAN,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all \
+  -fno-sanitize=null$(comma)object-size$(comma)pointer-overflow))
+$(eval $(call simt,tsan,-DSIMT_TSAN,-fsanitize=thread))
+.SECONDARY: $(foreach f,plain asan tsan,$(patsubst %,build/simt/$(f)/%.o,$(SIMT_PARTS) library))
+-include $(wildcard build/simt/*/*.d)
+
 wheel: .venv/installed ## sdist and wheel into dist/, tried in a fresh environment
 	bash tests/ci/wheel.sh
+
+wheel-cuda: .venv/installed ## the same with the CUDA kernels, where nvcc is; it needs no GPU
+	RNNKIT_CUDA=1 bash tests/ci/wheel.sh
 
 clean: ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info rnnkit/_C*.so .pytest_cache .mypy_cache .ruff_cache

@@ -140,7 +140,7 @@ def under_autocast(call: Call, given: Given) -> list[str]:
 def among_others(call: Call, given: Given) -> list[str]:
     """Rows keep their results and gradients where those beside them turn into NaN."""
     keep = torch.arange(call.leaves["x"].shape[1]) % KEPT == 0
-    rows = {name: v[:, keep] for name, v in call.both().items() if name[-2:] != "l0"}
+    rows = {name: v[:, keep] for name, v in call.both().items() if "_l0" not in name}
     spoilt = {name: torch.where(keep[:, None], v, torch.nan) for name, v in given.leaves.items()}
     call.fill(Given(spoilt, given.weights, given.lengths, given.resets))
     return differing({name: v[:, keep] for name, v in call.both().items() if name in rows}, rows)

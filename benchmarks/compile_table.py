@@ -17,7 +17,6 @@ Exit code 1 where a kernel spills, needs more shared memory than its chip has, o
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import os
@@ -29,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ from rnnkit.backends.problem import Outputs, Tensors
 from rnnkit.cells import CELLS
 from rnnkit.kernels import table
 
-from .cases import BadInput
+from .compiled import Usage, number, of, part, put, take
 from .rows import COMPILED
 
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
@@ -85,14 +84,6 @@ class Name(NamedTuple):
     """Rows and units of its tile."""
     warps: int
     stages: int
-
-
-class Usage(NamedTuple):
-    """What it takes."""
-
-    registers: int
-    spilled: int
-    shared: int
 
 
 class Line(NamedTuple):
@@ -287,14 +278,6 @@ def amd_usage(text: str) -> tuple[int, int]:
     return number(r"\.vgpr_count:\s+(\d+)", text), number(r"\.private_segment_fixed_size:\s+(\d+)", text)
 
 
-def number(pattern: str, text: str) -> int:
-    """What a tool says; an error where it says nothing, so that a spill is never overlooked."""
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"found no {pattern} in what the tool says")
-    return int(found[1])
-
-
 def search(kernel: str) -> Iterator[table.Row]:
     """For each side, tile and kind the row of the fewest warps that fits most chips, where any fits one."""
     for side in table.SIDES:
@@ -335,14 +318,6 @@ def _of(row: table.Row, chip: str) -> list[Job]:
         for cell, dtype in which
         for variant in variants(dtype, chip)
     ]
-
-
-def part(text: str) -> tuple[int, int]:
-    """K/N with 1 ≤ K ≤ N."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"expected K/N with 1 ≤ K ≤ N, got {text!r}")
-    return int(found[1]), int(found[2])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -402,28 +377,13 @@ def merged(before: Iterable[Line], lines: Iterable[Line]) -> list[Line]:
 
 def write(path: Path, lines: Iterable[Line]) -> None:
     """The result, older Tritons first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        ordered = sorted(lines, key=lambda line: [int(v) for v in re.findall(r"\d+", line.name.triton)])
-        writer.writerows((*line.name, *line.usage, line.limit) for line in ordered)
+    ordered = sorted(lines, key=lambda line: [int(v) for v in re.findall(r"\d+", line.name.triton)])
+    put(path, COLUMNS, ((*line.name, *line.usage, line.limit) for line in ordered))
 
 
 def read(path: Path) -> list[Line]:
     """What a result says; nothing where there is none yet. Raises BadInput where a file is none of ours."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if tuple(rows.fieldnames or ()) != COLUMNS:
-            raise BadInput(f"{path} has the columns {rows.fieldnames}, expected {', '.join(COLUMNS)}; remove it")
-
-        def part_of(kind: Any, row: dict[str, str]) -> Any:
-            types = get_type_hints(kind)
-            return kind(**{name: types[name](row[name]) for name in kind._fields})
-
-        return [Line(part_of(Name, row), part_of(Usage, row)) for row in rows]
+    return [Line(of(Name, row), of(Usage, row)) for row in take(path, COLUMNS)]
 
 
 if __name__ == "__main__":

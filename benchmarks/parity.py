@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from rnnkit.backends import BACKENDS, NAMES, record, triton
+from rnnkit.backends import BACKENDS, NAMES, cuda, cuda_table, record, triton
 from rnnkit.kernels import table
 
 from . import calls
 from .calls import differing
 from .gate import band, error
-from .problems import Problem, Values, draw, kernels_of
+from .problems import Problem, Values, compiled_for, draw, kernels_of
 from .sides import first_line
 from .targets import FUSED
 from .ways import by_pieces, by_steps, by_tf32, named, numbers
@@ -52,8 +52,8 @@ class Findings:
     """Problems that nothing is held against: the device's memory is too small for them."""
     failing: list[str] = field(default_factory=list)
     """Problems in which torch itself fails."""
-    kernels: set[table.Row] = field(default_factory=set)
-    """The persistent kernels that ran."""
+    kernels: set[table.Row | cuda_table.Row] = field(default_factory=set)
+    """Of the kernels in the tables those that ran: Triton's persistent ones, and CUDA's."""
 
     def blame(self, backend: str, problem: Problem, what: str) -> None:
         """Put a failure down."""
@@ -166,7 +166,7 @@ def _examine(findings: Findings, device: str, problem: Problem, backends: Sequen
         key = (name, problem.precision)
         findings.ran[key] = findings.ran.get(key, 0) + 1
         try:
-            with record() as choices, _asked(problem):
+            with record() as choices, asked(problem):
                 samples = [numbers(named(name), problem, given, problem.dtype, device) for given in drawn]
                 again = numbers(named(name), problem, drawn[0], problem.dtype, device) if name in FUSED else samples[0]
         except Exception as raised:  # compilers of kernels have errors of their own
@@ -177,11 +177,10 @@ def _examine(findings: Findings, device: str, problem: Problem, backends: Sequen
             findings.blame(name, problem, f"was named, and {', '.join(sorted(others))} ran")
         for what in differing(again, samples[0]):
             findings.blame(name, problem, f"{what} has other bits the second time")
-        if name == "triton" and triton.missing() is None:
-            findings.kernels |= set(kernels_of(problem, triton.chip()))
+        findings.kernels |= _kernels(name, problem)
         _judge(findings, key, problem, _pooled(samples), truth, yardstick)
         if problem.calls:
-            with _asked(problem):
+            with asked(problem):
                 for complaint in calls.complaints(name, problem, drawn[0], device):
                     findings.blame(name, problem, complaint)
 
@@ -206,6 +205,15 @@ def _able(findings: Findings, device: str, problem: Problem, backends: Sequence[
     return asked
 
 
+def _kernels(name: str, problem: Problem) -> set[table.Row | cuda_table.Row]:
+    """Of a table's kernels those by which a backend has just run a problem."""
+    if name == "triton" and triton.missing() is None:
+        return set(kernels_of(problem, triton.chip()))
+    if name == "cuda" and cuda.missing() is None:
+        return {compiled_for(problem, cuda.machine.capability(None))}
+    return set()
+
+
 def _judge(
     findings: Findings, key: tuple[str, str], problem: Problem, got: Values, truth: Values, yardstick: Values
 ) -> None:
@@ -227,14 +235,17 @@ def _judge(
 
 
 @contextlib.contextmanager
-def _asked(problem: Problem) -> Iterator[None]:
+def asked(problem: Problem) -> Iterator[None]:
     """What a problem asks of kernels: TF32 or none, a regime."""
     rnn: Any = torch.backends.cudnn.rnn
     before = rnn.fp32_precision
     try:
         if problem.tf32:
             rnn.fp32_precision = "tf32"
-        with triton.stepwise() if problem.stepwise else contextlib.nullcontext():
+        with contextlib.ExitStack() as regimes:
+            if problem.stepwise:
+                regimes.enter_context(triton.stepwise())
+                regimes.enter_context(cuda.stepwise())
             yield
     finally:
         rnn.fp32_precision = before

@@ -8,14 +8,15 @@ such that the dtype holds them exactly: what differs later was made by computing
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rnnkit
+from rnnkit.backends import cuda, cuda_table
 from rnnkit.cells import CELLS
 from rnnkit.kernels import table
 
@@ -173,20 +174,26 @@ BEYOND_16 = Variant((70_000, 4, 2, 24))  # persistent: step by step T is a loop 
 BEYOND_31 = Variant((64, 32, 1, 256), many=131_200)  # T·B·H is 2^31 + 2 Mi elements
 
 
-def select(quick: bool = False, capability: int | None = None) -> list[Problem]:
+def select(
+    quick: bool = False, capability: int | None = None, compiled: Sequence[cuda_table.Row] = ()
+) -> list[Problem]:
     """What is examined, in the order in which it matters where time is short.
 
-    capability: of the GPU whose persistent kernels are to be examined, as kernels/table.py numbers them; None: of none.
+    capability: of the GPU whose persistent Triton kernels are to be examined, as kernels/table.py numbers them; None:
+    of none. compiled: the CUDA kernels that are to be examined.
     """
     whole = [Problem(kind, EVERYTHING, dtype) for dtype in (BF16, F32) for kind in KINDS]
     steps = [Problem(kind, EVERYTHING, BF16, stepwise=True, fused=True) for kind in KINDS]
     calls = [Problem(kind, CALLS, BF16, stepwise=by, calls=True, fused=True) for by in (False, True) for kind in KINDS]
+    both = replace(CALLS, both=True)  # on two streams at once
+    calls += [Problem("lstm", both, BF16, stepwise=by, calls=True, fused=True) for by in (False, True)]
     if quick:
         return [*whole, *steps, *(p for p in calls if p.kind == "lstm")]
     exact = [
         Problem(kind, EVERYTHING, F32, tf32=tf32, stepwise=True, fused=True) for tf32 in (True, False) for kind in KINDS
     ]
     rows = [] if capability is None else list(persistent(capability))
+    rows += [*resident(compiled), *stepping(compiled)]
     half = [Problem(kind, EVERYTHING, F16) for kind in KINDS]
     some = [Problem(kind, variant, dtype) for variant in QUICK for dtype in (BF16, F32) for kind in KINDS]
     rest = [Problem(kind, variant, dtype) for variant in PLAIN for dtype in (BF16, F32) for kind in KINDS]
@@ -207,6 +214,30 @@ def persistent(capability: int) -> Iterator[Problem]:
         yield Problem(name, variant, dtype, tf32=tf32, fused=True)
 
 
+def resident(rows: Sequence[cuda_table.Row]) -> Iterator[Problem]:
+    """Everything in both directions, for each CUDA kernel that keeps its weights on one multiprocessor: its units all
+    taken, or, in turn, all but one; two blocks of rows."""
+    for k, row in enumerate(row for row in rows if row.regime == "cta"):
+        variant = Variant((4, 11, 5, row.units - k % 2), both=True, all_states=True, **MASKED)
+        yield _of_row(row, k, variant)
+
+
+def stepping(rows: Sequence[cuda_table.Row]) -> Iterator[Problem]:
+    """The same for each CUDA kernel that goes step by step: two blocks of units, of rows or, where a row serves few of
+    them, one."""
+    for k, row in enumerate(row for row in rows if row.regime == "step"):
+        size = (4, row.rows if row.rows <= cuda_table.TALL else row.rows + 3, 5, 24 - k % 2)
+        yield replace(_of_row(row, k, Variant(size, both=True, all_states=True, **MASKED)), stepwise=True)
+
+
+def _of_row(row: cuda_table.Row, k: int, variant: Variant) -> Problem:
+    kinds = {"bf16": (BF16, False), "fp16": (F16, False), "tf32": (F32, True), "ieee": (F32, False)}
+    names = {kernel: cell for cell, kernel in cuda_table.CELLS.items()}  # of an RNN the last, relu
+    dtype, tf32 = kinds.get(row.kind, (torch.float64, False))
+    name = "rnn_tanh" if row.kernel == "rnn" and k % 3 else names[row.kernel]
+    return Problem(name, variant, dtype, tf32=tf32, fused=True)
+
+
 def around() -> Iterator[Problem]:
     """Sizes around each tile, the batch just off a tile of rows or large; the precisions take turns."""
     precisions = ((BF16, False), (F32, False), (F16, False), (F32, True))
@@ -224,6 +255,16 @@ def kernels_of(problem: Problem, capability: int) -> list[table.Row]:
     facts = (problem.variant.size[3], problem.proj, problem.operands, capability)
     rows = [table.find(KINDS[problem.kind].cell, side, *facts) for side in table.SIDES]
     return [row for row in rows if row is not None]
+
+
+def compiled_for(problem: Problem, capability: int) -> cuda_table.Row:
+    """The CUDA kernel that a problem runs by."""
+    cell, hidden, rows = KINDS[problem.kind].cell, problem.variant.size[3], problem.variant.many
+    kind = "tf32" if problem.tf32 else cuda.KINDS.get(problem.dtype, "ieee")
+    rows = rows or problem.variant.size[1]
+    if problem.stepwise:
+        return cuda_table.stepwise(cell, kind, rows, capability)
+    return cuda_table.plan(cell, hidden, problem.proj, kind, rows, capability)[0]
 
 
 # What a problem is given: values in float64 that its dtype holds exactly.

@@ -11,8 +11,10 @@ from typing import Any
 from .cases import BadInput
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COMPILED = RESULTS / "triton-compile.csv"
-"""No times: what compile_table.py found."""
+COMPILED, CUDA_COMPILED = RESULTS / "triton-compile.csv", RESULTS / "cuda-compile.csv"
+"""No times: what compile_table.py and cuda_table.py found."""
+PROBES = "-probes.csv"
+"""How the file of a device's probes ends (probes.py): no rows either."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,8 @@ def read(path: Path) -> list[Row]:
 
 def recorded(folder: Path) -> list[Path]:
     """The files of rows in a folder."""
-    return [path for path in sorted(folder.glob("*.csv")) if path.name != COMPILED.name]
+    others = (COMPILED.name, CUDA_COMPILED.name)
+    return [path for path in sorted(folder.glob("*.csv")) if path.name not in others and not path.name.endswith(PROBES)]
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

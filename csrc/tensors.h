@@ -59,8 +59,9 @@ std::string shown(const Sizes& sizes) {
   return out.str();
 }
 
-inline void check(const Tensor& tensor, const char* name, ScalarType type,
-                  std::initializer_list<int64_t> sizes) {
+// What a tensor is, wherever it lies.
+inline void check_kind(const Tensor& tensor, const char* name, ScalarType type,
+                       std::initializer_list<int64_t> sizes) {
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   RNNKIT_CHECK(layout == aoti_torch_layout_strided(), name, " must be a dense tensor");
@@ -68,6 +69,11 @@ inline void check(const Tensor& tensor, const char* name, ScalarType type,
   RNNKIT_CHECK(tensor.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()),
                name, " must be ", toString(type), " ", shown(sizes), ", got ", toString(tensor.scalar_type()),
                " ", shown(got));
+}
+
+inline void check(const Tensor& tensor, const char* name, ScalarType type,
+                  std::initializer_list<int64_t> sizes) {
+  check_kind(tensor, name, type, sizes);
   RNNKIT_CHECK(tensor.is_cpu(), name, " must be on the CPU, got device index ", tensor.get_device_index());
   if (tensor.numel() != 0 && tensor.const_data_ptr() == nullptr) throw NoMemory();
 }

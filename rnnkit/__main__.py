@@ -9,17 +9,32 @@ from __future__ import annotations
 import argparse
 import sys
 from types import ModuleType
+from typing import NoReturn
 
-from . import demo, gpu_check, info
+from . import demo, experiments, gpu_check, info
 from .benchmarks import run as bench
 
-COMMANDS: dict[str, ModuleType] = {"info": info, "bench": bench, "demo": demo, "gpu-check": gpu_check}
+COMMANDS: dict[str, ModuleType] = {
+    "info": info,
+    "bench": bench,
+    "demo": demo,
+    "experiments": experiments,
+    "gpu-check": gpu_check,
+}
 CODES = "exit codes: 0 all right, 1 a check or a gate failed, 2 bad input, 3 no device, 130 stopped by Ctrl-C"
+
+
+class OneLine(argparse.ArgumentParser):
+    """Says what is wrong without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="python -m rnnkit", description="Recurrent layers for PyTorch.", epilog=CODES)
+    top = OneLine(prog="python -m rnnkit", description="Recurrent layers for PyTorch.", epilog=CODES)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         first, _, rest = (module.__doc__ or "").partition("\n\n")

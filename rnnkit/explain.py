@@ -131,9 +131,13 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
     choices = []
     start = 0
     for name, end, index in met:
-        layer = -1
-        for problem, asked, backend in problems[start:end]:
-            layer += not problem.reverse  # each layer's forward direction comes first
+        some = problems[start:end]
+        directions = 1 + any(problem.reverse for problem, _, _ in some)
+        # On a GPU the reverse direction may have come first.
+        order = sorted(range(len(some)), key=lambda k: (k // directions, some[k][0].reverse))
+        for k in order:
+            problem, asked, backend = some[k]
+            layer = k // directions
             row = recorded(problem)
             measured = None if row is None else str(row)
             reasons, detail = _reasons(problem, asked, backend), BY_NAME[backend].detail(problem, index)

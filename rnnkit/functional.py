@@ -6,18 +6,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, ops
+from . import checks, ops, streams
+from .backends import Options
 from .cells import CELLS
 from .layouts import Layout
 
 State = Tensor | tuple[Tensor, Tensor]
+Layer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""What a layer gives in one direction: y, h_n, c_n, c_all."""
 
 
 def rnn(
@@ -284,33 +288,47 @@ def stack(
     if drops:
         checks.weights_before_dropout(cell, layout.x, pieces, directions)
 
-    x, finals, everything = layout.x, [], []
+    finals: list[tuple[Tensor, Tensor | None]] = []
+    everything: list[tuple[Tensor, Tensor | None]] = []
+
+    def direction(k: int, d: int, x: Tensor) -> Layer:
+        i = k * directions + d
+        again = None
+        if h_r is not None:
+            again = h_r[i] if c_r is None else (h_r[i], c_r[i])
+        return ops.layer(
+            cell,
+            x,
+            None if h_0 is None else h_0[i],
+            None if c_0 is None else c_0[i],
+            pieces[i],
+            lengths=lengths,
+            reset=marks,
+            reset_state=again,
+            reverse=d == 1,
+            all_states=return_all_states,
+            recompute=recompute,
+            backend=backend,
+        )
+
+    def both(k: int, x: Tensor) -> tuple[Layer, ...]:
+        if streams.on_gpu(x):
+            given, how = (h_0, c_0, h_r, c_r), Options(True, return_all_states, recompute)
+            last = pieces[2 * k + 1]
+            if ops.overlaps(cell, x, last, *given, lengths=lengths, reset=marks, options=how, backend=backend):
+                return _at_once(functools.partial(direction, k), x)
+        return direction(k, 0, x), direction(k, 1, x)
+
+    def layer(k: int, x: Tensor) -> Tensor:  # a function, so that nothing of a layer is held while the next one runs
+        ran = (direction(k, 0, x),) if directions == 1 else both(k, x)
+        finals.extend((h_n, c_n) for _, h_n, c_n, _ in ran)
+        if return_all_states:
+            everything.extend((y, c_all) for y, _, _, c_all in ran)
+        return ran[0][0] if directions == 1 else torch.cat([y for y, *_ in ran], -1)
+
+    x = layout.x
     for k in range(num_layers):
-        outputs = []
-        for d in range(directions):
-            i = k * directions + d
-            again = None
-            if h_r is not None:
-                again = h_r[i] if c_r is None else (h_r[i], c_r[i])
-            y, h_n, c_n, c_all = ops.layer(
-                cell,
-                x,
-                None if h_0 is None else h_0[i],
-                None if c_0 is None else c_0[i],
-                pieces[i],
-                lengths=lengths,
-                reset=marks,
-                reset_state=again,
-                reverse=d == 1,
-                all_states=return_all_states,
-                recompute=recompute,
-                backend=backend,
-            )
-            outputs.append(y)
-            finals.append((h_n, c_n))
-            if return_all_states:
-                everything.append((y, c_all))
-        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        x = layer(k, x)
         if drops and k < num_layers - 1:
             x = layout.dropout(x, dropout)
 
@@ -325,6 +343,24 @@ def stack(
     if return_all_states:
         return layout.output(x), states, _pair(kind.has_c, everything, layout.all_states)
     return layout.output(x), states
+
+
+def _at_once(run: Callable[[int, Tensor], Layer], x: Tensor) -> tuple[Layer, Layer]:
+    """Both directions of a layer of x: the reverse one on the side stream, the forward one on the current.
+
+    The reverse one first: autograd begins with the node that was made last, so that its backward, which the current
+    stream waits for, comes last there too. It sees x as a view where x is a leaf, or the gradient of x would be summed
+    on the side stream.
+    """
+    if x.is_leaf and x.requires_grad and torch.is_grad_enabled():
+        x = x.view_as(x)
+    side = streams.beside(x)
+    try:
+        with side.work():
+            reverse = run(1, x)
+        return run(0, x), reverse
+    finally:
+        side.join()
 
 
 def _single(cell: str, input: Any, hx: Any, weights: Sequence[Tensor], batch_first: bool, backend: str) -> Any:

@@ -1,12 +1,13 @@
 """`python -m rnnkit gpu-check`: whether every backend is right on this machine's GPU, and how fast, in one command.
 
-First what is here: device, driver, versions. Then parity: outputs, states and all gradients of every backend that
-runs here, against float64, for every cell, dtype and extra; of the fused backends every kernel of the table, the same
-bits twice, in a CUDA graph, compiled and under autocast. Then the benchmark against cuDNN, those cases first by
-which the fused backends are judged, each result checked before it is timed; a backend is not timed in the cells and
-dtypes in which it failed parity. At the end the targets, each met or missed. It needs Python and torch alone, nothing
-is downloaded, and a clone runs as it is. Rows go into benchmarks/results/ of the clone, or into the folder that --out
-names; Ctrl-C keeps what there is.
+First what is here: device, driver, versions. Then the CUDA kernels under NVIDIA's compute-sanitizer, where that is.
+Then parity: outputs, states and all gradients of every backend that runs here, against float64, for every cell, dtype
+and extra; of the fused backends every kernel of the table, the same bits twice, in a CUDA graph, compiled and under
+autocast. Then probes: what the device takes for the things that kernels are made of. Then the benchmark against cuDNN,
+those cases first by which the fused backends are judged, each result checked before it is timed; a backend is not timed
+in the cells and dtypes in which something was found. At the end the targets, each met or missed. It needs Python and
+torch alone, nothing is downloaded, and a clone runs as it is. Rows go into benchmarks/results/ of the clone, or into
+the folder that --out names; Ctrl-C keeps what there is.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 import torch
 
 from . import info
-from .backends import BACKENDS, NAMES, triton
-from .benchmarks import crew, machine, parity, problems, rows, run, targets
+from .backends import BACKENDS, NAMES, cuda, cuda_table, triton
+from .benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
 from .demo import check_out
 from .demo.text import InputError
@@ -31,7 +32,9 @@ from .progress import Progress
 
 DEVICE = "cuda"
 LIMIT, QUICK = 540.0, 100.0  # seconds, all in all
-SHARE = 0.6  # of it, at most, for parity: kernels that are compiled when they are first called take minutes
+SHARE = 0.55  # of it, at most, for parity: kernels that are compiled when they are first called take minutes
+WATCHED = 0.15  # for compute-sanitizer
+PROBED = 0.06  # for the probes
 OUT = Path("gpu-check-out")
 TIMED = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU"}  # kind of layer -> cell of the benchmark
 SHOWN = 20  # failures on the console; the file has them all
@@ -93,8 +96,13 @@ def _check(
 
     for name, value in facts():
         say(f"{name:<10} {value}")
+    findings = parity.Findings()
+    if "cuda" in backends:
+        say("\nsanitizer: the CUDA kernels on small problems, watched")
+        for line in sanitizer.examine(findings, WATCHED * bench.options.limit, out):
+            say(line)
     say("\nparity: errors against float64, over what is allowed (twice torch.nn's, and a rounding band)")
-    findings, interrupted = _parity(options, backends, SHARE * bench.options.limit)
+    interrupted = _parity(options, findings, backends, SHARE * bench.options.limit)
     for line in findings.lines() + kernels(findings):
         say(line)
     for line in findings.wrong[:SHOWN]:
@@ -107,6 +115,10 @@ def _check(
     if interrupted or findings.ended:
         say("stopped by Ctrl-C" if interrupted else "the device failed: nothing is timed")
         return 130 if interrupted else 1
+    if "cuda" in backends:
+        say("\nprobes: what this GPU takes for the things that kernels are made of")
+        for line in probes.examine(PROBED * bench.options.limit, out, options.out is None and rows.RESULTS.is_dir()):
+            say(line)
     bench.backends, bench.barred = backends, barred(findings)
     for cell, dtype in dict.fromkeys((job.cell, job.dtype) for job in bench.jobs):
         unfit = [name for name in backends if (name, cell, dtype) in bench.barred]
@@ -134,6 +146,7 @@ def facts() -> list[tuple[str, str]]:
         ("python", f"{found['python']} on {found['platform']}"),
         ("rnnkit", f"{found['rnnkit']}, commit {machine.commit()}"),
         ("extension", found["extension"]["reason"] or "available"),
+        ("kernels", info.kernels(found["cuda_kernels"])),
     ]
 
 
@@ -157,19 +170,26 @@ def capability() -> int | None:
     return triton.capability() if triton.missing() is None else None
 
 
+def built() -> list[cuda_table.Row]:
+    """The CUDA kernels that this GPU can hold; none where none can run."""
+    return [] if cuda.missing() is not None else cuda_table.able(cuda.machine.capability(None))
+
+
 def kernels(findings: parity.Findings) -> list[str]:
-    """How many of the persistent kernels that this GPU can run have run."""
-    known = capability()
-    if known is None:
-        return []
-    able = set(table.rows_of(known))
-    ran, chip = len(findings.kernels & able), table.chip_of(known)[0]
-    return [f"triton     {ran} of {len(able)} persistent kernels of {chip} ran"]
+    """How many of the kernels that this GPU can run have run."""
+    lines, known, rows = [], capability(), built()
+    if known is not None:
+        able, chip = set(table.rows_of(known)), table.chip_of(known)[0]
+        lines.append(f"triton     {len(findings.kernels & able)} of {len(able)} persistent kernels of {chip} ran")
+    if rows:
+        ran, version = len(findings.kernels & set(rows)), cuda.machine.capability(None) / 10
+        lines.append(f"cuda       {ran} of {len(rows)} kernels that a GPU of {version} can hold ran")
+    return lines
 
 
-def _parity(options: argparse.Namespace, backends: tuple[str, ...], seconds: float) -> tuple[parity.Findings, bool]:
-    """What was found, and whether Ctrl-C came first."""
-    every, findings = problems.select(options.quick, capability()), parity.Findings()
+def _parity(options: argparse.Namespace, findings: parity.Findings, backends: tuple[str, ...], seconds: float) -> bool:
+    """Whether Ctrl-C came before the end."""
+    every = problems.select(options.quick, capability(), built())
     workers = options.workers or crew.size(len(every))
     progress = Progress("parity", len(every), sys.stderr, "problem")
     try:
@@ -178,10 +198,10 @@ def _parity(options: argparse.Namespace, backends: tuple[str, ...], seconds: flo
         else:
             parity.examine(findings, DEVICE, every, backends, progress.show, seconds)
     except KeyboardInterrupt:
-        return findings, True
+        return True
     finally:
         progress.close()
-    return findings, False
+    return False
 
 
 def _bench(options: argparse.Namespace, out: Path) -> run.Bench:

@@ -54,6 +54,12 @@ def gather() -> dict[str, Any]:
             "reason": extension.reason() or None,
             "variants": list(extension.variants),
         },
+        "cuda_kernels": {
+            "count": len(extension.cuda_kernels),
+            "toolkit": next(iter(extension.cuda_built), None),
+            "chips": list(extension.cuda_built[1:]),
+            "reason": extension.cuda_missing or None,
+        },
         "triton": {"version": triton, "reason": None if triton else NO_TRITON},
         "cuda": {"torch_built_for": torch.version.cuda, "devices": _devices()},
         "threads": torch.get_num_threads(),
@@ -69,6 +75,7 @@ def table(found: dict[str, Any]) -> str:
     rows += [
         ("extension", found["extension"]["reason"] or "available"),
         ("variants", _chosen_first(found["extension"]["variants"])),
+        ("CUDA kernels", kernels(found["cuda_kernels"])),
         ("triton", found["triton"]["version"] or found["triton"]["reason"]),
         ("CUDA", "; ".join(devices) or none),
         ("CPU threads", found["threads"]),
@@ -78,6 +85,11 @@ def table(found: dict[str, Any]) -> str:
         rows.append((f"  {name}", "runs here" if backend["available"] else f"cannot run here: {backend['reason']}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def kernels(found: dict[str, Any]) -> str:
+    """What the extension has of CUDA, in a line."""
+    return found["reason"] or f"{found['count']}, compiled by CUDA {found['toolkit']} for {', '.join(found['chips'])}"
 
 
 def _chosen_first(variants: list[str]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks
+from . import checks, streams
 from .autocast import autocasting, layer_dtypes, no_autocast
 from .backends import (
     REFERENCE,
@@ -267,6 +267,40 @@ def _any_grad(tensors: Iterable[Tensor | None]) -> bool:
     return any(v is not None and v.requires_grad for v in tensors)
 
 
+def overlaps(
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    *states: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    options: Options,
+    backend: str,
+) -> bool:
+    """Whether a layer's reverse direction with these weights may run on another stream than its forward one.
+
+    On a GPU, by a backend that says so, in plain calls. Not where somebody looks at what autograd saves: `checkpoint`
+    makes it again on the stream of the direction that asks first, and the other one would not wait. What is wrong with
+    the arguments, `layer` says. states: the four of the state before and at a reset.
+    """
+    if not streams.on_gpu(x) or _instead is not None or x.is_meta:
+        return False
+    if not _plain(x, *weights, *states, lengths, reset) or torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return False
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
+    t = Tensors(
+        x, *states[:2], w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None, lengths, reset, *states[2:]
+    )
+    problem = describe(cell, t, options, train=_grad() and _any_grad(t))
+    if autocasting(x.device.type):
+        problem = problem._replace(dtype=layer_dtypes(cell, t, fused=True)[0])
+    try:
+        return choose(backend, problem, quiet=True).overlaps
+    except (NotImplementedError, ValueError):
+        return False
+
+
 def _layer(
     cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -333,7 +367,7 @@ class _Layer(torch.autograd.Function):
             given = outputs[: 2 if outputs.c_n is None else 3 if outputs.c_all is None else 4]
         else:
             given, saved = _run_single(how, tensors)
-        ctx.how, ctx.graph, ctx.watched = how, graph, None
+        ctx.how, ctx.graph, ctx.watched, ctx.side = how, graph, None, streams.here()
         y: Tensor = given[0]  # type: ignore[assignment]
         if graph is not None:
             ctx.save_for_backward(*tensors)
@@ -349,6 +383,15 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.side is None:
+            return _Layer._gradients(ctx, *grads)
+        try:
+            return _Layer._gradients(ctx, *grads)
+        finally:
+            ctx.side.join()  # before autograd lets go of what was saved
+
+    @staticmethod
+    def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell, backend, o, batch_first = ctx.how
         saved = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
         needs = ctx.needs_input_grad[1:]

@@ -17,7 +17,7 @@ from test_benchmarks import Made
 from torch import Tensor
 
 from rnnkit import backends, gpu_check
-from rnnkit.backends import BACKENDS, BY_NAME, Options, Outputs, Result, Tensors, triton
+from rnnkit.backends import BACKENDS, BY_NAME, Options, Outputs, Result, Tensors, cuda, triton
 from rnnkit.backends.reference import Reference
 from rnnkit.benchmarks import machine, parity, sides, timing
 
@@ -91,9 +91,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(
-        triton, "missing", lambda: "no kernel runs on this GPU, which is made up"
-    )  # asked once otherwise
+    for backend in (cuda, triton):
+        monkeypatch.setattr(backend, "missing", lambda: "no kernel runs on this GPU, which is made up")
     monkeypatch.setattr(sides, "setup", lambda job, _, *rest: real(job, "cpu", *rest))
     monkeypatch.setattr(machine, "Machine", Made)
 
@@ -128,11 +127,12 @@ class Fused(Reference):
         return self.gradients(super().backward(cell, t, o, y, result, grads, needs))
 
 
-def put(monkeypatch: pytest.MonkeyPatch, backend: Fused) -> None:
-    """Into the table, in the place of `triton`."""
-    table = tuple(backend if other.name == "triton" else other for other in BACKENDS)
+def put(monkeypatch: pytest.MonkeyPatch, backend: Fused, name: str = "triton") -> None:
+    """Into the table, in the place of `triton`, or of another."""
+    backend.name = name
+    table = tuple(backend if other.name == name else other for other in BACKENDS)
     for module in (backends, parity, gpu_check):
         monkeypatch.setattr(module, "BACKENDS", table)
-    monkeypatch.setitem(BY_NAME, "triton", backend)
+    monkeypatch.setitem(BY_NAME, name, backend)
     monkeypatch.setattr(backends, "preference", lambda problem: table)
     monkeypatch.setattr(backends, "_chosen", {})

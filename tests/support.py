@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import signal
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -334,3 +336,16 @@ def no_worse(theirs: nn.Module, ours: nn.Module, x: Tensor) -> None:
     for u, v, truth in zip(flat(theirs(x)), flat(ours(x)), exact, strict=True):
         off = [(w.double() - truth).abs().max() for w in (u, v)]
         assert off[1] <= 2 * off[0] + BAND_ULPS * torch.finfo(x.dtype).eps * truth.abs().max()
+
+
+def stoppable(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A process that SIGINT interrupts, also where this one ignores it and would pass that on: behind nohup, or in the
+    background of a shell."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )

@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import stoppable
 from torch import nn
 
 import rnnkit
@@ -329,7 +330,7 @@ def test_ctrl_c_keeps_the_finished_rows(
 def test_ctrl_c_from_outside(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rnnkit", "bench", "--case", "grid", "--backend", "auto", "--out", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = stoppable(command, environment)
     end = time.monotonic() + 120
     while process.poll() is None and not (tmp_path / "rows.csv").exists() and time.monotonic() < end:
         time.sleep(0.01)

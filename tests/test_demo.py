@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import stoppable
 from torch import nn
 
 import rnnkit
@@ -232,19 +233,22 @@ def test_bad_options(
 
 
 @pytest.mark.parametrize(
-    "options", [["--steps", "0"], ["--steps", "-3"], ["--steps", "x"], ["--seed", "-1"], ["--cell", "x"]], ids=" ".join
+    "options",
+    [["--steps", "0"], ["--steps", "-3"], ["--steps", "x"], ["--seed", "-1"], ["--seed", "x"], ["--cell", "x"]],
+    ids=" ".join,
 )
 def test_bad_values(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["demo", *options])
-    assert stop.value.code == 2
-    assert "rnnkit demo: error: argument" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "_" not in said
+    assert "rnnkit demo: error: argument" in said
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent to a process")
 def test_ctrl_c_leaves_what_was_reached(book: Path, tmp_path: Path) -> None:
     command = [*DEMO, "--steps", "100000", "--text", str(book), "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = stoppable(command, ENVIRONMENT)
     assert process.stderr is not None
     for line in process.stderr:
         if "step 1/" in line:

@@ -200,6 +200,17 @@ def test_pictures_name_their_axes() -> None:
         found.plot("l9")
     with pytest.raises(ValueError, match="l0 has no z; it has i, f, g, o, c, h"):
         found.plot(names="iz")
+    rows, steps = found["l0"]["h"].shape[1::-1]
+    for row in (rows, -1):
+        with pytest.raises(ValueError, match=f"row must lie in 0 to {rows - 1}, the rows of the batch, got {row}"):
+            found.plot(row=row)
+    with pytest.raises(ValueError, match=f"labels must be {steps}, one for each step, got 1"):
+        found.plot(labels=["a"])
+
+
+def test_the_shapes_stand_where_help_looks() -> None:
+    said = str(gates.__doc__)
+    assert "[T, B, H]" in said and all(f"`{name}`" in said for name in "ifgochrzn")
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from test_benchmarks import row
 from rnnkit import gpu_check
 from rnnkit.__main__ import main
 from rnnkit.backends import BY_NAME, Outputs, Tensors
-from rnnkit.benchmarks import crew, machine, parity, problems, rows, run, targets
+from rnnkit.benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer, targets
 from rnnkit.benchmarks.cases import Case, Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cases = [Case("field", 3, 4, 5, 6), Case("resets", 3, 4, 5, 6, resets=0.2), Case("grid", 3, 4, 5, 6)]
     jobs = [Job(case, "GRU", "training", dtype) for dtype in ("float32", "bfloat16") for case in reversed(cases)]
     monkeypatch.setattr(parity, "examine", lambda findings, _, *rest: real(findings, "cpu", *rest))
-    monkeypatch.setattr(problems, "select", lambda quick, capability: few)
+    monkeypatch.setattr(problems, "select", lambda *asked: few)
     monkeypatch.setattr(gpu_check, "select", lambda device, dtypes: jobs)
     yield
     for switch, allowed in zip(switches, before):
@@ -108,6 +108,40 @@ def test_all_parts(
     for part in parts:
         assert part in said and part in kept, part
     assert (tmp_path / "report.md").exists()
+    heads = ("device ", "\nsanitizer: ", "\nparity: ", "\nprobes: ", "\nbenchmark\n", "\ntargets\n")
+    places = [kept.index(head) for head in heads]
+    assert places == sorted(places)
+    assert (
+        "sanitizer  left out: no kernel runs on this GPU" in kept and "\nleft out: no kernel runs on this GPU" in kept
+    )
+
+
+def test_what_the_sanitizer_finds_is_not_timed(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def examine(findings: parity.Findings, seconds: float, out: Path) -> list[str]:
+        asked.append(("sanitizer", seconds, out))
+        findings.wrong.append("cuda: racecheck: a race")
+        findings.culprits.add(("cuda", "gru", "bfloat16"))
+        return ["racecheck  4 of 4 problems"]
+
+    def probe(seconds: float, out: Path, record: bool) -> list[str]:
+        asked.append(("probes", seconds, out, record))
+        return ["clock 1.8 GHz"]
+
+    monkeypatch.setattr(sanitizer, "examine", examine)
+    monkeypatch.setattr(probes, "examine", probe)
+    assert check(tmp_path, "--limit", "1000", "--backend", "reference,cuda") == 1
+    said = capsys.readouterr().out
+    for line in ("racecheck  4 of 4 problems", "WRONG cuda: racecheck: a race", "clock 1.8 GHz"):
+        assert f"{line}\n" in said
+    assert "not timed, since something is wrong: GRU in bfloat16 by cuda\n" in said
+    shares = (gpu_check.WATCHED * 1000, gpu_check.PROBED * 1000)
+    assert asked == [("sanitizer", shares[0], tmp_path), ("probes", shares[1], tmp_path, False)]
+    asked.clear()
+    assert check(tmp_path, "--backend", "reference") == 0 and asked == [], "of one backend alone"
 
 
 def test_rows_go_into_the_clone(cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,8 +327,8 @@ def test_parity_goes_to_several_processes(cuda: None, tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     assert check(tmp_path, "--backend", "reference", "--limit", "100", "--workers", "3") == 1
     assert check(tmp_path, "--backend", "reference", "--limit", "100", "--quick") == 0, "two problems are for one"
-    few = problems.select(True, None) * 4
-    monkeypatch.setattr(problems, "select", lambda quick, capability: few)
+    few = problems.select() * 4
+    monkeypatch.setattr(problems, "select", lambda *asked: few)
     assert check(tmp_path, "--backend", "reference", "--limit", "100", "--quick") == 1
     seconds = gpu_check.SHARE * 100
     assert asked == [("cuda", 2, ("reference",), seconds, 3), ("cuda", 8, ("reference",), seconds, 2)]

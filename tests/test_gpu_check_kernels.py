@@ -18,7 +18,7 @@ import torch
 from make_believe import Fused, put, rerun
 
 from rnnkit import gpu_check, ops
-from rnnkit.backends import BY_NAME, Outputs, triton
+from rnnkit.backends import BY_NAME, Outputs, cuda, cuda_table, triton
 from rnnkit.benchmarks import calls, crew, parity, problems, ways
 from rnnkit.benchmarks.problems import BF16, F16, F32, KINDS, Problem, Variant, kernels_of, select
 from rnnkit.benchmarks.targets import FUSED
@@ -204,9 +204,10 @@ def test_a_graph_that_is_wrong(graph: Any, said: str, monkeypatch: pytest.Monkey
     assert (graph is one_without_its_backward) == all("gradient" in line for line in findings.wrong)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_call_is_as_a_plain_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert examined(replace(CALLED, kind=kind), patch=monkeypatch).wrong == []
+@pytest.mark.parametrize(("kind", "both"), [*((kind, False) for kind in KINDS), ("lstm", True)])
+def test_every_call_is_as_a_plain_one(kind: str, both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = replace(CALLED, kind=kind, variant=replace(CALLED.variant, both=both))
+    assert examined(called, patch=monkeypatch).wrong == []
 
 
 def test_a_row_that_looks_at_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,8 +424,25 @@ def test_the_kernels_that_ran_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(triton, "chip", lambda index=None: 90)
     monkeypatch.setattr(triton, "capability", lambda index=None: 90)
     findings = parity.Findings()
-    row = Problem("lstm_proj", Variant((2, 3, 2, 64), proj=40), BF16, fused=True)
+    row = Problem("lstm_proj", Variant((2, 3, 2, 64), proj=48), BF16, fused=True)
     parity.examine(findings, "cpu", [row, replace(row, stepwise=True)], ("triton",))
     assert {r[:5] for r in findings.kernels} == {("lstm_proj", side, 64, 64, "half") for side in table.SIDES}
     (line,) = gpu_check.kernels(findings)
     assert line.endswith(f"2 of {len(table.rows_of(90))} persistent kernels of sm_90 ran") and FUSED
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(cuda, "machine", cuda.machine._replace(capability=lambda index: 90))
+    put(monkeypatch, Fused(), "cuda")
+    small = Problem("gru", Variant((2, 3, 2, 64)), F16, fused=True)
+    parity.examine(findings, "cpu", [small, replace(small, stepwise=True), replace(small, kind="lstm")], ("cuda",))
+    _, line = gpu_check.kernels(findings)
+    assert line == f"cuda       3 of {len(cuda_table.able(90))} kernels that a GPU of 9.0 can hold ran"
+    names = {row.name for row in findings.kernels if isinstance(row, cuda_table.Row)}
+    assert names == {"cta_gru_fp16_64", "step_gru_fp16_8", "cta_lstm_fp16_64"}
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+def test_every_cuda_kernel_is_met(capability: int) -> None:
+    rows = cuda_table.able(capability)
+    every = [p for p in select(False, None, rows) if p.fused]
+    assert {problems.compiled_for(p, capability) for p in every} >= set(rows)
+    assert len(every) == len(set(every))

@@ -182,6 +182,19 @@ def test_ragged_rows_are_as_alone(model: str, kind: str) -> None:
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in m.parameters())
 
 
+@every_kind
+def test_no_series_is_too_short(kind: str) -> None:
+    """Of one point, an order above it sees the learned start alone: with the same weight at the end, order 1's."""
+    long, short, x = made("order 9", kind), made("order 1", kind), series(kind, 1)
+    with torch.no_grad():
+        for name, p in long.named_parameters():
+            p.zero_()
+            p[-1:] = short.get_parameter(name)[-1:]
+            if name in ("bias", "log_scale"):
+                p.copy_(short.get_parameter(name))
+    assert torch.equal(long.log_prob(x), short.log_prob(x))
+
+
 # Draws and forecasts.
 
 
@@ -237,6 +250,26 @@ def test_a_forecast_of_vectors_and_of_ragged_rows() -> None:
     ragged = made("order 3", "scalars").forecast(series("scalars"), 2, samples=10, lengths=torch.tensor([7, 0, 1, 2]))
     assert ragged.mean.shape == (B, 2)
     assert m.forecast(x, 0).mean.shape == (B, 0, D)
+
+
+@every_model
+@every_kind
+def test_no_rows_and_no_steps(model: str, kind: str) -> None:
+    """Draws of nothing have the shape and the dtype that draws have, which is the model's and not x's."""
+    m, x = made(model, kind), series(kind, 4)
+    x = x.to(torch.int32 if kind == "tokens" else torch.float32)
+    expected = m.generate(x, 1).dtype
+    for rows, steps in ((B, 0), (0, 2), (0, 0)):
+        shape = (rows, steps, *x.shape[2:])
+        drawn = m.generate(x[:rows], steps)
+        assert drawn.shape == shape and drawn.dtype == expected
+        if kind != "tokens":
+            found = m.forecast(x[:rows], steps, samples=3)
+            assert all(v.shape == shape and v.dtype == expected for v in found)
+
+
+def test_no_steps_after_the_last_that_a_naive_model_knows() -> None:
+    assert made("naive", "scalars").generate(series("scalars", T + 3), 0).shape == (B, 0)
 
 
 # What a step costs.

@@ -7,10 +7,12 @@
 
 #pragma once
 
+#include "where.h"
+
 namespace rnnkit {
 
 template <class M, class V = typename M::Value>
-inline V gru_state(V z, V n, V h_before) {
+RNNKIT_VALUE inline V gru_state(V z, V n, V h_before) {
   return (M::set(1) - z) * n + z * h_before;
 }
 
@@ -28,7 +30,7 @@ struct GruAfter {
   };
 
   template <class M, class V = typename M::Value>
-  static Step<V> step(V ar, V az, V xn, V hn, V h_before) {
+  RNNKIT_VALUE static Step<V> step(V ar, V az, V xn, V hn, V h_before) {
     Step<V> s;
     s.r = M::sigmoid(ar);
     s.z = M::sigmoid(az);
@@ -38,7 +40,7 @@ struct GruAfter {
   }
 
   template <class M, class V = typename M::Value>
-  static Gradients<V> step_vjp(V dh, V r, V z, V n, V hn, V h_before) {
+  RNNKIT_VALUE static Gradients<V> step_vjp(V dh, V r, V z, V n, V hn, V h_before) {
     const V one = M::set(1);
     Gradients<V> d;
     d.n = dh * (one - z) * (one - n * n);
@@ -64,12 +66,12 @@ struct GruBefore {
   };
 
   template <class M, class V = typename M::Value>
-  static V candidate(V an) {
+  RNNKIT_VALUE static V candidate(V an) {
     return M::tanh(an);
   }
 
   template <class M, class V = typename M::Value>
-  static Gradients<V> step_vjp(V dh, V z, V n, V h_before) {
+  RNNKIT_VALUE static Gradients<V> step_vjp(V dh, V z, V n, V h_before) {
     const V one = M::set(1);
     Gradients<V> d;
     d.n = dh * (one - z) * (one - n * n);
@@ -80,7 +82,7 @@ struct GruBefore {
 
   // drh: the gradient of r h.
   template <class M, class V = typename M::Value>
-  static ResetGradients<V> reset_vjp(V drh, V r, V h_before) {
+  RNNKIT_VALUE static ResetGradients<V> reset_vjp(V drh, V r, V h_before) {
     ResetGradients<V> d;
     d.r = drh * h_before * r * (M::set(1) - r);
     d.h_before = drh * r;

@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include "where.h"
+
 namespace rnnkit {
 
 struct Lstm {
@@ -20,7 +22,7 @@ struct Lstm {
   };
 
   template <class M, class V = typename M::Value>
-  static Step<V> step(V ai, V af, V ag, V ao, V c_before) {
+  RNNKIT_VALUE static Step<V> step(V ai, V af, V ag, V ao, V c_before) {
     Step<V> s;
     s.i = M::sigmoid(ai);
     s.f = M::sigmoid(af);
@@ -32,7 +34,7 @@ struct Lstm {
   }
 
   template <class M, class V = typename M::Value>
-  static Gradients<V> step_vjp(V dm, V dc_after, V i, V f, V g, V o, V c_before, V c) {
+  RNNKIT_VALUE static Gradients<V> step_vjp(V dm, V dc_after, V i, V f, V g, V o, V c_before, V c) {
     const V one = M::set(1);
     const V tc = M::tanh(c);
     const V dc = dc_after + dm * o * (one - tc * tc);
@@ -47,7 +49,7 @@ struct Lstm {
 
   // m = o tanh(c), what W_hr multiplies.
   template <class M, class V = typename M::Value>
-  static V before_projection(V o, V c) {
+  RNNKIT_VALUE static V before_projection(V o, V c) {
     return o * M::tanh(c);
   }
 };

@@ -7,16 +7,18 @@
 
 #pragma once
 
+#include "where.h"
+
 namespace rnnkit {
 
 struct RnnTanh {
   template <class M, class V = typename M::Value>
-  static V step(V a) {
+  RNNKIT_VALUE static V step(V a) {
     return M::tanh(a);
   }
 
   template <class M, class V = typename M::Value>
-  static V step_vjp(V dh, V h) {
+  RNNKIT_VALUE static V step_vjp(V dh, V h) {
     return dh * (M::set(1) - h * h);
   }
 };
@@ -24,13 +26,13 @@ struct RnnTanh {
 struct RnnRelu {
   // Not `a > 0 ? a : 0`: a NaN has to stay one, as in torch.relu.
   template <class M, class V = typename M::Value>
-  static V step(V a) {
+  RNNKIT_VALUE static V step(V a) {
     return M::select(M::less(a, M::set(0)), M::set(0), a);
   }
 
   // A NaN passes the gradient on, as in torch.relu.
   template <class M, class V = typename M::Value>
-  static V step_vjp(V dh, V h) {
+  RNNKIT_VALUE static V step_vjp(V dh, V h) {
     return M::select(M::less_equal(h, M::set(0)), M::set(0), dh);
   }
 };

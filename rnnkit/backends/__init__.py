@@ -16,7 +16,7 @@ from torch.compiler import is_compiling  # `torch` is here the name of a backend
 
 from . import measured
 from .cpu import CPU
-from .planned import Planned
+from .cuda import CUDA
 from .problem import Options, Outputs, Problem, Result, Tensors, describe
 from .products import Backend
 from .reference import Reference
@@ -25,7 +25,7 @@ from .triton import Triton
 
 REFERENCE = Reference()
 BACKENDS: tuple[Backend, ...] = (
-    Planned("cuda", "CUDA kernels"),
+    CUDA(),
     Triton(),
     CPU(),
     Torch(),

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 
 _HOW = "`pip install -v --no-build-isolation -e .` in a source tree builds it, or says what is missing"
+_HOW_CUDA = "with RNNKIT_CUDA=1 and nvcc, `pip install -v --no-build-isolation -e .` in a source tree builds them"
 
 
 def _library(folder: Path) -> Path | None:
@@ -60,6 +61,38 @@ def _variants() -> tuple[tuple[str, ...], str]:
 
 variants, refusal = _variants()
 """The variants of the engine on this processor, the chosen one first; and why there are none, else empty."""
+
+
+def _cuda() -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """The CUDA kernels that are built in, by which toolkit for which chips; or none, and why."""
+    if _reason:
+        return (), (), _reason
+    if not hasattr(torch.ops.rnnkit, "cuda_kernels"):
+        return (), (), f"the C++ extension is built without the CUDA kernels; {_HOW_CUDA}"
+    ops = torch.ops.rnnkit
+    return tuple(ops.cuda_kernels().split()), tuple(ops.cuda_built().split()), ""
+
+
+cuda_kernels, cuda_built, cuda_missing = _cuda()
+"""The names of the CUDA kernels in the extension; the toolkit that compiled them, like 13.0, and each chip; and why
+there are none, else empty. Whether a device is here is another question."""
+
+
+def cuda_serves(capability: int, chips: tuple[str, ...] = cuda_built[1:]) -> bool:
+    """Whether kernels compiled for these chips run on a GPU of this compute capability, as 90.
+
+    Code of sm_80 serves 8.x, of sm_90a 9.0 alone; PTX (compute_100) serves whatever comes later.
+    """
+    for chip in chips:
+        kind, _, name = chip.partition("_")
+        number = int(name.rstrip("a"))
+        if name.endswith("a"):
+            able = capability == number
+        else:
+            able = capability >= number and (kind == "compute" or capability // 10 == number // 10)
+        if able:
+            return True
+    return False
 
 
 def _bind() -> ModuleType | None:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from .problem import Problem
+
 FILE = Path(__file__).with_name("measured.csv")
 FACTS = ("device", "cell", "train", "B", "T", "I", "H", "source")  # the columns before those of the backends
 # A backend comes before one that precedes it in the table only where it is more than 3 % faster. Less is noise: of the
@@ -85,3 +87,11 @@ def nearest(device: str, cell: str, train: bool, sizes: tuple[int, int, int, int
         return sum((a - math.log(b)) ** 2 for a, b in zip(place, row[:4], strict=True))
 
     return min(rows, key=distance, default=None)
+
+
+def untried(name: str, problem: Problem) -> str | None:
+    """Why `auto` leaves a plain problem on a GPU to torch's layers: this backend has no recorded time there."""
+    known = TYPICAL.get((problem.device, ALIKE.get(problem.cell, problem.cell), problem.train), ())
+    if name in known or problem.extras or not problem.steps:
+        return None
+    return "can run it, but was not measured on a GPU yet, and torch has a layer for it; runs when named"

@@ -102,6 +102,10 @@ class Backend:
     """Whether what it saves for a backward has the layer's dtype, where others save float32 or wider. With `recompute`
     it has in all."""
 
+    overlaps = False
+    """Whether both directions of a layer may run at once, on two streams of a GPU: no kernel waits for blocks that may
+    have no multiprocessor yet."""
+
     def available(self) -> str | None:
         """Why it cannot run anything on this machine; None where it can."""
         return None

@@ -120,6 +120,7 @@ def missing() -> str | None:
 class Triton(KernelBackend):
     name = "triton"
     saves_narrow = True
+    overlaps = True
 
     def available(self) -> str | None:
         return missing()
@@ -140,11 +141,7 @@ class Triton(KernelBackend):
     def reluctant(self, problem: Problem) -> str | None:
         if interpreted():
             return "can run it in Triton's interpreter, far slower than any other; runs when named"
-        cell = measured.ALIKE.get(problem.cell, problem.cell)
-        known = measured.TYPICAL.get((problem.device, cell, problem.train), ())
-        if self.name not in known and not problem.extras and problem.steps:
-            return "can run it, but was not measured on a GPU yet, and torch has a layer for it; runs when named"
-        return None
+        return measured.untried(self.name, problem)
 
     def detail(self, problem: Problem, index: int | None = None) -> str | None:
         sides = ("forward", "backward")[: 1 + problem.train]

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder to write to; default: %(default)s/"
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument("--seed", type=seed_option, default=0, metavar="S", help="default: %(default)s")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -219,15 +219,23 @@ def _device(where: train.Place) -> str:
     return f"{name}, {where.world} processes" if where.world > 1 else name
 
 
+def _whole(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {value!r}") from None
+
+
 def _positive(value: str) -> int:
-    number = int(value)
+    number = _whole(value)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
 
 
-def _seed(value: str) -> int:
-    number = int(value)
+def seed_option(value: str) -> int:
+    """A seed on the command line."""
+    number = _whole(value)
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"must lie in [0, 2^63), got {number}")
     return number

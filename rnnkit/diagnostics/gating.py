@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pictures import figure
+from .pictures import figure, heat_map
 from .trace import recorded
 
 FULL = {
@@ -25,13 +25,7 @@ SIGMOID = "iforz"
 
 
 class Gates(dict[str, dict[str, Tensor]]):
-    """By layer (`encoder.l0`, `encoder.l0_reverse`; a cell by its path), then by name, tensors [T, B, H] in the order
-    of time.
-
-    LSTM: `i` input, `f` forget, `g` candidate, `o` output gate, `c` cell state, `h` (with a projection [T, B, P]).
-    GRU: `r` reset, `z` update gate (its weight of the past; 1 - z weighs the candidate), `n` candidate, `h`.
-    RNN: `h`. Gates after their activation. Beyond a row's length they mean nothing.
-    """
+    """What `gates` gives: by layer, then by name, tensors [T, B, H]; `gates` says which."""
 
     def plot(
         self, layer: str | None = None, row: int = 0, names: str | None = None, labels: list[str] | None = None
@@ -40,7 +34,7 @@ class Gates(dict[str, dict[str, Tensor]]):
 
         Args:
             layer: default: the first. row: of the batch. names: which gates, as letters; default: all.
-            labels: what stands at each step, for instance the characters of a text.
+            labels: what stands at each step, for instance the characters of a text; T of them.
         """
         layer = next(iter(self)) if layer is None else layer
         if layer not in self:
@@ -49,17 +43,17 @@ class Gates(dict[str, dict[str, Tensor]]):
         unknown = [name for name in names or "" if name not in every]
         if unknown:
             raise ValueError(f"{layer} has no {', '.join(unknown)}; it has {', '.join(every)}")
+        steps, rows = every["h"].shape[:2]
+        if not 0 <= row < rows:
+            raise ValueError(f"row must lie in 0 to {rows - 1}, the rows of the batch, got {row}")
+        if labels is not None and len(labels) != steps:
+            raise ValueError(f"labels must be {steps}, one for each step, got {len(labels)}")
         chosen = list(names or every)
         fig, axes = figure(len(chosen), 1, height=1.1)
         for axis, name in zip(axes, chosen, strict=True):
-            v = every[name][:, row].T
+            v = every[name][:, row]
             most = 1.0 if name in SIGMOID else float(v.abs().max()) or 1.0
-            least = 0.0 if name in SIGMOID else -most
-            shown = axis.imshow(
-                v.numpy(force=True), aspect="auto", cmap="gray", vmin=least, vmax=most, interpolation="nearest"
-            )
-            axis.set_ylabel(f"{FULL[name]}\nunit")
-            fig.colorbar(shown, ax=axis)
+            heat_map(fig, axis, v, FULL[name], 0.0 if name in SIGMOID else -most, most)
         if labels is not None:
             axes[-1].set_xticks(range(len(labels)), labels)
         axes[-1].set_xlabel("step t")
@@ -71,6 +65,13 @@ def gates(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Gates:
 
     Args:
         module: rnnkit's or torch.nn's recurrent layer or cell, or any module with some inside.
+
+    Returns:
+        By layer (`encoder.l0`, `encoder.l0_reverse`; a cell by its path), then by name, tensors [T, B, H] in the order
+        of time, gates after their activation. Beyond a row's length they mean nothing.
+        LSTM: `i` input, `f` forget, `g` candidate, `o` output gate, `c` cell state, `h` (with a projection [T, B, P]).
+        GRU: `r` reset, `z` update gate (its weight of the past; 1 - z weighs the candidate), `n` candidate, `h`.
+        RNN: `h`.
 
     Raises:
         ValueError: no recurrent layer or cell ran.

@@ -69,7 +69,11 @@ def identity_(module: nn.Module, scale: float = 1.0) -> nn.Module:
 
 
 def spectral_radius_(module: nn.Module, radius: float) -> nn.Module:
-    """Each gate's block of W_hh is scaled so that its largest eigenvalue has this modulus."""
+    """Each gate's block of W_hh is scaled so that its largest eigenvalue has this modulus.
+
+    H. Jaeger, "The 'echo state' approach to analysing and training recurrent neural networks", GMD Report 148, 2001,
+    scales an RNN's weights so; block by block for gated cells is ours.
+    """
     if not radius >= 0 or math.isinf(radius):
         raise ValueError(f"radius must be 0 or more, got {radius!r}")
     for weight in _recurrent(module, "spectral_radius_"):

@@ -20,6 +20,9 @@ from .observations import Tokens, alive, kind
 class AutoregressiveModel(SequenceModel):
     """p(x_t | x_{t-order} … x_{t-1}); anything older is lost.
 
+    No series is too short, not even one of fewer than τ points: what the start lacks is learned (`start` for reals, a
+    row of the table for tokens). Only `windows` needs a least number of them.
+
     Args:
         order: τ, 1 or more.
         features: D of vectors [B, T, D]; None for scalars [B, T].

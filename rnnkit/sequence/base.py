@@ -100,7 +100,7 @@ class SequenceModel(nn.Module, ABC):
             generator: of the random numbers, on x's device; torch's own where None.
 
         Returns:
-            [B, steps] or [B, steps, D].
+            [B, steps] or [B, steps, D], of the model's dtype, or int64 for tokens; B and steps may be 0.
         """
         state = self.begin(*self._given(x, lengths, empty=True))
         drawn, _ = self._drawn(state, x, _steps(steps), generator)
@@ -134,9 +134,9 @@ class SequenceModel(nn.Module, ABC):
         x, lengths = self._given(x, lengths, empty=True)
         state = self.repeated(self.begin(x, lengths), samples)
         drawn, means = self._drawn(state, x, _steps(steps), generator)
+        if drawn.numel() == 0:
+            return Forecast(*(self._nothing(x, steps) for _ in range(3)))
         drawn, means = (v.view(x.shape[0], samples, *v.shape[1:]) for v in (drawn, means))
-        if steps == 0:
-            return Forecast(*(drawn[:, 0] for _ in range(3)))
         below = (1 - level) / 2
         low, high = drawn.quantile(torch.tensor([below, 1 - below], dtype=drawn.dtype, device=drawn.device), dim=1)
         return Forecast(means.mean(1), low, high)
@@ -151,11 +151,13 @@ class SequenceModel(nn.Module, ABC):
                 means.append(self.observations.mean(raw))
             state = self.advance(state, drawn[-1])
         if not drawn:
-            none = self.following(state).new_zeros((0,), dtype=like.dtype)
-            rows = self.following(state).shape[0]
-            empty = none.view(rows, 0, *like.shape[2:])
-            return empty, empty
+            return self._nothing(like, 0), self._nothing(like, 0)
         return torch.stack(drawn, 1), torch.stack(means or drawn, 1)
+
+    def _nothing(self, like: Tensor, steps: int) -> Tensor:
+        """[B, steps] or [B, steps, D] where B or steps is 0, of the dtype that draws have."""
+        dtype = next(self.parameters()).dtype if isinstance(self.observations, Reals) else torch.int64
+        return like.new_empty((like.shape[0], steps, *like.shape[2:]), dtype=dtype)
 
     def _given(self, x: Tensor, lengths: Tensor | None, *, empty: bool = False) -> tuple[Tensor, Tensor | None]:
         x, lengths = self.observations.check(x, lengths)

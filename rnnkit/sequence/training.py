@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from ..progress import Progress
+from . import checkpoint as checkpoints
 from .base import SequenceModel, positive
 
 
@@ -48,7 +49,7 @@ def fit(
     seed: int = 0,
     progress: bool = True,
 ) -> Fit:
-    """Train `model` on series, in place.
+    """Train `model` on series, in place. Each module ends in the mode, training or not, that it had before.
 
     Args:
         x, lengths: as for `model.log_prob`; B series. `windows` cuts a long one.
@@ -59,14 +60,18 @@ def fit(
             that were best on them.
         patience: epochs without a better held-out loss after which training ends; needs held_out.
         checkpoint: a file, written after each epoch. resume: go on from it where it exists; the result is, bit for
-            bit, what a training without the break gives. Parameters on another device resume there.
+            bit, what a training without the break gives. Everything but epochs and patience must be as it was; where
+            neither leaves anything to do, the training is given back as it is. Parameters on another device resume
+            there.
         progress: a bar on standard error.
 
     Returns:
         the losses and how it ended.
 
     Raises:
-        ValueError: bad numbers, series that `log_prob` refuses, a checkpoint of another training.
+        ValueError: bad numbers, series that `log_prob` refuses, a checkpoint of another training (says what differs),
+            a file that is no checkpoint.
+        OSError: a checkpoint that cannot be written, before anything is trained.
         FloatingPointError: a loss that is not finite; the model keeps the parameters from before that step.
     """
     if not isinstance(model, SequenceModel):
@@ -77,18 +82,21 @@ def fit(
         raise ValueError(f"clip must be above 0, or None, got {clip!r}")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs checkpoint=FILE, from which to go on")
-    data = _data(model, x, lengths)
-    held = None if held_out is None else _data(model, *(held_out if isinstance(held_out, tuple) else (held_out, None)))
-    made = Adam(model.parameters(), lr=learning_rate) if optimizer is None else optimizer(model.parameters())
     positive("epochs", epochs)
-    run = _Training(model, data, held, made, positive("batch_size", batch_size), clip, seed)
+    positive("batch_size", batch_size)
+    if patience is not None:
+        positive("patience", patience)
+    data = _data(model, x, lengths)
+    held = None if held_out is None else _data(model, *_pair(held_out))
+    made = Adam(model.parameters(), lr=learning_rate) if optimizer is None else optimizer(model.parameters())
     file = None if checkpoint is None else Path(checkpoint)
+    if file is not None:
+        checkpoints.expect_writable(file)
+    run = _Training(model, data, held, made, batch_size, clip, seed, file)
     if resume and file is not None and file.exists():
         run.resume(file)
     shown = Progress("fit", epochs, sys.stderr, "epoch") if progress else None
-    return run.run(
-        positive("epochs", epochs), None if patience is None else positive("patience", patience), file, shown
-    )
+    return run.run(epochs, patience, shown)
 
 
 def windows(series: Tensor, length: int, stride: int | None = None) -> Tensor:
@@ -96,8 +104,10 @@ def windows(series: Tensor, length: int, stride: int | None = None) -> Tensor:
     what is left at the end has no window.
 
     Raises:
-        ValueError: a series shorter than one window; says how many points are needed.
+        ValueError: a series shorter than one window; says how many points are needed. TypeError: not a Tensor.
     """
+    if not isinstance(series, Tensor):
+        raise TypeError(f"series must be a Tensor, got {type(series).__name__}; torch.tensor(series) makes it one")
     positive("length", length)
     stride = length if stride is None else positive("stride", stride)
     if series.dim() not in (1, 2):
@@ -131,6 +141,14 @@ def _data(model: SequenceModel, x: Tensor, lengths: Tensor | None) -> _Data:
     return data
 
 
+def _pair(held_out: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(held_out, tuple):
+        return held_out, None
+    if len(held_out) != 2:
+        raise ValueError(f"held_out must be series, or (series, lengths), got a tuple of {len(held_out)}")
+    return held_out
+
+
 class _Training:
     """What changes while a model is trained, all of which a checkpoint holds."""
 
@@ -143,40 +161,45 @@ class _Training:
         batch: int,
         clip: float | None,
         seed: int,
+        file: Path | None,
     ) -> None:
         self.model, self.data, self.held, self.optimizer = model, data, held, optimizer
-        self.batch, self.clip = batch, clip
+        self.batch, self.clip, self.file = batch, clip, file
         self.order = torch.Generator().manual_seed(seed)
-        self.facts = {"rows": data.x.shape[0], "batch_size": batch, "seed": seed, "clip": clip}
+        self.facts = {} if file is None else self._facts(seed)
         self.losses: list[float] = []
         self.measured: list[float] = []
         self.best = -1
         self.kept: dict[str, Tensor] | None = None
 
-    def run(self, epochs: int, patience: int | None, file: Path | None, shown: Progress | None) -> Fit:
-        stopped = False
+    def run(self, epochs: int, patience: int | None, shown: Progress | None) -> Fit:
+        modes = [(module, module.training) for module in self.model.modules()]
         try:
-            for epoch in range(len(self.losses), epochs):
+            while len(self.losses) < epochs and not self.stopped(patience):
                 self.losses.append(self.epoch())
                 if self.held is not None:
                     self.measured.append(self.measure(self.held))
                     if self.best < 0 or self.measured[-1] < self.measured[self.best]:
-                        self.best = epoch
+                        self.best = len(self.losses) - 1
                         self.kept = {name: v.detach().clone() for name, v in self.model.state_dict().items()}
-                if file is not None:
-                    self.save(file)
+                if self.file is not None:
+                    self.save(self.file)
                 if shown is not None:
                     held = f"  held out {self.measured[-1]:.4f}" if self.measured else ""
-                    shown.show(epoch + 1, f"loss {self.losses[-1]:.4f}{held}")
-                stopped = patience is not None and epoch - self.best >= patience
-                if stopped:
-                    break
+                    shown.show(len(self.losses), f"loss {self.losses[-1]:.4f}{held}")
         finally:
             if shown is not None:
                 shown.close()
+            for module, mode in modes:
+                module.training = mode
             if self.kept is not None:
                 self.model.load_state_dict(self.kept)
-        return Fit(self.losses, self.measured, self.best if self.held else len(self.losses) - 1, stopped)
+        best = self.best if self.held else len(self.losses) - 1
+        return Fit(self.losses, self.measured, best, self.stopped(patience))
+
+    def stopped(self, patience: int | None) -> bool:
+        """Whether the last epoch was one too many; asked before each, so that a resumed training stops where it did."""
+        return patience is not None and bool(self.losses) and len(self.losses) - 1 - self.best >= patience
 
     def epoch(self) -> float:
         self.model.train()
@@ -206,8 +229,7 @@ class _Training:
             return -float(self.model.log_prob(*data).sum()) / data.observations()
 
     def save(self, file: Path) -> None:
-        everything: dict[str, Any] = {
-            "facts": self.facts,
+        state = {
             "model": self.model.state_dict(),
             "kept": self.kept,
             "optimizer": self.optimizer.state_dict(),
@@ -217,18 +239,24 @@ class _Training:
             "held_out": self.measured,
             "best": self.best,
         }
-        new = file.with_name(file.name + ".new")
-        torch.save(everything, new)
-        os.replace(new, file)  # whole, or the one before
+        checkpoints.save(file, self.facts, state)
 
     def resume(self, file: Path) -> None:
-        found = torch.load(file, map_location=self.data.x.device, weights_only=True)
-        there = found["facts"]
-        differ = [f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in self.facts.items() if there.get(k) != v]
-        if differ:
-            raise ValueError(f"{file} is of another training ({', '.join(differ)}); remove it, or resume=False")
+        found = checkpoints.load(file, self.facts, self.data.x.device)
         self.model.load_state_dict(found["model"])
         self.optimizer.load_state_dict(found["optimizer"])
         self.order.set_state(found["order"].cpu())
         torch.set_rng_state(found["random"].cpu())
         self.losses, self.measured, self.best, self.kept = (found[k] for k in ("losses", "held_out", "best", "kept"))
+
+    def _facts(self, seed: int) -> dict[str, str]:
+        """What a training is. Not epochs and patience: one may go on for longer."""
+        return {
+            "x": checkpoints.series(*self.data),
+            "held_out": "none" if self.held is None else checkpoints.series(*self.held),
+            "batch_size": str(self.batch),
+            "seed": str(seed),
+            "clip": str(None if self.clip is None else float(self.clip)),
+            **checkpoints.algorithm(self.optimizer),
+            **checkpoints.parameters(self.model),
+        }

@@ -1,0 +1,216 @@
+"""Backend `cuda`: the kernels of csrc/cuda, for NVIDIA GPUs from compute capability 8.0 on.
+
+It brings the two scans; the products around them are those of products.py. Which kernel runs a scan, cuda_table.py
+says. A `Machine` is what they run on: this process' GPUs, or a CPU that executes the same sources (tests/simt).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS, Cell, compute_dtype
+from ..reference.scan import ScanGradients
+from . import cuda_table, extension, measured
+from .cuda_table import Row
+from .problem import Options, Outputs, Problem, Tensors
+from .products import KernelBackend, bias_inside
+
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "f64"}
+STEPWISE = os.environ.get("RNNKIT_CUDA_REGIME") == "step"
+"""Whether every scan is to run step by step, whatever the table says."""
+
+Run = Callable[[str, str, dict[str, Any]], None]
+"""run(kernel, side, fields): `fields` by the names of csrc/cuda/scan.h."""
+
+
+class Machine(NamedTuple):
+    """Where the kernels run."""
+
+    device: str
+    capability: Callable[[int | None], int]
+    """Of a device by its index, as in sm_90; None: the least of all."""
+    run: Run
+
+
+@contextlib.contextmanager
+def stepwise() -> Iterator[None]:
+    """Every scan step by step for a block, in every thread: a backward on a GPU runs in one of autograd's own."""
+    global STEPWISE
+    before = STEPWISE
+    STEPWISE = True
+    try:
+        yield
+    finally:
+        STEPWISE = before
+
+
+@functools.cache
+def capability(index: int | None = None) -> int:
+    """Of one CUDA device, or the least of all."""
+    every = range(torch.cuda.device_count()) if index is None else (index,)
+    major, minor = min(torch.cuda.get_device_capability(k) for k in every)
+    return 10 * major + minor
+
+
+COMMON = ("h_0", "c_0", "lengths", "reset", "h_r", "c_r")
+FORWARD = ("gx", "w_hh", "w_hr", "b_hn", *COMMON, "y", "h_n", "c_n", "c_all", "gates")
+GIVEN = ("gy", "gh_n", "gc_n", "gc_all")
+BACKWARD = ("w_t", "w_hr_t", *COMMON, *GIVEN, "y", "c_all", "gates", "dgx", "dgh", "dp", "dh_0", "dc_0", "dh_r", "dc_r")
+"""The operands of cuda_scan_forward and cuda_scan_backward (csrc/cuda/ops.cpp), in order."""
+
+
+def launch(kernel: str, side: str, fields: dict[str, Any]) -> None:
+    """On the tensors' device, on its current stream. Never waits."""
+    flags = (fields["reverse"], fields["relu"])
+    if side == "forward":
+        torch.ops.rnnkit.cuda_scan_forward(kernel, fields["t0"], *flags, *(fields[name] for name in FORWARD))
+    else:
+        torch.ops.rnnkit.cuda_scan_backward(kernel, *flags, *(fields[name] for name in BACKWARD))
+
+
+machine = Machine("cuda", capability, launch)
+simulated = False
+"""Whether `machine` is a CPU that executes the kernels' sources."""
+
+
+@contextlib.contextmanager
+def simulation(run: Run, capability: int = 90) -> Iterator[None]:
+    """For a block: kernels on CPU tensors, by whoever can execute their sources."""
+    global machine, simulated
+    before = machine, simulated
+    machine, simulated = Machine("cpu", lambda index: capability, run), True
+    try:
+        yield
+    finally:
+        machine, simulated = before
+
+
+def missing() -> str | None:
+    """Why no kernel can run here; None where they can."""
+    if simulated:
+        return None
+    if extension.cuda_missing:
+        return extension.cuda_missing
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU, and this torch is built for AMD's"
+    if not torch.cuda.is_available():
+        return "needs a GPU, and torch sees none"
+    if capability() < cuda_table.OLDEST:
+        return f"needs GPUs from compute capability 8.0 on, got one of {capability() / 10}"
+    chips = ", ".join(extension.cuda_built[1:])
+    for k in range(torch.cuda.device_count()):
+        if not extension.cuda_serves(capability(k)):
+            return f"its kernels are compiled for {chips}, got a GPU of {capability(k) / 10}; build again for it"
+    return None
+
+
+class CUDA(KernelBackend):
+    name = "cuda"
+    saves_narrow = True
+    overlaps = True
+
+    def available(self) -> str | None:
+        return missing()
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        reason = missing()
+        reasons = [] if reason is None else [reason]
+        if problem.device != machine.device:
+            reasons.append(f"runs on the device {machine.device}, got {problem.device}")
+        if problem.dtype not in (torch.float32, *KINDS):
+            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {problem.dtype}")
+        if problem.hidden_size == 0:
+            reasons.append("needs at least one unit, got H=0")
+        return reasons
+
+    def reluctant(self, problem: Problem) -> str | None:
+        if simulated:
+            return "can run it on a CPU that executes its kernels, far slower than any other; runs when named"
+        return measured.untried(self.name, problem)
+
+    def detail(self, problem: Problem, index: int | None = None) -> str | None:
+        sizes = (problem.hidden_size, problem.proj_size, kind(problem.dtype), problem.batch)
+        row, why = planned(problem.cell, *sizes, machine.capability(index))
+        return f"{row.regime}: {why} ({row.name})"
+
+    def scan_forward(
+        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        n, rows = gx.shape[:2]
+        hidden, size = t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1]
+        y = gx.new_empty((n, rows, size))
+        h_n = torch.empty_like(h, memory_format=torch.contiguous_format)
+        c_n = None if c is None else torch.empty_like(c, memory_format=torch.contiguous_format)
+        c_all = gx.new_empty((n, rows, hidden)) if cell.has_c and save else None
+        gates = gx.new_empty((n, rows, cell.saved * hidden)) if cell.saved and save else None
+        fields = _common(cell, t, reverse, t0, t0 + n)
+        fields |= {"gx": gx.contiguous(), "w_hh": t.w_hh.contiguous(), "w_hr": _solid(t.w_hr)}
+        fields |= {"b_hn": _solid(bias_inside(cell, t)), "h_0": h.contiguous(), "c_0": _solid(c)}
+        fields |= {"y": y, "h_n": h_n, "c_n": c_n, "c_all": c_all, "gates": gates, "n": n, "B": rows}
+        if rows:
+            machine.run(_row(cell, t).name, "forward", {**fields, "H": hidden, "N": size})
+        return y, h_n, c_n, c_all, gates
+
+    def scan_backward(
+        self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
+    ) -> ScanGradients:
+        n, rows, size = y.shape
+        hidden = t.w_hh.shape[0] // cell.gates
+        wide = compute_dtype(y.dtype)
+        dgx = y.new_empty((n, rows, t.w_hh.shape[0]))
+        dgh = torch.empty_like(dgx) if cell.reset_after else dgx
+        dp = y.new_empty(y.shape) if t.w_hr is not None else None
+        dh_0 = y.new_empty((rows, size), dtype=t.h_0.dtype)
+        dc_0 = None if t.c_0 is None else y.new_empty((rows, hidden), dtype=t.c_0.dtype)
+        dh_r = dc_r = None
+        if t.reset is not None:
+            dh_r = y.new_empty((rows, size), dtype=wide)
+            dc_r = y.new_empty((rows, hidden), dtype=wide) if cell.has_c else None
+        fields = _common(cell, t, o.reverse, 0, n)
+        fields |= {"w_t": t.w_hh.t().contiguous(), "w_hr_t": None if t.w_hr is None else t.w_hr.t().contiguous()}
+        fields |= {"h_0": t.h_0.contiguous(), "c_0": _solid(t.c_0), "y": y.contiguous(), "c_all": c_all, "gates": gates}
+        fields |= dict(zip(GIVEN, (_solid(g) for g in grads), strict=True))
+        fields |= {"dgx": dgx, "dgh": dgh, "dp": dp, "dh_0": dh_0, "dc_0": dc_0, "dh_r": dh_r, "dc_r": dc_r}
+        if rows:
+            machine.run(_row(cell, t).name, "backward", {**fields, "n": n, "B": rows, "H": hidden, "N": size})
+        dh_r, dc_r = (None if v is None else v.to(t.h_0.dtype) for v in (dh_r, dc_r))
+        return ScanGradients(dgx, dgh, dh_0, dc_0, dh_r, dc_r, dp)
+
+
+def kind(dtype: torch.dtype) -> str:
+    """How products treat their operands: TF32 exactly where torch allows it to cuDNN's recurrent layers."""
+    if dtype in KINDS:
+        return KINDS[dtype]
+    allowed = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if allowed == "tf32" else "ieee"
+
+
+def planned(cell: str, hidden: int, proj: int, operands: str, batch: int, capability: int) -> tuple[Row, str]:
+    """The kernel that runs a scan, and why."""
+    if STEPWISE:
+        return cuda_table.stepwise(cell, operands, batch, capability), "RNNKIT_CUDA_REGIME=step asks for it"
+    return cuda_table.plan(cell, hidden, proj, operands, batch, capability)
+
+
+def _row(cell: Cell, t: Tensors) -> Row:
+    proj = 0 if t.w_hr is None else t.w_hr.shape[0]
+    chip = machine.capability(t.x.device.index)
+    return planned(cell.name, t.w_hh.shape[0] // cell.gates, proj, kind(t.x.dtype), t.x.shape[1], chip)[0]
+
+
+def _common(cell: Cell, t: Tensors, reverse: bool, t0: int, end: int) -> dict[str, Any]:
+    total = end if t.reset is None else t.reset.shape[0]
+    flags = {"t0": t0, "total": total, "reverse": reverse, "relu": cell is CELLS["rnn_relu"]}
+    return flags | {name: _solid(getattr(t, name)) for name in ("lengths", "reset", "h_r", "c_r")}
+
+
+def _solid(v: Tensor | None) -> Tensor | None:
+    """Contiguous: an expanded gradient is written out."""
+    return None if v is None else v.contiguous()

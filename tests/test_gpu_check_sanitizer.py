@@ -1,0 +1,211 @@
+"""compute-sanitizer over the CUDA kernels, where there is neither: a tool that says what the real one says, what is
+made of it, and that the program that it watches runs every kernel. The reports are in the form of its manual.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rnnkit import gpu_check
+from rnnkit.backends import cuda, cuda_table
+from rnnkit.benchmarks import child, parity, problems, sanitizer
+from rnnkit.benchmarks import cuda_table as compiled
+
+KERNEL = (
+    "void rnnkit::cuda::cta_forward<rnnkit::cuda::Cta<rnnkit::cuda::cell::lstm, rnnkit::cuda::kind::bf16, (int)64, "
+    "(int)4, (int)8>>(rnnkit::cuda::Forward)"
+)
+HEAD = """\
+========= COMPUTE-SANITIZER
+problem 1 of 92: rnn_tanh in bfloat16 (T 4)
+problem 2 of 92: lstm in bfloat16 (T 4)
+"""
+OUTSIDE = f"""\
+========= Invalid __global__ write of size 2 bytes
+=========     at {KERNEL}+0x9c0 in cta_forward.cuh:123
+=========     by thread ({{}},0,0) in block (0,0,0)
+=========     Address 0x7f551f200000 is out of bounds
+=========     and is 1 bytes after the nearest allocation at 0x7f551f1ffe00 of size 512 bytes
+"""
+RACE = f"""\
+========= Error: Race reported between Read access at {KERNEL}+0x100 in cta.cuh:9
+=========     and Write access at {KERNEL}+0x200 in cta_forward.cuh:77 [508 hazards]
+=========
+"""
+BARRIER = f"""\
+========= Barrier error detected. Divergent thread(s) in block
+=========     at {KERNEL.replace("lstm", "gru_before")}+0x50 in step.cuh:88
+=========     by thread (3,0,0) in block (0,0,0)
+"""
+ELSEWHERE = """\
+========= Invalid __shared__ read of size 4 bytes
+=========     at void at::native::copy<float>(int)+0x10
+"""
+TAIL = "all that there was time for\n========= ERROR SUMMARY: 3 errors\n"
+
+
+def test_what_is_reported_is_read() -> None:
+    ours, others = sanitizer.reports(HEAD + OUTSIDE.format(0) + OUTSIDE.format(1) + RACE + BARRIER + ELSEWHERE + TAIL)
+    assert others == 1
+    assert ours == {
+        "Invalid __global__ write of size 2 bytes in cta_forward lstm bf16 (cta_forward.cuh:123)": 2,
+        "Error: Race reported in cta_forward lstm bf16 (cta.cuh:9, cta_forward.cuh:77)": 1,
+        "Barrier error detected. Divergent thread(s) in cta_forward gru_before bf16 (step.cuh:88)": 1,
+    }
+    assert sanitizer.reports(HEAD + TAIL) == ({}, 0)
+    bare = re.sub(r" in \S+:\d+", "", RACE)  # as it is built without -lineinfo
+    assert list(sanitizer.reports(bare)[0]) == ["Error: Race reported in cta_forward lstm bf16 (0x100, 0x200)"]
+
+
+def test_whom_a_report_speaks_of() -> None:
+    assert sanitizer.culprits("a race in cta_forward lstm bf16") == {("lstm", "bfloat16"), ("lstm_proj", "bfloat16")}
+    assert sanitizer.culprits("step rnn tf32") == {("rnn_tanh", "tf32"), ("rnn_relu", "tf32")}
+    assert sanitizer.culprits("step gru_before ieee (x.cuh:1)") == {("gru_reset_before", "float32")}
+    assert len(sanitizer.culprits("")) == len(problems.KINDS) * len(cuda_table.KINDS), "all, where it does not tell"
+
+
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """examined(text, code, sleep) -> findings, lines: by a tool that says this and runs nothing."""
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+
+    def examined(
+        text: str, code: int = 0, sleep: float = 0.0, seconds: float = 60.0
+    ) -> tuple[parity.Findings, list[str]]:
+        (tmp_path / "text").write_text(text)
+        tool = tmp_path / "bin" / "compute-sanitizer"
+        tool.parent.mkdir(exist_ok=True)
+        asked = f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >> {tmp_path}/asked'
+        tool.write_text("\n".join(["#!/bin/sh", asked, f"cat {tmp_path}/text", f"sleep {sleep}", f"exit {code}", ""]))
+        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+        findings = parity.Findings()
+        return findings, sanitizer.examine(findings, seconds, tmp_path)
+
+    return examined
+
+
+def test_a_kernel_without_findings(found: Any, tmp_path: Path) -> None:
+    findings, lines = found(HEAD + TAIL)
+    assert findings == parity.Findings()
+    assert lines == [f"{check:<10} 2 of 92 problems, 0 findings in the kernels" for check in sanitizer.CHECKS]
+    asked = sorted((tmp_path / "asked").read_text().splitlines())
+    assert len(asked) == len(sanitizer.CHECKS)
+    for line, check in zip(asked, sorted(sanitizer.CHECKS)):
+        assert line.startswith(f"1 --tool {check} --kernel-name kernel_substring=rnnkit "), "each tensor by itself"
+        assert f"{sys.executable} -m rnnkit.benchmarks.sanitizer --seconds 35" in line
+
+
+def test_findings_are_failures_of_the_backend(found: Any, tmp_path: Path) -> None:
+    findings, lines = found(HEAD + OUTSIDE.format(0) + OUTSIDE.format(1) + ELSEWHERE + TAIL, sanitizer.FOUND)
+    assert len(findings.wrong) == len(sanitizer.CHECKS)
+    assert findings.wrong[0] == (
+        "cuda: memcheck: Invalid __global__ write of size 2 bytes in cta_forward lstm bf16 (cta_forward.cuh:123), "
+        "2 times"
+    )
+    assert findings.culprits == {("cuda", "lstm", "bfloat16"), ("cuda", "lstm_proj", "bfloat16")}
+    assert lines[0] == "memcheck   2 of 92 problems, 1 findings in the kernels, 1 elsewhere"
+    assert gpu_check.barred(findings) >= {("cuda", "LSTM", "bfloat16"), ("auto", "LSTM", "bfloat16")}
+    findings, lines = found(HEAD + TAIL, sanitizer.FOUND)
+    assert findings.wrong == [] and lines[0].endswith(f"see {tmp_path / 'memcheck.txt'}"), "what we cannot read"
+
+
+def test_a_program_that_ends_early(found: Any) -> None:
+    findings, _ = found(HEAD + "Traceback\n", 1)
+    assert findings.wrong[0].startswith("cuda: memcheck: ended with 1 in lstm in bfloat16 (T 4), see ")
+    assert ("cuda", "gru", "float16") in findings.culprits
+
+
+def test_a_tool_that_does_not_run(found: Any, tmp_path: Path) -> None:
+    findings, lines = found("========= Error: Target application terminated before first instrumented API call\n", 1)
+    assert findings == parity.Findings()
+    assert lines[0] == f"memcheck   left out: the tool could not run it, see {tmp_path / 'memcheck.txt'}"
+
+
+def test_what_hangs_is_stopped(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitizer, "LEAST", 0.0)
+    begin = time.monotonic()
+    findings, lines = found(HEAD, sleep=100, seconds=1.0)
+    assert findings == parity.Findings() and time.monotonic() - begin < 50
+    assert lines[0].endswith("; stopped in the last, for want of time: lstm in bfloat16 (T 4)")
+    _, lines = found("", sleep=100, seconds=0.5)
+    assert lines[0].endswith("; it did not begin in time")
+
+
+def test_why_it_is_left_out(found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    findings, lines = found("", seconds=12.0)
+    assert lines == ["sanitizer  left out: 12 s are too few, it takes 40; a larger --limit takes it in"]
+    monkeypatch.setattr(cuda, "missing", lambda: "it is not built")
+    assert found("")[1] == ["sanitizer  left out: it is not built"]
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(sanitizer, "tool", lambda: None)
+    assert sanitizer.examine(findings, 60.0, tmp_path)[0].startswith(
+        "sanitizer  left out: compute-sanitizer is not here: "
+    )
+
+
+def test_where_the_tool_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(folder: Path) -> Path:
+        path = folder / "bin" / "compute-sanitizer"
+        path.parent.mkdir(parents=True)
+        path.touch(0o755)
+        return path
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(compiled, "compiler", lambda: None)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    assert sanitizer.tool() is None
+    wheel = put(tmp_path / "nvidia" / "cu13")
+    assert sanitizer.tool() == wheel, "installed by pip"
+    home = put(tmp_path / "home")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert sanitizer.tool() == home
+    first = put(tmp_path / "path")
+    monkeypatch.setenv("PATH", str(first.parent))
+    assert sanitizer.tool() == first
+
+
+# The program that is watched.
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+def test_every_kernel_is_watched(capability: int) -> None:
+    every = sanitizer.small(capability)
+    rows = cuda_table.able(capability)
+    assert {problems.compiled_for(problem, capability) for problem in every} == set(rows) and len(every) == len(rows)
+    first = [problems.compiled_for(problem, capability) for problem in every[: len(every) // 3]]
+    for facts in ("regime", "kernel", "kind"):
+        assert {getattr(row, facts) for row in first} == {getattr(row, facts) for row in rows}, (
+            "a third has some of all"
+        )
+
+
+def test_the_program_runs_as_long_as_there_is_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(sanitizer, "numbers", lambda way, problem, given, dtype, device: ran.append((problem, device)))
+    monkeypatch.setattr(sanitizer, "small", lambda capability: few)
+    few = list(problems.stepping(cuda_table.ROWS))[:3]
+    monkeypatch.setattr(cuda, "machine", cuda.machine._replace(capability=lambda index: 90))
+    assert sanitizer.main([]) == 0
+    assert [problem for problem, _ in ran] == few and {device for _, device in ran} == {"cuda"}
+    said = capsys.readouterr().out
+    assert said == "".join(f"problem {k} of 3: {p}\n" for k, p in enumerate(few, 1)) + "all that there was time for\n"
+    assert sanitizer.main(["--seconds", "-1"]) == 0
+    assert capsys.readouterr().out == "all that there was time for\n"
+
+
+def test_a_child_finds_what_its_parent_found(tmp_path: Path) -> None:
+    begun = child.Child("rnnkit.benchmarks.sanitizer", ["--help"], tmp_path / "said")
+    assert begun.wait(time.monotonic() + 100) == 0 and "compute-sanitizer over the CUDA kernels" in begun.text()
