@@ -72,8 +72,8 @@ def narrow(x, dtype: tl.constexpr):
 def matrix(w, k, unit, along_k, along_unit, K, N):
     """[k, unit] of a matrix by its two strides, K by N; in its own type."""
     mask = (k < K)[:, None] & (unit < N)[None, :]
-    wide = k.to(tl.int64)
-    return tl.load(w + wide[:, None] * along_k + unit[None, :] * along_unit, mask=mask, other=0.0)
+    row, column = k.to(tl.int64)[:, None] * along_k, unit.to(tl.int64)[None, :] * along_unit
+    return tl.load(w + row + column, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rnnkit.kernels.shared import narrow, place, relu, rows, sigmoid, store, tanh
+from rnnkit.kernels.shared import matrix, narrow, place, relu, rows, sigmoid, store, tanh
 
 EDGES = torch.tensor([0.0, -0.0, 0.64, -0.64, 1e-30, 88.0, -88.0, 1e30, float("inf"), -float("inf"), float("nan")])
 
@@ -39,6 +39,13 @@ def write_step(y, k, n, B, WIDTH: tl.constexpr):
     row, unit = rows(16), tl.arange(0, WIDTH)
     mask = (row < B)[:, None] & (unit < WIDTH)[None, :]
     store(y, place(k, n, 0) * B + row, unit, WIDTH, mask, tl.full((16, WIDTH), 3.0, tl.float32))
+
+
+@triton.jit
+def read_matrix(w, out, along_unit, N: tl.constexpr):
+    at = tl.arange(0, N)
+    v = matrix(w, at, at, 1, along_unit, N, N)
+    tl.store(out + at[:, None] * N + at[None, :], v)
 
 
 def values() -> Tensor:
@@ -74,3 +81,14 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     assert y.numel() > 2**31
     write_step[(1,)](y, steps - 1, steps, batch, width)
     assert (y[-batch * width :] == 3).all() and not y[: batch * width].any()
+
+
+def test_a_matrix_beyond_32_bits(tmp_path: Path) -> None:
+    """W_hh of an LSTM passes 2^31 elements at H = 23,171. What lies before it here is zeros, for offsets that wrap."""
+    far, n = 2**28, 16
+    w = torch.from_file(str(tmp_path / "w"), shared=True, size=2**31 + n * far, dtype=torch.int8)[2**31 :]
+    expected = torch.arange(n * n, dtype=torch.int8).view(n, n)
+    w.as_strided((n, n), (1, far)).copy_(expected)
+    found = torch.empty_like(expected)
+    read_matrix[(1,)](w, found, far, n)
+    assert torch.equal(found, expected)
