@@ -6,9 +6,8 @@
 Every row of kernels/table.py is compiled for each of its chips, and the step regime's kernels in each of its tiles for
 all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset, all gradients.
 What is compiled is what Triton would compile at that launch: its own functions say of which arguments it knows that
-they are multiples of 16, or on AMD's GPUs within 2 GiB. Where a row of the result stands for several kernels (tensors
-within 2 GiB and not; states in the layer's dtype, and in float32 between the ranges of `recompute`: both of persistent
-kernels alone) it is the one of most registers.
+they are multiples of 16, or on AMD's GPUs within 2 GiB. Where that leaves a persistent kernel fewer than SPARE
+registers, the other forms of a call are compiled too (FORMS); the row of the result is the form of most registers.
 A row of the result holds registers a thread, bytes of shared memory a block and of stack a thread, which is what
 spilled, by the Triton that compiled it: a run replaces its own version's rows and keeps the others'.
 Exit code 1 where a kernel spills, needs more shared memory than its chip has, or does not compile.
@@ -44,7 +43,31 @@ DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRODUCTS = ("product.product", "product.product_back")
 STEP_SIZES = (((128, 48), table.STEP), ((127, 45), table.ODD_STEP))  # H and P, where there is one, and the tiles
+SPARE = 64
+"""Registers a thread: more than the forms of a call differ by."""
 FEW, MANY = 3, 2**28  # rows of a batch: so many that on AMD's GPUs no tensor of theirs is within 2 GiB
+
+
+class Form(NamedTuple):
+    """How calls of one layer differ, such that a row's kernel is another one."""
+
+    rows: int = FEW
+    wide: bool = False
+    """Whether states are float32, as they pass between the ranges of `recompute`."""
+    lengths: bool = True
+    resets: bool = True
+    states: bool = True
+    """At a reset, instead of zeros."""
+
+
+EVERYTHING = Form()
+FORMS = (
+    Form(wide=True),
+    Form(rows=MANY),
+    Form(lengths=False, resets=False, states=False),
+    Form(resets=False, states=False),
+    Form(lengths=False, states=False),
+)
 
 
 class Job(NamedTuple):
@@ -59,9 +82,6 @@ class Job(NamedTuple):
     hidden: int
     proj: int
     plan: table.Plan
-    rows: int
-    wide: bool
-    """Whether states are float32, as they pass between the ranges of `recompute`."""
 
 
 class Name(NamedTuple):
@@ -119,16 +139,17 @@ def jobs() -> Iterator[Job]:
     every = itertools.product(scans, sizes, table.SIDES, kinds, table.CHIPS)
     for (kernel, cell), ((hidden, proj), some), side, (kind, dtype), chip in every:
         proj = proj if kernel == "lstm_proj" else 0
-        yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, table.step(some, kind, ""), FEW, False)
+        yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, table.step(some, kind, ""))
 
 
-def variants(dtype: str, chip: str) -> Iterator[tuple[int, bool]]:
-    """Rows, and whether states are wide, for which the kernels of a row differ. What they cost one half type shows."""
-    yield FEW, False
-    if dtype == "bf16":
-        yield FEW, True
-    if dtype != "fp16" and chip.startswith("gfx"):
-        yield MANY, False
+def forms(job: Job, found: Iterable[Usage]) -> Iterator[Form]:
+    """Those that are compiled besides everything on, which takes `found`."""
+    amd = job.chip.startswith("gfx")
+    most = min(2048 // job.plan.warps, 512 if amd else 255)  # registers a thread can have
+    if job.plan.regime == "persistent" and any(usage.registers + SPARE > most for usage in found):
+        for form in FORMS:
+            if (amd or form.rows != MANY) and (job.kind == "half" or not form.wide):
+                yield form
 
 
 class Launch(NamedTuple):
@@ -149,17 +170,17 @@ class Launch(NamedTuple):
         return table.MULTIPLES[terms.do_not_specialize]
 
 
-def launches(job: Job, make: Callable[..., Tensor] = torch.empty) -> list[Launch]:
+def launches(job: Job, form: Form = EVERYTHING, make: Callable[..., Tensor] = torch.empty) -> list[Launch]:
     """The kernels that the scan starts, each kind once. Tensors are on `meta`, those that it is given by `make`."""
     from rnnkit.kernels import persistent, step
 
     cell = CELLS[job.cell]
-    steps, batch, hidden, size = 2, job.rows, job.hidden, job.proj or job.hidden
+    steps, batch, hidden, size = 2, form.rows, job.hidden, job.proj or job.hidden
 
     def some(*sizes: int, dtype: torch.dtype = TORCH[job.dtype]) -> Tensor:
         return make(sizes, dtype=dtype, device="meta")
 
-    state = torch.float32 if job.wide else TORCH[job.dtype]
+    state = torch.float32 if form.wide else TORCH[job.dtype]
     t = Tensors(
         x=some(steps, batch, 8),
         h_0=some(batch, size, dtype=state),
@@ -169,10 +190,10 @@ def launches(job: Job, make: Callable[..., Tensor] = torch.empty) -> list[Launch
         b_ih=some(cell.gates * hidden),
         b_hh=some(cell.gates * hidden),
         w_hr=some(job.proj, hidden) if job.proj else None,
-        lengths=some(batch, dtype=torch.int64),
-        reset=some(steps, batch, dtype=torch.bool),
-        h_r=some(batch, size),
-        c_r=some(batch, hidden) if cell.has_c else None,
+        lengths=some(batch, dtype=torch.int64) if form.lengths else None,
+        reset=some(steps, batch, dtype=torch.bool) if form.resets else None,
+        h_r=some(batch, size) if form.states else None,
+        c_r=some(batch, hidden) if form.states and cell.has_c else None,
     )
     b_hn = some(hidden) if cell.reset_after else None
     seen: dict[tuple[Any, ...], Launch] = {}
@@ -211,14 +232,17 @@ def build(job: Job) -> list[Line] | str:
     """Compile the kernels of a job; what went wrong where one does not compile."""
     import triton
 
-    lines = []
-    for launch in launches(job):
-        try:
-            usage = _usage(launch.kernel, job.chip, *specialized(launch, job.chip))
-        except Exception as error:  # whatever the compiler raises is a finding
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        lines.append(Line(named(job, launch, triton.__version__), usage))
-    return lines
+    def lines(form: Form) -> list[Line]:
+        return [
+            Line(named(job, launch, triton.__version__), _usage(launch.kernel, job.chip, *specialized(launch, job.chip)))
+            for launch in launches(job, form)
+        ]
+
+    try:
+        found = lines(EVERYTHING)
+        return found + [line for form in forms(job, [line.usage for line in found]) for line in lines(form)]
+    except Exception as error:  # whatever the compiler raises is a finding
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 Pairs = tuple[tuple[Any, Any], ...]
@@ -312,11 +336,10 @@ def _tried(row: table.Row) -> table.Row:
 def _of(row: table.Row, chip: str) -> list[Job]:
     hidden, proj = table.largest(row)
     plan = table.persistent(row, "")
-    which = [(cell, dtype) for cell in table.CELLS_OF[row.kernel] for dtype in DTYPES[row.kind]]
     return [
-        Job(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan, *variant)
-        for cell, dtype in which
-        for variant in variants(dtype, chip)
+        Job(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan)
+        for cell in table.CELLS_OF[row.kernel]
+        for dtype in DTYPES[row.kind]
     ]
 
 

@@ -76,7 +76,7 @@ def backward(
 ) -> Found:
     """The gradients of the scan over all T."""
     n, rows = y.shape[:2]
-    o, c_all = operands(cell, t, b_hn), solid(c_all)
+    o, c_all, gates = operands(cell, t, b_hn), solid(c_all), solid(gates)
     found = room_back(cell, y, o, t.h_0.dtype)
     gy, gh_n, gc_n, gc_all = (solid(g) for g in grads)
     arguments: dict[str, Any] = {

@@ -103,8 +103,8 @@ def forward(
     scan = Scan(o, rows, reverse, plan, run)
     y, c_all, gates = room(cell, gx, o, save)
     first = t0 + n if reverse else t0  # a reset at this place cuts before the first step that is processed
-    now = _entering(h, o.h_r, o, first)
-    now_c = None if c is None else _entering(c, o.c_r, o, first)
+    now = _entering(h, o.h_r, o, first, n)
+    now_c = None if c is None else _entering(c, o.c_r, o, first, n)
     buffer = now.new_empty((rows, o.w_hh.shape[0]))
     state = {"gx": solid(gx), "gh": buffer, "h": now, "h_r": o.h_r, "y": y, "n": n, "t0": t0}
     state |= {"total": total_steps(o, t0, n), "gates": gates}
@@ -146,7 +146,7 @@ def backward(
 ) -> Found:
     """The gradients of the scan over all T."""
     n, rows = y.shape[:2]
-    o, c_all = operands(cell, t, b_hn), solid(c_all)
+    o, c_all, gates, c_0 = operands(cell, t, b_hn), solid(c_all), solid(gates), solid(t.c_0)
     scan = Scan(o, rows, reverse, plan, run)
     found = room_back(cell, y, o, torch.float32)
     gy, gh_n, gc_n, gc_all = (solid(g) for g in grads)
@@ -171,7 +171,7 @@ def backward(
                 scan.product(arrived, o.w_hr, dm, transpose=False)
             following = torch.empty_like(dc)
             more = {"gc_all": gc_all, "arrived": arrived, "dm": dm, "dc": dc, "dc_next": following, "c_all": c_all}
-            more |= {"c_0": solid(t.c_0), "c_r": o.c_r, "dc_r": found.dc_r, "N": o.size}
+            more |= {"c_0": c_0, "c_r": o.c_r, "dc_r": found.dc_r, "N": o.size}
             scan.cell(lstm.backward_step, dh=dh, k=k, **state, **more)
             dc = following
         elif cell.saved:
@@ -190,9 +190,9 @@ def backward(
     return Found(found.dgx, found.dgh, dh.to(dtype), dc_0, dh_r, dc_r, found.dp)
 
 
-def _entering(state: Tensor, by: Tensor | None, o: Operands, border: int) -> Tensor:
-    """A copy in fp32 of the state before the first step, replaced where a reset stands at `border`."""
-    if o.reset is None or border >= o.reset.shape[0]:
+def _entering(state: Tensor, by: Tensor | None, o: Operands, border: int, n: int) -> Tensor:
+    """A copy in fp32 of the state before the first of n steps, replaced where a reset stands at `border`."""
+    if o.reset is None or border >= o.reset.shape[0] or n == 0:
         return state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     at = o.reset[border] if o.lengths is None else o.reset[border] & (border < o.lengths)
     return masks.replace(state.float(), at.unsqueeze(-1), None if by is None else by.float())

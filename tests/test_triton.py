@@ -28,10 +28,11 @@ TESTS = Path(__file__).parent
 needs_triton = pytest.mark.skipif(not triton.installed(), reason="needs Triton: pip install rnnkit[triton]")
 
 
-def interpreted(*arguments: str) -> None:
-    """pytest with these arguments where Triton interprets."""
+def interpreted(*arguments: str, **given: str) -> None:
+    """pytest with these arguments where Triton interprets, and with `given` in its environment."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    env |= {"TRITON_INTERPRET": "1", **given}
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=env)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
@@ -65,9 +66,10 @@ def test_what_gpu_check_asks_in_the_interpreter() -> None:
 
 
 @needs_triton
-def test_no_steps_no_rows_and_chunks_in_the_interpreter() -> None:
+@pytest.mark.parametrize("regime", ["", "step"])
+def test_no_steps_no_rows_and_chunks_in_the_interpreter(regime: str) -> None:
     chosen = "triton and (chunks or no_steps or left_out)"
-    interpreted(str(TESTS / "test_layer_op.py"), "-k", f"{chosen} and not reset_state")
+    interpreted(str(TESTS / "test_layer_op.py"), "-k", f"{chosen} and not reset_state", RNNKIT_TRITON_REGIME=regime)
 
 
 # What it says of a machine.
@@ -303,6 +305,21 @@ def test_a_step_is_few_launches(cell: str, proj: int, forward: int, backward: in
 
 
 @needs_triton
+def test_what_a_step_reads_is_made_contiguous_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expanded or unaligned operand is copied for the scan, not for each step."""
+    from rnnkit.kernels import step
+
+    seen: list[int] = []
+    monkeypatch.setattr(step, "solid", lambda v: seen.append(1) or v)
+    counts = []
+    for steps in (2, 9):
+        seen.clear()
+        scan("lstm", "step", steps, proj=7)
+        counts.append(len(seen))
+    assert counts[0] == counts[1] > 0
+
+
+@needs_triton
 @pytest.mark.parametrize("regime", ["persistent", "step"])
 @pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 7)])
 def test_one_compilation_serves_both_directions(cell: str, proj: int, regime: str) -> None:
@@ -381,8 +398,9 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
 
     def facts(hidden: int, chip: str, rows: int) -> tuple[dict[str, str], dict[str, list[str]]]:
         plan = table.step(table.STEP[0], "half", "")
-        job = compile_table.Job("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, plan, rows, False)
-        (launch,) = [launch for launch in launches(job) if launch.function == "product.product"]
+        job = compile_table.Job("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, plan)
+        form = compile_table.Form(rows=rows)
+        (launch,) = [launch for launch in launches(job, form) if launch.function == "product.product"]
         types, constants, known, _ = specialized(launch, chip)
         names = launch.kernel.arg_names
         assert {names[place]: v for (place,), v in constants}["TRANSPOSED"] is True
@@ -403,13 +421,13 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
 def test_no_launch_is_of_another_kind_than_the_record(kernel: str) -> None:
     """Whatever H, P and B are, and wherever in memory a tensor begins, Triton knows of the arguments what it knew when
     the table was compiled. (Constants but sizes are compared by the record's names.)"""
-    from rnnkit.benchmarks.compile_table import Job, jobs, launches, specialized
+    from rnnkit.benchmarks.compile_table import EVERYTHING, Form, Job, jobs, launches, specialized
 
     def unaligned(sizes: tuple[int, ...], **how: Any) -> Tensor:
         return torch.empty(torch.Size(sizes).numel() + 1, **how)[1:].view(sizes)
 
-    def kinds(job: Job, make: Any = torch.empty) -> set[Any]:
-        return {(launch.kernel, specialized(launch, job.chip)[0::2]) for launch in launches(job, make)}
+    def kinds(job: Job, form: Form = EVERYTHING, make: Any = torch.empty) -> set[Any]:
+        return {(launch.kernel, specialized(launch, job.chip)[0::2]) for launch in launches(job, form, make)}
 
     mine = [job for job in jobs() if job.kernel == kernel and job.chip == "sm_90" and job.dtype in ("bf16", "fp32")]
     plans = {(job.cell, job.side, job.dtype, job.kind, job.plan.regime): job for job in mine}
@@ -418,7 +436,8 @@ def test_no_launch_is_of_another_kind_than_the_record(kernel: str) -> None:
         for hidden, rows in itertools.product((1, 2, 5, 8, 16, 20, 24, 48, 127, 128), (1, 16, 33)):
             projections = [p for p in (1, 3, 16, 20, 48) if p < hidden] if kernel == "lstm_proj" else [0]
             for proj, make in itertools.product(projections, (torch.empty, unaligned)):
-                assert kinds(job._replace(hidden=hidden, proj=proj, rows=rows), make) <= recorded, (job, hidden, proj)
+                given = job._replace(hidden=hidden, proj=proj)
+                assert kinds(given, Form(rows=rows), make) <= recorded, (job, hidden, proj)
 
 
 def test_a_run_replaces_what_its_own_triton_said(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_everything_at_once(kind: str, regime: str) -> None:
         {"steps": 2, "rows": TILE + 3, "hidden": 19, "bidirectional": True},
         {"steps": 3, "rows": 2, "hidden": 45, "resets": ((1, 0), (2, 1))},
         {"steps": 3, "rows": 2, "hidden": 33, "lengths": (1, 3), "bias": False, "hx": False},
+        {"steps": 3, "rows": 5, "hidden": 48, "lengths": (1, 3, 2, 0, 3), "resets": ((1, 1),)},  # aligned: other products
     ],
     ids=lambda sizes: f"B{sizes['rows']}H{sizes['hidden']}",
 )

@@ -75,6 +75,12 @@ KERNELS = [  # a missing reset, one at the wrong step, a row that lives one step
     ("shared.is_cut", "t + reverse", "t", "gru", "persistent"),
     ("product.carry", "t + 1 - 2 * reverse", "t + 1", "gru", "step"),
     ("shared.dot", "acc + tl.dot", "tl.dot", "gru", "persistent"),
+    ("shared.matrix", "(k < K)", "(k < K - 1)", "gru", "persistent"),
+    ("shared.matrix", "(unit < N)", "(unit < N - 1)", "rnn_tanh", "persistent"),
+    ("product.sums", "(k < K)", "(k < K - 1)", "lstm", "step"),
+    ("lstm.forward", "dot(m, wr", "dot(c, wr", "lstm_proj", "persistent"),
+    ("lstm.backward", "dot(d, wr", "-dot(d, wr", "lstm_proj", "persistent"),
+    ("lstm.backward", "store(dp, at, out, N, valid_h, d)", "store(dp, at, out, N, valid_h, dh)", "lstm_proj", "persistent"),
 ]
 ERRORS = [Error(*e, regime) for e in GATES for regime in ("persistent", "step")] + [Error(*e) for e in KERNELS]
 
