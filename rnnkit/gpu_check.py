@@ -130,7 +130,8 @@ def _check(
     say("\ntargets")
     for line in judged(bench.rows, findings):
         say(line)
-    return 1 if (findings.wrong or findings.left or findings.failing) and code != 130 else code
+    bad = findings.wrong or findings.left or findings.unwatched or findings.failing
+    return 1 if bad and code != 130 else code
 
 
 def facts() -> list[tuple[str, str]]:

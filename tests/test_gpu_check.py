@@ -144,6 +144,18 @@ def test_what_the_sanitizer_finds_is_not_timed(
     assert check(tmp_path, "--backend", "reference") == 0 and asked == [], "of one backend alone"
 
 
+def test_what_the_sanitizer_did_not_watch_is_not_right(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def examine(findings: parity.Findings, seconds: float, out: Path) -> list[str]:
+        findings.unwatched += 1
+        return ["NOT EXAMINED by racecheck"]
+
+    monkeypatch.setattr(sanitizer, "examine", examine)
+    assert check(tmp_path, "--backend", "cpu,cuda") == 1
+    assert "NOT EXAMINED by racecheck\n" in (tmp_path / "gpu-check.txt").read_text()
+
+
 def test_rows_go_into_the_clone(cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "results"
     results.mkdir()
