@@ -5,8 +5,10 @@ Then parity: outputs, states and all gradients of every backend that runs here, 
 and extra; of the fused backends every kernel of the table, the same bits twice, in a CUDA graph, compiled and under
 autocast. Then probes: what the device takes for the things that kernels are made of. Then the benchmark against cuDNN,
 those cases first by which the fused backends are judged, each result checked before it is timed; a backend is not timed
-in the cells and dtypes in which something was found. At the end the targets, each met or missed. It needs Python and
-torch alone, nothing is downloaded, and a clone runs as it is. Rows go into benchmarks/results/ of the clone, or into
+in the cells and dtypes in which something was found. At the end the targets, each met, missed or not measured. It needs Python
+and torch alone, nothing is downloaded, nothing is built: without compiled CUDA kernels backend cuda is not examined,
+which is said with the command that builds them (`make gpu-check` does both). NOT EXAMINED in capitals makes the exit
+code 1: what there was no time for, or what torch itself fails in. Rows go into benchmarks/results/ of the clone, or into
 the folder that --out names; Ctrl-C keeps what there is.
 """
 
@@ -22,8 +24,8 @@ from pathlib import Path
 import torch
 
 from . import info
-from .backends import BACKENDS, NAMES, cuda, cuda_table, triton
-from .benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer, targets
+from .backends import BACKENDS, NAMES, cuda, cuda_table, extension, triton
+from .benchmarks import crew, devices, machine, parity, probes, problems, rows, run, sanitizer, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
 from .demo import check_out
 from .demo.text import InputError
@@ -37,6 +39,7 @@ WATCHED = 0.15  # for compute-sanitizer
 PROBED = 0.06  # for the probes
 OUT = Path("gpu-check-out")
 TIMED = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU"}  # kind of layer -> cell of the benchmark
+BUILD = "RNNKIT_CUDA=1 RNNKIT_CUDA_ARCH=native python setup.py -q build_ext --inplace"
 SHOWN = 20  # failures on the console; the file has them all
 
 
@@ -97,13 +100,16 @@ def _check(
     for name, value in facts():
         say(f"{name:<10} {value}")
     findings = parity.Findings()
+    if "cuda" in backends and (line := unbuilt()):
+        say(line)
     if "cuda" in backends:
         say("\nsanitizer: the CUDA kernels on small problems, watched")
         for line in sanitizer.examine(findings, WATCHED * bench.options.limit, out):
             say(line)
     say("\nparity: errors against float64, over what is allowed (twice torch.nn's, and a rounding band)")
     interrupted = _parity(options, findings, backends, SHARE * bench.options.limit)
-    for line in findings.lines() + kernels(findings):
+    further = [] if interrupted or findings.ended else devices.examine(findings, backends)
+    for line in findings.lines() + kernels(findings) + further:
         say(line)
     for line in findings.wrong[:SHOWN]:
         say(f"WRONG {line}")
@@ -174,6 +180,16 @@ def capability() -> int | None:
 def built() -> list[cuda_table.Row]:
     """The CUDA kernels that this GPU can hold; none where none can run."""
     return [] if cuda.missing() is not None else cuda_table.able(cuda.machine.capability(None))
+
+
+def unbuilt() -> str | None:
+    """What is said where the CUDA kernels are not built, and this GPU could run some; None where they are."""
+    if not extension.cuda_missing or torch.version.hip is not None:
+        return None
+    return (
+        f"\nnot examined: backend cuda, whose kernels are not built ({extension.cuda_missing}). In a clone, where nvcc "
+        f"is, `make gpu-check` builds them first, or `{BUILD}` does"
+    )
 
 
 def kernels(findings: parity.Findings) -> list[str]:

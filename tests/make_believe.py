@@ -127,6 +127,23 @@ class Fused(Reference):
         return self.gradients(super().backward(cell, t, o, y, result, grads, needs))
 
 
+class Restless(Fused):
+    """Every call's last bits are its own."""
+
+    count = 0
+
+    def __init__(self, what: str) -> None:
+        super().__init__(**{what: self.shake})
+
+    def shake(self, v: Any) -> Any:
+        self.count += 1
+        one = isinstance(v, Outputs)
+        return v._replace(y=self.grown(v.y)) if one else [g if g is None else self.grown(g) for g in v]
+
+    def grown(self, v: Tensor) -> Tensor:
+        return v * (1 + self.count % 5 * torch.finfo(v.dtype).eps)
+
+
 def put(monkeypatch: pytest.MonkeyPatch, backend: Fused, name: str = "triton") -> None:
     """Into the table, in the place of `triton`, or of another."""
     backend.name = name

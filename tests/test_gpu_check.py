@@ -22,7 +22,7 @@ from test_benchmarks import row
 
 from rnnkit import gpu_check
 from rnnkit.__main__ import main
-from rnnkit.backends import BY_NAME, Outputs, Tensors
+from rnnkit.backends import BY_NAME, Outputs, Tensors, extension
 from rnnkit.benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer, targets
 from rnnkit.benchmarks.cases import Case, Job
 
@@ -100,6 +100,7 @@ def test_all_parts(
         "parity: ",
         "triton     float32      2 problems, at most ",
         f"cuda       left out of    2 problems: {BY_NAME['cuda'].available()}",
+        "devices    not examined: several GPUs in one process, since torch sees ",
     ]
     parts += ["benchmark", "targets", "triton by call: field, H <= 256, training, bfloat16, against torch.nn, 1 cases:"]
     parts += ["triton by graph: all, all, all, against a loop of torch operators, 6 cases", "against without, 1 cases:"]
@@ -114,6 +115,26 @@ def test_all_parts(
     assert (
         "sanitizer  left out: no kernel runs on this GPU" in kept and "\nleft out: no kernel runs on this GPU" in kept
     )
+
+
+def test_kernels_that_are_not_built(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extension, "cuda_missing", "the C++ extension is not built")
+    assert check(tmp_path, "--backend", "cpu,cuda") == 0
+    said = capsys.readouterr().out
+    line = (
+        "\nnot examined: backend cuda, whose kernels are not built (the C++ extension is not built). In a clone, where "
+        "nvcc is, `make gpu-check` builds them first, or `RNNKIT_CUDA=1 RNNKIT_CUDA_ARCH=native python setup.py -q "
+        "build_ext --inplace` does\n"
+    )
+    assert line in said and line in (tmp_path / "gpu-check.txt").read_text()
+    assert said.index(line) < said.index("\nparity")
+    monkeypatch.setattr(extension, "cuda_missing", "")
+    assert gpu_check.unbuilt() is None
+    monkeypatch.setattr(extension, "cuda_missing", "not built")
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert gpu_check.unbuilt() is None, "nothing to build for AMD's"
 
 
 def test_what_the_sanitizer_finds_is_not_timed(

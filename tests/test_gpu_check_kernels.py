@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_believe import Fused, put, rerun
+from make_believe import Fused, Restless, put, rerun
 
 from rnnkit import gpu_check, ops
 from rnnkit.backends import BY_NAME, Outputs, cuda, cuda_table, triton
@@ -101,20 +101,6 @@ def test_a_problem_is_run_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # What goes wrong.
-
-
-class Restless(Fused):
-    """Every call's last bits are its own."""
-
-    count = 0
-
-    def __init__(self, what: str) -> None:
-        super().__init__(**{what: self.shake})
-
-    def shake(self, v: Any) -> Any:
-        self.count += 1
-        grown = 1 + self.count % 5 * torch.finfo(F32).eps
-        return v._replace(y=v.y * grown) if isinstance(v, Outputs) else [g if g is None else g * grown for g in v]
 
 
 @pytest.mark.parametrize(("what", "named"), [("after", "y"), ("gradients", "gradient of x")])

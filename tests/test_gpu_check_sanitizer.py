@@ -232,7 +232,10 @@ def test_the_program_runs_as_long_as_there_is_time(
     assert [problem for problem, _ in ran] == few and {device for _, device in ran} == {"cuda"}
     said = capsys.readouterr().out
     order = f"kernels, in this order: {' '.join(problems.compiled_for(p, 90).name for p in few)}\n"
-    assert said == order + "".join(f"problem {k} of 3: {p}\n" for k, p in enumerate(few, 1)) + "all that there was time for\n"
+    assert (
+        said
+        == order + "".join(f"problem {k} of 3: {p}\n" for k, p in enumerate(few, 1)) + "all that there was time for\n"
+    )
     assert sanitizer.main(["--seconds", "-1"]) == 0
     assert capsys.readouterr().out == order + "all that there was time for\n"
 
