@@ -5,10 +5,11 @@ On a GPU time is taken by CUDA events, and a piece of work can be captured once 
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -88,6 +89,12 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     """p20, p50 and p80."""
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return tenths[1], tenths[4], tenths[7]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive values; 0 where one is not."""
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
 
 
 def graph(work: Work) -> Work:

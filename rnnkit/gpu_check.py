@@ -3,13 +3,13 @@
 First what is here: device, driver, versions. Then the CUDA kernels under NVIDIA's compute-sanitizer, where that is.
 Then parity: outputs, states and all gradients of every backend that runs here, against float64, for every cell, dtype
 and extra; of the fused backends every kernel of the table, the same bits twice, in a CUDA graph, compiled and under
-autocast. Then probes: what the device takes for the things that kernels are made of. Then the benchmark against cuDNN,
-those cases first by which the fused backends are judged, each result checked before it is timed; a backend is not timed
-in the cells and dtypes in which something was found. At the end the targets, each met, missed or not measured. It needs Python
-and torch alone, nothing is downloaded, nothing is built: without compiled CUDA kernels backend cuda is not examined,
-which is said with the command that builds them (`make gpu-check` does both). NOT EXAMINED in capitals makes the exit
-code 1: what there was no time for, or what torch itself fails in. Rows go into benchmarks/results/ of the clone, or into
-the folder that --out names; Ctrl-C keeps what there is.
+autocast. Then probes: what the device takes for the things that kernels are made of. Then the benchmark against
+cuDNN, those cases first by which the fused backends are judged, each result checked before it is timed; a backend is
+not timed in the cells and dtypes in which something was found. At the end the targets, each met, missed or not
+measured. It needs Python and torch alone, nothing is downloaded, nothing is built: without compiled CUDA kernels
+backend cuda is not examined, which is said with the command that builds them (`make gpu-check` does both). NOT
+EXAMINED in capitals makes the exit code 1: what there was no time for, or what torch itself fails in. Rows go into
+benchmarks/results/ of the clone, or into the folder that --out names; Ctrl-C keeps what there is.
 """
 
 from __future__ import annotations
@@ -249,26 +249,41 @@ def urgency(job: Job) -> int:
     if job.dtype == "bfloat16" and job.train:
         if job.case.group == "field" and job.case.hidden <= targets.SMALL:
             return 0
-        if job.case.group in ("resets", "lengths"):
+        if job.case.group in ("resets", "lengths", "field"):
             return 1
+    if job.dtype == "bfloat16" and job.case.group == "scan":
+        return 1
     return 2 if job.dtype == "bfloat16" else 3
 
 
 def judged(found: list[rows.Row], findings: parity.Findings) -> list[str]:
-    """Each target met or missed, and why nothing is said of a backend that has no row."""
+    """Each target met, missed or not measured; what `auto` does where a backend is slower than cuDNN; and why nothing
+    is said of a backend that has no row."""
     lines = []
     for v in targets.fused(found):
         lines.append(
             f"{v.mark:<6} {v.implementation} by {v.launch}: {v.group}, {v.mode}, {v.dtype}, against {v.against}, "
             f"{v.cases} cases: mean {v.mean:.2f}, worst {v.worst:.2f} at {v.worst_case}; wanted: {v.wanted}"
         )
+    for name, launch, asked in targets.every(found):
+        if not asked.figure:
+            what = f"{asked.group}, {asked.mode}, {asked.dtype}, against {asked.against}"
+            lines.append(f"not measured: {name} by {launch}: {what}; wanted: {asked.wanted}")
+    for name in targets.FUSED:
+        left, taken = targets.behind(found, name)
+        for some, what in ((left, "auto leaves it to another"), (taken, "auto takes it all the same")):
+            lines += [f"{name} is slower than cuDNN, {what}: {', '.join(map(_slow, some))}"] if some else []
     measured = {row.implementation for row in found}
     for backend in BACKENDS:
         if backend.name in targets.FUSED and backend.name not in measured:
             failed = any(name == backend.name for name, *_ in findings.culprits)
             why = backend.available() or ("it failed parity" if failed else "it has no row")
-            lines.append(f"-      {backend.name}: not judged: {why}")
+            lines.append(f"-      {backend.name}: not judged, no target of it was measured: {why}")
     return lines
+
+
+def _slow(row: rows.Row) -> str:
+    return f"{row.cell} {row.group} {row.case} {row.mode} in {row.dtype} {row.ratio_p50:.2f}"
 
 
 def _complain(error: Exception | str, code: int) -> int:
