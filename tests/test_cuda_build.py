@@ -182,6 +182,19 @@ def test_with_cuda(run_setup: Setup, tmp_path: Path) -> None:
     assert asked.stat().st_mtime_ns > 1, "a library for other chips is out of date"
 
 
+def test_what_is_slow_without_ninja(
+    run_setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch then compiles one source after the other, and there are as many as kernels."""
+    home = str(toolkit(tmp_path / "toolkit"))
+    for available in (True, False):
+        monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: available)
+        run_setup(RNNKIT_CUDA="1", CUDA_HOME=home)
+        assert ("WARNING: without ninja one source is compiled after" in capsys.readouterr().err) != available
+        run_setup()
+        assert "ninja" not in capsys.readouterr().err, "a minute's worth of C++"
+
+
 def test_what_setup_refuses(run_setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = str(toolkit(tmp_path / "toolkit"))
     with pytest.raises(SystemExit, match="RNNKIT_CUDA must be 0, 1 or unset, got '2'"):
