@@ -188,7 +188,7 @@ def test_what_is_slow_without_ninja(
     """torch then compiles one source after the other, and there are as many as kernels."""
     home = str(toolkit(tmp_path / "toolkit"))
     for available in (True, False):
-        monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: available)
+        monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda available=available: available)
         run_setup(RNNKIT_CUDA="1", CUDA_HOME=home)
         assert ("WARNING: without ninja one source is compiled after" in capsys.readouterr().err) != available
         run_setup()
