@@ -128,7 +128,7 @@ def build(job: Job, nvcc: ModuleType, home: Path, version: str) -> list[Line] | 
     with tempfile.TemporaryDirectory() as folder:
         text, cubin = Path(folder, f"{job.row.name}.cu"), Path(folder, "cubin")
         text.write_text(source(job.row), encoding="utf-8")
-        command = [home / "bin" / "nvcc", *flags(job, nvcc), "-Xptxas=-v", "-I", SOURCES, "-cubin"]
+        command = [str(home / "bin" / "nvcc"), *flags(job, nvcc), "-Xptxas=-v", f"-I{SOURCES}", "-cubin"]
         done = subprocess.run([*command, "-o", cubin, text], capture_output=True, text=True, check=False)
         found = list(said(done.stderr))
         if done.returncode and not any(usage.spilled for _, _, usage in found):
