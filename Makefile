@@ -78,7 +78,7 @@ lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/ci/typecheck.py
-	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/harness/*.$(e) tests/simt/*.$(e)))
+	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/*.$(e) tests/harness/*.$(e) tests/simt/*.$(e)))
 
 harness: build/harness/plain/harness ## the CPU engine against plain loops, without torch
 	$< --problems $(PROBLEMS)
