@@ -21,7 +21,7 @@ import torch
 from torch.utils import cpp_extension
 
 from rnnkit import info
-from rnnkit.backends import cuda, cuda_table, extension
+from rnnkit.backends import cuda_table, extension
 from rnnkit.benchmarks import cuda_table as compiled
 from rnnkit.benchmarks.compiled import Usage
 from rnnkit.benchmarks.cuda_table import SIDES
@@ -365,19 +365,6 @@ def test_info_says_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_which_gpus_are_served(capability: int, chips: str, served: bool) -> None:
     assert extension.cuda_serves(capability, tuple(chips.split())) is served
-
-
-def test_a_gpu_that_was_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "cuda_missing", "")
-    monkeypatch.setattr(extension, "cuda_built", ("13.7", "sm_80"))
-    monkeypatch.setattr(extension, "cuda_serves", lambda capability: capability < 90)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(cuda, "capability", lambda index=None: 90 if index == 1 else 80)
-    assert cuda.missing() == "its kernels are compiled for sm_80, got a GPU of 9.0; build again for it"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert cuda.missing() is None
 
 
 def test_the_compiler_can_be_asked_for() -> None:
