@@ -5,6 +5,7 @@ setup.py builds or refuses to, and the table of what each kernel takes.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import runpy
 import shutil
@@ -332,6 +333,28 @@ def test_a_search_finds_what_fits(most: int, warps: list[int]) -> None:
     for fit in fits:
         assert fit.resident == (min(most, 28, 3 * 7 * 14 // fit.warps),) * 2
         assert all(cuda_table.shared_bytes(fit, side) <= cuda_table.CHIPS["sm_80"] for side in (0, 1))
+
+
+def reach() -> list[str]:
+    """The lines of DESIGN.md on how far the regime cta goes."""
+    chips = ((90, 100, 103), (80,), cuda_table.SMALL)
+    cells = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "gru_before": "GRU, reset before"}
+    kinds = [kind for kind in cuda_table.KINDS if kind != "f64"]
+    lines = [f"| | | {' | '.join(cuda_table.KINDS[kind] for kind in kinds)} |", "|---" * (2 + len(kinds)) + "|"]
+    for capabilities, (kernel, cell) in itertools.product(chips, cells.items()):
+        every = []
+        for capability in capabilities:
+            rows = [row for row in cuda_table.able(capability) if (row.regime, row.kernel) == ("cta", kernel)]
+            every.append([max(row.units for row in rows if row.kind == kind) for kind in kinds])
+        assert every == every[:1] * len(every), "chips that stand together reach equally far"
+        shared, names = cuda_table.limit(capabilities[0]) // 1024, ", ".join(f"sm_{k}" for k in capabilities)
+        lines.append(f"| {names} ({shared} KiB) | {cell} | {' | '.join(str(units) for units in every[0])} |")
+    return lines
+
+
+def test_the_design_says_how_far_cta_goes() -> None:
+    design = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    assert "\n".join(reach()) in design, "\n".join(["DESIGN.md has another table than:", *reach()])
 
 
 def test_info_says_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:

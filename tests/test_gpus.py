@@ -218,10 +218,10 @@ def test_under_compile_a_gpu_is_judged_alike(name: str, machine: Machine) -> Non
     machine((7, 5), (12, 0), built="13.0 sm_80 compute_100")
 
     @torch.compile(fullgraph=True, backend="eager")
-    def count(x: Tensor, index: int) -> Tensor:
-        return x + len(reasons(name, index, dtype=torch.bfloat16))
+    def count(x: Tensor, device: torch.device) -> Tensor:
+        return x + len(reasons(name, device.index, dtype=torch.bfloat16))
 
-    assert [int(count(torch.zeros(1), index)) for index in (0, 1)] == [1, 0]
+    assert [int(count(torch.zeros(1), torch.device("cuda", index))) for index in (0, 1)] == [1, 0]
 
 
 def test_a_regime_is_an_entry_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:

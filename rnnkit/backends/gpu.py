@@ -22,7 +22,7 @@ def once(ask: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
 
     @functools.wraps(ask)
     def answer(*args: Asked.args, **kwargs: Asked.kwargs) -> Answer:
-        return known(*args, **kwargs)
+        return known(*args, **kwargs)  # type: ignore[arg-type]
 
     answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return answer
