@@ -214,8 +214,14 @@ def test_what_a_smaller_gpu_is_told(cell: str, hidden: int, kind: str, capabilit
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_under_compile_a_gpu_is_judged_alike(name: str, machine: Machine) -> None:
+def test_under_compile_a_gpu_is_judged_alike(name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine((7, 5), (12, 0), built="13.0 sm_80 compute_100")
+
+    def untraced(ask: Callable[..., Any]) -> Callable[..., Any]:
+        return gpu.once(lambda *args: (torch._dynamo.graph_break(), ask(*args))[1])
+
+    for question in ("present", "capability_of", "driver"):
+        monkeypatch.setattr(gpu, question, untraced(getattr(gpu, question)))
 
     @torch.compile(fullgraph=True, backend="eager")
     def count(x: Tensor, device: torch.device) -> Tensor:
@@ -238,6 +244,7 @@ def test_a_regime_is_an_entry_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == row and why.startswith("on one multiprocessor of sm_90 ") and "a cluster" not in why
     assert cuda_table.plan("lstm", 8, 0, "bf16", 8, 90, "cluster") == (row, "of many")
     assert "; on a cluster of sm_90 (227 KiB" in cuda_table.plan("lstm", 513, 0, "bf16", 8, 90)[1]
+    assert row in cuda_table.able(90) and row not in cuda_table.able(80)
     found, why = cuda_table.plan("lstm", 161, 0, "bf16", 8, 80)
     assert found.regime == "step" and why.endswith("; cluster needs compute capability 9.0 or later, got 8.0")
     assert (

@@ -61,8 +61,7 @@ def driver() -> int | None:
 
 def anywhere(missing: Callable[[int | None], str | None]) -> str | None:
     """None where one of the GPUs serves, else why the first does not; missing(None) where there is none."""
-    every = range(torch.cuda.device_count()) if present() else (None,)
-    reasons = [missing(k) for k in every]
+    reasons = [missing(k) for k in range(torch.cuda.device_count()) or (None,)]
     return None if None in reasons else reasons[0]
 
 
