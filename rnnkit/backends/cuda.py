@@ -118,15 +118,11 @@ def _unfit(index: int) -> str | None:
     served = gpu.driver()
     if served is None or served >= wanted:
         return None
+    own = gpu.release(served)
     return (
-        f"compiled by CUDA {toolkit}, needs a driver for {_release(wanted)} or later, got one for {_release(served)}: "
-        f"update the driver, or build again with the nvcc of {_release(served)} or older"
+        f"compiled by CUDA {toolkit}, needs a driver for {gpu.release(wanted)} or later, got one for {own}: update the "
+        f"driver, or build again with the nvcc of {own} or older"
     )
-
-
-def _release(version: int) -> str:
-    """Of CUDA, from 12080."""
-    return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 class CUDA(KernelBackend):

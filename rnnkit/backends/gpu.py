@@ -59,6 +59,11 @@ def driver() -> int | None:
     return None if ask is None else ask()
 
 
+def release(version: int) -> str:
+    """Of CUDA, from 12080."""
+    return f"CUDA {version // 1000}.{version % 1000 // 10}"
+
+
 def anywhere(missing: Callable[[int | None], str | None]) -> str | None:
     """None where one of the GPUs serves, else why the first does not; missing(None) where there is none."""
     reasons = [missing(k) for k in range(torch.cuda.device_count()) or (None,)]
