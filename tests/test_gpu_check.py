@@ -99,7 +99,7 @@ def test_all_parts(
     parts += [
         "parity: ",
         "triton     float32      2 problems, at most ",
-        f"cuda       left out of    2 problems: {BY_NAME['cuda'].available()}",
+        "cuda       left out of    2 problems: runs on the device cuda, got cpu",
     ]
     parts += ["benchmark", "targets", "triton by call: field, H <= 256, training, bfloat16, against torch.nn, 1 cases:"]
     parts += ["triton by graph: all, all, all, against a loop of torch operators, 6 cases", "against without, 1 cases:"]
