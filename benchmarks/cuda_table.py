@@ -33,14 +33,6 @@ from .rows import CUDA_COMPILED
 from .sources import digest
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-# For each regime, forward and backward, what a row's source asks for when it launches.
-SHARED = {
-    "cta": ("ForwardConfiguration::forward_bytes", "BackwardConfiguration::backward_bytes"),
-    "step": (
-        "step_bytes<Configuration>(Configuration::Cell::two_products ? 2 : Configuration::Cell::G)",
-        "step_bytes<Configuration>(1)",
-    ),
-}
 NO_CLONE = f"{SOURCES} is not there: it compiles in a clone"
 SIDES = ("forward", "backward")
 WITHOUT = ("each",)  # kernels that are launched without shared memory
@@ -118,7 +110,7 @@ def source(row: table.Row) -> str:
     """A row's source, and behind it an array for each side, a byte longer than the shared memory that it asks for."""
     arrays = [
         f'extern "C" __device__ char {side}_asks[{size} + 1];'
-        for side, size in zip(SIDES, SHARED[row.regime], strict=True)
+        for side, size in zip(SIDES, table.REGIMES[row.regime].asks, strict=True)
     ]
     return "\n".join([table.source(row), "namespace rnnkit::cuda {", *arrays, "}", ""])
 

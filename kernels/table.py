@@ -213,16 +213,35 @@ def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: in
         return persistent(row, "the recurrent weights stay on chip for the whole sequence")
     operands = {"half": "half precision", "tf32": "TF32", "ieee": "exact float32"}[kind]
     size = f"H={hidden}" + (f" P={proj}" if proj else "")
-    chip, _ = chip_of(capability)
-    reason = f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {chip}"
+    most = largest(cell, side, proj, kind, capability)
+    fit = f"up to {most} units fit" if most else "none fit"
+    reason = f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {place(capability)}, {fit}"
     return stepwise(cell, side, hidden, proj, kind, rows, reason)
 
 
 def find(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> Row | None:
     """The persistent kernel that a scan runs by, None where there is none."""
-    kernel = "lstm_proj" if proj else "rnn" if cell.startswith("rnn_") else cell
-    wanted = (kernel, side, tile(hidden), tile(proj or hidden), kind)
+    wanted = (kernel_of(cell, proj), side, tile(hidden), tile(proj or hidden), kind)
     return next((row for row in rows_of(capability) if row[:5] == wanted), None)
+
+
+def largest(cell: str, side: str, proj: int, kind: str, capability: int) -> int:
+    """Units of the largest persistent kernel, of a P of this size; 0 where there is none."""
+    wanted = (kernel_of(cell, proj), side, kind)
+    rows = [row for row in rows_of(capability) if (row.kernel, row.side, row.kind) == wanted]
+    return max((row.hidden for row in rows if not proj or row.size == tile(proj)), default=0)
+
+
+def kernel_of(cell: str, proj: int) -> str:
+    """Of KERNELS the one that runs a cell."""
+    return "lstm_proj" if proj else "rnn" if cell.startswith("rnn_") else cell
+
+
+def place(capability: int) -> str:
+    """A chip and its shared memory, in words."""
+    chip, shared = chip_of(capability)
+    name = chip if capability == AMD else f"sm_{capability}"
+    return f"{name} ({shared // 1024} KiB of shared memory a block)"
 
 
 def rows_of(capability: int) -> list[Row]:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from . import info
-from .backends import BACKENDS, NAMES, cuda, cuda_table, extension, triton
+from .backends import BACKENDS, NAMES, cuda, cuda_table, extension, gpu, triton
 from .benchmarks import crew, devices, machine, parity, probes, problems, rows, run, sanitizer, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
 from .demo import check_out
@@ -167,8 +167,8 @@ def driver() -> str:
             return done.stdout.split()[0]
     if kernel.exists():
         return kernel.read_text().strip()
-    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # only where torch is built for a GPU
-    serves = "" if ask is None else f"; it serves CUDA {ask() // 1000}.{ask() % 1000 // 10}"
+    served = gpu.driver()
+    serves = "" if served is None else f"; it serves {gpu.release(served)}"
     return f"unknown, since there is no nvidia-smi to say it{serves}"
 
 

@@ -92,7 +92,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     for backend in (cuda, triton):
-        monkeypatch.setattr(backend, "missing", lambda: "no kernel runs on this GPU, which is made up")
+        monkeypatch.setattr(backend, "missing", lambda index=None: "no kernel runs on this GPU, which is made up")
     monkeypatch.setattr(sides, "setup", lambda job, _, *rest: real(job, "cpu", *rest))
     monkeypatch.setattr(machine, "Machine", Made)
 

@@ -99,7 +99,7 @@ def test_all_parts(
     parts += [
         "parity: ",
         "triton     float32      2 problems, at most ",
-        f"cuda       left out of    2 problems: {BY_NAME['cuda'].available()}",
+        "cuda       left out of    2 problems: runs on the device cuda, got cpu",
         "devices    not examined: several GPUs in one process, since torch sees ",
     ]
     parts += ["benchmark", "targets", "triton by call: field, H <= 256, training, bfloat16, against torch.nn, 1 cases:"]
