@@ -45,7 +45,8 @@ bench: .venv/installed ## every backend against torch.nn; BENCH=--quick for a mi
 
 # Takes the Python, torch and Triton that it finds, offline: where there is a GPU there is maybe nothing else. What is
 # compiled is compiled in place where it is missing or old and there is a device, with the CUDA kernels for that device
-# where there is an nvcc, and line numbers for compute-sanitizer; where it cannot be, the check goes on.
+# where there is an nvcc, and line numbers for compute-sanitizer; where it cannot be, the check goes on. Without ninja
+# that takes hours, which setup.py says before it begins.
 gpu-check: ## every backend on this machine's GPU: right, then fast; GPU_CHECK=--quick for two minutes
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  if $(PYTHON) csrc/cuda/nvcc.py >/dev/null && $(PYTHON) -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
@@ -77,7 +78,7 @@ lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/ci/typecheck.py
-	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/harness/*.$(e) tests/simt/*.$(e)))
+	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/*.$(e) tests/harness/*.$(e) tests/simt/*.$(e)))
 
 harness: build/harness/plain/harness ## the CPU engine against plain loops, without torch
 	$< --problems $(PROBLEMS)

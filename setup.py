@@ -25,6 +25,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11
+NO_NINJA = "without ninja one source is compiled after the other, for hours; `pip install ninja` compiles them at once"
 ELSEWHERE = {
     "rnnkit.kernels": "kernels",
     "rnnkit.benchmarks": "benchmarks",
@@ -78,6 +79,8 @@ def with_cuda(cpp_extension: Any) -> tuple[list[str], dict[str, Any], list[str],
     release = nvcc.version(home)
     kernels = generate.write(ROOT / "build" / "cuda")
     print(f"rnnkit: {len(kernels)} CUDA kernels for {', '.join(chips)} by {home / 'bin' / 'nvcc'}", file=sys.stderr)
+    if not cpp_extension.is_ninja_available():
+        print(f"rnnkit: WARNING: {NO_NINJA}", file=sys.stderr)
     arguments = {
         "include_dirs": [str(ROOT / "csrc" / "cuda")],
         "library_dirs": [str(home / "lib64")],

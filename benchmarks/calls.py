@@ -1,4 +1,5 @@
-"""Calls of a layer that must give the bits of a plain one: among other rows, in a CUDA graph, compiled, under autocast.
+"""Calls of a layer that must give the bits of a plain one: among other rows, on another stream, in a CUDA graph,
+compiled, under autocast.
 
 A kernel may be right and a call of it wrong: a graph that reads what was there when it was captured, a row that looks
 at its neighbours, an operator that the compiler thinks without effect. Nothing here has a tolerance.
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .problems import Given, Problem, Values, draw
 from .sides import first_line
-from .timing import graph
+from .timing import aside, graph
 from .ways import Ready, results_of, upstream
 
 COMPILER = "inductor"
@@ -67,6 +68,10 @@ class Call:
             if mine is not None and other is not None:
                 mine.copy_(other)
 
+    def put(self, leaves: Values) -> None:
+        """Other leaves, in the same memory."""
+        self._copy(self.leaves, leaves)
+
     def _results(self) -> Values:
         arguments, extras = self.ready.arguments(self.leaves)
         return results_of(self.run(*arguments, **extras))
@@ -100,6 +105,20 @@ def in_a_graph(call: Call, given: Given) -> list[str]:
         replay()
         found += differing(kept.results, work())
     return found
+
+
+def on_another_stream(call: Call, given: Given) -> list[str]:
+    """Behind work of that stream which the host does not wait for: what is launched elsewhere reads what was there."""
+    halves = {name: v.detach() / 2 for name, v in call.leaves.items()}
+    call.fill(Given(halves, given.weights, given.lengths, given.resets))
+    wanted = call.both()
+    call.fill(given)
+
+    def work() -> Values:
+        call.put(halves)
+        return call.both()
+
+    return differing(aside(work, call.leaves["x"].device), wanted)
 
 
 class _Kept:
@@ -148,6 +167,7 @@ def among_others(call: Call, given: Given) -> list[str]:
 
 CHECKS: dict[str, Callable[[Call, Given], list[str]]] = {
     "among other rows": among_others,
+    "on another stream": on_another_stream,
     "in a CUDA graph": in_a_graph,
     "under autocast": under_autocast,
     "compiled": compiled,

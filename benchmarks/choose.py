@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rnnkit.backends import BY_NAME, measured
 
 from .cases import BadInput
 from .rows import RESULTS, Row, read, recorded
-from .targets import geometric_mean
+from .timing import geometric_mean
 
 GROUPS = ("grid", "field", "sweep")  # plain layers
 CELLS = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}
@@ -41,6 +42,19 @@ def table(files: dict[str, list[Row]]) -> list[list[str]]:
             ms = [f"{times[name]:.4g}" if name in times else "" for name in BY_NAME]
             lines.append([*map(str, shape), "+".join(dict.fromkeys(name for name, _ in sources)), *ms])
     return lines
+
+
+def orders(rows: list[Row]) -> Callable[[Row], str]:
+    """By what `auto` would run a row's problem, were these rows all that is recorded: the name of a backend."""
+    lines = (dict(zip([*measured.FACTS, *BY_NAME], line, strict=True)) for line in table({"these": rows}))
+    known = measured.parsed(lines)
+
+    def taken(row: Row) -> str:
+        sizes = (row.B, row.T, row.I, row.H)
+        near = measured.nearest(row.device, CELLS[row.cell], row.mode == "training", sizes, known)
+        return "torch" if near is None else measured.fastest_first(near.ms)[0]
+
+    return taken
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -233,10 +233,9 @@ def build(job: Job) -> list[Line] | str:
     import triton
 
     def lines(form: Form) -> list[Line]:
-        return [
-            Line(named(job, launch, triton.__version__), _usage(launch.kernel, job.chip, *specialized(launch, job.chip)))
-            for launch in launches(job, form)
-        ]
+        found = launches(job, form)
+        taken = [_usage(launch.kernel, job.chip, *specialized(launch, job.chip)) for launch in found]
+        return [Line(named(job, one, triton.__version__), usage) for one, usage in zip(found, taken, strict=True)]
 
     try:
         found = lines(EVERYTHING)
@@ -334,7 +333,7 @@ def _tried(row: table.Row) -> table.Row:
 
 
 def _of(row: table.Row, chip: str) -> list[Job]:
-    hidden, proj = table.largest(row)
+    hidden, proj = table.fullest(row)
     plan = table.persistent(row, "")
     return [
         Job(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan)

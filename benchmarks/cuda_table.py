@@ -6,7 +6,7 @@
 Every row of rnnkit/backends/cuda_table.py is compiled for each chip by nvcc, with the flags of setup.py, in a clone. A
 row of the result holds registers a thread, bytes that spilled, and shared memory a block: what ptxas says of a kernel,
 and what its configuration asks for when it is launched. A row of the table may be too large for a chip that has less
-than others; its line says so, and it does not run there.
+than others; its line says so, and it does not run there. Last comes a digest of what was compiled (sources.py).
 Exit code 1 where a kernel spills, needs more shared memory than any chip has, or does not compile.
 """
 
@@ -30,16 +30,10 @@ from rnnkit.backends import cuda_table as table
 
 from .compiled import Usage, number, of, part, put, take
 from .rows import CUDA_COMPILED
+from .sources import digest
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-# For each regime, forward and backward, what a row's source asks for when it launches.
-SHARED = {
-    "cta": ("ForwardConfiguration::forward_bytes", "BackwardConfiguration::backward_bytes"),
-    "step": (
-        "step_bytes<Configuration>(Configuration::Cell::two_products ? 2 : Configuration::Cell::G)",
-        "step_bytes<Configuration>(1)",
-    ),
-}
+NO_CLONE = f"{SOURCES} is not there: it compiles in a clone"
 SIDES = ("forward", "backward")
 WITHOUT = ("each",)  # kernels that are launched without shared memory
 MOST_KEPT = 28  # fragments in registers: each takes 8 of a thread's 255
@@ -77,6 +71,8 @@ class Line(NamedTuple):
 
     name: Name
     usage: Usage
+    source: str
+    """A digest of all that was compiled, and of how."""
 
     @property
     def limit(self) -> int:
@@ -100,7 +96,7 @@ class Line(NamedTuple):
 
 Found = tuple[str, str, Usage]
 """Side, function, and what it takes."""
-COLUMNS = (*Name._fields, *Usage._fields, "limit", "fits")
+COLUMNS = (*Name._fields, *Usage._fields, "limit", "fits", "source")
 
 
 def jobs() -> Iterator[Job]:
@@ -114,7 +110,7 @@ def source(row: table.Row) -> str:
     """A row's source, and behind it an array for each side, a byte longer than the shared memory that it asks for."""
     arrays = [
         f'extern "C" __device__ char {side}_asks[{size} + 1];'
-        for side, size in zip(SIDES, SHARED[row.regime], strict=True)
+        for side, size in zip(SIDES, table.REGIMES[row.regime].asks, strict=True)
     ]
     return "\n".join([table.source(row), "namespace rnnkit::cuda {", *arrays, "}", ""])
 
@@ -124,7 +120,7 @@ def build(job: Job, nvcc: ModuleType, home: Path, version: str) -> list[Line] | 
     with tempfile.TemporaryDirectory() as folder:
         text, cubin = Path(folder, f"{job.row.name}.cu"), Path(folder, "cubin")
         text.write_text(source(job.row), encoding="utf-8")
-        command = [home / "bin" / "nvcc", *nvcc.FLAGS, "-Xptxas=-v", nvcc.gencode(job.chip), "-I", SOURCES, "-cubin"]
+        command = [str(home / "bin" / "nvcc"), *flags(job, nvcc), "-Xptxas=-v", f"-I{SOURCES}", "-cubin"]
         done = subprocess.run([*command, "-o", cubin, text], capture_output=True, text=True, check=False)
         found = list(said(done.stderr))
         if done.returncode and not any(usage.spilled for _, _, usage in found):
@@ -132,6 +128,19 @@ def build(job: Job, nvcc: ModuleType, home: Path, version: str) -> list[Line] | 
             return wrong[0] if wrong else f"nvcc ends with {done.returncode} and says nothing"
         asked = {} if done.returncode else sizes(cubin)
     return lines(job, version, found, asked)
+
+
+def flags(job: Job, nvcc: ModuleType) -> list[str]:
+    """What nvcc is told of a job, as setup.py tells it."""
+    return [*nvcc.FLAGS, nvcc.gencode(job.chip)]
+
+
+def digest_of(job: Job) -> str:
+    """What decides a job's figures, beside the compiler. Raises ValueError where there is no clone."""
+    nvcc = compiler()
+    if nvcc is None:
+        raise ValueError(NO_CLONE)
+    return digest(source(job.row), SOURCES, flags(job, nvcc))
 
 
 def lines(job: Job, version: str, found: Iterable[Found], asked: dict[str, int]) -> list[Line]:
@@ -142,8 +151,9 @@ def lines(job: Job, version: str, found: Iterable[Found], asked: dict[str, int])
         usage = usage._replace(shared=usage.shared + dynamic)
         most[side, function] = Usage(*map(max, usage, most.get((side, function), usage)))
     facts = (version, row.name, row.regime, row.kernel, row.kind, row.units, row.warps, row.rows, job.chip)
+    compiled = digest_of(job)
     order = sorted(most, key=lambda name: (SIDES.index(name[0]), name[1]))
-    return [Line(Name(*facts, *name), most[name]) for name in order]
+    return [Line(Name(*facts, *name), most[name], compiled) for name in order]
 
 
 def said(text: str) -> Iterator[Found]:
@@ -239,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     nvcc = compiler()
     home = None if nvcc is None else nvcc.home()
     if nvcc is None or home is None:
-        missing = f"{SOURCES} is not there: it compiles in a clone" if nvcc is None else nvcc.MISSING
+        missing = NO_CLONE if nvcc is None else nvcc.MISSING
         print(f"rnnkit.benchmarks.cuda_table: {missing}", file=sys.stderr)
         return 2
     start, version = time.monotonic(), nvcc.version(home)
@@ -278,12 +288,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(path: Path, every: Iterable[Line]) -> None:
     """The result."""
-    put(path, COLUMNS, ((*line.name, *line.usage, line.limit, "yes" if line.fits else "no") for line in every))
+    facts = ((*line.name, *line.usage, line.limit, "yes" if line.fits else "no", line.source) for line in every)
+    put(path, COLUMNS, facts)
 
 
 def read(path: Path) -> list[Line]:
     """What a result says; nothing where there is none yet. Raises BadInput where a file is none of ours."""
-    return [Line(of(Name, row), of(Usage, row)) for row in take(path, COLUMNS)]
+    return [Line(of(Name, row), of(Usage, row), row["source"]) for row in take(path, COLUMNS)]
 
 
 if __name__ == "__main__":

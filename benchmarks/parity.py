@@ -48,6 +48,8 @@ class Findings:
     """Whether the device failed before the end."""
     left: int = 0
     """Problems for which there was no time."""
+    unwatched: int = 0
+    """Kernels that a check of compute-sanitizer was to watch, and did not."""
     without: list[str] = field(default_factory=list)
     """Problems that nothing is held against: the device's memory is too small for them."""
     failing: list[str] = field(default_factory=list)
@@ -73,6 +75,7 @@ class Findings:
         self.kernels |= other.kernels
         self.ended |= other.ended
         self.left += other.left
+        self.unwatched += other.unwatched
         for key, count in other.ran.items():
             self.ran[key] = self.ran.get(key, 0) + count
         for key, found in other.worst.items():

@@ -46,6 +46,8 @@ class Probe(NamedTuple):
     says: str
     oldest: int = 80
     """The least compute capability that has it."""
+    latest: int = 999
+    """The last one."""
 
 
 TABLE = (
@@ -62,6 +64,8 @@ TABLE = (
     Probe("mma_tf32", WARPS, "clocks", "a multiprocessor's m16n8k8 product, with so many warps"),
     Probe("mma_bf16_latency", (1,), "clocks", "a product that waits for the one before"),
     Probe("mma_tf32_latency", (1,), "clocks", "the same for m16n8k8"),
+    Probe("wgmma_registers", WARPS, "clocks", "a product m64n8k16 of four warps, with so many on an SM", 90, 90),
+    Probe("wgmma_shared", WARPS, "clocks", "the same with A from shared memory too", 90, 90),
     Probe("shared_read", WARPS, "bytes/clock", "from shared memory, 16 bytes a lane, with so many warps"),
     Probe("launch_call", (1,), "µs", "an empty kernel, each launched from Python"),
     Probe("launch_stream", (LAUNCHES,), "µs", "an empty kernel, launched from C++ one after the other"),
@@ -102,7 +106,7 @@ def measured(capability: int, ask: Ask, seconds: float = float("inf")) -> Iterat
         torch.__version__,
         machine.commit(),
     )
-    every = [(probe, size) for probe in TABLE for size in probe.sizes if capability >= probe.oldest]
+    every = [(probe, size) for probe in TABLE for size in probe.sizes if probe.oldest <= capability <= probe.latest]
     for done, (probe, size) in enumerate(every):
         if time.monotonic() - begin > seconds:
             yield f"left out for want of time: {len(every) - done} of {len(every)} readings"

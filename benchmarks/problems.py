@@ -206,7 +206,7 @@ def select(
 def persistent(capability: int) -> Iterator[Problem]:
     """Everything in both directions, for each persistent kernel: the largest that it serves, three tiles of rows."""
     kinds = {"half": (BF16, False), "tf32": (F32, True), "ieee": (F32, False)}
-    every = dict.fromkeys((row.kernel, *table.largest(row), row.kind) for row in table.rows_of(capability))
+    every = dict.fromkeys((row.kernel, *table.fullest(row), row.kind) for row in table.rows_of(capability))
     for kernel, hidden, proj, kind in every:
         dtype, tf32 = kinds[kind]
         variant = Variant((4, 33, 5, hidden), both=True, all_states=True, proj=proj, **MASKED)
@@ -215,9 +215,9 @@ def persistent(capability: int) -> Iterator[Problem]:
 
 
 def resident(rows: Sequence[cuda_table.Row]) -> Iterator[Problem]:
-    """Everything in both directions, for each CUDA kernel that keeps its weights on one multiprocessor: its units all
+    """Everything in both directions, for each CUDA kernel that keeps its weights where it computes: its units all
     taken, or, in turn, all but one; two blocks of rows."""
-    for k, row in enumerate(row for row in rows if row.regime == "cta"):
+    for k, row in enumerate(row for row in rows if row.units):
         variant = Variant((4, 11, 5, row.units - k % 2), both=True, all_states=True, **MASKED)
         yield _of_row(row, k, variant)
 
@@ -225,7 +225,7 @@ def resident(rows: Sequence[cuda_table.Row]) -> Iterator[Problem]:
 def stepping(rows: Sequence[cuda_table.Row]) -> Iterator[Problem]:
     """The same for each CUDA kernel that goes step by step: two blocks of units, of rows or, where a row serves few of
     them, one."""
-    for k, row in enumerate(row for row in rows if row.regime == "step"):
+    for k, row in enumerate(row for row in rows if not row.units):
         size = (4, row.rows if row.rows <= cuda_table.TALL else row.rows + 3, 5, 24 - k % 2)
         yield replace(_of_row(row, k, Variant(size, both=True, all_states=True, **MASKED)), stepwise=True)
 
@@ -262,9 +262,8 @@ def compiled_for(problem: Problem, capability: int) -> cuda_table.Row:
     cell, hidden, rows = KINDS[problem.kind].cell, problem.variant.size[3], problem.variant.many
     kind = "tf32" if problem.tf32 else cuda.KINDS.get(problem.dtype, "ieee")
     rows = rows or problem.variant.size[1]
-    if problem.stepwise:
-        return cuda_table.stepwise(cell, kind, rows, capability)
-    return cuda_table.plan(cell, hidden, problem.proj, kind, rows, capability)[0]
+    only = "step" if problem.stepwise else None
+    return cuda_table.plan(cell, hidden, problem.proj, kind, rows, capability, only)[0]
 
 
 # What a problem is given: values in float64 that its dtype holds exactly.

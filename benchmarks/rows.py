@@ -58,6 +58,8 @@ class Row:
     peak_gflops: float
     """What one core (or the GPU) was measured to reach in this run, in this dtype."""
     dtype: str = "float32"
+    recompute_mib: float | None = None
+    """peak_mib with recompute=True, where it was asked: of the fused backends in training, in group `field`."""
 
     @property
     def key(self) -> tuple[object, ...]:

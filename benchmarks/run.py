@@ -274,6 +274,7 @@ class Bench:
                 side.module.zero_grad()
             if side.name != sides.ORT:  # it takes its memory by itself
                 peaks[id(side)] = timing.peak_mib(works[id(side)], self.device)
+        again = {id(side): self._recomputed(side, works[id(side)]) for side in every if _recomputes(job, side)}
         limit = limits.limit(self.machines[job.dtype], job, self.device, threads)
         rows = []
         for launch in ("call", "graph") if self.device == "cuda" else ("call",):
@@ -285,7 +286,18 @@ class Bench:
                     rows.append(
                         self._row(job, threads, side, peer, launch, took[id(side)], took[id(peer)], peaks, limit)
                     )
+                    rows[-1] = dataclasses.replace(rows[-1], recompute_mib=again.get(id(side)))
         return rows
+
+    def _recomputed(self, side: sides.Side, work: timing.Work) -> float:
+        """The peak of the same work with recompute=True."""
+        before, side.module.recompute = side.module.recompute, True
+        try:
+            work()
+            side.module.zero_grad()
+            return timing.peak_mib(work, self.device)
+        finally:
+            side.module.recompute = before
 
     def _graphs(self, job: Job, every: list[sides.Side], works: dict[int, timing.Work]) -> dict[int, timing.Work]:
         """The sides that can be captured."""
@@ -405,6 +417,11 @@ class Bench:
 
     def _say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
+
+
+def _recomputes(job: Job, side: sides.Side) -> bool:
+    """Whether its memory with recompute=True is asked for."""
+    return side.name in targets.FUSED and job.train and job.case.group == "field"
 
 
 def _complain(error: Exception | str, code: int) -> int:

@@ -25,7 +25,7 @@ from rnnkit.backends import cuda, cuda_table
 from . import cuda_table as compiled
 from .child import Child
 from .parity import Findings, asked
-from .problems import KINDS, Problem, draw, resident, stepping
+from .problems import KINDS, Problem, compiled_for, draw, resident, stepping
 from .ways import named, numbers
 
 KERNELS = "rnnkit"  # in the names of our kernels, mangled or not; others are not looked at
@@ -56,7 +56,7 @@ def tool() -> Path | None:
 
 def examine(findings: Findings, seconds: float, out: Path) -> list[str]:
     """Put down what the tool finds within so many seconds; what was said goes into `out`. Returns lines for a person,
-    a check each, or why none was made."""
+    for each check what was watched and what not, or why none was made."""
     found = tool()
     why = cuda.missing() or (WANTED if found is None else None)
     if why is None and seconds < LEAST:
@@ -71,14 +71,14 @@ def examine(findings: Findings, seconds: float, out: Path) -> list[str]:
             watched += ["--error-exitcode", str(FOUND), "--show-backtrace", "no", "--destroy-on-device-error", "kernel"]
             said, alone = out / f"{check}.txt", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             children[check] = Child("rnnkit.benchmarks.sanitizer", budget, said, watched, alone)
-        return [_judge(findings, check, child.wait(end), child) for check, child in children.items()]
+        return [line for check, child in children.items() for line in _judge(findings, check, child.wait(end), child)]
     finally:
         for child in children.values():
             child.stop()
 
 
-def _judge(findings: Findings, check: str, code: int | None, child: Child) -> str:
-    """What became of a check, in a line; what it found is put down."""
+def _judge(findings: Findings, check: str, code: int | None, child: Child) -> list[str]:
+    """What became of a check, and what it did not watch; what it found is put down."""
     text = child.text()
     ours, others = reports(text)
     for report, count in ours.items():
@@ -95,10 +95,25 @@ def _judge(findings: Findings, check: str, code: int | None, child: Child) -> st
         findings.wrong.append(f"cuda: {check}: ended with {code} in {begun[-1][2]}, see {child.said}")
         findings.culprits |= {("cuda", kind, precision) for kind, precision in culprits("")}
     elif not ended:
-        line = f"{check:<10} left out: the tool could not run it, see {child.said}"
+        return [f"{check:<10} left out: the tool could not run it, see {child.said}"]
     elif code == FOUND and not ours:
         line += f", see {child.said}"
-    return line
+    return [line, *_unwatched(findings, check, text, len(begun) - (code is None), code is None or ended)]
+
+
+def _unwatched(findings: Findings, check: str, text: str, done: int, late: bool) -> list[str]:
+    """The kernels that a check has not watched to their end, put down and named. late: for want of time."""
+    order = re.search(ORDER.format("(.*)"), text)
+    more = "; a larger --limit takes them in" if late else ""
+    if order is None:
+        findings.unwatched += 1
+        return [f"NOT EXAMINED by {check}: any kernel, it did not begin in time{more}"]
+    every = order[1].split()
+    rest = every[max(done, 0) :]
+    findings.unwatched += len(rest)
+    why = "for want of time" if late else "since it ended"
+    some = f"{len(rest)} of {len(every)} kernels: {' '.join(rest)}"
+    return [f"NOT EXAMINED by {check}, {why}: {some}{more}"] if rest else []
 
 
 def reports(text: str) -> tuple[Counter[str], int]:
@@ -146,7 +161,7 @@ def culprits(report: str) -> set[tuple[str, str]]:
 
 # The program that is watched.
 
-BEGUN, ENDED = "problem {} of {}: {}", "all that there was time for"
+ORDER, BEGUN, ENDED = "kernels, in this order: {}", "problem {} of {}: {}", "all that there was time for"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,8 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--seconds", type=float, default=float("inf"), metavar="S", help="begin none after; default: all"
     )
     options = parser.parse_args(arguments)
-    begin = time.monotonic()
-    every = small(cuda.machine.capability(None))
+    begin, capability = time.monotonic(), cuda.machine.capability(None)
+    every = small(capability)
+    print(ORDER.format(" ".join(compiled_for(problem, capability).name for problem in every)), flush=True)
     for done, problem in enumerate(every, 1):
         if time.monotonic() - begin > options.seconds:
             break

@@ -4,19 +4,26 @@ Groups of the grid are judged by the geometric mean and the worst ratio. Process
 all, so a geometric mean of SHARE of the limit is as good as the wanted ratio. A group that was measured in part is not
 met, whatever its mean; it is missed where its worst ratio is, since no further shape can mend that. These are of a
 CPU. On a GPU the same groups are listed without a mark, and what is aimed at is asked of the fused backends by name
-(FUSED): each against cuDNN, against a loop of torch operators, and against itself without resets.
+(FUSED): each against cuDNN in time and in memory, against a loop of torch operators, against itself without resets, and
+what `auto` would make of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from .cases import CELLS, MODES, TABLE
+from rnnkit.backends import cuda_table
+from rnnkit.backends.measured import TIE
+
+from . import choose
+from .cases import CELLS, MODES, TABLE, Case
 from .rows import Row
 from .sides import CELLS as STEPWISE
 from .sides import COMPILE, NAMES, ORT, TORCH, WITHOUT
+from .timing import geometric_mean
 
 SHARE = 0.75  # of the limit, geometric mean: as good as the mean ratio
 # (cell, mode, peer) -> geometric mean and worst of the ratio over the grid.
@@ -41,9 +48,21 @@ class Fused:
     """Geometric mean of the ratio to cuDNN over the group `field` with H <= SMALL."""
     free: tuple[str, ...]
     """Groups in which it is at most 5 % slower than without."""
+    step: float | None = None
+    """Microseconds of a forward step of the group `scan`, where the weights stay on one multiprocessor."""
+    nowhere: bool = False
+    """Whether `auto` may be below cuDNN on no plain layer by taking it."""
+    memory: bool = False
+    """Whether its memory in training is to be at most cuDNN's, over the group `field`; half of it, with recompute, is
+    asked of all."""
 
 
-FUSED = {"triton": Fused(1.5, ("resets",)), "cuda": Fused(2.0, ("resets", "lengths"))}
+FUSED = {
+    "triton": Fused(1.5, ("resets",)),
+    "cuda": Fused(2.0, ("resets", "lengths"), step=0.5, nowhere=True, memory=True),
+}
+HOPPER = 90  # the compute capability of the GPU that the targets are set for
+JUDGED = ("bfloat16", "float32")  # what gpu-check measures
 
 
 @dataclass(frozen=True)
@@ -84,12 +103,6 @@ class Verdict:
         if self.met is None and self.wanted and self.cases < self.shapes:
             return f"- ({self.cases} of {self.shapes} shapes)"
         return {True: "met", False: "MISSED", None: "-"}[self.met]
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive values; 0 where one is not."""
-    values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
 
 
 def judged(rows: Sequence[Row]) -> list[Row]:
@@ -152,51 +165,129 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
     return verdicts + fused([row for row in rows if row.device != "cpu"])
 
 
+class Asked(NamedTuple):
+    """One target of a fused backend: what is judged, by which figures, what they must come to."""
+
+    group: str
+    mode: str
+    dtype: str
+    against: str
+    figure: dict[Row, float]
+    """Of each row that it is judged by: above 1 the backend is better."""
+    wanted: str
+    least: float
+    """Of the geometric mean."""
+    floor: float
+    """Of each figure."""
+    whole: int
+    """How many jobs there are to be judged by."""
+
+
 def fused(rows: Sequence[Row]) -> list[Verdict]:
     """The verdicts on the fused backends of a GPU, by call and by graph; none on what was not measured."""
-    loops = {_job(row): row.ms for row in rows if row.implementation == LOOP}
-    verdicts = []
+    return [_verdict(name, launch, asked) for name, launch, asked in every(rows) if asked.figure]
+
+
+def every(rows: Sequence[Row]) -> list[tuple[str, str, Asked]]:
+    """All targets of the fused backends that have a row, measured or not: backend, launch, target."""
+    found = []
     for name, goal in FUSED.items():
         for launch in ("call", "graph"):
             own = [row for row in rows if (row.implementation, row.launch) == (name, launch)]
-            best = [row for row in own if (row.dtype, row.mode) == ("bfloat16", "training")]
-            small = {row: row.ratio_p50 for row in best if row.H <= SMALL and (row.group, row.against) == FIELD}
-            looped = {row: loops[_job(row)] / row.ms for row in own if _job(row) in loops}
-            looped |= {row: row.ratio_p50 for row in own if row.against == STEPWISE}
-            wanted = f"mean >= {goal.mean:g}"
-            asked = [(f"field, H <= {SMALL}", TORCH, small, wanted, goal.mean, 0.0, _trained("field", SMALL))]
-            every = len({_job(row) for row in own})
-            asked += [("all", "a loop of torch operators", looped, "each >= 1", 0.0, 1.0, every)]
-            for group in goal.free:
-                without = {row: row.ratio_p50 for row in best if (row.group, row.against) == (group, WITHOUT)}
-                asked.append((group, WITHOUT, without, "at most 5 % slower than without", 0.0, EXTRA, _trained(group)))
-            for group, against, figure, wanted, least, floor, whole in asked:
-                if not figure:
-                    continue
-                count = len({_job(row) for row in figure})
-                worst = min(figure, key=lambda row: figure[row])
-                mean = geometric_mean(figure.values())
-                verdicts.append(
-                    Verdict(
-                        group=group,
-                        cell="all",
-                        mode="all" if figure is looped else "training",
-                        threads=1,
-                        implementation=name,
-                        against=against,
-                        cases=count,
-                        mean=mean,
-                        worst=figure[worst],
-                        worst_case=f"{worst.cell} {worst.case}",
-                        share=geometric_mean(row.share for row in figure),
-                        wanted=wanted,
-                        met=False if figure[worst] < floor else mean >= least if count >= whole else None,
-                        launch=launch,
-                        dtype="all" if figure is looped else "bfloat16",
-                        shapes=whole,
-                    )
-                )
-    return verdicts
+            if own:
+                found += [(name, launch, asked) for asked in _asked(goal, name, launch, own, rows)]
+    return found
+
+
+def _asked(goal: Fused, name: str, launch: str, own: list[Row], rows: Sequence[Row]) -> Iterator[Asked]:
+    narrow = [row for row in own if row.dtype == "bfloat16"]
+    best = [row for row in narrow if row.mode == "training"]
+    field = {row: row.ratio_p50 for row in best if (row.group, row.against) == FIELD}
+    small = {row: ratio for row, ratio in field.items() if row.H <= SMALL}
+    trained, whole = ("training", "bfloat16"), _trained("field", SMALL)
+    yield Asked(f"field, H <= {SMALL}", *trained, TORCH, small, f"mean >= {goal.mean:g}", goal.mean, 0.0, whole)
+    loops = {_job(row): row.ms for row in rows if row.implementation == LOOP}
+    looped = {row: loops[_job(row)] / row.ms for row in own if _job(row) in loops}
+    looped |= {row: row.ratio_p50 for row in own if row.against == STEPWISE}
+    loop, jobs = "a loop of torch operators", len({_job(row) for row in own})
+    yield Asked("all", "all", "all", loop, looped, "each >= 1", 0.0, 1.0, jobs)
+    for group in goal.free:
+        without = {row: row.ratio_p50 for row in best if (row.group, row.against) == (group, WITHOUT)}
+        yield Asked(group, *trained, WITHOUT, without, "at most 5 % slower than without", 0.0, EXTRA, _trained(group))
+    if goal.step is not None:
+        steps = {row: goal.step * row.T / (1e3 * row.ms) for row in narrow if row.against == TORCH and _resident(row)}
+        least = f"{goal.step:g} µs a step"
+        whole = sum(_fits(cell, case.hidden) for case in TABLE if case.group == "scan" for cell in case.cells)
+        yield Asked("scan, where cta fits", "inference", "bfloat16", least, steps, "each >= 1", 0.0, 1.0, whole)
+    if launch == "graph":  # as by call: what is left is no matter of it
+        return
+    if goal.nowhere:
+        taken = {row: row.ratio_p50 if by == name else 1.0 for row, by in choices(own, rows).items()}
+        wanted, whole = f"each >= {1 / TIE:.2f}, less is noise", sum(len(c.cells) * len(c.modes) for c in _plain())
+        yield Asked("plain, as auto", "all", "all", TORCH, taken, wanted, 0.0, 1 / TIE, whole * len(JUDGED))
+    memory = {row: row.against_peak_mib / row.peak_mib for row in field if row.peak_mib and row.against_peak_mib}
+    again = {row: row.against_peak_mib / row.recompute_mib for row in memory if row.recompute_mib}  # type: ignore[operator]
+    whole = _trained("field")
+    if goal.memory:
+        yield Asked("memory, field", *trained, TORCH, memory, "each >= 1", 0.0, 1.0, whole)
+    yield Asked("memory, field, recompute", *trained, TORCH, again, "each >= 2", 0.0, 2.0, whole)
+
+
+def _verdict(name: str, launch: str, asked: Asked) -> Verdict:
+    figure = asked.figure
+    count, mean = len({_job(row) for row in figure}), geometric_mean(figure.values())
+    worst = min(figure, key=lambda row: figure[row])
+    enough = mean >= asked.least if count >= asked.whole else None
+    return Verdict(
+        group=asked.group,
+        cell="all",
+        mode=asked.mode,
+        threads=1,
+        implementation=name,
+        against=asked.against,
+        cases=count,
+        mean=mean,
+        worst=figure[worst],
+        worst_case=f"{worst.cell} {worst.case}",
+        share=geometric_mean(row.share for row in figure),
+        wanted=asked.wanted,
+        met=False if figure[worst] < asked.floor else enough,
+        launch=launch,
+        dtype=asked.dtype,
+        shapes=asked.whole,
+    )
+
+
+def choices(own: Iterable[Row], rows: Sequence[Row]) -> dict[Row, str]:
+    """Of a backend's rows against cuDNN on plain layers, what `auto` takes there once `choose` has read all rows."""
+    taken = choose.orders(list(rows))
+    plain = (row for row in own if (row.against, row.launch) == (TORCH, "call") and row.group in choose.GROUPS)
+    return {row: taken(row) for row in plain if row.dtype in JUDGED}
+
+
+def behind(rows: Sequence[Row], name: str) -> tuple[list[Row], list[Row]]:
+    """The rows in which a backend is slower than cuDNN by more than noise: those that `auto` leaves to others, and
+    those in which it takes it all the same."""
+    found = choices([row for row in rows if row.implementation == name], rows)
+    slow = [row for row in found if row.ratio_p50 < 1 / TIE]
+    return [row for row in slow if found[row] != name], [row for row in slow if found[row] == name]
+
+
+def _plain() -> list[Case]:
+    """The plain cases of a GPU that `auto` is ordered by."""
+    return [case for case in TABLE if case.group in choose.GROUPS and "cuda" in case.devices]
+
+
+def _resident(row: Row) -> bool:
+    """Whether it is a scan alone that stays on one multiprocessor, of a cell that is asked to be fast there."""
+    return (row.group, row.mode) == ("scan", "inference") and _fits(row.cell, row.H)
+
+
+def _fits(cell: str, hidden: int) -> bool:
+    if cell not in ("LSTM", "GRU"):
+        return False
+    row, _ = cuda_table.plan(cell.lower(), hidden, 0, "bf16", 1, HOPPER)
+    return row.regime == "cta"
 
 
 LOOP = "reference"  # the backend that is a loop of torch operators

@@ -5,17 +5,21 @@ On a GPU time is taken by CUDA events, and a piece of work can be captured once 
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 
 Work = Callable[[], object]
+Result = TypeVar("Result")
 BLOCK = 0.01  # seconds: short work is repeated to fill a block, one reading of the clock
 ROUNDS = 5  # at least
 SETTLE = 0.02  # seconds: by then the threads of the side before have gone to sleep, and those of this one are awake
+ASIDE = 20_000_000  # clocks, some 10 ms: longer than the host takes to launch a layer
 MEMORY = {
     "cpu": "peak of torch's CPU allocator during one call, above what it held before, by torch.profiler: exact for "
     "tensors; what a library takes for itself (oneDNN's and MKL's scratch) is not in it",
@@ -87,6 +91,12 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     return tenths[1], tenths[4], tenths[7]
 
 
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive values; 0 where one is not."""
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
+
+
 def graph(work: Work) -> Work:
     """The same work as a CUDA graph's replay. Raises RuntimeError where it cannot be captured.
 
@@ -112,6 +122,19 @@ def graph(work: Work) -> Work:
     captured.replay()
     torch.cuda.synchronize()
     return captured.replay
+
+
+def aside(work: Callable[[], Result], device: torch.device) -> Result:
+    """What work gives on a stream of its own that is busy for ASIDE clocks first; where there are none, as it is."""
+    if device.type != "cuda":
+        return work()
+    main, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(main)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(ASIDE)
+        found = work()
+    main.wait_stream(stream)
+    return found
 
 
 def peak_mib(work: Work, device: str) -> float:

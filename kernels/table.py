@@ -302,17 +302,41 @@ def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: in
         return persistent(row, "the recurrent weights stay on chip for the whole sequence")
     operands = {"half": "half precision", "tf32": "TF32", "ieee": "exact float32"}[kind]
     size = f"H={hidden}" + (f" P={proj}" if proj else "")
-    chip, _ = chip_of(capability)
-    reason = f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {chip}"
+    most = largest(cell, side, hidden, proj, kind, capability)
+    some = "" if multiple_of(hidden, proj) == MULTIPLES[0] else "of sizes that are no multiples of 16 "
+    fit = f"{some}up to {most} units fit" if most else f"{some}none fit"
+    reason = f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {place(capability)}, {fit}"
     return stepwise(cell, side, hidden, proj, kind, rows, reason)
 
 
 def find(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> Row | None:
     """The persistent kernel that a scan runs by, None where there is none."""
-    kernel = "lstm_proj" if proj else "rnn" if cell.startswith("rnn_") else cell
-    multiple = MULTIPLES[hidden % 16 > 0 or proj % 16 > 0]
-    wanted = (kernel, side, tile(hidden), tile(proj or hidden), kind, multiple)
+    wanted = (kernel_of(cell, proj), side, tile(hidden), tile(proj or hidden), kind, multiple_of(hidden, proj))
     return next((row for row in rows_of(capability) if row[:6] == wanted), None)
+
+
+def largest(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> int:
+    """Units that the largest persistent kernel serves, of sizes aligned as these are and a P of this size; 0: none."""
+    wanted = (kernel_of(cell, proj), side, kind, multiple_of(hidden, proj))
+    rows = [row for row in rows_of(capability) if (row.kernel, row.side, row.kind, row.multiple) == wanted]
+    return max((fullest(row)[0] for row in rows if not proj or row.size == tile(proj)), default=0)
+
+
+def multiple_of(hidden: int, proj: int) -> int:
+    """Of MULTIPLES the first that these sizes are multiples of."""
+    return next(multiple for multiple in MULTIPLES if hidden % multiple == proj % multiple == 0)
+
+
+def kernel_of(cell: str, proj: int) -> str:
+    """Of KERNELS the one that runs a cell."""
+    return "lstm_proj" if proj else "rnn" if cell.startswith("rnn_") else cell
+
+
+def place(capability: int) -> str:
+    """A chip and its shared memory, in words."""
+    chip, shared = chip_of(capability)
+    name = chip if capability == AMD else f"sm_{capability}"
+    return f"{name} ({shared // 1024} KiB of shared memory a block)"
 
 
 def rows_of(capability: int) -> list[Row]:
@@ -322,7 +346,7 @@ def rows_of(capability: int) -> list[Row]:
     return [row for row in PERSISTENT if chip in row.chips and (not small or row.shared <= shared)]
 
 
-def largest(row: Row) -> tuple[int, int]:
+def fullest(row: Row) -> tuple[int, int]:
     """H and P of the largest problem that a row serves, both odd where any size may be; P is below H, or 0."""
     any_size = row.multiple == 1
     hidden = row.hidden - any_size
@@ -353,7 +377,7 @@ def stepwise(cell: str, side: str, hidden: int, proj: int, kind: str, rows: int,
     """The plan of the step regime, for any size. Of STEP the largest tile that is no more than half empty and leaves
     PROGRAMS programs to the product with W_hh."""
     columns = CELLS[cell].gates * hidden if side == "forward" else proj or hidden
-    chosen, *larger = STEP if hidden % 16 == proj % 16 == 0 else ODD_STEP
+    chosen, *larger = STEP if multiple_of(hidden, proj) == MULTIPLES[0] else ODD_STEP
     for some in larger:
         programs = -(-rows // some.rows) * -(-columns // some.units)
         if some.rows < max(2 * rows, ROWS + 1) and programs >= PROGRAMS:

@@ -105,7 +105,7 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
     if not isinstance(module, nn.Module):
         raise TypeError(f"rnnkit.explain takes an nn.Module and its input, got {type(module).__name__}")
     running: list[str] = []
-    met: list[tuple[str, int, int | None]] = []
+    met: list[tuple[str, int]] = []
     hooks = []
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with torch.random.fork_rng(devices=_devices(module)), record() as problems:
@@ -115,8 +115,8 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
                 def enter(_: nn.Module, __: Any, name: str = name) -> None:
                     running.append(name)
 
-                def leave(layer: nn.Module, _: Any, __: Any) -> None:
-                    met.append((running.pop(), len(problems), next(layer.parameters()).device.index))
+                def leave(_: nn.Module, __: Any, ___: Any) -> None:
+                    met.append((running.pop(), len(problems)))
 
                 hooks += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
         try:
@@ -130,7 +130,7 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
                         buffer.copy_(buffers[name])
     choices = []
     start = 0
-    for name, end, index in met:
+    for name, end in met:
         some = problems[start:end]
         directions = 1 + any(problem.reverse for problem, _, _ in some)
         # On a GPU the reverse direction may have come first.
@@ -140,7 +140,7 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
             layer = k // directions
             row = recorded(problem)
             measured = None if row is None else str(row)
-            reasons, detail = _reasons(problem, asked, backend), BY_NAME[backend].detail(problem, index)
+            reasons, detail = _reasons(problem, asked, backend), BY_NAME[backend].detail(problem)
             choices.append(Choice(name, layer, problem, asked, backend, reasons, measured, detail))
         start = end
     return Explanation(tuple(choices))

@@ -316,7 +316,9 @@ def stack(
             given, how = (h_0, c_0, h_r, c_r), Options(True, return_all_states, recompute)
             last = pieces[2 * k + 1]
             if ops.overlaps(cell, x, last, *given, lengths=lengths, reset=marks, options=how, backend=backend):
-                return _at_once(functools.partial(direction, k), x)
+                side = streams.beside(x)
+                if side is not None:
+                    return _at_once(functools.partial(direction, k), x, side)
         return direction(k, 0, x), direction(k, 1, x)
 
     def layer(k: int, x: Tensor) -> Tensor:  # a function, so that nothing of a layer is held while the next one runs
@@ -345,8 +347,8 @@ def stack(
     return layout.output(x), states
 
 
-def _at_once(run: Callable[[int, Tensor], Layer], x: Tensor) -> tuple[Layer, Layer]:
-    """Both directions of a layer of x: the reverse one on the side stream, the forward one on the current.
+def _at_once(run: Callable[[int, Tensor], Layer], x: Tensor, side: streams.Side) -> tuple[Layer, Layer]:
+    """Both directions of a layer of x: the reverse one on the side's stream, the forward one on the current.
 
     The reverse one first: autograd begins with the node that was made last, so that its backward, which the current
     stream waits for, comes last there too. It sees x as a view where x is a leaf, or the gradient of x would be summed
@@ -354,7 +356,6 @@ def _at_once(run: Callable[[int, Tensor], Layer], x: Tensor) -> tuple[Layer, Lay
     """
     if x.is_leaf and x.requires_grad and torch.is_grad_enabled():
         x = x.view_as(x)
-    side = streams.beside(x)
     try:
         with side.work():
             reverse = run(1, x)

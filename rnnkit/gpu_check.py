@@ -3,11 +3,13 @@
 First what is here: device, driver, versions. Then the CUDA kernels under NVIDIA's compute-sanitizer, where that is.
 Then parity: outputs, states and all gradients of every backend that runs here, against float64, for every cell, dtype
 and extra; of the fused backends every kernel of the table, the same bits twice, in a CUDA graph, compiled and under
-autocast. Then probes: what the device takes for the things that kernels are made of. Then the benchmark against cuDNN,
-those cases first by which the fused backends are judged, each result checked before it is timed; a backend is not timed
-in the cells and dtypes in which something was found. At the end the targets, each met or missed. It needs Python and
-torch alone, nothing is downloaded, and a clone runs as it is. Rows go into benchmarks/results/ of the clone, or into
-the folder that --out names; Ctrl-C keeps what there is.
+autocast. Then probes: what the device takes for the things that kernels are made of. Then the benchmark against
+cuDNN, those cases first by which the fused backends are judged, each result checked before it is timed; a backend is
+not timed in the cells and dtypes in which something was found. At the end the targets, each met, missed or not
+measured. It needs Python and torch alone, nothing is downloaded, nothing is built: without compiled CUDA kernels
+backend cuda is not examined, which is said with the command that builds them (`make gpu-check` does both). NOT
+EXAMINED in capitals makes the exit code 1: what there was no time for, or what torch itself fails in. Rows go into
+benchmarks/results/ of the clone, or into the folder that --out names; Ctrl-C keeps what there is.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from pathlib import Path
 import torch
 
 from . import info
-from .backends import BACKENDS, NAMES, cuda, cuda_table, triton
-from .benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer, targets
+from .backends import BACKENDS, NAMES, cuda, cuda_table, extension, gpu, triton
+from .benchmarks import crew, devices, machine, parity, probes, problems, rows, run, sanitizer, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
 from .demo import check_out
 from .demo.text import InputError
@@ -37,6 +39,7 @@ WATCHED = 0.15  # for compute-sanitizer
 PROBED = 0.06  # for the probes
 OUT = Path("gpu-check-out")
 TIMED = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU"}  # kind of layer -> cell of the benchmark
+BUILD = "RNNKIT_CUDA=1 RNNKIT_CUDA_ARCH=native python setup.py -q build_ext --inplace"
 SHOWN = 20  # failures on the console; the file has them all
 
 
@@ -97,13 +100,16 @@ def _check(
     for name, value in facts():
         say(f"{name:<10} {value}")
     findings = parity.Findings()
+    if "cuda" in backends and (line := unbuilt()):
+        say(line)
     if "cuda" in backends:
         say("\nsanitizer: the CUDA kernels on small problems, watched")
         for line in sanitizer.examine(findings, WATCHED * bench.options.limit, out):
             say(line)
     say("\nparity: errors against float64, over what is allowed (twice torch.nn's, and a rounding band)")
     interrupted = _parity(options, findings, backends, SHARE * bench.options.limit)
-    for line in findings.lines() + kernels(findings):
+    further = [] if interrupted or findings.ended else devices.examine(findings, backends)
+    for line in findings.lines() + kernels(findings) + further:
         say(line)
     for line in findings.wrong[:SHOWN]:
         say(f"WRONG {line}")
@@ -130,7 +136,8 @@ def _check(
     say("\ntargets")
     for line in judged(bench.rows, findings):
         say(line)
-    return 1 if (findings.wrong or findings.left or findings.failing) and code != 130 else code
+    bad = findings.wrong or findings.left or findings.unwatched or findings.failing
+    return 1 if bad and code != 130 else code
 
 
 def facts() -> list[tuple[str, str]]:
@@ -160,8 +167,8 @@ def driver() -> str:
             return done.stdout.split()[0]
     if kernel.exists():
         return kernel.read_text().strip()
-    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # only where torch is built for a GPU
-    serves = "" if ask is None else f"; it serves CUDA {ask() // 1000}.{ask() % 1000 // 10}"
+    served = gpu.driver()
+    serves = "" if served is None else f"; it serves {gpu.release(served)}"
     return f"unknown, since there is no nvidia-smi to say it{serves}"
 
 
@@ -173,6 +180,16 @@ def capability() -> int | None:
 def built() -> list[cuda_table.Row]:
     """The CUDA kernels that this GPU can hold; none where none can run."""
     return [] if cuda.missing() is not None else cuda_table.able(cuda.machine.capability(None))
+
+
+def unbuilt() -> str | None:
+    """What is said where the CUDA kernels are not built, and this GPU could run some; None where they are."""
+    if not extension.cuda_missing or torch.version.hip is not None:
+        return None
+    return (
+        f"\nnot examined: backend cuda, whose kernels are not built ({extension.cuda_missing}). In a clone, where nvcc "
+        f"is, `make gpu-check` builds them first, or `{BUILD}` does"
+    )
 
 
 def kernels(findings: parity.Findings) -> list[str]:
@@ -232,26 +249,41 @@ def urgency(job: Job) -> int:
     if job.dtype == "bfloat16" and job.train:
         if job.case.group == "field" and job.case.hidden <= targets.SMALL:
             return 0
-        if job.case.group in ("resets", "lengths"):
+        if job.case.group in ("resets", "lengths", "field"):
             return 1
+    if job.dtype == "bfloat16" and job.case.group == "scan":
+        return 1
     return 2 if job.dtype == "bfloat16" else 3
 
 
 def judged(found: list[rows.Row], findings: parity.Findings) -> list[str]:
-    """Each target met or missed, and why nothing is said of a backend that has no row."""
+    """Each target met, missed or not measured; what `auto` does where a backend is slower than cuDNN; and why nothing
+    is said of a backend that has no row."""
     lines = []
     for v in targets.fused(found):
         lines.append(
             f"{v.mark:<6} {v.implementation} by {v.launch}: {v.group}, {v.mode}, {v.dtype}, against {v.against}, "
             f"{v.cases} cases: mean {v.mean:.2f}, worst {v.worst:.2f} at {v.worst_case}; wanted: {v.wanted}"
         )
+    for name, launch, asked in targets.every(found):
+        if not asked.figure:
+            what = f"{asked.group}, {asked.mode}, {asked.dtype}, against {asked.against}"
+            lines.append(f"not measured: {name} by {launch}: {what}; wanted: {asked.wanted}")
+    for name in targets.FUSED:
+        left, taken = targets.behind(found, name)
+        for some, what in ((left, "auto leaves it to another"), (taken, "auto takes it all the same")):
+            lines += [f"{name} is slower than cuDNN, {what}: {', '.join(map(_slow, some))}"] if some else []
     measured = {row.implementation for row in found}
     for backend in BACKENDS:
         if backend.name in targets.FUSED and backend.name not in measured:
             failed = any(name == backend.name for name, *_ in findings.culprits)
             why = backend.available() or ("it failed parity" if failed else "it has no row")
-            lines.append(f"-      {backend.name}: not judged: {why}")
+            lines.append(f"-      {backend.name}: not judged, no target of it was measured: {why}")
     return lines
+
+
+def _slow(row: rows.Row) -> str:
+    return f"{row.cell} {row.group} {row.case} {row.mode} in {row.dtype} {row.ratio_p50:.2f}"
 
 
 def _complain(error: Exception | str, code: int) -> int:

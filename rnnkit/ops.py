@@ -158,7 +158,7 @@ def single(
             return None
         train = _grad() and _any_grad((*four, x, h_0, c_0))
         facts = (cell, "cpu", x.dtype, steps, rows, features, four[1].shape[1], 0, four[2] is not None)
-        known = recall(backend, (*facts, False, False, False, *_FORWARD, train))
+        known = recall(backend, (*facts, False, False, False, *_FORWARD, train, None))
         if known is None:  # a call goes the same way whether there was one like it: a checkpoint runs it twice
             known = _chosen_for_single(cell, x, h_0, c_0, weights, batch_first, backend, train)
         if known is None or not known.singles:
@@ -206,7 +206,7 @@ def _quick_step(
         if _grad() and _any_grad((x, h, c, *four)):
             return None
         facts = (cell, "cpu", x.dtype, 1, *x.shape, four[1].shape[1], 0, four[2] is not None)
-        known = recall(backend, (*facts, False, False, False, *_FORWARD, False))
+        known = recall(backend, (*facts, False, False, False, *_FORWARD, False, None))
         return None if known is None else known.step(cell, x, h, c, *four)
     except (RuntimeError, AttributeError, IndexError):
         return None
@@ -258,7 +258,7 @@ def _quick(
     train = _grad() and _any_grad((x, h, c, *weights))
     known = recall(
         backend,  # and what `Problem` holds
-        (cell, "cpu", x.dtype, *x.shape, w_hh.shape[1], 0, four is weights, False, False, False, *o, train),
+        (cell, "cpu", x.dtype, *x.shape, w_hh.shape[1], 0, four is weights, False, False, False, *o, train, None),
     )
     return None if known is None else (known, train, four)
 

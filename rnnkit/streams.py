@@ -11,9 +11,11 @@ of the forward, and by autograd until that of the backward: what gets the block 
 the join. Without the second join it could be freed between the two, and written while `side` still reads. What `side`
 made and `main` reads (outputs, and gradients that the user gets) comes to `side` again only for work after the next
 fork, or after gradients that came from `main`: after all that `main` was given while the block was in use. That needs
-a side for each `main`, and for each thread, whose forks come when others are between theirs and their use; and streams
-that no user has: torch hands out the same 32 of a priority in turn, so they are of the high one. `record_stream` would
-do too, but such a block is free only when the GPU has come to its end of use, and a host that runs ahead takes another.
+a side for each `main`, and for each thread, whose forks come when others are between theirs and their use (one that has
+ended leaves its side to the next with this `main`); and a stream that nobody else has. torch hands out the same 32 of a
+priority in turn: so they are of the high one, which few programs ask for, a stream is one side's for good, and where
+none is left there is no side, and the directions go one after the other. `record_stream` would do too, but such a block
+is free only when the GPU has come to its end of use, and a host that runs ahead takes another.
 
 What runs on both does not wait for the other to get multiprocessors, or two might wait for one another for ever. So a
 backend says whether it may (`Backend.overlaps`).
@@ -32,9 +34,8 @@ from torch import Tensor
 class Side:
     """A stream beside `main`, and the two events by which they meet; kept, since making them takes longer."""
 
-    def __init__(self, main: torch.cuda.Stream) -> None:
-        self.main = main
-        self.stream = torch.cuda.Stream(main.device, priority=-1)
+    def __init__(self, main: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:
+        self.main, self.stream, self.thread = main, stream, threading.current_thread()
         self._begun, self._done = torch.cuda.Event(), torch.cuda.Event()
 
     @contextlib.contextmanager
@@ -55,14 +56,21 @@ class Side:
         self.main.wait_event(self._done)
 
 
+Key = tuple[int | None, int]
+"""Of a stream: its device's index, and its number there."""
+
+
 class _Thread(threading.local):
     here: Side | None = None
 
     def __init__(self) -> None:
-        self.sides: dict[tuple[int | None, int], Side] = {}  # by device and main stream
+        self.sides: dict[Key, Side | None] = {}  # by the main stream; None: there is no stream left for one
 
 
 _thread = _Thread()
+_every: dict[Key, Side] = {}  # all threads' sides, by their own streams
+_lock = threading.Lock()
+_POOL = 32  # streams of a priority, on each device
 
 
 def on_gpu(v: Tensor) -> bool:
@@ -70,14 +78,31 @@ def on_gpu(v: Tensor) -> bool:
     return v.is_cuda
 
 
-def beside(v: Tensor) -> Side:
-    """The side of the current stream of a tensor's device."""
+def beside(v: Tensor) -> Side | None:
+    """The side of the current stream of a tensor's device; None where no stream is left for one."""
     main = torch.cuda.current_stream(v.device)
     key = (v.device.index, main.stream_id)
-    side = _thread.sides.get(key)
-    if side is None:
-        side = _thread.sides[key] = Side(main)
-    return side
+    if key not in _thread.sides:
+        with _lock:
+            _thread.sides[key] = _found(key, main)
+    return _thread.sides[key]
+
+
+def _found(key: Key, main: torch.cuda.Stream) -> Side | None:
+    """One that an ended thread has left, or a new one with the first stream that is nobody's."""
+    if key in _every:  # a user has come by the stream of a side
+        return None
+    for (device, _), side in _every.items():
+        if (device, side.main.stream_id) == key and not side.thread.is_alive():
+            side.thread = threading.current_thread()
+            return side
+    for _ in range(_POOL):
+        stream = torch.cuda.Stream(main.device, priority=-1)
+        own = (key[0], stream.stream_id)
+        if own != key and own not in _every:
+            _every[own] = side = Side(main, stream)
+            return side
+    return None
 
 
 def here() -> Side | None:

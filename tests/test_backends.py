@@ -98,13 +98,6 @@ def test_a_named_backend_runs_or_raises_with_its_reasons(name: str, change: dict
         assert fragment in str(caught.value)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
-def test_a_backend_that_is_not_available_says_so_first(backend: Any) -> None:
-    missing = backend.available()
-    if missing is not None:
-        assert backend.unsupported(Problem(**PLAIN))[0] == missing and missing.strip()
-
-
 def test_use_backend_overrides_and_nests() -> None:
     layer = rnnkit.GRU(I, H, backend="torch")
     assert chosen(layer, x) == ["torch"]

@@ -5,6 +5,7 @@ setup.py builds or refuses to, and the table of what each kernel takes.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import runpy
 import shutil
@@ -21,7 +22,7 @@ import torch
 from torch.utils import cpp_extension
 
 from rnnkit import info
-from rnnkit.backends import cuda, cuda_table, extension
+from rnnkit.backends import cuda_table, extension
 from rnnkit.benchmarks import cuda_table as compiled
 from rnnkit.benchmarks.compiled import Usage
 from rnnkit.benchmarks.cuda_table import SIDES
@@ -182,6 +183,19 @@ def test_with_cuda(run_setup: Setup, tmp_path: Path) -> None:
     assert asked.stat().st_mtime_ns > 1, "a library for other chips is out of date"
 
 
+def test_what_is_slow_without_ninja(
+    run_setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch then compiles one source after the other, and there are as many as kernels."""
+    home = str(toolkit(tmp_path / "toolkit"))
+    for available in (True, False):
+        monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda available=available: available)
+        run_setup(RNNKIT_CUDA="1", CUDA_HOME=home)
+        assert ("WARNING: without ninja one source is compiled after" in capsys.readouterr().err) != available
+        run_setup()
+        assert "ninja" not in capsys.readouterr().err, "a minute's worth of C++"
+
+
 def test_what_setup_refuses(run_setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = str(toolkit(tmp_path / "toolkit"))
     with pytest.raises(SystemExit, match="RNNKIT_CUDA must be 0, 1 or unset, got '2'"):
@@ -334,6 +348,28 @@ def test_a_search_finds_what_fits(most: int, warps: list[int]) -> None:
         assert all(cuda_table.shared_bytes(fit, side) <= cuda_table.CHIPS["sm_80"] for side in (0, 1))
 
 
+def reach() -> list[str]:
+    """The lines of DESIGN.md on how far the regime cta goes."""
+    chips = ((90, 100, 103), (80,), cuda_table.SMALL)
+    cells = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "gru_before": "GRU, reset before"}
+    kinds = [kind for kind in cuda_table.KINDS if kind != "f64"]
+    lines = [f"| | | {' | '.join(cuda_table.KINDS[kind] for kind in kinds)} |", "|---" * (2 + len(kinds)) + "|"]
+    for capabilities, (kernel, cell) in itertools.product(chips, cells.items()):
+        every = []
+        for capability in capabilities:
+            rows = [row for row in cuda_table.able(capability) if (row.regime, row.kernel) == ("cta", kernel)]
+            every.append([max(row.units for row in rows if row.kind == kind) for kind in kinds])
+        assert every == every[:1] * len(every), "chips that stand together reach equally far"
+        shared, names = cuda_table.limit(capabilities[0]) // 1024, ", ".join(f"sm_{k}" for k in capabilities)
+        lines.append(f"| {names} ({shared} KiB) | {cell} | {' | '.join(str(units) for units in every[0])} |")
+    return lines
+
+
+def test_the_design_says_how_far_cta_goes() -> None:
+    design = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    assert "\n".join(reach()) in design, "\n".join(["DESIGN.md has another table than:", *reach()])
+
+
 def test_info_says_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     found = info.gather()["cuda_kernels"]
     assert (found["count"] == 0) == bool(extension.cuda_missing) and bool(found["chips"]) == (found["count"] > 0)
@@ -365,19 +401,6 @@ def test_info_says_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_which_gpus_are_served(capability: int, chips: str, served: bool) -> None:
     assert extension.cuda_serves(capability, tuple(chips.split())) is served
-
-
-def test_a_gpu_that_was_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "cuda_missing", "")
-    monkeypatch.setattr(extension, "cuda_built", ("13.7", "sm_80"))
-    monkeypatch.setattr(extension, "cuda_serves", lambda capability: capability < 90)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(cuda, "capability", lambda index=None: 90 if index == 1 else 80)
-    assert cuda.missing() == "its kernels are compiled for sm_80, got a GPU of 9.0; build again for it"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert cuda.missing() is None
 
 
 def test_the_compiler_can_be_asked_for() -> None:

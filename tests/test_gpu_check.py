@@ -22,8 +22,8 @@ from test_benchmarks import row
 
 from rnnkit import gpu_check
 from rnnkit.__main__ import main
-from rnnkit.backends import BY_NAME, Outputs, Tensors
-from rnnkit.benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer, targets
+from rnnkit.backends import BY_NAME, Outputs, Tensors, extension
+from rnnkit.benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer
 from rnnkit.benchmarks.cases import Case, Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,11 +99,12 @@ def test_all_parts(
     parts += [
         "parity: ",
         "triton     float32      2 problems, at most ",
-        f"cuda       left out of    2 problems: {BY_NAME['cuda'].available()}",
+        "cuda       left out of    2 problems: runs on the device cuda, got cpu",
+        "devices    not examined: several GPUs in one process, since torch sees ",
     ]
     parts += ["benchmark", "targets", "triton by call: field, H <= 256, training, bfloat16, against torch.nn, 1 cases:"]
     parts += ["triton by graph: all, all, all, against a loop of torch operators, 6 cases", "against without, 1 cases:"]
-    parts += [f"-      cuda: not judged: {BY_NAME['cuda'].available()}"]
+    parts += [f"-      cuda: not judged, no target of it was measured: {BY_NAME['cuda'].available()}"]
     kept = (tmp_path / "gpu-check.txt").read_text()
     for part in parts:
         assert part in said and part in kept, part
@@ -114,6 +115,26 @@ def test_all_parts(
     assert (
         "sanitizer  left out: no kernel runs on this GPU" in kept and "\nleft out: no kernel runs on this GPU" in kept
     )
+
+
+def test_kernels_that_are_not_built(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extension, "cuda_missing", "the C++ extension is not built")
+    assert check(tmp_path, "--backend", "cpu,cuda") == 0
+    said = capsys.readouterr().out
+    line = (
+        "\nnot examined: backend cuda, whose kernels are not built (the C++ extension is not built). In a clone, where "
+        "nvcc is, `make gpu-check` builds them first, or `RNNKIT_CUDA=1 RNNKIT_CUDA_ARCH=native python setup.py -q "
+        "build_ext --inplace` does\n"
+    )
+    assert line in said and line in (tmp_path / "gpu-check.txt").read_text()
+    assert said.index(line) < said.index("\nparity")
+    monkeypatch.setattr(extension, "cuda_missing", "")
+    assert gpu_check.unbuilt() is None
+    monkeypatch.setattr(extension, "cuda_missing", "not built")
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert gpu_check.unbuilt() is None, "nothing to build for AMD's"
 
 
 def test_what_the_sanitizer_finds_is_not_timed(
@@ -142,6 +163,18 @@ def test_what_the_sanitizer_finds_is_not_timed(
     assert asked == [("sanitizer", shares[0], tmp_path), ("probes", shares[1], tmp_path, False)]
     asked.clear()
     assert check(tmp_path, "--backend", "reference") == 0 and asked == [], "of one backend alone"
+
+
+def test_what_the_sanitizer_did_not_watch_is_not_right(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def examine(findings: parity.Findings, seconds: float, out: Path) -> list[str]:
+        findings.unwatched += 1
+        return ["NOT EXAMINED by racecheck"]
+
+    monkeypatch.setattr(sanitizer, "examine", examine)
+    assert check(tmp_path, "--backend", "cpu,cuda") == 1
+    assert "NOT EXAMINED by racecheck\n" in (tmp_path / "gpu-check.txt").read_text()
 
 
 def test_rows_go_into_the_clone(cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,50 +384,12 @@ def test_jobs_that_the_limit_leaves_out(
     assert {r.dtype for r in rows.read(tmp_path / "rows.csv")} == {"bfloat16"}
 
 
-def test_what_is_aimed_at_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of(who: str, **facts: Any) -> rows.Row:
-        plain = dict(device="cuda", group="field", H=128, dtype="bfloat16", implementation=who, ran=who, ratio_p50=1.6)
-        return row(**{**plain, **facts})
-
-    gru: dict[str, Any] = {"cells": ("GRU",), "modes": ("training",)}
-    table = [Case("field", 1, 1, 1, 128, **gru), Case("field", 2, 1, 1, 128, **gru), Case("field", 1, 1, 1, 512, **gru)]
-    monkeypatch.setattr(targets, "TABLE", (*table, Case("resets", 1, 1, 1, 128, **gru)))
-    first, second = of("triton"), of("triton", case="b", ratio_p50=1.5)
-    slow = of("triton", case="c", H=512, ratio_p50=0.1)
-    loops = [of("reference", ms=2.0), of("reference", case="b", ms=1.0), of("reference", case="c", H=512, ms=1.0)]
-    reset = of("triton", group="resets", against="without", ratio_p50=0.96)
-    every = [first, second, slow, *loops, reset, of("reference", group="resets", ms=3.0)]
-    found = {(v.group, v.launch): v for v in targets.judge(every) if v.met is not None}
-    assert len(found) == 3 and all(v.met and v.implementation == "triton" for v in found.values())
-    assert found["field, H <= 256", "call"].mean == pytest.approx(2.4**0.5) and found["all", "call"].worst == 1.0
-    others = [of("triton", dtype="float32", ratio_p50=0.1), of("triton", mode="inference", ratio_p50=0.1)]
-    loose = [of("reference", dtype="float32"), of("reference", mode="inference")]
-    assert all(v.met for v in targets.fused([*every, *others, *loose])), "other dtypes and modes are not judged so"
-
-    def missed(*more: rows.Row) -> list[str]:
-        return [v.group for v in targets.fused([*every, *more]) if v.met is False]
-
-    assert missed(of("triton", case="d", ratio_p50=1.2)) == ["field, H <= 256"]
-    assert missed(of("triton", group="resets", case="e", against="without", ratio_p50=0.95)) == ["resets"]
-    assert missed(of("triton", case="f", H=512, ms=3.0), of("reference", case="f", H=512, ms=2.9)) == ["all"]
-    assert missed(of("triton", group="resets", case="g", against="torch.nn, cells", ratio_p50=0.99)) == ["all"]
-    assert missed(of("cuda", ratio_p50=1.9), of("cuda", case="b", ratio_p50=1.9)) == ["field, H <= 256"], (
-        "more is asked"
-    )
-    assert not [v for v in targets.judge([of("triton", device="cpu")]) if v.met is not None], "not on a CPU"
-
-    (part,) = targets.fused([first])
-    assert part.met is None and part.mark == "- (1 of 2 shapes)", "what was not measured whole is not met"
-    (part, alone) = targets.fused([first, loops[0], slow])
-    assert alone.met is None and alone.mark == "- (1 of 2 shapes)", "a job without its loop"
-
-
 def test_rows_written_before_there_were_dtypes(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     rows.write(path, [row()])
     lines = path.read_text().splitlines()
-    assert lines[0].endswith(",dtype")
-    path.write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")
+    assert lines[0].endswith(",dtype,recompute_mib")
+    path.write_text("\n".join(line.rsplit(",", 2)[0] for line in lines) + "\n")
     assert rows.read(path) == [row()]
 
 

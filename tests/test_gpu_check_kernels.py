@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_believe import Fused, put, rerun
+from make_believe import Fused, Restless, put, rerun
 
 from rnnkit import gpu_check, ops
 from rnnkit.backends import BY_NAME, Outputs, cuda, cuda_table, triton
@@ -84,37 +84,23 @@ def test_the_problems_of_fused_backends_hold(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_problem_is_run_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[bool, str]] = []
+    seen: list[tuple[str | None, str]] = []
     rnn = torch.backends.cudnn.rnn
     before = rnn.fp32_precision
 
     def look(t: Any) -> Any:
-        seen.append((triton.STEPWISE, triton.kind(F32)))
+        seen.append((triton.REGIME, triton.kind(F32)))
         return t
 
     for tf32, stepwise in itertools.product((False, True), repeat=2):
         seen.clear()
         problem = replace(TF32, tf32=tf32, stepwise=stepwise)
         assert examined(problem, backend=Fused(before=look), patch=monkeypatch).wrong == []
-        assert set(seen) == {(stepwise, "tf32" if tf32 else "ieee")}
-    assert not triton.STEPWISE and rnn.fp32_precision == before
+        assert set(seen) == {("step" if stepwise else None, "tf32" if tf32 else "ieee")}
+    assert triton.REGIME is None and rnn.fp32_precision == before
 
 
 # What goes wrong.
-
-
-class Restless(Fused):
-    """Every call's last bits are its own."""
-
-    count = 0
-
-    def __init__(self, what: str) -> None:
-        super().__init__(**{what: self.shake})
-
-    def shake(self, v: Any) -> Any:
-        self.count += 1
-        grown = 1 + self.count % 5 * torch.finfo(F32).eps
-        return v._replace(y=v.y * grown) if isinstance(v, Outputs) else [g if g is None else g * grown for g in v]
 
 
 @pytest.mark.parametrize(("what", "named"), [("after", "y"), ("gradients", "gradient of x")])

@@ -25,9 +25,11 @@ KERNEL = (
 )
 HEAD = """\
 ========= COMPUTE-SANITIZER
-problem 1 of 92: rnn_tanh in bfloat16 (T 4)
-problem 2 of 92: lstm in bfloat16 (T 4)
+kernels, in this order: cta_rnn_bf16_64 cta_lstm_bf16_64
+problem 1 of 2: rnn_tanh in bfloat16 (T 4)
+problem 2 of 2: lstm in bfloat16 (T 4)
 """
+MORE = HEAD.replace("lstm_bf16_64\n", "lstm_bf16_64 step_gru_ieee_8 step_rnn_f64_8\n").replace(" of 2:", " of 4:")
 OUTSIDE = f"""\
 ========= Invalid __global__ write of size 2 bytes
 =========     at {KERNEL}+0x9c0 in cta_forward.cuh:123
@@ -96,7 +98,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_kernel_without_findings(found: Any, tmp_path: Path) -> None:
     findings, lines = found(HEAD + TAIL)
     assert findings == parity.Findings()
-    assert lines == [f"{check:<10} 2 of 92 problems, 0 findings in the kernels" for check in sanitizer.CHECKS]
+    assert lines == [f"{check:<10} 2 of 2 problems, 0 findings in the kernels" for check in sanitizer.CHECKS]
     asked = sorted((tmp_path / "asked").read_text().splitlines())
     assert len(asked) == len(sanitizer.CHECKS)
     for line, check in zip(asked, sorted(sanitizer.CHECKS)):
@@ -112,7 +114,7 @@ def test_findings_are_failures_of_the_backend(found: Any, tmp_path: Path) -> Non
         "2 times"
     )
     assert findings.culprits == {("cuda", "lstm", "bfloat16"), ("cuda", "lstm_proj", "bfloat16")}
-    assert lines[0] == "memcheck   2 of 92 problems, 1 findings in the kernels, 1 elsewhere"
+    assert lines[0] == "memcheck   2 of 2 problems, 1 findings in the kernels, 1 elsewhere"
     assert gpu_check.barred(findings) >= {("cuda", "LSTM", "bfloat16"), ("auto", "LSTM", "bfloat16")}
     findings, lines = found(HEAD + TAIL, sanitizer.FOUND)
     assert findings.wrong == [] and lines[0].endswith(f"see {tmp_path / 'memcheck.txt'}"), "what we cannot read"
@@ -122,6 +124,34 @@ def test_a_program_that_ends_early(found: Any) -> None:
     findings, _ = found(HEAD + "Traceback\n", 1)
     assert findings.wrong[0].startswith("cuda: memcheck: ended with 1 in lstm in bfloat16 (T 4), see ")
     assert ("cuda", "gru", "float16") in findings.culprits
+
+
+@pytest.mark.parametrize("check", sanitizer.CHECKS)
+def test_what_is_not_watched_is_not_examined(check: str, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitizer, "CHECKS", {check: ()})
+    findings, lines = found(MORE + TAIL)
+    assert findings == parity.Findings(unwatched=2)
+    assert lines == [
+        f"{check:<10} 2 of 4 problems, 0 findings in the kernels",
+        f"NOT EXAMINED by {check}, for want of time: 2 of 4 kernels: step_gru_ieee_8 step_rnn_f64_8; "
+        "a larger --limit takes them in",
+    ]
+    findings, lines = found(MORE.partition("problem")[0] + TAIL)
+    assert findings.unwatched == 4 and "4 of 4 kernels: cta_rnn_bf16_64 cta_lstm_bf16_64 step_gru" in lines[1]
+    monkeypatch.setattr(sanitizer, "LEAST", 0.0)
+    findings, lines = found(MORE, sleep=100, seconds=1.0)
+    assert findings.unwatched == 3, "nor what was stopped"
+    assert "3 of 4 kernels: cta_lstm_bf16_64 step_gru_ieee_8 step_rnn_f64_8" in lines[1]
+    findings, lines = found(MORE + "Traceback\n", 1)
+    assert findings.unwatched == 2 and "since it ended: 2 of 4 kernels: step_gru_ieee_8" in lines[1]
+    assert len(findings.wrong) == 1
+    findings, lines = found("", sleep=100, seconds=0.5)
+    assert findings.unwatched == 1 and lines[1:] == [
+        f"NOT EXAMINED by {check}: any kernel, it did not begin in time; a larger --limit takes them in"
+    ]
+    several = parity.Findings(unwatched=1)
+    several.add(findings)
+    assert several.unwatched == 2
 
 
 def test_a_tool_that_does_not_run(found: Any, tmp_path: Path) -> None:
@@ -134,7 +164,7 @@ def test_what_hangs_is_stopped(found: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sanitizer, "LEAST", 0.0)
     begin = time.monotonic()
     findings, lines = found(HEAD, sleep=100, seconds=1.0)
-    assert findings == parity.Findings() and time.monotonic() - begin < 50
+    assert findings == parity.Findings(unwatched=3) and time.monotonic() - begin < 50
     assert lines[0].endswith("; stopped in the last, for want of time: lstm in bfloat16 (T 4)")
     _, lines = found("", sleep=100, seconds=0.5)
     assert lines[0].endswith("; it did not begin in time")
@@ -201,9 +231,13 @@ def test_the_program_runs_as_long_as_there_is_time(
     assert sanitizer.main([]) == 0
     assert [problem for problem, _ in ran] == few and {device for _, device in ran} == {"cuda"}
     said = capsys.readouterr().out
-    assert said == "".join(f"problem {k} of 3: {p}\n" for k, p in enumerate(few, 1)) + "all that there was time for\n"
+    order = f"kernels, in this order: {' '.join(problems.compiled_for(p, 90).name for p in few)}\n"
+    assert (
+        said
+        == order + "".join(f"problem {k} of 3: {p}\n" for k, p in enumerate(few, 1)) + "all that there was time for\n"
+    )
     assert sanitizer.main(["--seconds", "-1"]) == 0
-    assert capsys.readouterr().out == "all that there was time for\n"
+    assert capsys.readouterr().out == order + "all that there was time for\n"
 
 
 def test_a_child_finds_what_its_parent_found(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rnnkit import gpu_check
 from rnnkit.backends import cuda, cuda_table, extension
 from rnnkit.benchmarks import child, compiled, machine, probes, rows, timing
 
-SOURCE = (SOURCES / "probes.cu").read_text()
+SOURCE, WGMMA = ((SOURCES / name).read_text() for name in ("probes.cu", "wgmma.cuh"))
 
 
 @pytest.fixture
@@ -45,7 +45,9 @@ def test_the_source_has_what_the_table_names() -> None:
     assert known == asked | {"empty"}
     assert len({probe.name for probe in probes.TABLE}) == len(probes.TABLE)
     guarded = {probe.name for probe in probes.TABLE if probe.oldest == 90}
-    assert guarded == {name for name in asked if name.startswith(("cluster", "async"))}
+    assert guarded == {name for name in asked if name.startswith(("cluster", "async", "wgmma"))}
+    alone = {probe.name for probe in probes.TABLE if probe.latest < 999}
+    assert alone == {name for name in asked if name.startswith("wgmma")}, "later chips have another"
 
 
 @needs_nvcc
@@ -56,7 +58,10 @@ def test_they_compile_without_a_spill(chip: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     blocks = done.stderr.split("Compiling entry function ")[1:]
     spills = [compiled.number(r"(\d+) bytes spill stores", block) for block in blocks]
-    assert len(blocks) == SOURCE.count("__global__") + 5 and not any(spills), "five are there twice"
+    assert len(blocks) == (SOURCE + WGMMA).count("__global__") + 6 and not any(spills), "six are there twice"
+    products = [block for block in blocks if "wgmma" in block.partition(" for ")[0]]
+    used = [compiled.number(r"Used (\d+) registers", block) > 16 for block in products]
+    assert used == [chip == "sm_90a"] * 2, "elsewhere they are empty"
 
 
 def test_every_probe_is_read(device: None) -> None:
@@ -71,6 +76,8 @@ def test_every_probe_is_read(device: None) -> None:
     )
     old = {row.probe for row in rows_of(list(probes.measured(80, numbered)))}
     assert old == {probe.name for probe in probes.TABLE if probe.oldest == 80}, "clusters came with 9.0"
+    late = {row.probe for row in rows_of(list(probes.measured(100, numbered)))}
+    assert late == {probe.name for probe in probes.TABLE if not probe.name.startswith("wgmma")}
 
 
 def test_launches_are_timed_by_events(device: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ given as vector clocks, and a backend that notes on which stream it runs. What h
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -98,6 +99,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(streams, "on_gpu", lambda v: True)
     monkeypatch.setattr(streams, "_thread", streams._Thread())
+    monkeypatch.setattr(streams, "_every", {})
     gradients = ops._Layer._gradients
 
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -263,3 +265,52 @@ def test_explain_keeps_the_order_of_directions(main: Stream, noting: Noting) -> 
     assert [where for _, where, _ in noting.noted] == ["reverse", "forward"] * 2
     order = [(choice.layer, choice.problem.reverse) for choice in found.choices]
     assert order == [(0, False), (0, True), (1, False), (1, True)]
+
+
+def test_a_stream_is_of_one_side(main: Stream, noting: Noting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch hands out its streams in turn. What a side made may be taken again only behind its own main's work: one
+    stream for two sides would give it to work that waits for another main."""
+    pool = itertools.cycle([101, 102])
+
+    def of_the_pool(device: Any = None, priority: int = 0) -> Stream:
+        stream = Stream(device, priority)
+        stream.stream_id = next(pool)
+        return stream
+
+    module, mains = layer(), [main, Stream("gpu"), Stream("gpu")]
+    monkeypatch.setattr(torch.cuda, "Stream", of_the_pool)
+    for current in mains:
+        with torch.cuda.stream(current):  # type: ignore[arg-type]
+            module(x())
+    held = [side.stream.stream_id for side in streams._thread.sides.values() if side is not None]
+    assert held == [101, 102], "no two sides of one stream"
+    forward, reverse = noting.moments("forward")
+    assert [where for _, where, _ in noting.noted[-2:]] == ["forward", "reverse"] and before(forward, reverse)
+    assert reverse.keys() == {mains[2].stream_id}, "one after the other, where no stream is left"
+    made = Stream.made
+    with torch.cuda.stream(mains[2]):  # type: ignore[arg-type]
+        module(x())
+    assert Stream.made == made, "nobody looks again"
+
+
+def test_a_side_s_own_stream_as_a_user_s(main: Stream, noting: Noting) -> None:
+    module = layer()
+    module(x())
+    (side,) = streams._thread.sides.values()
+    with torch.cuda.stream(side.stream):  # type: ignore[union-attr]
+        module(x())
+    assert [where for _, where, _ in noting.noted[-2:]] == ["forward", "reverse"]
+
+
+def test_a_thread_that_has_ended_leaves_its_side(main: Stream, noting: Noting) -> None:
+    """To another thread with the same main: behind the same work."""
+    found: list[Any] = []
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: found.append(streams.beside(x())))
+        thread.start()
+        thread.join()
+    assert len({id(side) for side in found}) == 1
+    assert streams.beside(x()) is found[0]
+    other = Stream("gpu")
+    with torch.cuda.stream(other):  # type: ignore[arg-type]
+        assert streams.beside(x()) is not found[0]

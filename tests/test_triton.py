@@ -6,6 +6,7 @@ The kernels' numbers are tested in tests/interpreted/.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import rnnkit
 from rnnkit.backends import BY_NAME, Outputs, Problem, Tensors, measured, preference, resolve, triton
+from rnnkit.backends import gpu as questions
 from rnnkit.cells import CELLS
 from rnnkit.kernels import table
 
@@ -74,6 +76,9 @@ def test_no_steps_no_rows_and_chunks_in_the_interpreter(regime: str) -> None:
 
 # What it says of a machine.
 
+QUESTIONS = {name: getattr(questions, name).__wrapped__ for name in ("present", "capability_of", "amd")}
+"""Without a memory."""
+
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
@@ -84,8 +89,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k: ((9, 0), (8, 0))[k])
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(triton, "capability", triton.capability.__wrapped__)
-    monkeypatch.setattr(triton, "missing", triton.missing.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name, ask in QUESTIONS.items():
+        monkeypatch.setattr(questions, name, ask)
     return monkeypatch
 
 
@@ -109,8 +115,6 @@ def test_says_what_a_user_can_act_upon(gpu: pytest.MonkeyPatch) -> None:
     assert reasons(device="cpu") == ["runs on the device cuda, got cpu"]
     assert reasons(dtype=torch.float64) == ["computes in float32, bfloat16 and float16, got torch.float64"]
     assert reasons(hidden_size=0) == ["needs at least one unit, got H=0"]
-    gpu.setattr(torch.cuda, "get_device_capability", lambda k: ((9, 0), (7, 5))[k])
-    assert reasons() == ["needs GPUs from compute capability 8.0 on, got one of 7.5"]
     gpu.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs a GPU, and torch sees none" in reasons()[0] and "TRITON_INTERPRET=1" in reasons()[0]
     gpu.setattr(triton, "installed", lambda: False)
@@ -133,30 +137,29 @@ def test_explain_says_the_regime(gpu: pytest.MonkeyPatch) -> None:
     def detail(**change: Any) -> str:
         return str(BY_NAME["triton"].detail(Problem(**{**PLAIN, "device": "cuda", **change})))
 
-    small = detail(cell="lstm", hidden_size=100, dtype=torch.bfloat16)
+    small = detail(cell="lstm", hidden_size=96, dtype=torch.bfloat16)
     assert small == "persistent: the recurrent weights stay on chip for the whole sequence"
     assert detail(hidden_size=512).startswith("step: no kernel keeps the recurrent weights of H=512 on chip")
+    odd = detail(cell="lstm", hidden_size=100, dtype=torch.bfloat16)
+    assert odd.endswith("of sizes that are no multiples of 16 up to 63 units fit")
     with triton.stepwise(), triton.stepwise():
         assert detail() == "step: RNNKIT_TRITON_REGIME=step asks for it"
-    assert detail().startswith("persistent: ") and not triton.STEPWISE
+    assert detail().startswith("persistent: ") and triton.REGIME is None
 
 
 def test_explain_asks_the_device_that_the_layer_is_on(gpu: pytest.MonkeyPatch) -> None:
     """Of several GPUs another one may have less shared memory."""
     problem = Problem(**{**PLAIN, "device": "cuda", "cell": "gru", "hidden_size": 128, "dtype": torch.float32})
     gpu.setattr(triton, "kind", lambda dtype: "tf32")
-    assert str(BY_NAME["triton"].detail(problem, 0)).startswith("persistent: ")
-    assert str(BY_NAME["triton"].detail(problem, 1)).endswith("on chip in TF32 on sm_80")
-    assert str(BY_NAME["triton"].detail(problem)).endswith("on sm_80")
-    asked: list[Any] = []
-    gpu.setattr(BY_NAME["reference"], "detail", lambda problem, index: asked.append(index))
-    rnnkit.explain(rnnkit.GRU(3, 4, backend="reference"), torch.zeros(2, 1, 3))
-    assert asked == [None]
+    for index in (None, 0):
+        assert str(BY_NAME["triton"].detail(problem._replace(device_index=index))).startswith("persistent: ")
+    small = "step: no kernel keeps the recurrent weights of H=128 on chip in TF32 on sm_80 (163 KiB of shared memory a "
+    assert BY_NAME["triton"].detail(problem._replace(device_index=1)) == f"{small}block), up to 64 units fit"
 
 
 def test_on_a_cpu_the_reasons_are_listed() -> None:
     found = rnnkit.explain(rnnkit.GRU(3, 4), torch.zeros(2, 1, 3)).to_dict()["layers"][0]
-    assert found["reasons"]["triton"][-1] == "runs on the device cuda, got cpu"
+    assert found["reasons"]["triton"][0] == "runs on the device cuda, got cpu"
 
 
 @pytest.mark.parametrize(("set_to", "kind"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
@@ -169,6 +172,37 @@ def test_tf32_exactly_where_torch_allows_it(set_to: str, kind: str) -> None:
         assert triton.kind(torch.float32) == kind and triton.kind(torch.bfloat16) == "half"
     finally:
         rnn.fp32_precision = before
+
+
+def test_tf32_on_amd_by_what_torch_allows_its_products(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(torch.version, "hip", "6.4")
+    assert triton.kind(torch.float32) == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert triton.kind(torch.float32) == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("text", ["__version__ = '3.1.0'", "raise ImportError('libtriton.so: no such file')"])
+def test_a_triton_that_cannot_be_used_is_a_reason(text: str, tmp_path: Path) -> None:
+    """Layers run by other backends as if there were none."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(text, encoding="utf-8")
+    code = (
+        "import rnnkit, torch; layer, x = rnnkit.GRU(3, 4), torch.zeros(2, 1, 3); layer(x)\n"
+        "print(rnnkit.explain(layer, x).to_dict()['layers'][0]['reasons']['triton'])"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(TESTS.parent)]), "TRITON_INTERPRET": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the Triton that is installed cannot be used (" in done.stdout and "pip install --upgrade" in done.stdout
+
+
+def test_a_folder_of_that_name_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=None))
+    assert triton.installed.__wrapped__() is False  # type: ignore[attr-defined]
 
 
 # The table.
@@ -354,7 +388,7 @@ def test_only_products_take_tall_tiles() -> None:
 def test_sizes_that_are_not_aligned_have_kernels_of_their_own() -> None:
     """A row is the first that serves a size: whole by its tile, and by 16 where everything is a multiple of it."""
     for row in table.PERSISTENT:
-        hidden, proj = table.largest(row)
+        hidden, proj = table.fullest(row)
         cell, capability = table.CELLS_OF[row.kernel][0], 100 if "sm_100" in row.chips else 90
         if {"sm_90", "sm_100"} & set(row.chips):
             assert table.find(cell, row.side, hidden, proj, row.kind, capability) == row

@@ -21,7 +21,7 @@
 //   float tanh_fast(float)                           2^-11, relative; one instruction
 //   void mma_bf16, mma_fp16(float (&d)[4], a0, a1, a2, a3, b0, b1)    m16n8k16, two values a word
 //   void mma_tf32(float (&d)[4], a0, a1, a2, a3, b0, b1)              m16n8k8, one value a word
-//   launch(name, kernel, Grid, threads, shared bytes, stream, arguments...)    throws where it fails
+//   launch(Launch, kernel, Grid, threads, shared bytes, stream, arguments...)    throws where it fails
 // clang-format on
 //
 // A matrix product is d += A B with lane = 4 g + q: d[j] is row g + 8 (j / 2), column 2 q + j % 2. In
@@ -37,6 +37,18 @@ namespace rnnkit::cuda {
 
 struct Grid {
   int64_t x, y;  // y at most 65,535
+};
+
+// What a launch is, for the words of one that fails: a row of the table, or a probe by its name alone; the
+// side and the function; and where it is one launch of many the step, counted from 0 in the order of
+// processing.
+struct Launch {
+  Launch(const char* row, const char* side = nullptr, const char* function = nullptr, int64_t step = -1)
+      : row(row), side(side), function(function), step(step) {}
+  operator const char*() const { return row; }  // all that the back end of a CPU asks
+
+  const char *row, *side, *function;
+  int64_t step;
 };
 
 }  // namespace rnnkit::cuda

@@ -266,8 +266,9 @@ void run_cta_backward(const char* name, const Backward& b, Stream stream) {
   const bool paired =
       b.H % 2 == 0 && aligned(2 * stored, {b.gy, b.gc_all, b.y, b.c_all, b.gates, b.dgx, b.dgh});
   const bool whole = b.H * stored % 16 == 0 && aligned(16, {b.w_t});
-  arch::launch(name, cta_backward<C>, Grid{(b.B + C::rows - 1) / C::rows, 1}, C::threads, C::backward_bytes,
-               stream, b, paired, whole);
+  arch::launch(Launch(name, "backward", "cta_backward"), cta_backward<C>,
+               Grid{(b.B + C::rows - 1) / C::rows, 1}, C::threads, C::backward_bytes, stream, b, paired,
+               whole);
 }
 
 }  // namespace rnnkit::cuda

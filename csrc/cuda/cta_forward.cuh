@@ -232,8 +232,8 @@ void run_cta_forward(const char* name, const Forward& f, Stream stream) {
   constexpr int stored = static_cast<int>(sizeof(typename C::Stored));
   const bool paired = f.H % 2 == 0 && aligned(2 * stored, {f.gx, f.y, f.c_all, f.gates});
   const bool whole = f.H * stored % 16 == 0 && aligned(16, {f.w_hh});
-  arch::launch(name, cta_forward<C>, Grid{(f.B + C::rows - 1) / C::rows, 1}, C::threads, C::forward_bytes,
-               stream, f, paired, whole);
+  arch::launch(Launch(name, "forward", "cta_forward"), cta_forward<C>, Grid{(f.B + C::rows - 1) / C::rows, 1},
+               C::threads, C::forward_bytes, stream, f, paired, whole);
 }
 
 }  // namespace rnnkit::cuda

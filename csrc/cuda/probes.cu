@@ -13,6 +13,7 @@
 #include <string>
 
 #include "arch.cuh"
+#include "wgmma.cuh"
 
 namespace rnnkit::cuda {
 namespace {
@@ -21,8 +22,9 @@ constexpr int threads = 256;       // of a block, where nothing else is said
 constexpr int chains = 8;          // independent products of a warp, more than the unit holds at once
 constexpr int patience = 1 << 20;  // looks at what does not come, some hundred clocks each
 constexpr int bytes =
-    128 * 1024;              // of shared memory: more than half of a multiprocessor's, so one block on each
-constexpr double lost = -1;  // what a kernel that gave up leaves
+    128 * 1024;               // of shared memory: more than half of a multiprocessor's, so one block on each
+constexpr double lost = -1;   // what a kernel that gave up leaves
+constexpr double wrong = -2;  // and one whose product is not what it must be
 
 // A kernel's results: clocks of the loop, and somewhere to put what it computed.
 struct Out {
@@ -309,6 +311,8 @@ class Room {
     must(cudaStreamSynchronize(stream_), what_);
     if (found == lost)
       throw std::runtime_error(std::string("rnnkit: probe ") + what_ + ": blocks waited in vain");
+    if (found == wrong)
+      throw std::runtime_error(std::string("rnnkit: probe ") + what_ + ": its product is wrong");
     return found;
   }
 
@@ -404,6 +408,18 @@ double probe(const char* what, int64_t size, Stream given) {
     between(1, 1);
     const auto kernel = name == "mma_bf16_latency" ? products<false, 1> : products<true, 1>;
     return on_one(kernel, size, 0, rounds, what, stream) / each;
+  }
+  if (name == "wgmma_registers" || name == "wgmma_shared") {
+    between(4, 16);
+    if (size % 4 != 0) throw std::runtime_error("rnnkit: probe " + name + ": size must be a multiple of 4");
+    if (attribute(cudaDevAttrComputeCapabilityMajor, what) != 9) {
+      throw std::runtime_error("rnnkit: probe " + name + ": wgmma needs compute capability 9.0");
+    }
+    const auto kernel = name == "wgmma_registers" ? wgmma_products<true, Out> : wgmma_products<false, Out>;
+    const int block = static_cast<int>(size) * 32;
+    const Room room(what, block, stream);
+    arch::launch(what, kernel, Grid{1, 1}, block, 0, stream, rounds, wrong, room.out());
+    return room.clocks() / (each * in_a_row * static_cast<double>(size) / 4);
   }
   if (name == "shared_read") {
     between(1, 16);

@@ -132,10 +132,10 @@ constexpr int step_bytes(int blocks) {
 }
 
 template <class S, int BLOCKS, class Last>
-void launch_step(const char* name, const Matrix& m, const Operands& a, int64_t B, Stream stream,
+void launch_step(const Launch& what, const Matrix& m, const Operands& a, int64_t B, Stream stream,
                  const Last& last) {
   const Grid grid{(B + S::rows - 1) / S::rows, (m.units + 15) / 16};
-  arch::launch(name, step<S, BLOCKS, Last>, grid, S::threads, step_bytes<S>(BLOCKS), stream, m, a, B, last);
+  arch::launch(what, step<S, BLOCKS, Last>, grid, S::threads, step_bytes<S>(BLOCKS), stream, m, a, B, last);
 }
 
 // last(i) for i in 0 .. count - 1, a thread each.
@@ -147,8 +147,8 @@ each(const int64_t count, const Last last) {
 }
 
 template <class Last>
-void launch_each(const char* name, int64_t count, Stream stream, const Last& last) {
-  if (count > 0) arch::launch(name, each<Last>, Grid{(count + 255) / 256, 1}, 256, 0, stream, count, last);
+void launch_each(const Launch& what, int64_t count, Stream stream, const Last& last) {
+  if (count > 0) arch::launch(what, each<Last>, Grid{(count + 255) / 256, 1}, 256, 0, stream, count, last);
 }
 
 // Pieces of a workspace, at multiples of 256 bytes; without one it counts them.

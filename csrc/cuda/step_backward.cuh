@@ -195,6 +195,9 @@ void run_step_backward(const char* name, const Backward& b, Stream stream) {
   using Stored = typename S::Stored;
   using Cell = typename S::Cell;
   const Scan s(b, b.workspace);
+  const auto of = [name](const char* function, int64_t k = -1) {
+    return Launch(name, "backward", function, k);
+  };
   const int64_t wide = Cell::G * b.H;
   const int64_t multiplied =
       Cell::two_products ? 2 * b.H : wide;  // columns of the gates that multiplied h itself
@@ -205,25 +208,26 @@ void run_step_backward(const char* name, const Backward& b, Stream stream) {
     const int64_t t = b.reverse ? k - 1 : b.n - k;
     return operands<Stored>(static_cast<const Stored*>(b.dgh) + t * b.B * wide, wide);
   };
-  launch_each(name, b.B * (b.H > b.N ? b.H : b.N), stream, typename Scan::Begin{s});
+  launch_each(of("each<Begin>"), b.B * (b.H > b.N ? b.H : b.N), stream, typename Scan::Begin{s});
   for (int64_t k = 0; k < b.n; ++k) {
     const int64_t t = b.reverse ? k : b.n - 1 - k;
     if constexpr (Cell::two_products) {
       const auto* dn = static_cast<const Stored*>(b.dgx) + t * b.B * wide + multiplied;
-      launch_step<S, 1>(name, back, gradients(k), b.B, stream, typename Scan::First{s, k});
-      launch_step<S, 1>(name, matrix<Stored>(w_t + multiplied, b.H, 0, wide, b.H), operands<Stored>(dn, wide),
-                        b.B, stream, typename Scan::Second{s, k});
+      launch_step<S, 1>(of("step<First>", k), back, gradients(k), b.B, stream, typename Scan::First{s, k});
+      launch_step<S, 1>(of("step<Second>", k), matrix<Stored>(w_t + multiplied, b.H, 0, wide, b.H),
+                        operands<Stored>(dn, wide), b.B, stream, typename Scan::Second{s, k});
     } else if (Cell::has_c && b.w_hr_t != nullptr) {
       const auto* dp = static_cast<const Stored*>(b.dp) + t * b.B * b.N;
-      launch_step<S, 1>(name, back, gradients(k), b.B, stream, typename Scan::Arrive{s, k});
-      launch_step<S, 1>(name, matrix<Stored>(b.w_hr_t, b.H, 0, b.N, b.N), operands<Stored>(dp, b.N), b.B,
-                        stream, typename Scan::Gates{s, k, true});
+      launch_step<S, 1>(of("step<Arrive>", k), back, gradients(k), b.B, stream, typename Scan::Arrive{s, k});
+      launch_step<S, 1>(of("step<Gates>", k), matrix<Stored>(b.w_hr_t, b.H, 0, b.N, b.N),
+                        operands<Stored>(dp, b.N), b.B, stream, typename Scan::Gates{s, k, true});
     } else {
-      launch_step<S, 1>(name, back, gradients(k), b.B, stream, typename Scan::Gates{s, k, false});
+      launch_step<S, 1>(of("step<Gates>", k), back, gradients(k), b.B, stream,
+                        typename Scan::Gates{s, k, false});
     }
   }
-  launch_step<S, 1>(name, back, gradients(b.n), b.B, stream, typename Scan::End{s});
-  if (Cell::has_c) launch_each(name, b.B * b.H, stream, typename Scan::EndOfC{s});
+  launch_step<S, 1>(of("step<End>"), back, gradients(b.n), b.B, stream, typename Scan::End{s});
+  if (Cell::has_c) launch_each(of("each<EndOfC>"), b.B * b.H, stream, typename Scan::EndOfC{s});
 }
 
 }  // namespace rnnkit::cuda

@@ -157,27 +157,30 @@ void run_step_forward(const char* name, const Forward& f, Stream stream) {
   using Stored = typename S::Stored;
   using Cell = typename S::Cell;
   const Scan s(f, f.workspace);
+  const auto of = [name](const char* function, int64_t k = -1) {
+    return Launch(name, "forward", function, k);
+  };
   const int64_t most = f.B * (f.H > f.N ? f.H : f.N);
   const auto* w_hh = static_cast<const Stored*>(f.w_hh);
-  launch_each(name, most, stream, typename Scan::Begin{s});
+  launch_each(of("each<Begin>"), most, stream, typename Scan::Begin{s});
   for (int64_t k = 0; k < f.n; ++k) {
     const Operands state = operands<Stored>(s.turns[k % 2], f.N);
     if constexpr (Cell::two_products) {
       const int64_t inside = 2 * f.H * f.H;  // where the rows of gate n begin
-      launch_step<S, 2>(name, matrix<Stored>(w_hh, f.H, f.H * f.H, f.H, f.H), state, f.B, stream,
-                        typename Scan::First{s, k});
-      launch_step<S, 1>(name, matrix<Stored>(w_hh + inside, f.H, 0, f.H, f.H),
+      launch_step<S, 2>(of("step<First>", k), matrix<Stored>(w_hh, f.H, f.H * f.H, f.H, f.H), state, f.B,
+                        stream, typename Scan::First{s, k});
+      launch_step<S, 1>(of("step<Second>", k), matrix<Stored>(w_hh + inside, f.H, 0, f.H, f.H),
                         operands<Stored>(s.between, f.H), f.B, stream, typename Scan::Second{s, k});
     } else {
-      launch_step<S, Cell::G>(name, matrix<Stored>(w_hh, f.H, f.H * f.N, f.N, f.N), state, f.B, stream,
-                              typename Scan::Gates{s, k});
+      launch_step<S, Cell::G>(of("step<Gates>", k), matrix<Stored>(w_hh, f.H, f.H * f.N, f.N, f.N), state,
+                              f.B, stream, typename Scan::Gates{s, k});
       if (Cell::has_c && f.w_hr != nullptr) {
-        launch_step<S, 1>(name, matrix<Stored>(f.w_hr, f.N, 0, f.H, f.H), operands<Stored>(s.between, f.H),
-                          f.B, stream, typename Scan::Project{s, k});
+        launch_step<S, 1>(of("step<Project>", k), matrix<Stored>(f.w_hr, f.N, 0, f.H, f.H),
+                          operands<Stored>(s.between, f.H), f.B, stream, typename Scan::Project{s, k});
       }
     }
   }
-  launch_each(name, most, stream, typename Scan::End{s});
+  launch_each(of("each<End>"), most, stream, typename Scan::End{s});
 }
 
 }  // namespace rnnkit::cuda

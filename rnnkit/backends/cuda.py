@@ -7,7 +7,6 @@ says. A `Machine` is what they run on: this process' GPUs, or a CPU that execute
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,14 +16,15 @@ from torch import Tensor
 
 from ..cells import CELLS, Cell, compute_dtype
 from ..reference.scan import ScanGradients
-from . import cuda_table, extension, measured
+from . import cuda_table, extension, gpu, measured
 from .cuda_table import Row
 from .problem import Options, Outputs, Problem, Tensors
 from .products import KernelBackend, bias_inside
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "f64"}
-STEPWISE = os.environ.get("RNNKIT_CUDA_REGIME") == "step"
-"""Whether every scan is to run step by step, whatever the table says."""
+VARIABLE = "RNNKIT_CUDA_REGIME"
+REGIME = os.environ.get(VARIABLE) or None
+"""The one regime that may run a scan, whatever the table says; None: any."""
 
 Run = Callable[[str, str, dict[str, Any]], None]
 """run(kernel, side, fields): `fields` by the names of csrc/cuda/scan.h."""
@@ -35,28 +35,20 @@ class Machine(NamedTuple):
 
     device: str
     capability: Callable[[int | None], int]
-    """Of a device by its index, as in sm_90; None: the least of all."""
+    """Of a device by its index, as in sm_90; None: of the current one."""
     run: Run
 
 
 @contextlib.contextmanager
 def stepwise() -> Iterator[None]:
     """Every scan step by step for a block, in every thread: a backward on a GPU runs in one of autograd's own."""
-    global STEPWISE
-    before = STEPWISE
-    STEPWISE = True
+    global REGIME
+    before = REGIME
+    REGIME = "step"
     try:
         yield
     finally:
-        STEPWISE = before
-
-
-@functools.cache
-def capability(index: int | None = None) -> int:
-    """Of one CUDA device, or the least of all."""
-    every = range(torch.cuda.device_count()) if index is None else (index,)
-    major, minor = min(torch.cuda.get_device_capability(k) for k in every)
-    return 10 * major + minor
+        REGIME = before
 
 
 COMMON = ("h_0", "c_0", "lengths", "reset", "h_r", "c_r")
@@ -75,7 +67,7 @@ def launch(kernel: str, side: str, fields: dict[str, Any]) -> None:
         torch.ops.rnnkit.cuda_scan_backward(kernel, *flags, *(fields[name] for name in BACKWARD))
 
 
-machine = Machine("cuda", capability, launch)
+machine = Machine("cuda", gpu.capability, launch)
 simulated = False
 """Whether `machine` is a CPU that executes the kernels' sources."""
 
@@ -92,23 +84,45 @@ def simulation(run: Run, capability: int = 90) -> Iterator[None]:
         machine, simulated = before
 
 
-def missing() -> str | None:
-    """Why no kernel can run here; None where they can."""
+def unbuilt() -> str | None:
+    """Why no kernel can run in this process, whatever its GPUs; None where they can. Asks no GPU."""
     if simulated:
         return None
     if extension.cuda_missing:
         return extension.cuda_missing
-    if torch.version.hip is not None:
-        return "needs an NVIDIA GPU, and this torch is built for AMD's"
-    if not torch.cuda.is_available():
+    return None if torch.version.hip is None else "needs an NVIDIA GPU, and this torch is built for AMD's"
+
+
+def missing(index: int | None = None) -> str | None:
+    """Why no kernel can run on the GPU of this index, None: on the current one; None where they can."""
+    why = unbuilt()
+    if why is not None or simulated:
+        return why
+    if not gpu.present():
         return "needs a GPU, and torch sees none"
-    if capability() < cuda_table.OLDEST:
-        return f"needs GPUs from compute capability 8.0 on, got one of {capability() / 10}"
-    chips = ", ".join(extension.cuda_built[1:])
-    for k in range(torch.cuda.device_count()):
-        if not extension.cuda_serves(capability(k)):
-            return f"its kernels are compiled for {chips}, got a GPU of {capability(k) / 10}; build again for it"
-    return None
+    return _unfit(torch.cuda.current_device() if index is None else index)
+
+
+def _unfit(index: int) -> str | None:
+    """What speaks against a GPU and its driver."""
+    capability, (toolkit, *chips) = gpu.capability(index), extension.cuda_built
+    old = cuda_table.too_old(capability)
+    if old is not None:
+        return old
+    if not extension.cuda_serves(capability, tuple(chips)):
+        return f"its kernels are compiled for {', '.join(chips)}, got a GPU of {capability / 10}; build again for it"
+    # The runtime is linked in. It runs on any driver of its generation; PTX is compiled by the driver, so by no older.
+    major, minor = (int(n) for n in toolkit.split("."))
+    code = [chip for chip in chips if chip.startswith("sm_")]
+    wanted = 1000 * major + (0 if extension.cuda_serves(capability, tuple(code)) else 10 * minor)
+    served = gpu.driver()
+    if served is None or served >= wanted:
+        return None
+    own = gpu.release(served)
+    return (
+        f"compiled by CUDA {toolkit}, needs a driver for {gpu.release(wanted)} or later, got one for {own}: update the "
+        f"driver, or build again with the nvcc of {own} or older"
+    )
 
 
 class CUDA(KernelBackend):
@@ -117,13 +131,18 @@ class CUDA(KernelBackend):
     overlaps = True
 
     def available(self) -> str | None:
-        return missing()
+        return gpu.unknown(VARIABLE, REGIME, cuda_table.REGIMES) or gpu.anywhere(missing)
 
     def unsupported(self, problem: Problem) -> list[str]:
-        reason = missing()
-        reasons = [] if reason is None else [reason]
+        reasons = []
         if problem.device != machine.device:
             reasons.append(f"runs on the device {machine.device}, got {problem.device}")
+            reason = unbuilt()
+        else:
+            gpu.check(VARIABLE, REGIME, cuda_table.REGIMES)
+            reason = missing(problem.device_index)
+        if reason is not None:
+            reasons.append(reason)
         if problem.dtype not in (torch.float32, *KINDS):
             reasons.append(f"computes in float32, float64, bfloat16 and float16, got {problem.dtype}")
         if problem.hidden_size == 0:
@@ -135,9 +154,9 @@ class CUDA(KernelBackend):
             return "can run it on a CPU that executes its kernels, far slower than any other; runs when named"
         return measured.untried(self.name, problem)
 
-    def detail(self, problem: Problem, index: int | None = None) -> str | None:
+    def detail(self, problem: Problem) -> str | None:
         sizes = (problem.hidden_size, problem.proj_size, kind(problem.dtype), problem.batch)
-        row, why = planned(problem.cell, *sizes, machine.capability(index))
+        row, why = planned(problem.cell, *sizes, machine.capability(problem.device_index))
         return f"{row.regime}: {why} ({row.name})"
 
     def scan_forward(
@@ -193,10 +212,14 @@ def kind(dtype: torch.dtype) -> str:
 
 
 def planned(cell: str, hidden: int, proj: int, operands: str, batch: int, capability: int) -> tuple[Row, str]:
-    """The kernel that runs a scan, and why."""
-    if STEPWISE:
-        return cuda_table.stepwise(cell, operands, batch, capability), "RNNKIT_CUDA_REGIME=step asks for it"
-    return cuda_table.plan(cell, hidden, proj, operands, batch, capability)
+    """The kernel that runs a scan, and why. Raises NotImplementedError where the regime that is asked for cannot."""
+    facts = (cell, hidden, proj, operands, batch, capability)
+    if REGIME is None:
+        return cuda_table.plan(*facts)
+    try:
+        return cuda_table.plan(*facts, REGIME)[0], f"{VARIABLE}={REGIME} asks for it"
+    except ValueError as why:
+        raise gpu.refused(VARIABLE, REGIME, cuda_table.REGIMES, why) from None
 
 
 def _row(cell: Cell, t: Tensors) -> Row:

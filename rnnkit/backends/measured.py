@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,12 +45,17 @@ class Row(NamedTuple):
 
 def read(path: Path) -> dict[Kind, list[Row]]:
     """The rows of a file by device, cell and whether they train."""
-    found: dict[Kind, list[Row]] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            ms = {name: float(v) for name, v in line.items() if name not in FACTS and v}
-            row = Row(int(line["B"]), int(line["T"]), int(line["I"]), int(line["H"]), line["source"], ms)
-            found.setdefault((line["device"], line["cell"], line["train"] == "1"), []).append(row)
+        return parsed(csv.DictReader(file))
+
+
+def parsed(lines: Iterable[Mapping[str, str]]) -> dict[Kind, list[Row]]:
+    """The same of lines, by the names of columns."""
+    found: dict[Kind, list[Row]] = {}
+    for line in lines:
+        ms = {name: float(v) for name, v in line.items() if name not in FACTS and v}
+        row = Row(int(line["B"]), int(line["T"]), int(line["I"]), int(line["H"]), line["source"], ms)
+        found.setdefault((line["device"], line["cell"], line["train"] == "1"), []).append(row)
     return found
 
 
@@ -78,9 +83,18 @@ ROWS = read(FILE)
 TYPICAL = {kind: typical(rows) for kind, rows in ROWS.items()}
 
 
-def nearest(device: str, cell: str, train: bool, sizes: tuple[int, int, int, int]) -> Row | None:
-    """The recorded shape nearest to sizes (B, T, I, H); None where nothing is recorded of this cell and device."""
-    rows = ROWS.get((device, ALIKE.get(cell, cell), train), ())
+def nearest(
+    device: str,
+    cell: str,
+    train: bool,
+    sizes: tuple[int, int, int, int],
+    recorded: dict[Kind, list[Row]] | None = None,
+) -> Row | None:
+    """The recorded shape nearest to sizes (B, T, I, H); None where nothing is recorded of this cell and device.
+
+    recorded: rows as `parsed` gives them; None: those of the package.
+    """
+    rows = (ROWS if recorded is None else recorded).get((device, ALIKE.get(cell, cell), train), ())
     place = [math.log(max(size, 1)) for size in sizes]
 
     def distance(row: Row) -> float:

@@ -90,6 +90,8 @@ class Problem(NamedTuple):
     all_states: bool = False
     recompute: bool = False
     train: bool = False
+    device_index: int | None = None
+    """Of several GPUs the one that the tensors are on; None on a CPU."""
 
     @property
     def extras(self) -> list[str]:
@@ -124,4 +126,5 @@ def describe(cell: str, t: Tensors, o: Options, *, train: bool) -> Problem:
         t.h_r is not None,
         *o,
         train,
+        None if x.is_cpu else x.device.index,
     )

@@ -118,8 +118,8 @@ class Backend:
         """Why `auto` leaves to others what this backend could run; None where it does not."""
         return None
 
-    def detail(self, problem: Problem, index: int | None = None) -> str | None:
-        """How it runs this problem on the device of that index, for `explain`; None where there is one way only."""
+    def detail(self, problem: Problem) -> str | None:
+        """How it runs this problem, for `explain`; None where there is one way only."""
         return None
 
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:

@@ -1,24 +1,23 @@
 """Backend `triton`: the kernels of rnnkit.kernels, for GPUs that Triton compiles for, and for its interpreter.
 
 It brings the two scans; the products around them are those of products.py. Which regime a scan runs in, and with
-which tiles, kernels/table.py says. Triton is imported at the first scan: `import rnnkit` needs none.
+which tiles, kernels/table.py says. `import rnnkit` needs no Triton, and one that cannot be used is a reason.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..cells import Cell
 from ..reference.scan import ScanGradients
-from . import measured
+from . import gpu, measured
 from .problem import Options, Outputs, Problem, Tensors
 from .products import KernelBackend, bias_inside
 
@@ -26,67 +25,59 @@ if TYPE_CHECKING:
     from ..kernels.table import Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STEPWISE = os.environ.get("RNNKIT_TRITON_REGIME") == "step"
-"""Whether every scan is to run step by step, whatever the table says."""
-
-
-Answer = TypeVar("Answer")
+REGIMES = ("persistent", "step")
+VARIABLE = "RNNKIT_TRITON_REGIME"
+REGIME = os.environ.get(VARIABLE) or None
+"""The one regime that may run a scan, whatever the table says; None: any."""
 
 
 @contextlib.contextmanager
 def stepwise() -> Iterator[None]:
-    """The same for a block, in every thread: a backward on a GPU runs in one of autograd's own."""
-    global STEPWISE
-    before = STEPWISE
-    STEPWISE = True
+    """Every scan step by step for a block, in every thread: a backward on a GPU runs in one of autograd's own."""
+    global REGIME
+    before = REGIME
+    REGIME = "step"
     try:
         yield
     finally:
-        STEPWISE = before
+        REGIME = before
 
 
-def once(ask: Callable[[], Answer]) -> Callable[[], Answer]:
-    """Asks one time in a process. To torch.compile the answer is a constant, as torch.compiler.assume_constant_result
-    makes it, which would import the compiler with the package."""
-    known = functools.cache(ask)
-
-    @functools.wraps(ask)
-    def answer() -> Answer:
-        return known()
-
-    answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return answer
-
-
-@once
+@gpu.once
 def installed() -> bool:
-    """Whether there is a Triton; it is not imported for the answer."""
+    """Whether there is a Triton; it is not imported for the answer. A mere folder of that name is none."""
     try:
-        return importlib.util.find_spec("triton") is not None
+        found = importlib.util.find_spec("triton")
     except ModuleNotFoundError:  # a finder that refuses it
         return False
+    return found is not None and found.origin is not None
 
 
-@once
+@gpu.once
+def broken() -> str | None:
+    """Why the Triton that is installed cannot be used; None where it can."""
+    try:
+        from triton import knobs  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"the Triton that is installed cannot be used ({error}): pip install --upgrade 'triton>=3.6'"
+    return None
+
+
+@gpu.once
 def interpreted() -> bool:
     """Whether Triton runs kernels on CPU tensors in this process."""
-    if not installed():
+    if not installed() or broken() is not None:
         return False
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
 
 
-@functools.cache
 def capability(index: int | None = None) -> int:
-    """Of one CUDA device as in sm_90, or the least of all; table.AMD where torch was built for ROCm."""
+    """Of one CUDA device as in sm_90, None: of the current one; table.AMD where torch was built for ROCm."""
     from ..kernels import table
 
-    if torch.version.hip is not None:
-        return table.AMD
-    every = range(torch.cuda.device_count()) if index is None else (index,)
-    major, minor = min(torch.cuda.get_device_capability(k) for k in every)
-    return 10 * major + minor
+    return gpu.capability(index) if torch.version.hip is None else table.AMD
 
 
 def chip(index: int | None = None) -> int:
@@ -96,24 +87,35 @@ def chip(index: int | None = None) -> int:
     return table.OLDEST if interpreted() else capability(index)
 
 
-@once
-def missing() -> str | None:
-    """Why no kernel can run here; None where they can."""
-    if not installed():
-        return "Triton is not installed: pip install rnnkit[triton]"
-    if interpreted():
-        return None
-    if not torch.cuda.is_available():
+def uninstalled() -> str | None:
+    """Why no kernel can run in this process, whatever its GPUs; None where they can. Asks no GPU."""
+    return broken() if installed() else "Triton is not installed: pip install rnnkit[triton]"
+
+
+def missing(index: int | None = None) -> str | None:
+    """Why no kernel can run on the GPU of this index, None: on the current one; None where they can."""
+    why = uninstalled()
+    if why is not None or interpreted():
+        return why
+    if not gpu.present():
         return "needs a GPU, and torch sees none (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+    return _unfit(torch.cuda.current_device() if index is None else index)
+
+
+def _unfit(index: int) -> str | None:
+    """What speaks against a GPU."""
     from ..kernels import table
 
-    if capability() == table.AMD:
-        chips = {torch.cuda.get_device_properties(k).gcnArchName for k in range(torch.cuda.device_count())}
-        others = sorted({chip.partition(":")[0] for chip in chips} - set(table.CHIPS))
-        if others:
-            return f"of AMD's GPUs its kernels are compiled for gfx942 alone, got {', '.join(others)}"
-    elif capability() < table.OLDEST:
-        return f"needs GPUs from compute capability 8.0 on, got one of {capability() / 10}"
+    found = capability(index)
+    if found == table.AMD:
+        name = gpu.amd(index)
+        if name not in table.CHIPS:
+            return f"of AMD's GPUs its kernels are compiled for gfx942 alone, got {name}"
+    elif found < table.OLDEST:
+        return (
+            f"needs compute capability 8.0 or later, got a GPU of {found / 10}: of its regimes ({', '.join(REGIMES)}) "
+            "none runs there, the backends torch and reference do"
+        )
     return None
 
 
@@ -123,15 +125,20 @@ class Triton(KernelBackend):
     overlaps = True
 
     def available(self) -> str | None:
-        return missing()
+        return gpu.unknown(VARIABLE, REGIME, REGIMES) or gpu.anywhere(missing)
 
     def unsupported(self, problem: Problem) -> list[str]:
-        reason = missing()
-        reasons = [] if reason is None else [reason]
+        reasons = []
         device = "cpu" if interpreted() else "cuda"
         if problem.device != device:
             how = "in Triton's interpreter runs" if interpreted() else "runs"
             reasons.append(f"{how} on the device {device}, got {problem.device}")
+            reason = uninstalled()
+        else:
+            gpu.check(VARIABLE, REGIME, REGIMES)
+            reason = missing(problem.device_index)
+        if reason is not None:
+            reasons.append(reason)
         if problem.dtype not in DTYPES:
             reasons.append(f"computes in float32, bfloat16 and float16, got {problem.dtype}")
         if problem.hidden_size == 0:
@@ -143,9 +150,9 @@ class Triton(KernelBackend):
             return "can run it in Triton's interpreter, far slower than any other; runs when named"
         return measured.untried(self.name, problem)
 
-    def detail(self, problem: Problem, index: int | None = None) -> str | None:
+    def detail(self, problem: Problem) -> str | None:
         sides = ("forward", "backward")[: 1 + problem.train]
-        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip(index), problem.batch)
+        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip(problem.device_index), problem.batch)
         plans = [_planned(problem.cell, side, *facts) for side in sides]
         if len({(plan.regime, plan.reason) for plan in plans}) == 1:
             return f"{plans[0].regime}: {plans[0].reason}"
@@ -172,11 +179,12 @@ class Triton(KernelBackend):
 
 
 def kind(dtype: torch.dtype) -> str:
-    """How products treat their operands: TF32 exactly where torch allows it to cuDNN's recurrent layers."""
+    """How products treat their operands: TF32 exactly where torch allows it to cuDNN's recurrent layers, and on AMD's
+    GPUs, whose own such layers know none, to its products."""
     if dtype != torch.float32:
         return "half"
-    allowed = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if allowed == "tf32" else "ieee"
+    library: Any = torch.backends.cudnn.rnn if torch.version.hip is None else torch.backends.cuda.matmul
+    return "tf32" if library.fp32_precision == "tf32" else "ieee"
 
 
 def on_device_of(v: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -193,9 +201,15 @@ def _plan(cell: Cell, side: str, t: Tensors) -> Plan:
 def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capability: int, rows: int) -> Plan:
     from ..kernels import table
 
-    if STEPWISE:
-        return table.stepwise(cell, side, hidden, proj, operands, rows, "RNNKIT_TRITON_REGIME=step asks for it")
-    return table.plan(cell, side, hidden, proj, operands, capability, rows)
+    asks = f"{VARIABLE}={REGIME} asks for it"
+    if REGIME == "step":
+        return table.stepwise(cell, side, hidden, proj, operands, rows, asks)
+    plan = table.plan(cell, side, hidden, proj, operands, capability, rows)
+    if REGIME is None:
+        return plan
+    if plan.regime != REGIME:
+        raise gpu.refused(VARIABLE, REGIME, REGIMES, plan.reason)
+    return plan._replace(reason=asks)
 
 
 def _regime(plan: Plan) -> Any:

@@ -42,7 +42,13 @@ def test_everything_at_once(kind: str, regime: str) -> None:
         {"steps": 2, "rows": TILE + 3, "hidden": 19, "bidirectional": True},
         {"steps": 3, "rows": 2, "hidden": 45, "resets": ((1, 0), (2, 1))},
         {"steps": 3, "rows": 2, "hidden": 33, "lengths": (1, 3), "bias": False, "hx": False},
-        {"steps": 3, "rows": 5, "hidden": 48, "lengths": (1, 3, 2, 0, 3), "resets": ((1, 1),)},  # aligned: other products
+        {
+            "steps": 3,
+            "rows": 5,
+            "hidden": 48,
+            "lengths": (1, 3, 2, 0, 3),
+            "resets": ((1, 1),),
+        },  # whose products are others
     ],
     ids=lambda sizes: f"B{sizes['rows']}H{sizes['hidden']}",
 )
@@ -54,7 +60,7 @@ def test_odd_sizes(kind: str, sizes: dict[str, Any], regime: str) -> None:
 @pytest.mark.parametrize(("rows", "tile"), [(17, 32), (33, 64), (100, 128)])
 def test_tall_tiles(kind: str, rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of many rows by many units, here at few units."""
-    monkeypatch.setattr(triton, "STEPWISE", True)
+    monkeypatch.setattr(triton, "REGIME", "step")
     monkeypatch.setattr(table, "PROGRAMS", 1)
     assert table.stepwise("gru", "forward", 5, 0, "ieee", rows, "").block_b == tile
     lengths = tuple(1 + b % 3 for b in range(rows))

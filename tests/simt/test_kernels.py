@@ -159,7 +159,10 @@ def test_what_explain_says() -> None:
     found = rnnkit.explain(layer, torch.zeros(2, 1, 3)).to_dict()["layers"][0]
     assert found["detail"].startswith("cta: the recurrent weights stay on one multiprocessor")
     large = rnnkit.explain(rnnkit.GRU(3, 400, backend="cuda"), torch.zeros(2, 1, 3)).to_dict()["layers"][0]
-    assert large["detail"] == "step: on one multiprocessor fit up to 112 units, got H=400 (step_gru_ieee_8)"
+    assert large["detail"] == (
+        "step: on one multiprocessor of sm_90 (227 KiB of shared memory a block) fit up to 112 units of gru "
+        "in exact float32, got H=400 (step_gru_ieee_8)"
+    )
     assert rnnkit.explain(rnnkit.GRU(3, 40), torch.zeros(2, 1, 3)).to_dict()["layers"][0]["backend"] != "cuda"
 
 

@@ -99,7 +99,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 def compare(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both directions, in every order of threads until one of them shows it."""
-    monkeypatch.setattr(cuda, "STEPWISE", regime == "step")
+    monkeypatch.setattr(cuda, "REGIME", "step" if regime == "step" else None)
     resets = ((0, 0), (2, 0), (1, 2), (3, 2), (2, 1))
     case = Case(
         kind, bidirectional=True, steps=4, rows=3, hidden=21, lengths=(4, 2, 3), resets=resets, reset_state=True
