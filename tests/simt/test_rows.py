@@ -62,7 +62,9 @@ every_way = pytest.mark.parametrize(("cell", "operands", "regime"), WAYS)
 def found(*every: Problem) -> None:
     findings = parity.Findings()
     parity.examine(findings, "cpu", every, ("cuda",))
-    assert findings.wrong == findings.failing == [] and sum(findings.ran.values()) == len(every)
+    complaints = [*findings.wrong, *findings.failing]
+    assert not complaints, "; ".join(complaints)
+    assert sum(findings.ran.values()) == len(every)
 
 
 @every_row
@@ -153,10 +155,10 @@ def test_every_number_is_rounded_once(operands: str, regime: str, hidden: int) -
         h = (x_t + operand(h) @ w.T).relu()
         expected.append(stored(h))
         h = expected[-1]
-    assert torch.equal(y.to(wide), torch.stack(expected))
+    assert torch.equal(y.to(wide), torch.stack(expected)), "y has other bits"
     back = torch.zeros(rows, hidden, dtype=wide)
     for t in reversed(range(steps)):
         d = stored((gy[t].to(wide) + back) * (expected[t] > 0))
-        assert torch.equal(dx[t].to(wide), d), t
+        assert torch.equal(dx[t].to(wide), d), f"dx at step {t} has other bits"
         back = operand(d) @ w
-    assert torch.equal(dh_0[0].to(wide), stored(back))
+    assert torch.equal(dh_0[0].to(wide), stored(back)), "dh_0 has other bits"
