@@ -252,10 +252,10 @@ def test_probes_need_a_device() -> None:
         with pytest.raises(RuntimeError, match="this torch is built without CUDA"):
             probe("half", 3)
     elif not torch.cuda.is_available():  # up to torch 2.12 its own words stay behind the interface
-        with pytest.raises(RuntimeError, match="NVIDIA driver|CUDA GPUs|API call failed"):
+        with pytest.raises(RuntimeError, match=r"NVIDIA driver|CUDA GPUs|API call failed"):
             probe("half", 3)
     elif extension.cuda_kernels:
-        with pytest.raises(RuntimeError, match="there is no probe half; benchmarks/probes.py has their names"):
+        with pytest.raises(RuntimeError, match=r"there is no probe half; benchmarks/probes\.py has their names"):
             probe("half", 3)
     else:
         assert probe("half", 3) == 1.5

@@ -74,6 +74,8 @@ CTA = [
     ("cuda/cta_backward.cuh", "earlier >= 0 && !replaced", "earlier >= 0", "lstm"),
 ]
 STEP = [
+    ("cuda/step_forward.cuh", "cut = s.cut_before(0, i / f.N)", "cut = false", "gru"),
+    ("cuda/step_backward.cuh", "        Mem::store(b.dh_r, i, Real(0));", "", "gru"),
     ("cuda/step.cuh", "part = warp;", "part = warp + 1;", "rnn_tanh"),
     ("cuda/step.cuh", "unit < m.units ? m.terms : 0", "unit < m.units ? m.terms - 1 : 0", "lstm"),
     ("cuda/step_forward.cuh", "if (cut_before(k + 1, row)) v = Mem::load(f.h_r, at);", "", "gru"),
