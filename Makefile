@@ -119,8 +119,8 @@ simt: ## every CUDA kernel compiled for the CPU, see tests/simt; FLAVOUR=asan or
 	@$(PYTHON) csrc/cuda/generate.py build/cuda
 	@cd build/cuda && $(MAKE) -s -C ../.. $$(printf 'build/simt/$(FLAVOUR)/%s.so ' $$(basename -s .cu *.cu))
 
-# A part: make simt-sanitize SIMT="-k everything_at_once".
-simt-sanitize: .venv/installed ## the same under AddressSanitizer, UBSan and ThreadSanitizer, in the kernels' tests
+# Other tests of the kernels: make simt-sanitize SIMT="-k everything_at_once".
+simt-sanitize: .venv/installed ## every row of their table under AddressSanitizer, UBSan and ThreadSanitizer, on the CPU
 	$(BIN)/python tests/ci/simt_sanitize.py $(SIMT)
 
 # A way to build them: name, flags of the scheduler, flags of kernels, flags of the library.

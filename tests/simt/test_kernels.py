@@ -1,7 +1,6 @@
-"""Every CUDA kernel, forward and backward, executed on the CPU from its own source, against float64.
-
-Each row of the table runs once with everything on: lengths, resets, states at a reset, both directions, a batch that is
-no multiple of the tile. Then what goes wrong in corners: one step, one row, one unit, odd sizes, ranges, poison.
+"""Both regimes of the CUDA kernels in corners, for every cell, in float32 against float64, executed on the CPU from
+their own sources: one unit, no step, many, odd sizes, ranges, poison. test_rows.py has every row of the table and every
+kind of operands.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from sequences import F32, F64, KINDS, Case, check, ours
+from sequences import F32, F64, KINDS, Case, build, check, compare, ours
 from simt import run as simt
 from test_nan import assert_unseen, everything, unseen_places
 from torch import Tensor
 
 import rnnkit
-from rnnkit.backends import cuda, cuda_table, ranges
-from rnnkit.benchmarks import parity, problems
-from rnnkit.benchmarks.problems import BF16, F16, Problem, Variant
+from rnnkit import ops
+from rnnkit.backends import cuda, ranges
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 ALL = {
@@ -33,9 +31,6 @@ ALL = {
     "reset_state": True,
     "states": True,
 }
-RESIDENT = list(problems.resident(cuda_table.ROWS))
-STEPS = [row for row in cuda_table.ROWS if row.regime == "step"]
-
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -44,29 +39,6 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 def regime(request: pytest.FixtureRequest) -> Iterator[str]:
     with cuda.stepwise() if request.param == "step" else contextlib.nullcontext():
         yield request.param
-
-
-def found(*every: Problem) -> None:
-    findings = parity.Findings()
-    parity.examine(findings, "cpu", every, ("cuda",))
-    assert findings.wrong == findings.failing == [] and sum(findings.ran.values()) == len(every)
-
-
-@pytest.mark.parametrize("problem", RESIDENT, ids=[f"{p.kind}-{p.precision}-{p.variant.size[3]}" for p in RESIDENT])
-def test_every_row_that_keeps_its_weights(problem: Problem) -> None:
-    found(problem)
-
-
-@pytest.mark.parametrize("row", [row for row in STEPS if row.kind != "f64"], ids=lambda row: row.name)
-def test_every_row_of_any_size(row: cuda_table.Row) -> None:
-    dtype = {"bf16": BF16, "fp16": F16}.get(row.kind, F32)
-    names = {"rnn": "rnn_relu", "lstm": "lstm_proj", "gru": "gru", "gru_before": "gru_reset_before"}
-    by = Variant(
-        (3, row.rows + 3, 3, 19 if row.rows == 8 else 40), both=True, all_states=True, proj=9, **problems.MASKED
-    )
-    tf32 = row.kind == "tf32"
-    batch = replace(by, size=(3, row.rows - 1, *by.size[2:])) if row.rows == 8 else by
-    found(Problem(names[row.kernel], batch, dtype, tf32=tf32, stepwise=True, fused=True))
 
 
 @kinds
@@ -131,27 +103,62 @@ def test_recompute_in_ranges(kind: str, regime: str, monkeypatch: pytest.MonkeyP
 
 
 @kinds
-def test_twenty_schedules(kind: str, regime: str) -> None:
-    """The same bits whatever the order of threads and blocks."""
-    case = Case(kind, **{**ALL, "steps": 3, "lengths": (3, 0, 2), "resets": ((0, 0), (2, 0), (1, 2))}, hidden=19)
-    with simt.scheduled(seed=0):
-        first = ours(case, "cuda", F32)
-    for seed in range(1, 20):
-        with simt.scheduled(seed=seed):
-            again = ours(case, "cuda", F32)
-        assert all(torch.equal(again[name], v) for name, v in first.items()), seed
-
-
-def test_no_step_and_no_row(regime: str) -> None:
-    layer = rnnkit.LSTM(3, 5, backend="cuda")
-    y, (h, c) = layer(torch.zeros(2, 0, 3))
-    assert y.shape == (2, 0, 5) and h.shape == c.shape == (1, 0, 5)
-    h_0 = torch.randn(1, 2, 5)
+@pytest.mark.parametrize("sizes", [(0, 2), (2, 0), (0, 0)], ids=lambda sizes: f"T{sizes[0]}B{sizes[1]}")
+def test_no_step_and_no_row(kind: str, sizes: tuple[int, int], regime: str) -> None:
+    """Without a step the state passes through, and so does its gradient; nothing else has one."""
+    steps, rows = sizes
+    weights = [p.detach().requires_grad_() for p in build(Case(kind)).parameters()]
+    state = KINDS[kind].proj or 5
+    shapes = {"x": (steps, rows, 4), "h": (rows, state), "again": (rows, state), "c": (rows, 5), "c_again": (rows, 5)}
+    given = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+    marks, lengths = torch.ones(steps, rows, dtype=torch.bool), torch.full((rows,), steps)
+    has_c = KINDS[kind].has_c
+    again = (given["again"], given["c_again"]) if has_c else given["again"]
     with rnnkit.use_backend("cuda"):
-        from rnnkit import ops
+        y, h_n, c_n, _ = ops.layer(
+            KINDS[kind].cell,
+            given["x"],
+            given["h"],
+            given["c"] if has_c else None,
+            weights,
+            lengths=lengths,
+            reset=marks,
+            reset_state=again,
+        )
+    assert y.shape == (steps, rows, state) and h_n.shape == (rows, state)
+    ends = {"h": h_n} | ({"c": c_n} if has_c else {})
+    gradients = {name: torch.randn(v.shape) for name, v in ends.items()}
+    loss = sum(((v * gradients[name]).sum() for name, v in ends.items()), y.sum())
+    loss.backward()
+    for name, v in ends.items():
+        assert torch.equal(v, given[name]), name
+        assert torch.equal(given[name].grad, gradients[name]), name
+    for v in (given["x"], given["again"], *weights):
+        assert v.grad is not None and not v.grad.any()
 
-        y, h, c, _ = ops.layer("gru", torch.zeros(0, 2, 3), h_0[0], None, list(rnnkit.GRU(3, 5).parameters()))
-    assert y.shape == (0, 2, 5) and torch.equal(h, h_0[0])
+
+def test_more_steps_than_16_bits_count() -> None:
+    """One unit, with a reset beyond the 65,536th step: against torch.nn, which gets the steps before it and those after
+    it as two sequences."""
+    steps, rows, cut = 70_000, 8, 66_000
+    marks = torch.zeros(steps, rows, dtype=torch.bool)
+    marks[cut] = True
+    x, gy = torch.randn(steps, rows, 1), torch.randn(steps, rows, 1)
+    layer = rnnkit.RNN(1, 1, backend="cuda")
+    found = []
+    for other, dtype in ((layer, F32), (torch.nn.RNN(1, 1), F32), (torch.nn.RNN(1, 1), F64)):
+        other.load_state_dict(layer.state_dict())
+        other.to(dtype)
+        leaf = x.to(dtype).requires_grad_()
+        y = (
+            layer(leaf, reset=marks)[0]
+            if other is layer
+            else torch.cat([other(v)[0] for v in leaf.tensor_split([cut])])
+        )
+        named = {"x": leaf, **dict(other.named_parameters())}
+        gradients = torch.autograd.grad(y, list(named.values()), gy.to(dtype))
+        found.append({"y": y.detach(), **dict(zip(named, gradients, strict=True))})
+    compare(found[0], found[2], found[1])
 
 
 def test_what_explain_says() -> None:

@@ -6,15 +6,19 @@ A copy of csrc/ with one line changed is compiled in place of the source. Withou
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import test_rows
 from sequences import F32, Case, check
 from simt import run as simt
 
 from rnnkit.backends import cuda
+from rnnkit.benchmarks.problems import MASKED, Variant
 
 SOURCE = Path(__file__).resolve().parents[2] / "csrc"
 
@@ -28,7 +32,11 @@ class Error(NamedTuple):
     kind: str
     regime: str
     which: int = 0
+    operands: str = "ieee"
+    hidden: int = 21
 
+
+TENSOR = ("bf16", "fp16", "tf32")  # in the order of operands.cuh
 
 GATES = [  # a wrong gate, or a wrong derivative of one; both regimes call these
     ("cells/rnn.h", "dh * (M::set(1) - h * h)", "dh * (M::set(1) - h)", "rnn_tanh"),
@@ -64,22 +72,12 @@ CTA = [
     ("cuda/cta_backward.cuh", "cut[2][i] = cut_before(k + 1, i)", "cut[2][i] = cut_before(k + 2, i)", "lstm"),
     ("cuda/cta_backward.cuh", "if (alive) dc[block][j] = d_c;", "dc[block][j] = d_c;", "lstm"),
     ("cuda/cta_backward.cuh", "earlier >= 0 && !replaced", "earlier >= 0", "lstm"),
-    # barriers: without one a warp that runs ahead reads what is not there yet, or writes what is still read
-    ("cuda/cta_forward.cuh", "arch::sync();", "", "lstm", 0),
-    ("cuda/cta_backward.cuh", "arch::sync();", "", "lstm", 0),
-    ("cuda/cta_forward.cuh", "arch::sync();", "", "lstm", 1),
-    ("cuda/cta_forward.cuh", "arch::sync();", "", "gru_reset_before", 2),
-    ("cuda/cta_forward.cuh", "arch::sync();", "", "lstm", 3),
-    ("cuda/cta_forward.cuh", "? 0 : k % 2 * C::forward_buffer", "? 0 : 0", "lstm"),
-    ("cuda/cta_backward.cuh", "arch::sync();", "", "gru_reset_before", 1),
-    ("cuda/cta_backward.cuh", "arch::sync();", "", "gru_reset_before", 2),
-    ("cuda/cta_backward.cuh", "arch::sync();", "", "lstm", 3),
-    ("cuda/cta_backward.cuh", "? 0 : k % 2 * C::backward_buffer", "? 0 : 0", "lstm"),
 ]
 STEP = [
+    ("cuda/step_forward.cuh", "cut = s.cut_before(0, i / f.N)", "cut = false", "gru"),
+    ("cuda/step_backward.cuh", "        Mem::store(b.dh_r, i, Real(0));", "", "gru"),
     ("cuda/step.cuh", "part = warp;", "part = warp + 1;", "rnn_tanh"),
     ("cuda/step.cuh", "unit < m.units ? m.terms : 0", "unit < m.units ? m.terms - 1 : 0", "lstm"),
-    ("cuda/step.cuh", "arch::sync();", "", "lstm"),
     ("cuda/step_forward.cuh", "if (cut_before(k + 1, row)) v = Mem::load(f.h_r, at);", "", "gru"),
     ("cuda/step_forward.cuh", "if (cut_before(k + 1, row)) v = Mem::load(f.c_r, at);", "", "lstm"),
     ("cuda/step_forward.cuh", "lives ? fresh : h[at]", "fresh", "rnn_tanh"),
@@ -91,31 +89,127 @@ STEP = [
     ("cuda/step_backward.cuh", "if (alive) s.aside[at] = direct;", "", "gru_reset_before"),
     ("cuda/step_backward.cuh", "            d_c = Real(0);", "", "lstm"),
 ]
-ERRORS = [Error(*e, regime) for e in (*GATES, *TIME) for regime in ("cta", "step")]
-ERRORS += [Error(*e[:4], "cta", *e[4:]) for e in CTA] + [Error(*e[:4], "step", *e[4:]) for e in STEP]
+BARRIERS = [  # without one a warp that runs ahead reads what is not there yet, or writes what is still read
+    ("cuda/cta_forward.cuh", "arch::sync();", "", "lstm", 0),
+    ("cuda/cta_backward.cuh", "arch::sync();", "", "lstm", 0),
+    ("cuda/cta_forward.cuh", "arch::sync();", "", "lstm", 1),
+    ("cuda/cta_forward.cuh", "arch::sync();", "", "gru_reset_before", 2),
+    ("cuda/cta_forward.cuh", "arch::sync();", "", "lstm", 3),
+    ("cuda/cta_forward.cuh", "? 0 : k % 2 * C::forward_buffer", "? 0 : 0", "lstm"),
+    ("cuda/cta_backward.cuh", "arch::sync();", "", "gru_reset_before", 1),
+    ("cuda/cta_backward.cuh", "arch::sync();", "", "gru_reset_before", 2),
+    ("cuda/cta_backward.cuh", "arch::sync();", "", "lstm", 3),
+    ("cuda/cta_backward.cuh", "? 0 : k % 2 * C::backward_buffer", "? 0 : 0", "lstm"),
+]
+IN_STEP = [("cuda/step.cuh", "arch::sync();", "", "lstm")]
+# What tensor cores alone use. Every bit of such an RNN is known, see test_rows.py.
+ROUNDING = [  # a number cut instead of rounded, an operand that is not, a bit that is lost
+    ("bf16", "{arch::to_bf16(v)}", "{static_cast<uint16_t>(arch::bits(v) >> 16)}"),
+    ("bf16", "arch::from_bf16(v.bits)", "arch::from_bf16(v.bits & 0xfffe)"),
+    ("fp16", "{arch::to_fp16(v)}", "{arch::to_fp16(arch::from_bits(arch::bits(v) & ~0x1fffu))}"),
+    ("fp16", "arch::from_fp16(v.bits)", "arch::from_fp16(v.bits & 0xfffe)"),
+    ("tf32", "return arch::to_tf32(v)", "return word"),
+    ("tf32", "v.w[i] = O::operand(v.w[i])", "(void)v"),
+]
+PUT = [
+    ("tf32", "words[0] = O::operand(words[0]), ", ""),
+    ("tf32", ", words[1] = O::operand(words[1])", ""),
+]
+A, B = "a0.w[s], a1.w[s], a0.w[s + 1], a1.w[s + 1]", "b.w[s], b.w[s + 1]"
+WORDS = [  # which of a lane's words are which terms of which units and rows
+    *((kind, A, "a0.w[s], a0.w[s + 1], a1.w[s], a1.w[s + 1]", which) for which, kind in enumerate(TENSOR)),
+    *((kind, A, "a1.w[s], a0.w[s], a1.w[s + 1], a0.w[s + 1]", which) for which, kind in enumerate(TENSOR)),
+    *((kind, B, "b.w[s + 1], b.w[s]", which) for which, kind in enumerate(TENSOR)),
+    *((kind, "O::mma(acc, a0, a1, b[0], 2)", "O::mma(acc, a0, a1, b[0], 0)") for kind in TENSOR),
+    *((kind, "O::tensor ? lane % 4 * count", "O::tensor ? lane % 2 * count") for kind in TENSOR),
+    *((kind, "O::tensor ? lane / 4 :", "O::tensor ? lane % 8 :") for kind in TENSOR),
+]
+FRAGMENTS = [  # some of the weights in registers, the others in shared memory
+    ("cuda/cta.cuh", "kept[kept_at(n)][i] = v", "kept[kept_at(n)][0] = v"),
+    ("cuda/cta.cuh", "? kept[kept_at(n)][i]", "? kept[kept_at(n)][1 - i]"),
+    (
+        "cuda/cta.cuh",
+        "shared[((n - kept_at(n)) * 2 + i) * F::pieces] = v",
+        "shared[(n - kept_at(n)) * 2 * F::pieces] = v",
+    ),
+    ("cuda/cta.cuh", ": shared[((n - kept_at(n)) * 2 + i)", ": shared[((n - kept_at(n)) * 2 + 1 - i)"),
+    ("cuda/cta.cuh", "(n - kept_at(n))", "(n / 2)"),
+    ("cuda/cta.cuh", "F::piece(at.lane);", "0;"),
+    ("cuda/cta.cuh", "memory + at.warp * C::shared_fragments", "memory + 0 * C::shared_fragments"),
+    ("cuda/operands.cuh", "O::tensor ? lane : lane / 4", "O::tensor ? lane / 2 : lane / 4"),
+    ("cuda/cta_forward.cuh", "memory + 2 * C::forward_buffer", "memory + C::forward_buffer"),
+    ("cuda/cta_backward.cuh", "memory + BUFFERS * C::backward_buffer", "memory + (BUFFERS - 1) * C::backward_buffer"),
+]
+
+
+def exact(table: list[Any], *regimes: str) -> Iterator[Error]:
+    """Errors in float32 as it is."""
+    for (file, right, wrong, kind, *which), regime in itertools.product(table, regimes):
+        yield Error(file, right, wrong, kind, regime, *which)
+
+
+def rounded(file: str, table: list[Any], *regimes: str, hidden: int = 40) -> Iterator[Error]:
+    """Errors in a kind of operands, looked for in every bit of an RNN."""
+    for (operands, right, wrong, *which), regime in itertools.product(table, regimes):
+        yield Error(file, right, wrong, "rnn_relu", regime, *(which or (0,)), operands=operands, hidden=hidden)
+
+
+ERRORS = [
+    *exact([*GATES, *TIME], "cta", "step"),
+    *exact([*CTA, *BARRIERS], "cta"),
+    *exact([*STEP, *IN_STEP], "step"),
+    *(error._replace(operands="bf16") for error in (*exact(BARRIERS, "cta"), *exact(IN_STEP, "step"))),
+    *rounded("cuda/operands.cuh", [*ROUNDING, *WORDS], "cta", "step"),
+    *rounded("cuda/cta.cuh", PUT, "cta"),
+    *rounded("cuda/step.cuh", [("bf16", "part += S::warps", "part += 2 * S::warps")], "step", hidden=290),
+    *(Error(*e, "lstm", "cta", operands="bf16", hidden=160) for e in FRAGMENTS),
+    *(Error(*e, "lstm", "cta", operands="tf32", hidden=128) for e in FRAGMENTS),
+]
 SEEDS = 20
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
-def compare(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def compare(like: Error, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both directions, in every order of threads until one of them shows it."""
-    monkeypatch.setattr(cuda, "REGIME", "step" if regime == "step" else None)
+    monkeypatch.setattr(cuda, "REGIME", "step" if like.regime == "step" else None)
     resets = ((0, 0), (2, 0), (1, 2), (3, 2), (2, 1))
     case = Case(
-        kind, bidirectional=True, steps=4, rows=3, hidden=21, lengths=(4, 2, 3), resets=resets, reset_state=True
+        like.kind,
+        bidirectional=True,
+        steps=4,
+        rows=3,
+        hidden=like.hidden,
+        lengths=(4, 2, 3),
+        resets=resets,
+        reset_state=True,
     )
+    variant = Variant((4, 3, 3, like.hidden), both=True, **MASKED)
     for seed in range(SEEDS):
         with simt.scheduled(seed=seed):
-            check(case, "cuda", F32)
+            if like.operands == "ieee":
+                check(case, "cuda", F32)
+            elif like.kind == "rnn_relu":
+                test_rows.test_every_number_is_rounded_once(like.operands, like.regime, like.hidden)
+            else:
+                test_rows.found(test_rows.problem(like.kind, like.operands, like.regime, variant))
 
 
-@pytest.mark.parametrize("regime", ["cta", "step"])
-@pytest.mark.parametrize("kind", sorted({error.kind for error in ERRORS}))
-def test_silent_without_an_error(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(kind, regime, monkeypatch)
+def where(error: Error) -> tuple[str, ...]:
+    """What an error is looked for in."""
+    return (error.kind, error.operands, error.regime, str(error.hidden))
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: f"{e.regime}-{e.file}-{e.wrong or 'without'}-{e.which}")
+@pytest.mark.parametrize("error", {where(e): e for e in ERRORS}.values(), ids=lambda e: "-".join(where(e)))
+def test_silent_without_an_error(error: Error, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(error, monkeypatch)
+
+
+def said(error: Error) -> str:
+    """A test's name."""
+    return f"{error.operands}-{error.regime}-{error.file}-{error.wrong or 'without'}-{error.which}"
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=said)
 def test_red(error: Error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "csrc"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("*.cpp"))
@@ -126,6 +220,6 @@ def test_red(error: Error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path.write_text(error.right.join(pieces[:at]) + error.wrong + error.right.join(pieces[at:]), encoding="utf-8")
     with (
         simt.sources(copy, tmp_path),
-        pytest.raises((AssertionError, RuntimeError), match=r"off by|budget|rnnkit: kernel"),
+        pytest.raises((AssertionError, RuntimeError), match=r"off by|other bits|rnnkit: kernel"),
     ):
-        compare(error.kind, error.regime, monkeypatch)
+        compare(error, monkeypatch)
