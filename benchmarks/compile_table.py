@@ -7,7 +7,7 @@ Every row of kernels/table.py is compiled for each of its chips, and the step re
 all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset, all gradients.
 What is compiled is what Triton would compile at that launch: its own functions say of which arguments it knows that
 they are multiples of 16, or on AMD's GPUs within 2 GiB. Where that leaves a persistent kernel fewer than SPARE
-registers, the other forms of a call are compiled too (FORMS); the row of the result is the form of most registers.
+registers, the other forms of a call are compiled too (FORMS); the row of the result says the most that one takes.
 A row of the result holds registers a thread, bytes of shared memory a block and of stack a thread, which is what
 spilled, by the Triton that compiled it: a run replaces its own version's rows and keeps the others'.
 Exit code 1 where a kernel spills, needs more shared memory than its chip has, or does not compile.
@@ -388,13 +388,12 @@ COLUMNS = (*Name._fields, *Usage._fields, "limit")
 
 
 def merged(before: Iterable[Line], lines: Iterable[Line]) -> list[Line]:
-    """What other Tritons said before, and `lines`: of several that bear one name the one of most registers."""
-    found: dict[Name, Line] = {}
-    for line in lines:
-        if line.name not in found or line.usage > found[line.name].usage:
-            found[line.name] = line
+    """What other Tritons said before, and `lines`: of several that bear one name the most of each."""
+    found: dict[Name, Usage] = {}
+    for name, usage in lines:
+        found[name] = Usage(*map(max, usage, found.get(name, usage)))
     mine = {name.triton for name in found}
-    return [*(line for line in before if line.name.triton not in mine), *found.values()]
+    return [*(line for line in before if line.name.triton not in mine), *itertools.starmap(Line, found.items())]
 
 
 def write(path: Path, lines: Iterable[Line]) -> None:
