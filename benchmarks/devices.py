@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from rnnkit.backends import BY_NAME
+from rnnkit.backends import cuda, triton
 
 from . import parity
 from .calls import CHECKS, Call, differing
@@ -25,6 +25,7 @@ EVERY = [
     Problem(kind, replace(CALLS, both=True), BF16, stepwise=by) for by in (False, True) for kind in ("lstm", "gru")
 ]
 ROUNDS = 3
+MISSING = {"cuda": cuda.missing, "triton": triton.missing}
 STREAM = "on another stream"
 
 
@@ -33,21 +34,25 @@ def examine(findings: Findings, backends: Sequence[str]) -> list[str]:
     count = torch.cuda.device_count()
     if count < 2:
         return [f"devices    not examined: several GPUs in one process, since torch sees {count} here"]
-    devices, wrong = [f"cuda:{k}" for k in range(count)], len(findings.wrong)
-    for device in devices[1:]:
-        parity.examine(findings, device, EVERY, backends)
+    wrong, fused = len(findings.wrong), [name for name in FUSED if name in backends]
+    for k in range(1, count):
+        parity.examine(findings, f"cuda:{k}", EVERY, backends)
         if findings.ended:
             break
-    fused = [name for name in FUSED if name in backends and BY_NAME[name].available() is None]
+    served = {name: [f"cuda:{k}" for k in range(count) if MISSING[name](k) is None] for name in fused}
     for problem, name in ((problem, name) for problem in EVERY for name in fused if not findings.ended):
         try:
             with asked(problem):
-                for complaint in _complaints(name, problem, devices):
+                for complaint in _complaints(name, problem, served[name]) if len(served[name]) > 1 else ():
                     findings.blame(name, problem, complaint)
         except Exception as raised:  # compilers of kernels have errors of their own
-            findings.blame(name, problem, f"raised {first_line(raised)}, on {count} GPUs in turn")
-    what = f"{len(EVERY)} problems on each further GPU while {devices[0]} is current, and on all {count} in turn"
-    return [f"devices    {what}: {len(findings.wrong) - wrong} findings"]
+            findings.blame(name, problem, f"raised {first_line(raised)}, on {len(served[name])} GPUs in turn")
+    found = f"{len(findings.wrong) - wrong} findings"
+    lines = [f"devices    {len(EVERY)} problems on each further GPU while cuda:0 is current, and in turn: {found}"]
+    few = {name: len(devices) for name, devices in served.items() if len(devices) < 2}
+    return lines + [
+        f"devices    not examined: {name} on GPUs in turn, it runs on {n} of {count}" for name, n in few.items()
+    ]
 
 
 def _complaints(name: str, problem: Problem, devices: Sequence[str]) -> Iterator[str]:

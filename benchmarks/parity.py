@@ -247,8 +247,8 @@ def asked(problem: Problem) -> Iterator[None]:
             rnn.fp32_precision = "tf32"
         with contextlib.ExitStack() as regimes:
             if problem.stepwise:
-                regimes.enter_context(triton.stepwise())
-                regimes.enter_context(cuda.stepwise())
+                regimes.enter_context(triton.regimes.alone("step"))
+                regimes.enter_context(cuda.regimes.alone("step"))
             yield
     finally:
         rnn.fp32_precision = before

@@ -33,7 +33,9 @@ SMALL = (86, 89, 120, 121)
 """Capabilities with 99 KiB a block."""
 SMALL_SHARED = 99 * 1024
 OLDEST = 80
-"""The least capability that Triton's kernels hold for; the interpreter goes by it too."""
+"""The least capability that Triton's kernels hold for."""
+INTERPRETER = 90
+"""The capability that Triton's interpreter goes by."""
 AMD = 0
 """In the place of a compute capability: GPUs of AMD's."""
 
@@ -314,10 +316,12 @@ def find(cell: str, side: str, hidden: int, proj: int, kind: str, capability: in
 
 
 def largest(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> int:
-    """Units that the largest persistent kernel serves, of sizes aligned as these are and a P of this size; 0: none."""
+    """Units that the largest persistent kernel below H serves, of sizes aligned as these are and a P of this size; 0
+    where there is none."""
     wanted = (kernel_of(cell, proj), side, kind, multiple_of(hidden, proj))
     rows = [row for row in rows_of(capability) if (row.kernel, row.side, row.kind, row.multiple) == wanted]
-    return max((fullest(row)[0] for row in rows if not proj or row.size == tile(proj)), default=0)
+    units = [fullest(row)[0] for row in rows if not proj or row.size == tile(proj)]
+    return max((most for most in units if most < hidden), default=0)
 
 
 def multiple_of(hidden: int, proj: int) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import platform
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .backends import BACKENDS, extension
+from .backends import BACKENDS, extension, triton
 
 NO_TRITON = "not installed: pip install rnnkit[triton]"
 
@@ -97,7 +96,7 @@ def _chosen_first(variants: list[str]) -> str:
 
 
 def _triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not triton.installed():
         return None
     try:
         return importlib.metadata.version("triton")

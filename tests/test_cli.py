@@ -12,7 +12,7 @@ import torch
 
 from rnnkit import __main__ as cli
 from rnnkit import __version__, info
-from rnnkit.backends import BACKENDS, extension
+from rnnkit.backends import BACKENDS, extension, triton
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)], ids=" ".join)
@@ -81,7 +81,7 @@ def test_info_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "_reason", "it is not built: build it")
-    monkeypatch.setattr(info.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(triton, "installed", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     found = info.gather()
     assert found["triton"] == {"version": None, "reason": "not installed: pip install rnnkit[triton]"}

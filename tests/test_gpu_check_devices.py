@@ -13,7 +13,6 @@ import pytest
 import torch
 from make_believe import Fused, Restless, put
 
-from rnnkit.backends import BY_NAME
 from rnnkit.benchmarks import calls, devices, parity, problems, timing
 from rnnkit.benchmarks.problems import BF16, Problem, Variant
 
@@ -79,6 +78,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(parity, "examine", examine)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(devices, "MISSING", {"triton": lambda k: None, "cuda": lambda k: "too old" if k else None})
     monkeypatch.setattr(
         devices, "Call", lambda name, problem, given, device, dtype: calls.Call(name, problem, given, "cpu", dtype)
     )
@@ -87,11 +87,11 @@ def two(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_two_devices_in_one_process(two: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, Fused())
-    monkeypatch.setitem(devices.BY_NAME, "cuda", BY_NAME["cuda"])
     findings = parity.Findings()
-    (line,) = devices.examine(findings, ("triton", "cuda", "reference"))
+    line, other = devices.examine(findings, ("triton", "cuda", "reference"))
     assert two == ["cuda:1"] and findings.wrong == [] and findings.ran["triton", "bfloat16"] == len(devices.EVERY)
-    assert line == "devices    4 problems on each further GPU while cuda:0 is current, and on all 2 in turn: 0 findings"
+    assert line == "devices    4 problems on each further GPU while cuda:0 is current, and in turn: 0 findings"
+    assert other == "devices    not examined: cuda on GPUs in turn, it runs on 1 of 2"
 
 
 def test_a_backend_that_mixes_devices_up(two: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

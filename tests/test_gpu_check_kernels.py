@@ -77,7 +77,8 @@ def test_what_goes_wrong_on_large_things_is_asked() -> None:
 def test_the_problems_of_fused_backends_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every seventh, and all that are step by step: the reference passes where kernels will be asked."""
     every = [p for p in select(False, 90) if p.fused and not (p.long or p.variant.many or p.calls)]
-    every = [p for k, p in enumerate(every) if p.stepwise or k % 7 == 0]
+    of_each = [[p for p in every if p.precision == one and not p.stepwise] for one in {p.precision for p in every}]
+    every = [p for p in every if p.stepwise] + [p for some in of_each for p in some[::7]]
     findings = examined(*every, patch=monkeypatch)
     assert findings.wrong == findings.failing == [] and sum(findings.ran.values()) == len(every)
     assert {name for _, name in findings.ran} == {"bfloat16", "float16", "float32", "tf32"}
@@ -89,7 +90,7 @@ def test_a_problem_is_run_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     before = rnn.fp32_precision
 
     def look(t: Any) -> Any:
-        seen.append((triton.REGIME, triton.kind(F32)))
+        seen.append((triton.regimes.only, triton.kind(F32)))
         return t
 
     for tf32, stepwise in itertools.product((False, True), repeat=2):
@@ -97,7 +98,7 @@ def test_a_problem_is_run_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
         problem = replace(TF32, tf32=tf32, stepwise=stepwise)
         assert examined(problem, backend=Fused(before=look), patch=monkeypatch).wrong == []
         assert set(seen) == {("step" if stepwise else None, "tf32" if tf32 else "ieee")}
-    assert triton.REGIME is None and rnn.fp32_precision == before
+    assert triton.regimes.only is None and rnn.fp32_precision == before
 
 
 # What goes wrong.

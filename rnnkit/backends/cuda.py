@@ -7,7 +7,6 @@ says. A `Machine` is what they run on: this process' GPUs, or a CPU that execute
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,9 +21,7 @@ from .problem import Options, Outputs, Problem, Tensors
 from .products import KernelBackend, bias_inside
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "f64"}
-VARIABLE = "RNNKIT_CUDA_REGIME"
-REGIME = os.environ.get(VARIABLE) or None
-"""The one regime that may run a scan, whatever the table says; None: any."""
+regimes = gpu.Regimes("RNNKIT_CUDA_REGIME", cuda_table.REGIMES)
 
 Run = Callable[[str, str, dict[str, Any]], None]
 """run(kernel, side, fields): `fields` by the names of csrc/cuda/scan.h."""
@@ -37,18 +34,6 @@ class Machine(NamedTuple):
     capability: Callable[[int | None], int]
     """Of a device by its index, as in sm_90; None: of the current one."""
     run: Run
-
-
-@contextlib.contextmanager
-def stepwise() -> Iterator[None]:
-    """Every scan step by step for a block, in every thread: a backward on a GPU runs in one of autograd's own."""
-    global REGIME
-    before = REGIME
-    REGIME = "step"
-    try:
-        yield
-    finally:
-        REGIME = before
 
 
 COMMON = ("h_0", "c_0", "lengths", "reset", "h_r", "c_r")
@@ -131,7 +116,7 @@ class CUDA(KernelBackend):
     overlaps = True
 
     def available(self) -> str | None:
-        return gpu.unknown(VARIABLE, REGIME, cuda_table.REGIMES) or gpu.anywhere(missing)
+        return regimes.wrong() or gpu.anywhere(missing)
 
     def unsupported(self, problem: Problem) -> list[str]:
         reasons = []
@@ -139,14 +124,18 @@ class CUDA(KernelBackend):
             reasons.append(f"runs on the device {machine.device}, got {problem.device}")
             reason = unbuilt()
         else:
-            gpu.check(VARIABLE, REGIME, cuda_table.REGIMES)
-            reason = missing(problem.device_index)
+            reason = regimes.wrong() or missing(problem.device_index)
         if reason is not None:
             reasons.append(reason)
         if problem.dtype not in (torch.float32, *KINDS):
             reasons.append(f"computes in float32, float64, bfloat16 and float16, got {problem.dtype}")
         if problem.hidden_size == 0:
             reasons.append("needs at least one unit, got H=0")
+        if regimes.only is not None and not reasons:
+            try:
+                _planned(problem)
+            except NotImplementedError as refused:
+                reasons.append(str(refused))
         return reasons
 
     def reluctant(self, problem: Problem) -> str | None:
@@ -155,8 +144,7 @@ class CUDA(KernelBackend):
         return measured.untried(self.name, problem)
 
     def detail(self, problem: Problem) -> str | None:
-        sizes = (problem.hidden_size, problem.proj_size, kind(problem.dtype), problem.batch)
-        row, why = planned(problem.cell, *sizes, machine.capability(problem.device_index))
+        row, why = _planned(problem)
         return f"{row.regime}: {why} ({row.name})"
 
     def scan_forward(
@@ -194,7 +182,8 @@ class CUDA(KernelBackend):
             dc_r = y.new_empty((rows, hidden), dtype=wide) if cell.has_c else None
         fields = _common(cell, t, o.reverse, 0, n)
         fields |= {"w_t": t.w_hh.t().contiguous(), "w_hr_t": None if t.w_hr is None else t.w_hr.t().contiguous()}
-        fields |= {"h_0": t.h_0.contiguous(), "c_0": _solid(t.c_0), "y": y.contiguous(), "c_all": c_all, "gates": gates}
+        fields |= {"h_0": t.h_0.contiguous(), "c_0": _solid(t.c_0), "y": y.contiguous()}
+        fields |= {"c_all": _solid(c_all), "gates": _solid(gates)}
         fields |= dict(zip(GIVEN, (_solid(g) for g in grads), strict=True))
         fields |= {"dgx": dgx, "dgh": dgh, "dp": dp, "dh_0": dh_0, "dc_0": dc_0, "dh_r": dh_r, "dc_r": dc_r}
         if rows:
@@ -214,12 +203,17 @@ def kind(dtype: torch.dtype) -> str:
 def planned(cell: str, hidden: int, proj: int, operands: str, batch: int, capability: int) -> tuple[Row, str]:
     """The kernel that runs a scan, and why. Raises NotImplementedError where the regime that is asked for cannot."""
     facts = (cell, hidden, proj, operands, batch, capability)
-    if REGIME is None:
+    if regimes.only is None:
         return cuda_table.plan(*facts)
     try:
-        return cuda_table.plan(*facts, REGIME)[0], f"{VARIABLE}={REGIME} asks for it"
+        return cuda_table.plan(*facts, regimes.only)[0], regimes.asks()
     except ValueError as why:
-        raise gpu.refused(VARIABLE, REGIME, cuda_table.REGIMES, why) from None
+        raise regimes.refused(why) from None
+
+
+def _planned(problem: Problem) -> tuple[Row, str]:
+    sizes = (problem.hidden_size, problem.proj_size, kind(problem.dtype), problem.batch)
+    return planned(problem.cell, *sizes, machine.capability(problem.device_index))
 
 
 def _row(cell: Cell, t: Tensors) -> Row:

@@ -5,8 +5,11 @@ A process that was forked from one that used CUDA may ask nothing. So nothing he
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -70,20 +73,37 @@ def anywhere(missing: Callable[[int | None], str | None]) -> str | None:
     return None if None in reasons else reasons[0]
 
 
-def unknown(variable: str, regime: str | None, regimes: Iterable[str]) -> str | None:
-    """What is wrong with the name of a regime in the environment."""
-    if regime is None or regime in regimes:
-        return None
-    return f"{variable} must be one of {', '.join(regimes)} or unset, got {regime!r}"
+class Regimes:
+    """The regimes of a backend, and `only`: the one that may run its scans, whatever its table says; None: any. An
+    environment variable names it, or `alone` does for a block."""
 
+    def __init__(self, variable: str, names: Collection[str]) -> None:
+        self.variable, self.names = variable, names
+        self.only = os.environ.get(variable) or None
+        wrong = self.wrong()
+        if wrong is not None:
+            warnings.warn(f"{wrong}: the backend runs nothing on a GPU", stacklevel=2)
 
-def check(variable: str, regime: str | None, regimes: Iterable[str]) -> None:
-    """Raises ValueError where the name is none."""
-    wrong = unknown(variable, regime, regimes)
-    if wrong is not None:
-        raise ValueError(wrong)
+    def wrong(self) -> str | None:
+        """What is wrong with the name that was given."""
+        if self.only is None or self.only in self.names:
+            return None
+        return f"{self.variable} must be one of {', '.join(self.names)} or unset, got {self.only!r}"
 
+    def asks(self) -> str:
+        """Why a scan runs as it does."""
+        return f"{self.variable}={self.only} asks for it"
 
-def refused(variable: str, regime: str, regimes: Iterable[str], why: object) -> NotImplementedError:
-    """What is raised where a regime that was asked for by name cannot run a scan."""
-    return NotImplementedError(f"{variable}={regime}: {why}. Unset it, or name another of {', '.join(regimes)}")
+    def refused(self, why: object) -> NotImplementedError:
+        """What is raised where the regime that was asked for by name cannot run a scan."""
+        others = ", ".join(name for name in self.names if name != self.only)
+        return NotImplementedError(f"{self.variable}={self.only}: {why}. Unset it, or name {others}")
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """For a block, in every thread: a backward on a GPU runs in one of autograd's own."""
+        before, self.only = self.only, name
+        try:
+            yield
+        finally:
+            self.only = before

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,22 +23,7 @@ if TYPE_CHECKING:
     from ..kernels.table import Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-REGIMES = ("persistent", "step")
-VARIABLE = "RNNKIT_TRITON_REGIME"
-REGIME = os.environ.get(VARIABLE) or None
-"""The one regime that may run a scan, whatever the table says; None: any."""
-
-
-@contextlib.contextmanager
-def stepwise() -> Iterator[None]:
-    """Every scan step by step for a block, in every thread: a backward on a GPU runs in one of autograd's own."""
-    global REGIME
-    before = REGIME
-    REGIME = "step"
-    try:
-        yield
-    finally:
-        REGIME = before
+regimes = gpu.Regimes("RNNKIT_TRITON_REGIME", ("persistent", "step"))
 
 
 @gpu.once
@@ -81,10 +64,10 @@ def capability(index: int | None = None) -> int:
 
 
 def chip(index: int | None = None) -> int:
-    """The capability that kernels/table.py goes by: the interpreter's is the oldest."""
+    """The capability that kernels/table.py goes by."""
     from ..kernels import table
 
-    return table.OLDEST if interpreted() else capability(index)
+    return table.INTERPRETER if interpreted() else capability(index)
 
 
 def uninstalled() -> str | None:
@@ -113,8 +96,8 @@ def _unfit(index: int) -> str | None:
             return f"of AMD's GPUs its kernels are compiled for gfx942 alone, got {name}"
     elif found < table.OLDEST:
         return (
-            f"needs compute capability 8.0 or later, got a GPU of {found / 10}: of its regimes ({', '.join(REGIMES)}) "
-            "none runs there, the backends torch and reference do"
+            f"needs compute capability 8.0 or later, got a GPU of {found / 10}: of its regimes "
+            f"({', '.join(regimes.names)}) none runs there, the backends torch and reference do"
         )
     return None
 
@@ -125,7 +108,7 @@ class Triton(KernelBackend):
     overlaps = True
 
     def available(self) -> str | None:
-        return gpu.unknown(VARIABLE, REGIME, REGIMES) or gpu.anywhere(missing)
+        return regimes.wrong() or gpu.anywhere(missing)
 
     def unsupported(self, problem: Problem) -> list[str]:
         reasons = []
@@ -135,14 +118,18 @@ class Triton(KernelBackend):
             reasons.append(f"{how} on the device {device}, got {problem.device}")
             reason = uninstalled()
         else:
-            gpu.check(VARIABLE, REGIME, REGIMES)
-            reason = missing(problem.device_index)
+            reason = regimes.wrong() or missing(problem.device_index)
         if reason is not None:
             reasons.append(reason)
         if problem.dtype not in DTYPES:
             reasons.append(f"computes in float32, bfloat16 and float16, got {problem.dtype}")
         if problem.hidden_size == 0:
             reasons.append("needs at least one unit, got H=0")
+        if regimes.only is not None and not reasons:
+            try:
+                _plans(problem)
+            except NotImplementedError as refused:
+                reasons.append(str(refused))
         return reasons
 
     def reluctant(self, problem: Problem) -> str | None:
@@ -151,12 +138,10 @@ class Triton(KernelBackend):
         return measured.untried(self.name, problem)
 
     def detail(self, problem: Problem) -> str | None:
-        sides = ("forward", "backward")[: 1 + problem.train]
-        facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip(problem.device_index), problem.batch)
-        plans = [_planned(problem.cell, side, *facts) for side in sides]
-        if len({(plan.regime, plan.reason) for plan in plans}) == 1:
-            return f"{plans[0].regime}: {plans[0].reason}"
-        return "; ".join(f"{side} {plan.regime}: {plan.reason}" for side, plan in zip(sides, plans, strict=True))
+        plans = _plans(problem)
+        if len({(plan.regime, plan.reason) for plan in plans.values()}) == 1:
+            return f"{plans['forward'].regime}: {plans['forward'].reason}"
+        return "; ".join(f"{side} {plan.regime}: {plan.reason}" for side, plan in plans.items())
 
     def scan_forward(
         self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
@@ -192,6 +177,13 @@ def on_device_of(v: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(v.device) if v.is_cuda else contextlib.nullcontext()
 
 
+def _plans(problem: Problem) -> dict[str, Plan]:
+    """How each side of a problem runs."""
+    facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip(problem.device_index), problem.batch)
+    sides = ("forward", "backward")[: 1 + problem.train]
+    return {side: _planned(problem.cell, side, *facts) for side in sides}
+
+
 def _plan(cell: Cell, side: str, t: Tensors) -> Plan:
     hidden = t.w_hh.shape[0] // cell.gates
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
@@ -199,17 +191,17 @@ def _plan(cell: Cell, side: str, t: Tensors) -> Plan:
 
 
 def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capability: int, rows: int) -> Plan:
+    """Raises NotImplementedError where the regime that is asked for cannot."""
     from ..kernels import table
 
-    asks = f"{VARIABLE}={REGIME} asks for it"
-    if REGIME == "step":
-        return table.stepwise(cell, side, hidden, proj, operands, rows, asks)
+    if regimes.only == "step":
+        return table.stepwise(cell, side, hidden, proj, operands, rows, regimes.asks())
     plan = table.plan(cell, side, hidden, proj, operands, capability, rows)
-    if REGIME is None:
+    if regimes.only is None:
         return plan
-    if plan.regime != REGIME:
-        raise gpu.refused(VARIABLE, REGIME, REGIMES, plan.reason)
-    return plan._replace(reason=asks)
+    if plan.regime != regimes.only:
+        raise regimes.refused(f"{side}: {plan.reason}")
+    return plan._replace(reason=regimes.asks())
 
 
 def _regime(plan: Plan) -> Any:

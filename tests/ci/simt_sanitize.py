@@ -45,9 +45,13 @@ def main() -> int:
                 env = {**os.environ, **run.sanitizer(flavour)}
                 child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
             running[flavour] = (child, said)
-        for flavour, (child, said) in running.items():
-            failed |= child.wait()
-            print(f"== {flavour}\n{said.read_text(errors='replace')}", flush=True)
+        try:
+            for flavour, (child, said) in running.items():
+                failed |= child.wait()
+                print(f"== {flavour}\n{said.read_text(errors='replace')}", flush=True)
+        finally:
+            for child, _ in running.values():
+                child.kill()
     return int(failed != 0)
 
 

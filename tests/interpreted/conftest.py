@@ -3,7 +3,6 @@ tests/test_triton.py starts; in any other nothing is collected here."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +15,6 @@ if not triton.interpreted():
 
 @pytest.fixture(params=["persistent", "step"])
 def regime(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The regime of every scan. Sizes here are such that W_hh fits on chip."""
-    with triton.stepwise() if request.param == "step" else contextlib.nullcontext():
+    """The one regime of every scan: a size whose W_hh does not fit on chip would raise."""
+    with triton.regimes.alone(request.param):
         yield request.param

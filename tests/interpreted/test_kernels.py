@@ -60,7 +60,7 @@ def test_odd_sizes(kind: str, sizes: dict[str, Any], regime: str) -> None:
 @pytest.mark.parametrize(("rows", "tile"), [(17, 32), (33, 64), (100, 128)])
 def test_tall_tiles(kind: str, rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of many rows by many units, here at few units."""
-    monkeypatch.setattr(triton, "REGIME", "step")
+    monkeypatch.setattr(triton.regimes, "only", "step")
     monkeypatch.setattr(table, "PROGRAMS", 1)
     assert table.stepwise("gru", "forward", 5, 0, "ieee", rows, "").block_b == tile
     lengths = tuple(1 + b % 3 for b in range(rows))

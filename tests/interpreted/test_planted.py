@@ -87,7 +87,7 @@ ERRORS = [Error(*e, regime) for e in GATES for regime in ("persistent", "step")]
 
 def compare(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both directions, so that a backward's own backward is there too."""
-    monkeypatch.setattr(triton, "REGIME", "step" if regime == "step" else None)
+    monkeypatch.setattr(triton.regimes, "only", regime)
     resets = ((0, 0), (2, 0), (1, 2), (3, 2), (2, 1))
     check(
         Case(kind, bidirectional=True, steps=4, rows=3, lengths=(4, 2, 3), resets=resets, reset_state=True),

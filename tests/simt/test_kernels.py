@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 @pytest.fixture(params=["cta", "step"])
 def regime(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cuda.stepwise() if request.param == "step" else contextlib.nullcontext():
+    with cuda.regimes.alone("step") if request.param == "step" else contextlib.nullcontext():
         yield request.param
 
 

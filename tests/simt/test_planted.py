@@ -171,7 +171,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 def compare(like: Error, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both directions, in every order of threads until one of them shows it."""
-    monkeypatch.setattr(cuda, "REGIME", "step" if like.regime == "step" else None)
+    monkeypatch.setattr(cuda.regimes, "only", "step" if like.regime == "step" else None)
     resets = ((0, 0), (2, 0), (1, 2), (3, 2), (2, 1))
     case = Case(
         like.kind,
