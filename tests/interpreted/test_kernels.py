@@ -59,13 +59,13 @@ def test_odd_sizes(kind: str, sizes: dict[str, Any], regime: str) -> None:
 @kinds
 @pytest.mark.parametrize(("rows", "tile"), [(17, 32), (33, 64), (100, 128)])
 def test_tall_tiles(kind: str, rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of many rows by many units, here at few units."""
+    """Those of many rows by many units, here at few units; with a projection to 3, which is not aligned, 32 rows."""
     monkeypatch.setattr(triton.regimes, "only", "step")
     monkeypatch.setattr(table, "PROGRAMS", 1)
-    assert table.stepwise("gru", "forward", 5, 0, "ieee", rows, "").block_b == tile
+    assert table.stepwise("gru", "forward", 16, 0, "ieee", rows, "").block_b == tile
     lengths = tuple(1 + b % 3 for b in range(rows))
     check(
-        Case(kind, bidirectional=True, steps=3, rows=rows, lengths=lengths, resets=((1, 0), (2, rows - 1))),
+        Case(kind, bidirectional=True, steps=3, rows=rows, hidden=16, lengths=lengths, resets=((1, 0), (2, rows - 1))),
         "triton",
         F32,
     )
