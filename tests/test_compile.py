@@ -7,6 +7,8 @@ A layer is one opaque operator, so what Inductor makes of the rest is its own bu
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -273,6 +275,32 @@ def test_use_backend_inside_compiled_code() -> None:
     close(run(x), (module(x)[0],) * 4)
     assert watch.seen[:3] == ["reference", "torch", "reference"] and len(watch.seen) == 4
     assert watch.seen[3] == rnnkit.explain(module, x).to_dict()["layers"][0]["backend"]
+
+
+def test_use_backend_inside_compiled_code_comes_first() -> None:
+    """In a process where no choice was ever made outside of compiled code; what is compiled later, and an eager choice
+    around it, work as ever."""
+    code = """if True:
+        import rnnkit, torch
+        layer, other, x = rnnkit.GRU(3, 4), rnnkit.LSTM(3, 4), torch.randn(2, 1, 3)
+        def run(v):
+            with rnnkit.use_backend("reference"):
+                return layer(v)[0]
+        compiled = [torch.compile(f, fullgraph=True, backend="eager") for f in (run, other, run)]
+        given = [compiled[0](x), compiled[1](x)[0], compiled[2](x + 1)]
+        wanted = [run(x), other(x)[0], run(x + 1)]
+        for got, want in zip(given, wanted):
+            torch.testing.assert_close(got, want)
+        with rnnkit.use_backend("cuda"):
+            try:
+                compiled[1](x)
+            except Exception as error:
+                assert "backend 'cuda' cannot run" in str(error)
+            else:
+                raise SystemExit("the choice around it was not seen")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_layers_own_backend_is_kept() -> None:

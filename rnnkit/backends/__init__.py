@@ -38,8 +38,9 @@ _orders: dict[tuple, tuple[Backend, ...]] = {}
 
 
 class _Thread(threading.local):  # not a ContextVar: torch.compile cannot trace one
-    override: Any = None  # (what `use_backend` names, what stood here before)
-    record: list[tuple[Problem, str, str]] | None = None
+    def __init__(self) -> None:  # in every thread anew
+        self.override: Any = None  # (what `use_backend` names, what stood here before)
+        self.record: list[tuple[Problem, str, str]] | None = None
 
 
 _thread = _Thread()
