@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .autocast import no_autocast
-from .backends import BY_NAME, REFERENCE, Options, Outputs, Result, Tensors
-from .backends.products import Gradient
-from .cells import CELLS, compute_dtype
+from ..autocast import no_autocast
+from ..backends import BY_NAME, REFERENCE, Options, Outputs, Result, Tensors
+from ..backends.products import Gradient
+from ..cells import CELLS, compute_dtype
 
 _ARGUMENTS = (
     "str cell, str backend, bool reverse, bool all_states, bool recompute, Tensor x, Tensor h_0, Tensor? c_0, "
