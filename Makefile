@@ -13,8 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := dev,triton,plots,onnx,data
 COMPILED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 comma := ,
-HARNESS := $(wildcard tests/harness/*.cpp csrc/cpu/*.cpp)
-HARNESS_HEADERS := $(wildcard tests/harness/*.h csrc/cpu/*.h csrc/cells/*.h)
+HARNESS := $(wildcard tests/backends/harness/*.cpp csrc/cpu/*.cpp)
+HARNESS_HEADERS := $(wildcard tests/backends/harness/*.h csrc/cpu/*.h csrc/cells/*.h)
 # How many random problems, each in its several ways: for the harness alone, with sanitizers, emulated.
 PROBLEMS ?= 2000
 CROSS ?= aarch64-linux-gnu-g++
@@ -36,8 +36,8 @@ test: .venv/installed ## all tests, in two processes
 variants: .venv/installed ## parity, lengths and resets on the instruction sets that make test did not choose
 	@set -e; for isa in $$($(BIN)/python -c 'import torch, rnnkit; chosen, *able = torch.ops.rnnkit.cpu_variants().split(); print(*[v for v in able if v != chosen])'); do \
 	  echo "RNNKIT_CPU_ISA=$$isa"; \
-	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 -q tests/test_lengths.py tests/test_resets.py tests/test_states.py -k cpu; \
-	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 -q tests/test_parity.py -k 'cells or wide_and_long'; \
+	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 -q tests/api/test_lengths.py tests/api/test_resets.py tests/api/test_states.py -k cpu; \
+	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 -q tests/api/test_parity.py -k 'cells or wide_and_long'; \
 	done
 
 bench: .venv/installed ## every backend against torch.nn; BENCH=--quick for a minute of it
@@ -78,7 +78,7 @@ lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/ci/typecheck.py
-	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/*.$(e) tests/harness/*.$(e) tests/simt/*.$(e)))
+	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/cuda/*.$(e) tests/backends/harness/*.$(e) tests/cuda/simt/*.$(e)))
 
 harness: build/harness/plain/harness ## the CPU engine against plain loops, without torch
 	$< --problems $(PROBLEMS)
@@ -109,13 +109,13 @@ $(eval $(call flavour,tsan,$(CXX),-O1 -fsanitize=thread))
 $(eval $(call flavour,aarch64,$(CROSS),-O2 -static))
 
 # The CUDA kernels on the CPU, a fiber for each thread: one library for each row of the table, built from what
-# csrc/cuda/generate.py writes, and `toys`, on which tests/simt/test_shim.py holds the machinery. They share one
+# csrc/cuda/generate.py writes, and `toys`, on which tests/cuda/simt/test_shim.py holds the machinery. They share one
 # scheduler, libsimt.so: fibers are many, and a process may have only so many mappings. It is not compiled with a
 # sanitizer, which is to see the kernels.
 SIMT_FLAGS := -std=c++17 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Wno-unused-parameter -Werror \
-  -DRNNKIT_SIMT -Itests
+  -DRNNKIT_SIMT -Itests/cuda
 
-simt: ## every CUDA kernel compiled for the CPU, see tests/simt; FLAVOUR=asan or tsan: with a sanitizer
+simt: ## every CUDA kernel compiled for the CPU, see tests/cuda/simt; FLAVOUR=asan or tsan: with a sanitizer
 	@$(PYTHON) csrc/cuda/generate.py build/cuda
 	@cd build/cuda && $(MAKE) -s -C ../.. $$(printf 'build/simt/$(FLAVOUR)/%s.so ' $$(basename -s .cu *.cu))
 
@@ -125,7 +125,7 @@ simt-sanitize: .venv/installed ## every row of their table under AddressSanitize
 
 # A way to build them: name, flags of the scheduler, flags of kernels, flags of the library.
 define simt
-build/simt/$(1)/%.o: tests/simt/%.cpp
+build/simt/$(1)/%.o: tests/cuda/simt/%.cpp
 	@mkdir -p $$(@D)
 	$(CXX) $(SIMT_FLAGS) -Icsrc/cuda -O2 $(2) -MMD -c $$< -o $$@
 
@@ -136,7 +136,7 @@ $(SIMT_OUT)/$(1)/%.so: build/cuda/%.cu build/simt/$(1)/library.o build/simt/$(1)
 	@mkdir -p $$(@D)
 	$(call simt_library,$(3))
 
-build/simt/$(1)/toys.so: tests/simt/toys.cu build/simt/$(1)/library.o build/simt/$(1)/libsimt.so
+build/simt/$(1)/toys.so: tests/cuda/simt/toys.cu build/simt/$(1)/library.o build/simt/$(1)/libsimt.so
 	$(call simt_library,$(3))
 endef
 simt_library = $(CXX) $(SIMT_FLAGS) -I$(SIMT_CSRC)/cuda -O1 $(1) -MMD -MF $$@.d -MT $$@ -shared -x c++ $$< \

@@ -1,5 +1,5 @@
 // Everything that a kernel asks of the machine, behind one namespace with two back ends: a GPU
-// (arch_gpu.cuh), and a CPU that runs the same source, a fiber for each thread (tests/simt). Rules for a
+// (arch_gpu.cuh), and a CPU that runs the same source, a fiber for each thread (tests/cuda/simt). Rules for a
 // kernel that runs on both:
 //
 //   - thread and block numbers, barriers, matrix products and conversions only through `arch`;

@@ -59,7 +59,7 @@ struct Backward : Sequence {
   State dh_r, dc_r;               // the same; null where there is no reset
 };
 
-// What a kernel runs on: a CUDA stream, or the schedule of a launch on a CPU (tests/simt).
+// What a kernel runs on: a CUDA stream, or the schedule of a launch on a CPU (tests/cuda/simt).
 using Stream = const void*;
 
 // One row of the table. What runs throws std::runtime_error where a launch fails.

@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "cuda"))
 from simt import run  # noqa: E402
 
-TESTS = ("tests/simt/test_rows.py", "tests/simt/test_kernels.py")
+TESTS = ("tests/cuda/simt/test_rows.py", "tests/cuda/simt/test_kernels.py")
 FLAVOURS = ("tsan", "asan")
 
 

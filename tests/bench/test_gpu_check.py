@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_believe import CALLS, Fused, pretend, put
+from fake_cuda import CALLS, Fused, pretend, put
 from test_benchmarks import row
 
 from rnnkit import gpu_check
@@ -26,7 +26,7 @@ from rnnkit.backends import BY_NAME, Outputs, Tensors, extension
 from rnnkit.benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer
 from rnnkit.benchmarks.cases import Case, Job
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = problems.Variant((4, 3, 2, 5), lengths=True, resets=True, reset_state=True)
 F32 = torch.float32
 NAMES = ("triton", "cpu")

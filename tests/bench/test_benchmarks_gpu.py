@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_believe import CALLS, GENERATOR, pretend
+from fake_cuda import CALLS, GENERATOR, pretend
 from test_benchmarks import SHAPE
 
 from rnnkit.__main__ import main

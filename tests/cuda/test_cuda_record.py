@@ -11,7 +11,7 @@ from rnnkit.backends import cuda_table
 from rnnkit.benchmarks import cuda_table as compiled
 from rnnkit.benchmarks import sources
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 def digests(monkeypatch: pytest.MonkeyPatch, csrc: Path) -> dict[str, str]:

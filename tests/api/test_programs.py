@@ -18,7 +18,7 @@ from torch import nn
 
 import rnnkit
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("RNN", "LSTM", "GRU")
 OBS, ENVS, STEPS = 6, 3, 8
 

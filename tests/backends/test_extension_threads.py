@@ -13,7 +13,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+import layers
 import pytest
 import torch
 from layers import CELLS_AND_PROJECTION, OF_THE_SCAN, assert_same, backward, both, forward, gradients_for, make
@@ -90,8 +92,8 @@ def test_many_threads_of_python_at_once(cell, threads):
 
 
 def program(text: str, timeout: float = 120, **env: str) -> str:
-    """Run a program that finds tests/layers.py. Returns what it printed; fails where it hangs."""
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Run a program that finds tests/oracles/layers.py. Returns what it printed; fails where it hangs."""
+    path = os.pathsep.join([str(Path(layers.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, **env}
     done = subprocess.run(
         [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=timeout
@@ -162,6 +164,7 @@ def test_the_first_large_layer_of_a_forked_process():
 
 
 FEWER = """
+import layers
 import torch
 from layers import assert_same, both, make
 results = {}

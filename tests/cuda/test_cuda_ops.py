@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 
 from rnnkit.backends import cuda, cuda_table, extension
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = """
 #include "probes.h"
 #include "scan.h"

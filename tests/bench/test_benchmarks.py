@@ -33,7 +33,7 @@ from rnnkit.benchmarks import cases, machine, rows, run, sides, timing
 from rnnkit.benchmarks.cases import Case, Job, select
 from rnnkit.benchmarks.gate import Gate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = "grid/7x33x19x45"
 HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 

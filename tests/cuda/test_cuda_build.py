@@ -27,7 +27,7 @@ from rnnkit.benchmarks import cuda_table as compiled
 from rnnkit.benchmarks.compiled import Usage
 from rnnkit.benchmarks.cuda_table import SIDES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from rnnkit.backends import cuda_table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 CTA, STEP = "cta_rnn_bf16_64", "step_lstm_bf16_8"
 WRAPPED = ("cudaLaunchKernelExC", "cudaFuncSetAttribute", "cudaGetDevice", "cudaPeekAtLastError", "cudaGetLastError")
@@ -38,7 +38,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
         (folder / f"{name}.cu").write_text(cuda_table.source(rows[name]))
     command = [HOME / "bin" / "nvcc", "-std=c++17", nvcc.gencode("sm_80"), f"-I{SOURCES}", "-t", "2"]
     command += [f"-Xlinker=--wrap={name}" for name in WRAPPED]
-    command += [ROOT / "tests" / "launches.cu", *(folder / f"{name}.cu" for name in (CTA, STEP))]
+    command += [ROOT / "tests" / "cuda" / "launches.cu", *(folder / f"{name}.cu" for name in (CTA, STEP))]
     done = subprocess.run([*command, "-o", folder / "launches"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_believe import Fused, pretend, put
+from fake_cuda import Fused, pretend, put
 from test_benchmarks import row
 
 from rnnkit import gpu_check

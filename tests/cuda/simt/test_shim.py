@@ -168,7 +168,7 @@ def test_a_report_says_kernel_block_thread_and_line() -> None:
 
 def line(text: str) -> int:
     """The line after the one with this text in toys.cu."""
-    source = (run.ROOT / "tests" / "simt" / "toys.cu").read_text(encoding="utf-8").splitlines()
+    source = (run.ROOT / "tests" / "cuda" / "simt" / "toys.cu").read_text(encoding="utf-8").splitlines()
     return next(k for k, words in enumerate(source) if text in words) + 2
 
 

@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FLAVOUR = os.environ.get("RNNKIT_SIMT_FLAVOUR", "plain")
 """plain, asan or tsan: see the Makefile."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_believe import Fused, Restless, put
+from fake_cuda import Fused, Restless, put
 
 from rnnkit.benchmarks import calls, devices, parity, problems, timing
 from rnnkit.benchmarks.problems import BF16, Problem, Variant

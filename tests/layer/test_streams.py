@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_believe import Fused, put
+from fake_cuda import Fused, put
 from torch.utils.checkpoint import checkpoint
 
 import rnnkit

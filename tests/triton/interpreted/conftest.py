@@ -1,5 +1,5 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors. Needs a process of its own with TRITON_INTERPRET=1, which
-tests/test_triton.py starts; in any other nothing is collected here."""
+tests/triton/test_triton.py starts; in any other nothing is collected here."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_believe import pretend
+from fake_cuda import pretend
 from test_cuda_build import HOME, SOURCES, needs_nvcc, nvcc
 
 from rnnkit import gpu_check

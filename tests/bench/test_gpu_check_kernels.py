@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_believe import Fused, Restless, put, rerun
+from fake_cuda import Fused, Restless, put, rerun
 
 from rnnkit import gpu_check, ops
 from rnnkit.backends import BY_NAME, Outputs, cuda, cuda_table, triton

@@ -1,6 +1,6 @@
 """The extension's operators, called as backend `cpu` calls them: what they refuse, strides, chunks, NaN, the library.
 
-Their numbers are held by test_parity.py and, step by step, by tests/harness; here every result is compared bit by bit
+Their numbers are held by test_parity.py and, step by step, by harness/; here every result is compared bit by bit
 with that of another call which must give the same. Threads and processes: test_extension_threads.py.
 """
 

@@ -20,7 +20,7 @@ from simt import run as simt
 from rnnkit.backends import cuda
 from rnnkit.benchmarks.problems import MASKED, Variant
 
-SOURCE = Path(__file__).resolve().parents[2] / "csrc"
+SOURCE = Path(__file__).resolve().parents[3] / "csrc"
 
 
 class Error(NamedTuple):

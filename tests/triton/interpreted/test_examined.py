@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from make_believe import rerun
+from fake_cuda import rerun
 
 from rnnkit.benchmarks import calls, parity, problems
 from rnnkit.benchmarks.problems import BF16, F32, Problem, Variant

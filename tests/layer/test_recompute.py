@@ -247,7 +247,7 @@ def forget_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_held(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between forward and backward y, and c; at the peak x, y, c, their gradients, a range, and the weights' twice."""
     if backend == "triton" and not triton.interpreted():
-        pytest.skip("runs where Triton interprets; tests/test_triton.py sees to it")
+        pytest.skip("runs where Triton interprets; tests/triton/test_triton.py sees to it")
     if backend == "cpu" and not extension.available():
         pytest.skip(extension.reason())
     if backend == "triton":

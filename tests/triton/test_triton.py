@@ -1,7 +1,7 @@
 """Backend `triton` without a GPU: what it refuses and why, the table of configurations, the launches that a scan makes,
 compilation ahead of time, and the interpreter, in processes of its own.
 
-The kernels' numbers are tested in tests/interpreted/.
+The kernels' numbers are tested in tests/triton/interpreted/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rnnkit.backends import gpu as questions
 from rnnkit.cells import CELLS
 from rnnkit.kernels import table
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(not triton.installed(), reason="needs Triton: pip install rnnkit[triton]")
 
 
@@ -41,36 +41,41 @@ def interpreted(*arguments: str, **given: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("which", ["budget", "not budget"])
 def test_kernels_in_the_interpreter(which: str) -> None:
-    interpreted(str(TESTS / "interpreted" / "test_kernels.py"), "-k", which)
+    interpreted(str(TESTS / "triton" / "interpreted" / "test_kernels.py"), "-k", which)
 
 
 @needs_triton
 def test_inside_torch_in_the_interpreter() -> None:
-    interpreted(str(TESTS / "interpreted" / "test_in_torch.py"))
+    interpreted(str(TESTS / "triton" / "interpreted" / "test_in_torch.py"))
 
 
 @needs_triton
 def test_recompute_in_the_interpreter() -> None:
     # a relu RNN has no gates to make again; in bfloat16 one rounding moves its kink
     chosen = "triton and held or half_types and ranges3 and bfloat16 and not relu"
-    interpreted(str(TESTS / "test_recompute.py"), "-k", chosen)
+    interpreted(str(TESTS / "layer" / "test_recompute.py"), "-k", chosen)
 
 
 @needs_triton
 def test_planted_errors_and_what_is_shared_in_the_interpreter() -> None:
-    interpreted(str(TESTS / "interpreted" / "test_planted.py"), str(TESTS / "interpreted" / "test_shared.py"))
+    interpreted(
+        str(TESTS / "triton" / "interpreted" / "test_planted.py"),
+        str(TESTS / "triton" / "interpreted" / "test_shared.py"),
+    )
 
 
 @needs_triton
 def test_what_gpu_check_asks_in_the_interpreter() -> None:
-    interpreted(str(TESTS / "interpreted" / "test_examined.py"))
+    interpreted(str(TESTS / "triton" / "interpreted" / "test_examined.py"))
 
 
 @needs_triton
 @pytest.mark.parametrize("regime", ["", "step"])
 def test_no_steps_no_rows_and_chunks_in_the_interpreter(regime: str) -> None:
     chosen = "triton and (chunks or no_steps or left_out)"
-    interpreted(str(TESTS / "test_layer_op.py"), "-k", f"{chosen} and not reset_state", RNNKIT_TRITON_REGIME=regime)
+    interpreted(
+        str(TESTS / "layer" / "test_layer_op.py"), "-k", f"{chosen} and not reset_state", RNNKIT_TRITON_REGIME=regime
+    )
 
 
 # What it says of a machine.
