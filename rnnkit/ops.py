@@ -26,7 +26,7 @@ from .layer.quick import quick_layer, quick_step, single
 
 __all__ = ["computed_by", "layer", "overlaps", "override_layer", "single", "step"]
 
-_plain, _transforming = checks.plain, checks.transforming
+_plain_eager, _transforming = checks.is_plain_eager, checks.transforming
 _grad = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled  # for any type of device
 computed_by = override_layer  # its first name
@@ -118,7 +118,9 @@ def overlaps(
     """
     if not streams.on_gpu(x) or override.active is not None or x.is_meta:
         return False
-    if not _plain(x, *weights, *states, lengths, reset) or torch._C._autograd._top_saved_tensors_default_hooks(False):
+    if not _plain_eager(x, *weights, *states, lengths, reset) or torch._C._autograd._top_saved_tensors_default_hooks(
+        False
+    ):
         return False
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
@@ -139,7 +141,7 @@ def _layer(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if override.active is not None:
         return override.active(cell, t.filled(CELLS[cell].has_c), o)
-    if _plain(*t) and not t.x.is_meta and not _autocast():
+    if _plain_eager(*t) and not t.x.is_meta and not _autocast():
         train = _grad() and any_requires_grad(t)
         chosen = choose(backend, describe(cell, t, o, train=train))
         return direct(cell, chosen, t, o, train)
@@ -162,7 +164,7 @@ def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tenso
     with no_autocast(t.x.device.type):
         if onnx or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0:
             return REFERENCE.forward(cell, t, o, train=False).outputs
-        if _plain(*t) and not t.x.is_meta:
+        if _plain_eager(*t) and not t.x.is_meta:
             return direct(cell, chosen, t, o, train)
     return _opaque(cell, chosen.name, t, o, train)
 

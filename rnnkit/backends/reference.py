@@ -60,7 +60,7 @@ class Reference(KernelBackend):
         )
 
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
-        alive = masks.live(t.lengths, t.x.shape[0], t.x.device)
+        alive = masks.valid_mask(t.lengths, t.x.shape[0], t.x.device)
         if alive is not None:  # also for torch's own derivatives of this function
             t = t._replace(x=t.x.masked_fill(~alive, 0))
         wide = compute_dtype(t.x.dtype)

@@ -23,8 +23,8 @@ from torch import nn
 
 from .. import GRU, LSTM, RNN, explain
 from ..backends import NAMES, check_name
-from ..info import versions
-from ..progress import Progress
+from ..cli.info import versions
+from ..cli.progress import Progress
 from . import model, report, text, train
 from .text import InputError
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..progress import Progress
+from ..cli.progress import Progress
 from .memory import Peak
 from .model import CharModel
 from .text import BATCH, WINDOW, Corpus, InputError

@@ -108,7 +108,7 @@ def recorded(module: nn.Module) -> Iterator[dict[str, Trace]]:
 
     handles = [m.register_forward_pre_hook(enter) for m in names]
     try:
-        with ops.computed_by(run):
+        with ops.override_layer(run):
             yield found
     finally:
         for handle in handles:

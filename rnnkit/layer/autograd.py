@@ -19,7 +19,7 @@ from ..cells import CELLS
 from . import streams
 from .custom_ops import run_backward, run_forward, second_backward
 
-_modes, _transforming = checks.modes, checks.transforming
+_modes, _transforming = checks.dispatch_modes, checks.transforming
 _batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
 _grad = torch.is_grad_enabled
 _MISSING = (None,) * 4  # what is left out at the end of four weights or four outputs
@@ -52,6 +52,7 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The outputs that there are: y, h_n, then for an LSTM c_n, and c_all where it is asked for."""
         cell, backend, o, batch_first = how
         graph = None
         if batch_first is None:
@@ -59,7 +60,7 @@ class LayerFunction(torch.autograd.Function):
             given = outputs[: 2 if outputs.c_n is None else 3 if outputs.c_all is None else 4]
         else:
             given, saved = _run_single(how, tensors)
-        ctx.how, ctx.graph, ctx.version_guard, ctx.side = how, graph, None, streams.here()
+        ctx.how, ctx.graph, ctx.version_guard, ctx.side = how, graph, None, streams.current_side_stream()
         y: Tensor = given[0]  # type: ignore[assignment]
         if graph is not None:
             ctx.save_for_backward(*tensors)
@@ -75,6 +76,7 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of `how` (none) and of the tensors, from those of the outputs."""
         if ctx.side is None:
             return LayerFunction._gradients(ctx, *grads)
         try:

@@ -16,7 +16,7 @@ from ..backends import Backend, Options, Outputs, Tensors, choose, describe, rec
 from . import override
 from .autograd import LayerFunction, any_requires_grad, direct
 
-_plain, _watching = checks.plain, checks.watching
+_plain_eager, _function_modes = checks.is_plain_eager, checks.function_modes
 _grad = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled  # for any type of device
 _FORWARD, _REVERSE = Options(), Options(reverse=True)
@@ -37,7 +37,7 @@ def single(
     None where the call is not plain, the backend has no such way, or something is wrong: `layer` says what.
     """
     four = _four(weights) if override.active is None else None
-    if four is None or type(x) is not Tensor or x.dim() != 3 or not _plain() or _autocast() or _watching():
+    if four is None or type(x) is not Tensor or x.dim() != 3 or not _plain_eager() or _autocast() or _function_modes():
         return None
     try:
         steps, rows, features = x.shape
@@ -87,7 +87,7 @@ def quick_step(
 ) -> tuple[Tensor, Tensor | None] | None:
     """`step` without gradients the quick way; None where there is none."""
     four = _four(weights)
-    if four is None or type(x) is not Tensor or x.dim() != 2 or not _plain() or _autocast() or _watching():
+    if four is None or type(x) is not Tensor or x.dim() != 2 or not _plain_eager() or _autocast() or _function_modes():
         return None
     if c is not None and cell != "lstm":
         return None
@@ -139,7 +139,7 @@ def _quick(
     four = _four(weights)
     if four is None:
         return None
-    if type(x) is not Tensor or x.dim() != 3 or not _plain(h, c, *weights) or not x.is_cpu or _autocast():
+    if type(x) is not Tensor or x.dim() != 3 or not _plain_eager(h, c, *weights) or not x.is_cpu or _autocast():
         return None
     w_hh = weights[1]
     if w_hh.dim() != 2 or (c is not None and cell != "lstm"):

@@ -22,8 +22,8 @@ from torch import nn
 import rnnkit
 from rnnkit import demo
 from rnnkit.__main__ import main
+from rnnkit.cli.progress import Progress
 from rnnkit.demo import memory, report, text, train
-from rnnkit.progress import Progress
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 DEMO = [sys.executable, "-m", "rnnkit", "demo"]

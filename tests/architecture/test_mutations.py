@@ -22,9 +22,10 @@ from support import Config, by_lengths, by_reset, in_two, parity
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from rnnkit import masks, ops, registry, use_backend
+from rnnkit import masks, ops, use_backend
 from rnnkit.backends import BY_NAME, REFERENCE, Result, products
 from rnnkit.backends import torch as torch_backend
+from rnnkit.layer import custom_ops
 from rnnkit.reference import STEPS
 from rnnkit.reference.step import Gradients, State, Step, Weights
 
@@ -107,24 +108,24 @@ def test_a_small_error_in_each_dtype(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_lengths_ignored(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "live", lambda lengths, steps, device: None)
+    monkeypatch.setattr(masks, "valid_mask", lambda lengths, steps, device: None)
     assert lengths_checked(cell)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_reset_ignored(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "cut", lambda reset, alive, reverse: None)
+    monkeypatch.setattr(masks, "reset_mask", lambda reset, valid, reverse: None)
     assert reset_checked(cell)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_reset_one_step_late(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = masks.cut
+    right = masks.reset_mask
 
-    def late(reset: Tensor, alive: Tensor | None, reverse: bool) -> Tensor | None:
-        return right(reset.roll(1, 0) if reset is not None else None, alive, reverse)
+    def late(reset: Tensor, valid: Tensor | None, reverse: bool) -> Tensor | None:
+        return right(reset.roll(1, 0) if reset is not None else None, valid, reverse)
 
-    monkeypatch.setattr(masks, "cut", late)
+    monkeypatch.setattr(masks, "reset_mask", late)
     assert reset_checked(cell)
 
 
@@ -286,8 +287,8 @@ def test_an_error_in_the_reverse_direction_alone(cell: str, way: str, monkeypatc
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reset_on_the_wrong_side_backwards(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = masks.cut
-    monkeypatch.setattr(masks, "cut", lambda reset, alive, reverse: right(reset, alive, False))
+    right = masks.reset_mask
+    monkeypatch.setattr(masks, "reset_mask", lambda reset, valid, reverse: right(reset, valid, False))
     check(Case(kind, resets=((2, 0), (3, 2))), "reference", F64)
     with red("^y: off by"):
         check(Case(kind, resets=((2, 0), (3, 2)), bidirectional=True), "reference", F64)
@@ -422,7 +423,7 @@ def test_second_derivatives(cell: str, part: str, monkeypatch: pytest.MonkeyPatc
 
 def behind_the_operator(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what runs inside the opaque operators, and only there, a thousandth too much."""
-    forward, backward = registry.run_forward, registry.run_backward
+    forward, backward = custom_ops.run_forward, custom_ops.run_backward
 
     def run_forward(*args: Any, **kwargs: Any) -> Result:
         result = forward(*args, **kwargs)
@@ -432,9 +433,9 @@ def behind_the_operator(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return [None if g is None else 1.001 * g for g in backward(*args)]
 
     if what == "forward":
-        monkeypatch.setattr(registry, "run_forward", run_forward)
+        monkeypatch.setattr(custom_ops, "run_forward", run_forward)
     else:
-        monkeypatch.setattr(registry, "run_backward", run_backward)
+        monkeypatch.setattr(custom_ops, "run_backward", run_backward)
 
 
 COMPILED: dict[str, Callable[[str], None]] = {
