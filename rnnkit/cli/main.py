@@ -1,7 +1,7 @@
 """The command line, `python -m rnnkit COMMAND`: what it can be asked, and what its exit codes mean.
 
 Each command is a module with `add_arguments(parser)` and `main(options) -> int`. Exit codes: 0 all right, 1 a check
-or a gate failed, 2 bad input, 3 no device, 130 stopped by Ctrl-C.
+failed, 2 bad input, 3 no device, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMMANDS: dict[str, ModuleType] = {
     "experiments": experiments,
     "gpu-check": gpu_check,
 }
-CODES = "exit codes: 0 all right, 1 a check or a gate failed, 2 bad input, 3 no device, 130 stopped by Ctrl-C"
+CODES = "exit codes: 0 all right, 1 a check failed, 2 bad input, 3 no device, 130 stopped by Ctrl-C"
 
 
 class OneLine(argparse.ArgumentParser):

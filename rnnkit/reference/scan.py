@@ -20,13 +20,13 @@ StepFunction = Callable[[Tensor, State, Weights], Step]
 StepVJP = Callable[[Tensor, Tensor | None, State, Step, Weights], Gradients]
 
 
-class Cuts(NamedTuple):
+class LengthsAndResets(NamedTuple):
     """Lengths [B], resets [T, B] bool, and the states [B, N], [B, H] that a reset puts in place; None where absent."""
 
     lengths: Tensor | None = None
     reset: Tensor | None = None
-    h_r: Tensor | None = None
-    c_r: Tensor | None = None
+    h_reset: Tensor | None = None
+    c_reset: Tensor | None = None
 
 
 def _stack(parts: list[Tensor], like: Tensor) -> Tensor:
@@ -34,7 +34,14 @@ def _stack(parts: list[Tensor], like: Tensor) -> Tensor:
 
 
 def forward(
-    step: StepFunction, gx: Tensor, start: State, w: Weights, cuts: Cuts, *, t0: int = 0, reverse: bool = False
+    step: StepFunction,
+    gx: Tensor,
+    start: State,
+    w: Weights,
+    masking: LengthsAndResets,
+    *,
+    t0: int = 0,
+    reverse: bool = False,
 ) -> tuple[Tensor, State, Tensor | None, Tensor | None]:
     """States after each step of the range [t0, t0 + n), and what its backward needs.
 
@@ -43,9 +50,9 @@ def forward(
     [n, B, S·H] or None.
     """
     n = gx.shape[0]
-    total = cuts.reset.shape[0] if cuts.reset is not None else t0 + n
-    valid = masks.valid_mask(cuts.lengths, total, gx.device)
-    resets = masks.reset_mask(cuts.reset, valid, reverse)
+    total = masking.reset.shape[0] if masking.reset is not None else t0 + n
+    valid = masks.valid_mask(masking.lengths, total, gx.device)
+    resets = masks.reset_mask(masking.reset, valid, reverse)
     inputs = gx.unbind(0)
     state = start
     ys: list[Tensor] = [start.h] * n
@@ -54,8 +61,8 @@ def forward(
     for k in reversed(range(n)) if reverse else range(n):
         t = t0 + k
         if resets is not None:
-            h = masks.replace(state.h, resets[t], cuts.h_r)
-            c = None if state.c is None else masks.replace(state.c, resets[t], cuts.c_r)
+            h = masks.replace(state.h, resets[t], masking.h_reset)
+            c = None if state.c is None else masks.replace(state.c, resets[t], masking.c_reset)
             state = State(h, c)
         # a row that does not live steps from zeros: NaN in its state must not reach a derivative of any order
         entering = state if valid is None else _masked(state, ~valid[t])
@@ -106,7 +113,7 @@ def backward(
     gates: Tensor | None,
     start: State,
     w: Weights,
-    cuts: Cuts,
+    masking: LengthsAndResets,
     *,
     reverse: bool = False,
 ) -> ScanGradients:
@@ -116,12 +123,12 @@ def backward(
     so NaN in padding or before a reset reaches no gradient.
     """
     steps = y.shape[0]
-    valid = masks.valid_mask(cuts.lengths, steps, y.device)
-    resets = masks.reset_mask(cuts.reset, valid, reverse)
-    h_before = masks.previous(y, start.h, cuts.lengths, resets, cuts.h_r, reverse)
+    valid = masks.valid_mask(masking.lengths, steps, y.device)
+    resets = masks.reset_mask(masking.reset, valid, reverse)
+    h_before = masks.previous(y, start.h, masking.lengths, resets, masking.h_reset, reverse)
     c_before = None
     if c_all is not None and start.c is not None:
-        c_before = masks.previous(c_all, start.c, cuts.lengths, resets, cuts.c_r, reverse)
+        c_before = masks.previous(c_all, start.c, masking.lengths, resets, masking.c_reset, reverse)
     guarded = valid is not None or resets is not None
 
     dh = torch.zeros_like(start.h) if gh_n is None else gh_n

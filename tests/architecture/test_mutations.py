@@ -47,7 +47,7 @@ def reset_checked(cell: str) -> list[str]:
     return checked(cell, how=by_reset, torch_how=in_two)
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, cell: str, step: Any = None, vjp: Any = None) -> None:
+def mutate(monkeypatch: pytest.MonkeyPatch, cell: str, step: Any = None, vjp: Any = None) -> None:
     right_step, right_vjp = STEPS[cell]
     monkeypatch.setitem(STEPS, cell, (step or right_step, vjp or right_vjp))
 
@@ -68,7 +68,7 @@ def test_two_gates_swapped(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return right(swapped(gx), s, w._replace(w_hh=swapped(w.w_hh.T).T))
 
-    plant(monkeypatch, cell, step=step)
+    mutate(monkeypatch, cell, step=step)
     found = checked(cell)
     assert any("output is off" in text for text in found) and any("grad of weight_hh" in text for text in found)
 
@@ -85,7 +85,7 @@ def test_a_factor_in_a_derivative(cell: str, part: str, factor: float, monkeypat
         value = getattr(g, part)
         return g if value is None else g._replace(**{part: factor * value})
 
-    plant(monkeypatch, cell, vjp=vjp)
+    mutate(monkeypatch, cell, vjp=vjp)
     found = checked(cell)
     if part == "dc" and cell != "lstm":
         assert found == []  # there is none
@@ -102,7 +102,7 @@ def test_a_small_error_in_each_dtype(dtype: torch.dtype, monkeypatch: pytest.Mon
         new = right(gx, s, w)
         return new._replace(h=new.h * (1 + 32 * torch.finfo(dtype).eps))
 
-    plant(monkeypatch, "lstm", step=step)
+    mutate(monkeypatch, "lstm", step=step)
     assert any("output is off" in text for text in checked("lstm", dtype))
 
 
@@ -215,7 +215,7 @@ def test_a_factor_against_the_oracle(kind: str, part: str, monkeypatch: pytest.M
         g = right(*args)
         return g._replace(**{part: 0.999 * getattr(g, part)})
 
-    plant(monkeypatch, cell, vjp=vjp)
+    mutate(monkeypatch, cell, vjp=vjp)
     with red("^d .*: off by"):
         check(Case(kind, **EVERYTHING), "reference", F64)
 
@@ -230,7 +230,7 @@ def test_a_gate_of_the_gru_with_reset_before(part: str, monkeypatch: pytest.Monk
         blocks["rzn".index(part)] = 0.999 * blocks["rzn".index(part)]
         return right(gx, s, w._replace(w_hh=torch.cat(blocks)))
 
-    plant(monkeypatch, "gru_reset_before", step=step)
+    mutate(monkeypatch, "gru_reset_before", step=step)
     with red("^y: off by"):
         check(Case("gru_reset_before"), "reference", F64)
 
@@ -415,7 +415,7 @@ def test_second_derivatives(cell: str, part: str, monkeypatch: pytest.MonkeyPatc
         value = getattr(g, part)
         return g._replace(**{part: 0.9 * value + 0.1 * value.detach()})
 
-    plant(monkeypatch, cell, vjp=vjp)
+    mutate(monkeypatch, cell, vjp=vjp)
     test_derivatives.test_first_derivatives(*problem)
     with pytest.raises(GradcheckError, match="Jacobian mismatch"):
         test_derivatives.test_second_derivatives_and_forward_mode(*problem)
@@ -473,7 +473,7 @@ def test_textbook_gate_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> N
 
         return right(turned(gx), s, w._replace(w_hh=turned(w.w_hh.T).T))
 
-    plant(monkeypatch, "gru_reset_before", step=step)
+    mutate(monkeypatch, "gru_reset_before", step=step)
     with use_backend("reference"), red("not close"):
         test_textbook.test_cell_reproduces_the_textbook(book)
     with use_backend("reference"), red("not close"):
