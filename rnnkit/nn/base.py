@@ -86,8 +86,14 @@ class Recurrent(nn.Module):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, given)
 
     def _raise_torch_error(self, error: Exception, *args: Any) -> None:
-        """Raise what torch raises for these arguments, or else `error`."""
-        self._torch_twin().forward(*args)
+        """Raise what torch raises for these arguments, with the words of `error` added to it, or else `error`."""
+        try:
+            self._torch_twin().forward(*args)
+        except Exception as theirs:
+            if torch.compiler.is_compiling() or str(theirs) == str(error):
+                raise
+            _add_words(theirs, error)
+            raise
         raise error
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -102,6 +108,15 @@ class Recurrent(nn.Module):
             stacklevel=2,
         )
         return as_torch(self)
+
+
+def _add_words(theirs: Exception, ours: Exception) -> None:
+    """Our sentence below torch's in what a traceback shows; torch's type and text stay."""
+    add_note = getattr(theirs, "add_note", None)
+    if add_note is not None:
+        add_note(f"rnnkit: {ours}")
+    else:  # Python 3.10
+        theirs.__cause__ = ours
 
 
 def as_torch(module: Recurrent) -> nn.Module:
