@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .backends import check_name
+from .bystanders import warn_of_libraries
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .nn.base import OURS, TORCH, Recurrent
 
@@ -61,6 +62,8 @@ def convert(module: ModuleType, *, backend: str = "auto", subclasses: bool = Fal
         child.__dict__.pop("_flat_weights", None)  # ours are read at every call
         if backend != "auto":
             child.backend = backend  # type: ignore[assignment]
+    if plan:
+        warn_of_libraries("rnnkit.convert(model)", patched=False)
     if left:
         warnings.warn(
             f"rnnkit.convert left these subclasses of torch's layers alone: {', '.join(left)}; "
@@ -201,6 +204,7 @@ class patch_torch:
             for name, cls in RNNKIT.items():
                 setattr(place, name, cls)
         dynamo.allow_rnn = True
+        warn_of_libraries("rnnkit.patch_torch()", patched=True)
 
     def __enter__(self) -> patch_torch:
         return self
