@@ -180,9 +180,9 @@ def test_a_single_step_has_a_graph_of_its_own() -> None:
 @pytest.mark.parametrize("train", [False, True], ids=["no_grad", "train"])
 @pytest.mark.parametrize("order", [(4, 6, 9, 1), (1, 4, 6, 9), (4, 1, 6, 9)], ids=str)
 def test_graphs_of_four_lengths_with_a_single_step_among_them(order: tuple[int, ...], train: bool) -> None:
-    """What torch.compile makes of a size is settled at the graph's inputs, before a layer sees them: the first size is
-    a constant, the second makes it a symbol of 2 or more, and 1 is a constant of its own. So by itself three graphs, but
-    two where the size is marked or 1 came first; by torch's setting for backed sizes 1 is like any other."""
+    """torch.compile settles at the graph's inputs what a size is, before a layer sees them: the first is a constant,
+    the second makes it a symbol of 2 or more, and 1 is a constant of its own. So by itself three graphs, but two where
+    the size is marked or 1 came first; by torch's setting for backed sizes 1 is like any other."""
     module = rnnkit.GRU(I, H)
 
     def run(x: Tensor, lengths: Tensor) -> Any:
