@@ -1,0 +1,96 @@
+"""How the site is built: Markdown by MyST, the API reference from docstrings by autodoc and napoleon; `make docs`.
+
+The source folder is the whole tree, held to its documents by `include_patterns`. So a link between README.md, DESIGN.md
+and docs/ is the same on a forge and in the site.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import rnnkit  # noqa: E402
+import rnnkit.__main__  # noqa: E402
+
+project = "rnnkit"
+author = "the authors of rnnkit"
+version = release = rnnkit.__version__
+html_title = f"rnnkit {version}"
+html_theme = "furo"
+html_copy_source = False
+html_extra_path = ["index.html"]
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+root_doc = "docs/index"
+include_patterns = ["README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**"]
+exclude_patterns = [".*", "build", "dist", "docs/assets", "**/_C*"]
+nitpicky = False
+myst_heading_anchors = 4
+default_role = "code"  # docstrings write `name`, as Markdown does
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # shapes and meanings stand in the docstrings, types in the signatures
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Inputs", "Outputs", "Errors", "Source"]
+SECTIONS = "Args|Inputs|Outputs|Output|Returns|Raises|Errors|Source"
+
+
+def open_sections(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Give a section that begins in the middle of a line, "Errors: those of torch.nn", a line for its title.
+
+    Napoleon knows a section by its title alone on a line; a short one is easier to read in the source without.
+    """
+    opened: list[str] = []
+    inside = False
+    for line in lines:
+        found = re.match(rf"({SECTIONS}): +(\S.*)", line)
+        if found:
+            opened += ["", f"{found[1]}:", f"    {found[2]}"]
+            inside = True
+        elif inside and line.strip():
+            opened.append(f"    {line}")
+        else:
+            inside = False
+            opened.append(line)
+    lines[:] = opened
+
+
+class CommandHelp(SphinxDirective):
+    """`command-help` with a command's name: what `python -m rnnkit NAME --help` prints."""
+
+    optional_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """A block of text as it is."""
+        parser = rnnkit.__main__.parser()
+        if self.arguments:
+            parser = parser._subparsers._group_actions[0].choices[self.arguments[0]]  # type: ignore[union-attr,index]
+        text = parser.format_help()
+        return [nodes.literal_block(text, text, language="text")]
+
+
+def copy_assets(app: Sphinx, exception: Exception | None) -> None:
+    """Pictures that README shows by HTML, for light and dark pages; Sphinx copies only those it knows of."""
+    if exception is None and (ROOT / "docs/assets").is_dir():
+        shutil.copytree(ROOT / "docs/assets", Path(app.outdir) / "docs/assets", dirs_exist_ok=True)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register what is above; 400 is before napoleon's 500."""
+    app.connect("autodoc-process-docstring", open_sections, priority=400)
+    app.connect("build-finished", copy_assets)
+    app.add_directive("command-help", CommandHelp)
+    return {"parallel_read_safe": True}
