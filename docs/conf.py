@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -29,18 +30,23 @@ html_title = f"rnnkit {version}"
 html_theme = "furo"
 html_copy_source = False
 html_extra_path = ["index.html"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
 root_doc = "docs/index"
 include_patterns = ["README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**"]
 exclude_patterns = [".*", "build", "dist", "docs/assets", "**/_C*"]
-nitpicky = False
 myst_heading_anchors = 4
 default_role = "code"  # docstrings write `name`, as Markdown does
+smartquotes_action = "D"  # dashes alone: h' is h'
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # shapes and meanings stand in the docstrings, types in the signatures
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 100
+autodoc_default_options = {"exclude-members": "extra_repr"}
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -51,17 +57,20 @@ SECTIONS = "Args|Inputs|Outputs|Output|Returns|Raises|Errors|Source"
 def open_sections(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Give a section that begins in the middle of a line, "Errors: those of torch.nn", a line for its title.
 
-    Napoleon knows a section by its title alone on a line; a short one is easier to read in the source without.
+    Napoleon knows a section by its title alone on a line; a short one is easier to read in the source without. An
+    initial ("R. Jozefowicz") is escaped, or it would begin a list. What Python says of a field by itself is left out.
     """
+    if len(lines) == 1 or (len(lines) == 2 and not lines[1]):
+        lines[:] = [line for line in lines if not line.startswith("Alias for field number")]
     opened: list[str] = []
     inside = False
     for line in lines:
         found = re.match(rf"({SECTIONS}): +(\S.*)", line)
         if found:
-            opened += ["", f"{found[1]}:", f"    {found[2]}"]
+            opened += ["", f"{found[1]}:", "    " + re.sub(r"^([A-Z])\. ", r"\1\\. ", found[2])]
             inside = True
         elif inside and line.strip():
-            opened.append(f"    {line}")
+            opened.append(f"    {line.strip()}")
         else:
             inside = False
             opened.append(line)
@@ -82,6 +91,18 @@ class CommandHelp(SphinxDirective):
         return [nodes.literal_block(text, text, language="text")]
 
 
+def formula(self: Any, node: nodes.math) -> None:
+    """MathML, which browsers show without a script from elsewhere."""
+    self.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def formula_block(self: Any, node: nodes.math_block) -> None:
+    """The same on lines of its own."""
+    self.body.append(tex2mathml(node.astext(), as_block=True))
+    raise nodes.SkipNode
+
+
 def copy_assets(app: Sphinx, exception: Exception | None) -> None:
     """Pictures that README shows by HTML, for light and dark pages; Sphinx copies only those it knows of."""
     if exception is None and (ROOT / "docs/assets").is_dir():
@@ -92,5 +113,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Register what is above; 400 is before napoleon's 500."""
     app.connect("autodoc-process-docstring", open_sections, priority=400)
     app.connect("build-finished", copy_assets)
+    app.add_html_math_renderer("mathml", (formula, None), (formula_block, None))
     app.add_directive("command-help", CommandHelp)
     return {"parallel_read_safe": True}

@@ -49,7 +49,11 @@ _thread = _Thread()
 class use_backend:
     """Context manager: every layer run in this block and thread uses this backend, whatever it was made with.
 
-    name: a backend's name or "auto". Raises ValueError for an unknown one.
+    Args:
+        name: a backend's name, or `auto`.
+
+    Raises:
+        ValueError: an unknown name.
     """
 
     def __init__(self, name: str) -> None:
