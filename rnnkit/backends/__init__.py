@@ -49,11 +49,7 @@ _thread = _Thread()
 class use_backend:
     """Context manager: every layer run in this block and thread uses this backend, whatever it was made with.
 
-    Args:
-        name: a backend's name, or `auto`.
-
-    Raises:
-        ValueError: an unknown name.
+    name: a backend's name or "auto". Raises ValueError for an unknown one.
     """
 
     def __init__(self, name: str) -> None:
