@@ -24,11 +24,11 @@ import rnnkit  # noqa: E402
 import rnnkit.__main__  # noqa: E402
 
 project = "rnnkit"
-author = "the authors of rnnkit"
 version = release = rnnkit.__version__
 html_title = f"rnnkit {version}"
 html_theme = "furo"
 html_copy_source = False
+html_show_copyright = False
 html_extra_path = ["index.html"]
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
