@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import rnnkit  # noqa: E402
-import rnnkit.__main__  # noqa: E402
+from rnnkit.cli.main import parser  # noqa: E402
 
 project = "rnnkit"
 version = release = rnnkit.__version__
@@ -84,10 +84,10 @@ class CommandHelp(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """A block of text as it is."""
-        parser = rnnkit.__main__.parser()
+        command: Any = parser()
         if self.arguments:
-            parser = parser._subparsers._group_actions[0].choices[self.arguments[0]]  # type: ignore[union-attr,index]
-        text = parser.format_help()
+            command = command._subparsers._group_actions[0].choices[self.arguments[0]]
+        text = command.format_help()
         return [nodes.literal_block(text, text, language="text")]
 
 
