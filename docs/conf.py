@@ -54,27 +54,35 @@ napoleon_custom_sections = ["Inputs", "Outputs", "Errors", "Source"]
 SECTIONS = "Args|Inputs|Outputs|Output|Returns|Raises|Errors|Source"
 
 
-def open_sections(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Give a section that begins in the middle of a line, "Errors: those of torch.nn", a line for its title.
+def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Make of a docstring as it is read in the source one that napoleon and reST read likewise.
 
-    Napoleon knows a section by its title alone on a line; a short one is easier to read in the source without. An
-    initial ("R. Jozefowicz") is escaped, or it would begin a list. What Python says of a field by itself is left out.
+    - A section may begin in the middle of a line, "Errors: those of torch.nn"; napoleon wants its title alone.
+    - An initial that begins one ("R. Jozefowicz") is escaped, or it would be the first item of a list.
+    - An indented block is shown as it is, as in Markdown.
+    - What Python says of a tuple's field by itself is left out.
     """
-    if len(lines) == 1 or (len(lines) == 2 and not lines[1]):
-        lines[:] = [line for line in lines if not line.startswith("Alias for field number")]
-    opened: list[str] = []
-    inside = False
+    made: list[str] = []
+    section = False  # the last line that was not indented is a title, or a directive
+    opened = literal = False
     for line in lines:
-        found = re.match(rf"({SECTIONS}): +(\S.*)", line)
-        if found:
-            opened += ["", f"{found[1]}:", "    " + re.sub(r"^([A-Z])\. ", r"\1\\. ", found[2])]
-            inside = True
-        elif inside and line.strip():
-            opened.append(f"    {line.strip()}")
-        else:
-            inside = False
-            opened.append(line)
-    lines[:] = opened
+        title = re.match(rf"({SECTIONS}):(?: +(\S.*))?$", line)
+        indented = line.startswith("    ")
+        if title and title[2]:
+            made += ["", f"{title[1]}:", "    " + re.sub(r"^([A-Z])\. ", r"\1\\. ", title[2])]
+            section = opened = True
+            continue
+        if opened and line.strip():
+            made.append(f"    {line.strip()}")
+            continue
+        opened = False
+        if line.strip() and not indented:
+            section, literal = bool(title) or line.startswith(".."), False
+        elif indented and not section and not literal and made and not made[-1].strip():
+            made += ["::", ""]
+            literal = True
+        made.append("" if line.startswith("Alias for field number") else line)
+    lines[:] = made
 
 
 class CommandHelp(SphinxDirective):
@@ -111,7 +119,7 @@ def copy_assets(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register what is above; 400 is before napoleon's 500."""
-    app.connect("autodoc-process-docstring", open_sections, priority=400)
+    app.connect("autodoc-process-docstring", to_rst, priority=400)
     app.connect("build-finished", copy_assets)
     app.add_html_math_renderer("mathml", (formula, None), (formula_block, None))
     app.add_directive("command-help", CommandHelp)
