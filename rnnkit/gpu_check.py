@@ -23,14 +23,14 @@ from pathlib import Path
 
 import torch
 
-from . import info
 from .backends import BACKENDS, NAMES, cuda, cuda_table, extension, gpu, triton
 from .benchmarks import crew, devices, machine, parity, probes, problems, rows, run, sanitizer, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
+from .cli import info
+from .cli.progress import Progress
 from .demo import check_out
 from .demo.text import InputError
 from .kernels import table
-from .progress import Progress
 
 DEVICE = "cuda"
 LIMIT, QUICK = 540.0, 100.0  # seconds, all in all

@@ -21,11 +21,11 @@ import setuptools
 import torch
 from torch.utils import cpp_extension
 
-from rnnkit import info
 from rnnkit.backends import cuda_table, extension
 from rnnkit.benchmarks import cuda_table as compiled
 from rnnkit.benchmarks.compiled import Usage
 from rnnkit.benchmarks.cuda_table import SIDES
+from rnnkit.cli import info
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
