@@ -11,8 +11,9 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
-from . import demo, experiments, gpu_check, info
-from .benchmarks import run as bench
+from . import demo, experiments, info
+from .benchmarks.gpu_check import main as gpu_check
+from .benchmarks.speed import run as bench
 
 COMMANDS: dict[str, ModuleType] = {
     "info": info,

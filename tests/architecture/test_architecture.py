@@ -85,7 +85,6 @@ def test_the_plan_names_what_there_is() -> None:
         "rnnkit.experiments",
         "rnnkit.benchmarks",
         "rnnkit.info",
-        "rnnkit.gpu_check",
         "rnnkit.progress",
     }
 

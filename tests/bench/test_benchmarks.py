@@ -29,9 +29,9 @@ from torch import nn
 import rnnkit
 from rnnkit.__main__ import main
 from rnnkit.backends import BY_NAME
-from rnnkit.benchmarks import cases, machine, rows, run, sides, timing
-from rnnkit.benchmarks.cases import Case, Job, select
-from rnnkit.benchmarks.gate import Gate
+from rnnkit.benchmarks.speed import bench_cases, implementations, roofline, rows, run, timing
+from rnnkit.benchmarks.speed.accuracy import Gate
+from rnnkit.benchmarks.speed.bench_cases import Case, Job, select
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = "grid/7x33x19x45"
@@ -57,7 +57,7 @@ class Made:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command, on the made-up machine, writing to `tmp_path`; every side for a moment."""
-    monkeypatch.setattr(machine, "Machine", Made)
+    monkeypatch.setattr(roofline, "Machine", Made)
 
     def call(*options: str) -> int:
         return main(["bench", "--out", str(tmp_path), "--seconds", "0.001", *options])
@@ -80,7 +80,7 @@ def row(**facts: Any) -> rows.Row:
 
 
 def test_the_grid_is_the_one_that_releases_are_judged_by() -> None:
-    grid = [case.name for case in cases.TABLE if case.group == "grid"]
+    grid = [case.name for case in bench_cases.TABLE if case.group == "grid"]
     judged = (
         "1x1x64x64 1x128x64x64 1x128x256x256 1x128x512x512 1x1024x40x128 4x100x128x128 8x64x256x256 16x128x128x128 "
         "32x100x256x256 64x50x512x512 16x64x768x768 128x64x64x256 256x32x32x512 64x24x8x16 512x10x4x32 7x33x19x45 "
@@ -88,7 +88,7 @@ def test_the_grid_is_the_one_that_releases_are_judged_by() -> None:
     )
     assert grid == judged.split()
     for device in ("cpu", "cuda"):
-        here = [(case.group, case.name) for case in cases.TABLE if device in case.devices]
+        here = [(case.group, case.name) for case in bench_cases.TABLE if device in case.devices]
         assert len(set(here)) == len(here)
 
 
@@ -185,7 +185,7 @@ def test_every_row_is_held_against_the_best_look_at_the_machine(bench: Any, tmp_
     monkeypatch.setattr(Made, "measure", lambda self, _: setattr(self, "peak", self.peak * 2))
     assert bench("--case", SHAPE, "--cell", "gru", "--backend", "reference") == 0
     found = rows.read(tmp_path / "rows.csv")
-    assert {r.peak_gflops for r in found} == {800.0} and {r.mode for r in found} == set(cases.MODES)
+    assert {r.peak_gflops for r in found} == {800.0} and {r.mode for r in found} == set(bench_cases.MODES)
     assert all(r.share == pytest.approx(r.limit_ms / r.ms, rel=2e-3) for r in found)
 
 
@@ -222,19 +222,19 @@ def test_a_module_that_fails_costs_its_own_rows(
     job = ["--case", SHAPE, "--mode", "inference", "--backend", "reference", "--module", "failing:Own"]
     assert bench(*job) == 1
     assert f"LSTM inference: failing:Own FAILED, it raised {said}" in capsys.readouterr().out
-    assert {r.cell for r in rows.read(tmp_path / "rows.csv")} == set(cases.CELLS)
+    assert {r.cell for r in rows.read(tmp_path / "rows.csv")} == set(bench_cases.CELLS)
     assert "failing:Own FAILED" in (tmp_path / "report.md").read_text()
 
 
 def test_what_ends_the_run_leaves_a_report(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = sides.setup
+    setup = implementations.setup
 
-    def broken(job: Job, *rest: Any) -> sides.Setup:
+    def broken(job: Job, *rest: Any) -> implementations.Setup:
         if job.cell == "GRU":
             raise RuntimeError("nobody thought of it")
         return setup(job, *rest)
 
-    monkeypatch.setattr(sides, "setup", broken)
+    monkeypatch.setattr(implementations, "setup", broken)
     with pytest.raises(RuntimeError, match="nobody thought"):
         bench("--case", SHAPE, "--mode", "inference", "--backend", "reference")
     text = (tmp_path / "report.md").read_text()
@@ -245,7 +245,7 @@ def test_without_matplotlib(
     bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "rnnkit.benchmarks.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "rnnkit.benchmarks.speed.plots", raising=False)
     assert bench("--case", SHAPE, "--cell", "rnn", "--mode", "inference", "--backend", "auto") == 0
     assert "pip install rnnkit[plots]" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.md", "rows.csv"]
@@ -347,15 +347,15 @@ def test_ctrl_c_from_outside(tmp_path: Path) -> None:
 # The gate and the peers.
 
 
-@pytest.mark.parametrize("cell", cases.CELLS)
+@pytest.mark.parametrize("cell", bench_cases.CELLS)
 @pytest.mark.parametrize("train", [False, True])
 def test_torchs_two_ways_with_resets_agree(cell: str, train: bool) -> None:
     job = Job(Case("resets", 5, 13, 3, 4, resets=0.3), cell, "training" if train else "inference")
-    made = sides.setup(job, "cpu", 1, ("reference",), False, None)
+    made = implementations.setup(job, "cpu", 1, ("reference",), False, None)
     split, loop = made.peers
     x = made.x.double()
     truth, other = split.double().numbers(x, train), loop.double().numbers(x, train)
-    plain = sides.Side("plain", split.double().module, sides._plain).numbers(x, train)
+    plain = implementations.Side("plain", split.double().module, implementations._plain).numbers(x, train)
     assert len(truth) == len(other) == (3 if cell == "LSTM" else 2) + (5 if train else 0)
     for a, b in zip(truth, other):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
@@ -363,10 +363,10 @@ def test_torchs_two_ways_with_resets_agree(cell: str, train: bool) -> None:
     assert Gate(job, made).excess(made.ours[0]) <= 1
 
 
-@pytest.mark.parametrize("cell", cases.CELLS)
+@pytest.mark.parametrize("cell", bench_cases.CELLS)
 def test_packing_is_the_truth_for_lengths(cell: str) -> None:
     job = Job(Case("lengths", 6, 9, 3, 4), cell, "training")
-    made = sides.setup(job, "cpu", 1, ("reference",), False, None)
+    made = implementations.setup(job, "cpu", 1, ("reference",), False, None)
     gate = Gate(job, made)
     assert gate.excess(made.ours[0]) <= 1
     assert gate.excess(made.without["reference"]) > 1, "the same without lengths is another problem"
@@ -397,8 +397,10 @@ def test_the_threads_of_another_pool_come_to_rest_before_a_reading(
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="pip install rnnkit[onnx]")
 def test_onnxruntimes_threads_stop_with_its_call() -> None:
-    made = sides.setup(Job(Case("grid", 2, 3, 4, 5), "GRU", "inference"), "cpu", 2, ("reference",), False, None)
-    (ort,) = [peer for peer in made.peers if peer.name == sides.ORT]
+    made = implementations.setup(
+        Job(Case("grid", 2, 3, 4, 5), "GRU", "inference"), "cpu", 2, ("reference",), False, None
+    )
+    (ort,) = [peer for peer in made.peers if peer.name == implementations.ORT]
     assert ort.module.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
 
 
@@ -413,17 +415,17 @@ def test_memory_is_exact() -> None:
 
 
 def test_the_limit_of_a_row() -> None:
-    inference, training = (Job(Case("grid", 2, 10, 32, 64), "GRU", mode) for mode in cases.MODES)
+    inference, training = (Job(Case("grid", 2, 10, 32, 64), "GRU", mode) for mode in bench_cases.MODES)
     project, step, reading = 2 * 10 * 2 * 3 * 64 * 32 / 1e11, 2 * 2 * 3 * 64 * 64 / 1e11, 4 * 3 * 64 * 64 / 5e10
     assert reading > step
     forward = project + 10 * (reading + 2 * 64 * 3 * 2e-10) + 5e-6
     backward = 2 * project + 10 * (reading + step) + 3e-5
     made: Any = Made()
-    assert machine.limit(made, inference, "cpu", 1) == pytest.approx(forward)
-    assert machine.limit(made, training, "cpu", 1) == pytest.approx(forward + backward)
-    assert machine.limit(made, inference, "cpu", 2) == pytest.approx((forward - 5e-6) / 2 + 5e-6)
+    assert roofline.limit(made, inference, "cpu", 1) == pytest.approx(forward)
+    assert roofline.limit(made, training, "cpu", 1) == pytest.approx(forward + backward)
+    assert roofline.limit(made, inference, "cpu", 2) == pytest.approx((forward - 5e-6) / 2 + 5e-6)
     scan = Job(Case("scan", 2, 10, 1, 64), "GRU", "inference")
-    assert machine.limit(made, scan, "cpu", 1) == pytest.approx(10 * reading)
+    assert roofline.limit(made, scan, "cpu", 1) == pytest.approx(10 * reading)
     ragged = Job(Case("lengths", 2, 9, 32, 64), "GRU", "inference")
     assert ragged.flops == 2 * 5 * 2 * 3 * 64 * (32 + 64), "of 9 steps 5 on average"
     deep = Job(Case("grid", 16, 100, 128, 128, layers=2, directions=2), "RNN", "inference")

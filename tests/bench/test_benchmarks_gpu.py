@@ -14,7 +14,7 @@ from fake_cuda import CALLS, GENERATOR, pretend
 from test_benchmarks import SHAPE
 
 from rnnkit.__main__ import main
-from rnnkit.benchmarks import rows, sides, timing
+from rnnkit.benchmarks.speed import implementations, rows, timing
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_capture_that_fails_leaves_the_stream_and_the_generator_as_they_were(c
     assert torch.cuda.current_stream() is before and not GENERATOR.capturing
 
 
-@pytest.mark.parametrize(("group", "waits"), [("resets", sides.SPLIT), ("lengths", sides.PACKED)])
+@pytest.mark.parametrize(("group", "waits"), [("resets", implementations.SPLIT), ("lengths", implementations.PACKED)])
 def test_what_waits_for_the_device_is_not_captured(
     group: str, waits: str, cuda: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,8 +17,9 @@ from test_benchmarks import ROOT, row
 
 import rnnkit
 from rnnkit.backends import BY_NAME, measured
-from rnnkit.benchmarks import choose, machine, report, rows, targets, timing
-from rnnkit.benchmarks.cases import TABLE, BadInput, Case
+from rnnkit.benchmarks.dispatch import fit_dispatch
+from rnnkit.benchmarks.speed import machine, report, rows, targets, timing
+from rnnkit.benchmarks.speed.bench_cases import TABLE, BadInput, Case
 
 RECORDED = pytest.mark.skipif(not rows.RESULTS.is_dir(), reason="not a clone: an sdist carries no results")
 
@@ -217,13 +218,15 @@ def test_choose_takes_plain_layers_and_averages_processors() -> None:
     others = [facts("auto", 9), facts("cpu", 9, layers=2), facts("cpu", 9, group="step")]
     one = [facts("cpu", 1.0), facts("torch", 2.0), facts("reference", 3.0), *others]
     two = [facts("cpu", 4.0), facts("torch", 8.0), facts("cpu", 5.0, mode="inference", cell="RNN")]
-    assert choose.table({"b": two, "a": one}) == [
+    assert fit_dispatch.table({"b": two, "a": one}) == [
         ["cpu", "gru", "1", "1", "1", "64", "64", "a+b", "", "", "2", "4", ""],
         ["cpu", "rnn_tanh", "0", "1", "1", "64", "64", "b", "", "", "5", "", ""],
     ]
-    assert choose.table({"a": others}) == []
+    assert fit_dispatch.table({"a": others}) == []
     again = [facts("cpu", 4.0, threads=2), facts("torch", 2.0, threads=2)]  # as often one thread as two
-    assert choose.table({"a": one + again}) == [["cpu", "gru", "1", "1", "1", "64", "64", "a", "", "", "2", "2", ""]]
+    assert fit_dispatch.table({"a": one + again}) == [
+        ["cpu", "gru", "1", "1", "1", "64", "64", "a", "", "", "2", "2", ""]
+    ]
 
 
 @RECORDED
@@ -231,9 +234,13 @@ def test_what_is_recorded_is_what_the_readme_and_auto_say() -> None:
     """Both are written by a script, from benchmarks/results/ alone."""
     files = {path.stem: rows.read(path) for path in rows.recorded(rows.RESULTS)}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.put(readme, report.summary(files)) == readme, "python -m rnnkit.benchmarks.report --readme README.md"
+    assert report.put(readme, report.summary(files)) == readme, (
+        "python -m rnnkit.benchmarks.speed.report --readme README.md"
+    )
     head, *lines = [line.split(",") for line in measured.FILE.read_text(encoding="utf-8").splitlines()]
-    assert [head, *lines] == [[*measured.FACTS, *BY_NAME], *choose.table(files)], "python -m rnnkit.benchmarks.choose"
+    assert [head, *lines] == [[*measured.FACTS, *BY_NAME], *fit_dispatch.table(files)], (
+        "python -m rnnkit.benchmarks.dispatch.fit_dispatch"
+    )
 
 
 @pytest.mark.parametrize("shapes", [1, 3, 17])
@@ -241,7 +248,7 @@ def test_the_words_of_the_picture_of_ratios_fit_in(shapes: int) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from rnnkit.benchmarks import plots
+    from rnnkit.benchmarks.speed import plots
 
     for modes in (("training",), ("inference", "training")):
         figure = plots.ratios([r for mode in modes for r in whole("grid", mode=mode)[-shapes:]])
@@ -257,7 +264,7 @@ def test_the_words_of_the_picture_of_ratios_fit_in(shapes: int) -> None:
 
 def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from rnnkit.benchmarks import plots
+    from rnnkit.benchmarks.speed import plots
 
     sweep = [row(group="sweep", T=t, B=16, H=128, I=128, ms=t / 10, against_ms=t / 5) for t in (1, 8, 64)]
     drawn = plots.draw(tmp_path, [row(), row(case="2x2x2x2", threads=2), *sweep])

@@ -13,8 +13,9 @@ import pytest
 import torch
 from fake_cuda import Fused, Restless, put
 
-from rnnkit.benchmarks import calls, devices, parity, problems, timing
-from rnnkit.benchmarks.problems import BF16, Problem, Variant
+from rnnkit.benchmarks.gpu_check import bitwise_checks, multi_gpu, parity, parity_cases
+from rnnkit.benchmarks.gpu_check.parity_cases import BF16, Problem, Variant
+from rnnkit.benchmarks.speed import timing
 
 CALLED = Problem("rnn_tanh", Variant((4, 20, 2, 5), lengths=True, resets=True), BF16, calls=True, fused=True)
 
@@ -22,21 +23,21 @@ CALLED = Problem("rnn_tanh", Variant((4, 20, 2, 5), lengths=True, resets=True), 
 def test_a_launch_on_a_stream_that_is_not_current(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads what was there before, and so gives what came before."""
     put(monkeypatch, Fused())
-    monkeypatch.setattr(calls, "CHECKS", {"on another stream": calls.on_another_stream})
+    monkeypatch.setattr(bitwise_checks, "CHECKS", {"on another stream": bitwise_checks.on_another_stream})
     findings = parity.Findings()
-    given = problems.draw(CALLED, 0)
+    given = parity_cases.draw(CALLED, 0)
 
     def early(work: Callable[[], Any], device: torch.device) -> Any:
         """The launches come before the copy that the stream was given first."""
         with monkeypatch.context() as patch:
-            patch.setattr(calls.Call, "put", lambda self, leaves: None)
+            patch.setattr(bitwise_checks.Call, "put", lambda self, leaves: None)
             return work()
 
-    monkeypatch.setattr(calls, "aside", early)
+    monkeypatch.setattr(bitwise_checks, "aside", early)
     parity.examine(findings, "cpu", [CALLED], ("triton",))
     assert any("on another stream: y has other bits than in a plain call" in line for line in findings.wrong)
-    monkeypatch.setattr(calls, "aside", timing.aside)
-    assert not list(calls.complaints("triton", CALLED, given, "cpu"))
+    monkeypatch.setattr(bitwise_checks, "aside", timing.aside)
+    assert not list(bitwise_checks.complaints("triton", CALLED, given, "cpu"))
 
 
 def test_aside_is_on_a_busy_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +79,11 @@ def two(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(parity, "examine", examine)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(devices, "MISSING", {"triton": lambda k: None, "cuda": lambda k: "too old" if k else None})
+    monkeypatch.setattr(multi_gpu, "MISSING", {"triton": lambda k: None, "cuda": lambda k: "too old" if k else None})
     monkeypatch.setattr(
-        devices, "Call", lambda name, problem, given, device, dtype: calls.Call(name, problem, given, "cpu", dtype)
+        multi_gpu,
+        "Call",
+        lambda name, problem, given, device, dtype: bitwise_checks.Call(name, problem, given, "cpu", dtype),
     )
     return met
 
@@ -88,8 +91,8 @@ def two(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_two_devices_in_one_process(two: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, Fused())
     findings = parity.Findings()
-    line, other = devices.examine(findings, ("triton", "cuda", "reference"))
-    assert two == ["cuda:1"] and findings.wrong == [] and findings.ran["triton", "bfloat16"] == len(devices.EVERY)
+    line, other = multi_gpu.examine(findings, ("triton", "cuda", "reference"))
+    assert two == ["cuda:1"] and findings.wrong == [] and findings.ran["triton", "bfloat16"] == len(multi_gpu.EVERY)
     assert line == "devices    4 problems on each further GPU while cuda:0 is current, and in turn: 0 findings"
     assert other == "devices    not examined: cuda on GPUs in turn, it runs on 1 of 2"
 
@@ -97,7 +100,7 @@ def test_two_devices_in_one_process(two: list[str], monkeypatch: pytest.MonkeyPa
 def test_a_backend_that_mixes_devices_up(two: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, Restless("after"))
     findings = parity.Findings()
-    (line,) = devices.examine(findings, ("triton",))
+    (line,) = multi_gpu.examine(findings, ("triton",))
     assert any("y has other bits on cuda:1, GPUs in turn, in lstm in bfloat16" in line for line in findings.wrong)
     assert any("y has other bits on another stream of cuda:0" in line for line in findings.wrong)
     assert line.endswith(f": {len(findings.wrong)} findings") and ("triton", "gru", "bfloat16") in findings.culprits
@@ -106,22 +109,22 @@ def test_a_backend_that_mixes_devices_up(two: list[str], monkeypatch: pytest.Mon
     current = itertools.count()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: next(current))
     findings = parity.Findings()
-    devices.examine(findings, ("triton",))
+    multi_gpu.examine(findings, ("triton",))
     assert findings.wrong and all("current, found" in line for line in findings.wrong)
 
     def refuse(*_: Any) -> Any:
         raise RuntimeError("invalid resource handle\nand more")
 
-    monkeypatch.setattr(devices, "Call", refuse)
+    monkeypatch.setattr(multi_gpu, "Call", refuse)
     findings = parity.Findings()
-    devices.examine(findings, ("triton",))
+    multi_gpu.examine(findings, ("triton",))
     assert findings.wrong[0].startswith("triton: raised RuntimeError: invalid resource handle, on 2 GPUs in turn, in ")
 
 
 def test_one_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     findings = parity.Findings()
-    assert devices.examine(findings, ("triton",)) == [
+    assert multi_gpu.examine(findings, ("triton",)) == [
         "devices    not examined: several GPUs in one process, since torch sees 1 here"
     ]
     assert findings == parity.Findings()

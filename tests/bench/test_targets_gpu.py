@@ -12,10 +12,12 @@ import torch
 from fake_cuda import Fused, pretend, put
 from test_benchmarks import row
 
-from rnnkit import gpu_check
 from rnnkit.__main__ import main
-from rnnkit.benchmarks import choose, parity, rows, targets
-from rnnkit.benchmarks.cases import Case
+from rnnkit.benchmarks.dispatch import fit_dispatch
+from rnnkit.benchmarks.gpu_check import main as gpu_check
+from rnnkit.benchmarks.gpu_check import parity
+from rnnkit.benchmarks.speed import rows, targets
+from rnnkit.benchmarks.speed.bench_cases import Case
 
 
 def of(who: str, **facts: Any) -> rows.Row:
@@ -127,7 +129,7 @@ def test_nowhere_below_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left == [] and [(r.B, r.dtype) for r in taken] == [(32, "bfloat16")]
     assert verdicts(*good, *shape(32, 0.98, 0.98))[group].met, "that much is noise"
     assert verdicts(*good)[group].mark == "- (2 of 4 shapes)"
-    assert choose.orders([])(good[0]) == "torch", "nothing recorded: plain layers are torch's"
+    assert fit_dispatch.orders([])(good[0]) == "torch", "nothing recorded: plain layers are torch's"
 
     lines = gpu_check.judged([*good, *shape(32, 2.0, 0.4)], parity.Findings())
     assert (
@@ -165,7 +167,7 @@ def test_the_memory_of_a_backward_that_recomputes(tmp_path: Path, monkeypatch: p
 
     put(monkeypatch, Fused(options=look))
     case = Case("field", 3, 4, 5, 6)
-    monkeypatch.setattr("rnnkit.benchmarks.cases.TABLE", (case, Case("grid", 3, 4, 5, 6)))
+    monkeypatch.setattr("rnnkit.benchmarks.speed.bench_cases.TABLE", (case, Case("grid", 3, 4, 5, 6)))
     bench = ["bench", "--device", "cuda", "--seconds", "0.001", "--cell", "gru", "--backend", "triton,reference"]
     assert main([*bench, "--out", str(tmp_path)]) == 0
     found = {(r.implementation, r.group, r.mode): r for r in rows.read(tmp_path / "rows.csv")}

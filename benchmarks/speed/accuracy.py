@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from .cases import Job
-from .sides import Setup, Side
+from .bench_cases import Job
+from .implementations import Setup, Side
 
 BAND_ULPS = 4
 """The band, in units in the last place of the tensor's largest value: one rounding of the result, one of what it

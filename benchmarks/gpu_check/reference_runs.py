@@ -1,4 +1,4 @@
-"""The ways to run a problem of problems.py: rnnkit by a backend, torch.nn, the reference step by step.
+"""The ways to run a problem of parity_cases.py: rnnkit by a backend, torch.nn, the reference step by step.
 
 What torch.nn does not know by itself it is helped to: every piece between two resets becomes a row of its own. Where
 it has no such problem (a GRU that resets before the product, all cell states), the reference serves, called step by
@@ -24,7 +24,7 @@ from rnnkit.backends.products import bias_inside, project
 from rnnkit.cells import CELLS
 from rnnkit.reference import STEPS, State, Weights
 
-from .problems import KINDS, Given, Problem, Values, build
+from .parity_cases import KINDS, Given, Problem, Values, build
 
 # Each takes leaves and weights and gives y [T, B, D·N], h_n, c_n [L·D, B, ·], and all states.
 

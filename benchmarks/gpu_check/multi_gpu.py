@@ -14,12 +14,12 @@ import torch
 
 from rnnkit.backends import cuda, triton
 
+from ..speed.implementations import first_line
+from ..speed.targets import FUSED
 from . import parity
-from .calls import CHECKS, Call, differing
+from .bitwise_checks import CHECKS, Call, differing
 from .parity import Findings, asked
-from .problems import BF16, CALLS, Problem, draw
-from .sides import first_line
-from .targets import FUSED
+from .parity_cases import BF16, CALLS, Problem, draw
 
 EVERY = [
     Problem(kind, replace(CALLS, both=True), BF16, stepwise=by) for by in (False, True) for kind in ("lstm", "gru")

@@ -1,6 +1,6 @@
 """What a GPU takes for the things that kernels are made of: a table of probes, and the record of their readings.
 
-    python -m rnnkit.benchmarks.probes [--to FILE] [--seconds S]
+    python -m rnnkit.benchmarks.gpu_check.probes [--to FILE] [--seconds S]
 
 The kernels are those of csrc/cuda/probes.cu, launches are timed from here. For whoever chooses among designs: what a
 neighbour's shared memory gives, and what fences and barriers take, says how far a scan over several multiprocessors
@@ -20,12 +20,12 @@ import torch
 
 from rnnkit.backends import cuda, extension
 
-from . import machine, timing
-from .child import Child
-from .compiled import of, put, take
+from ..speed import machine, timing
+from ..speed.implementations import first_line
+from ..speed.rows import PROBES, RESULTS
+from ..usage.kernel_usage import of, put, take
 from .parity import works
-from .rows import PROBES, RESULTS
-from .sides import first_line
+from .timed_process import Child
 
 REPEATS = 9  # readings
 LAUNCHES = 1000  # of an empty kernel in a reading
@@ -146,7 +146,9 @@ def examine(seconds: float, out: Path, record: bool) -> list[str]:
     path, end = out / "probes.csv", time.monotonic() + seconds
     path.unlink(missing_ok=True)
     child = Child(
-        "rnnkit.benchmarks.probes", ["--to", str(path), "--seconds", f"{seconds - GRACE:.0f}"], out / "probes.txt"
+        "rnnkit.benchmarks.gpu_check.probes",
+        ["--to", str(path), "--seconds", f"{seconds - GRACE:.0f}"],
+        out / "probes.txt",
     )
     code = child.wait(end)
     lines = child.text().splitlines()
@@ -178,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     missing = machine.no_device() or cuda.missing()
     if missing is not None:
-        print(f"rnnkit.benchmarks.probes: {missing}", file=sys.stderr)
+        print(f"rnnkit.benchmarks.gpu_check.probes: {missing}", file=sys.stderr)
         return 3
     found: list[Row] = []
     for row in measured(

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problems import Given, Problem, Values, draw
-from .sides import first_line
-from .timing import aside, graph
-from .ways import Ready, results_of, upstream
+from ..speed.implementations import first_line
+from ..speed.timing import aside, graph
+from .parity_cases import Given, Problem, Values, draw
+from .reference_runs import Ready, results_of, upstream
 
 COMPILER = "inductor"
 OTHER = 99  # the seed of inputs that a graph was not captured with

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from .cases import BadInput
+from ..speed.bench_cases import BadInput
 
 
 class Usage(NamedTuple):

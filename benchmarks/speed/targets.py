@@ -18,11 +18,11 @@ from typing import NamedTuple
 from rnnkit.backends import cuda_table
 from rnnkit.backends.measured import TIE
 
-from . import choose
-from .cases import CELLS, MODES, TABLE, Case
+from ..dispatch import fit_dispatch
+from .bench_cases import CELLS, MODES, TABLE, Case
+from .implementations import CELLS as STEPWISE
+from .implementations import COMPILE, NAMES, ORT, TORCH, WITHOUT
 from .rows import Row
-from .sides import CELLS as STEPWISE
-from .sides import COMPILE, NAMES, ORT, TORCH, WITHOUT
 from .timing import geometric_mean
 
 SHARE = 0.75  # of the limit, geometric mean: as good as the mean ratio
@@ -259,9 +259,9 @@ def _verdict(name: str, launch: str, asked: Asked) -> Verdict:
 
 
 def choices(own: Iterable[Row], rows: Sequence[Row]) -> dict[Row, str]:
-    """Of a backend's rows against cuDNN on plain layers, what `auto` takes there once `choose` has read all rows."""
-    taken = choose.orders(list(rows))
-    plain = (row for row in own if (row.against, row.launch) == (TORCH, "call") and row.group in choose.GROUPS)
+    """Of a backend's rows against cuDNN on plain layers, what `auto` takes there once fit_dispatch.py has all rows."""
+    taken = fit_dispatch.orders(list(rows))
+    plain = (row for row in own if (row.against, row.launch) == (TORCH, "call") and row.group in fit_dispatch.GROUPS)
     return {row: taken(row) for row in plain if row.dtype in JUDGED}
 
 
@@ -275,7 +275,7 @@ def behind(rows: Sequence[Row], name: str) -> tuple[list[Row], list[Row]]:
 
 def _plain() -> list[Case]:
     """The plain cases of a GPU that `auto` is ordered by."""
-    return [case for case in TABLE if case.group in choose.GROUPS and "cuda" in case.devices]
+    return [case for case in TABLE if case.group in fit_dispatch.GROUPS and "cuda" in case.devices]
 
 
 def _resident(row: Row) -> bool:

@@ -1,6 +1,6 @@
 """Writes rnnkit/backends/measured.csv, by which `auto` orders the backends, from the rows under benchmarks/results/.
 
-    python -m rnnkit.benchmarks.choose [--results DIR] [--to FILE]
+    python -m rnnkit.benchmarks.dispatch.fit_dispatch [--results DIR] [--to FILE]
 
 Taken are plain layers of one layer and direction in float32, by call. Several processors that measured one shape, and
 several numbers of threads, give it the geometric mean of their times.
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from rnnkit.backends import BY_NAME, measured
 
-from .cases import BadInput
-from .rows import RESULTS, Row, read, recorded
-from .timing import geometric_mean
+from ..speed.bench_cases import BadInput
+from ..speed.rows import RESULTS, Row, read, recorded
+from ..speed.timing import geometric_mean
 
 GROUPS = ("grid", "field", "sweep")  # plain layers
 CELLS = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{options.results} has no rows of plain layers by backend; `python -m rnnkit bench --record`"
             )
     except BadInput as error:
-        print(f"rnnkit.benchmarks.choose: {error}", file=sys.stderr)
+        print(f"rnnkit.benchmarks.dispatch.fit_dispatch: {error}", file=sys.stderr)
         return 2
     with options.to.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

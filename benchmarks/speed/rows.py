@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .cases import BadInput
+from .bench_cases import BadInput
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 COMPILED, CUDA_COMPILED = RESULTS / "triton-compile.csv", RESULTS / "cuda-compile.csv"
-"""No times: what compile_table.py and cuda_table.py found."""
+"""No times: what usage/triton_usage.py and usage/cuda_usage.py found."""
 PROBES = "-probes.csv"
-"""How the file of a device's probes ends (probes.py): no rows either."""
+"""How the file of a device's probes ends (gpu_check/probes.py): no rows either."""
 
 
 @dataclasses.dataclass(frozen=True)

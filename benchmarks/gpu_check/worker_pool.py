@@ -21,9 +21,9 @@ from multiprocessing import connection
 
 import torch
 
+from ..speed.targets import FUSED
 from .parity import Findings, examine, works
-from .problems import Problem
-from .targets import FUSED
+from .parity_cases import Problem
 
 MOST = 8  # processes: each has a context on the device, and they take turns on it
 EACH = 4  # problems for each at least: it starts for some seconds

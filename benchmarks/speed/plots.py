@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .cases import CELLS, MODES
+from .bench_cases import CELLS, MODES
+from .implementations import ORT, TORCH
 from .rows import Row
-from .sides import ORT, TORCH
 from .targets import geometric_mean, judged
 
 COLOURS = {"RNN": "#d1495b", "LSTM": "#00798c", "GRU": "#8d6a9f"}

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import rnnkit
 from rnnkit.backends import BY_NAME, REFERENCE, Options, Tensors, record
 
-from .cases import GATES, BadInput, Job
+from .bench_cases import GATES, BadInput, Job
 
 TORCH, ORT, COMPILE, WITHOUT = "torch.nn", "onnxruntime", "torch.compile", "without"
 SPLIT, CELLS, PACKED = "torch.nn, split", "torch.nn, cells", "torch.nn, packed"

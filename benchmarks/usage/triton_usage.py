@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for every chip ahead of time, without a GPU, and says what each takes.
 
-    python -m rnnkit.benchmarks.compile_table [--part K/N] [--workers N] [--to FILE]     checks, writes the whole
-    python -m rnnkit.benchmarks.compile_table --search KERNEL      finds the rows of kernels/table.py for one kernel
+    python -m rnnkit.benchmarks.usage.triton_usage [--part K/N] [--workers N] [--to FILE]   checks, writes the whole
+    python -m rnnkit.benchmarks.usage.triton_usage --search KERNEL    finds the rows of kernels/table.py for a kernel
 
 Every row of kernels/table.py is compiled for each of its chips, and the step regime's kernels in each of its tiles for
 all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset, all gradients.
@@ -36,8 +36,8 @@ from rnnkit.backends.problem import Outputs, Tensors
 from rnnkit.cells import CELLS
 from rnnkit.kernels import table
 
-from .compiled import Usage, number, of, part, put, take
-from .rows import COMPILED
+from ..speed.rows import COMPILED
+from .kernel_usage import Usage, number, of, part, put, take
 
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -353,7 +353,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import triton
     except ModuleNotFoundError:
-        print("rnnkit.benchmarks.compile_table: Triton is not installed: pip install rnnkit[triton]", file=sys.stderr)
+        print(
+            "rnnkit.benchmarks.usage.triton_usage: Triton is not installed: pip install rnnkit[triton]", file=sys.stderr
+        )
         return 2
     if options.search:
         for row in search(options.search):

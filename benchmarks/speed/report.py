@@ -1,7 +1,7 @@
 """What is said of rows: the tables of a run, and the summary in README.md that a script writes from recorded rows.
 
-python -m rnnkit.benchmarks.report --readme README.md     between its two marks, from benchmarks/results/
-python -m rnnkit.benchmarks.report bench-out/rows.csv     a run's tables once more
+python -m rnnkit.benchmarks.speed.report --readme README.md     between its two marks, from benchmarks/results/
+python -m rnnkit.benchmarks.speed.report bench-out/rows.csv     a run's tables once more
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import targets, timing
-from .cases import CELLS, MODES, BadInput
+from .bench_cases import CELLS, MODES, BadInput
+from .implementations import CELLS as STEPWISE
+from .implementations import ORT, PACKED, SPLIT, TORCH, WITHOUT
 from .rows import RESULTS, Row, read, recorded
-from .sides import CELLS as STEPWISE
-from .sides import ORT, PACKED, SPLIT, TORCH, WITHOUT
 from .targets import Verdict
 
 NO_PLOTS = "no pictures, since matplotlib is not installed: pip install rnnkit[plots]"
@@ -236,10 +236,10 @@ def main(arguments: list[str] | None = None) -> int:
         text = put(options.readme.read_text(encoding="utf-8"), summary(files))
         options.readme.write_text(text, encoding="utf-8")
     except BadInput as error:
-        print(f"rnnkit.benchmarks.report: {error}", file=sys.stderr)
+        print(f"rnnkit.benchmarks.speed.report: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"rnnkit.benchmarks.report: {options.readme}: {error.strerror}", file=sys.stderr)
+        print(f"rnnkit.benchmarks.speed.report: {options.readme}: {error.strerror}", file=sys.stderr)
         return 2
     print(f"{options.readme}: summary of {', '.join(files)}")
     return 0

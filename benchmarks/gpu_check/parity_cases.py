@@ -1,8 +1,8 @@
 """What parity is examined on: every kind of layer, in sizes and with extras that each can go wrong on, in every dtype.
 
 For the fused backends there is more: every persistent kernel that the device can run, sizes around its tiles, the step
-regime, TF32, sequences and tensors beyond 16 and 31 bits, and the calls of calls.py. The numbers are drawn in float64
-such that the dtype holds them exactly: what differs later was made by computing.
+regime, TF32, sequences and tensors beyond 16 and 31 bits, and the calls of bitwise_checks.py. The numbers are drawn in
+float64 such that the dtype holds them exactly: what differs later was made by computing.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Problem:
     stepwise: bool = False
     """Whether the kernels are to run step by step at any size."""
     calls: bool = False
-    """Whether calls.py looks at it: in a CUDA graph, compiled, under autocast, among other rows."""
+    """Whether bitwise_checks.py looks at it: in a CUDA graph, compiled, under autocast, among other rows."""
     fused: bool = False
     """Whether only the fused backends are asked."""
 

@@ -28,10 +28,9 @@ from rnnkit.demo import check_out
 from rnnkit.demo.text import InputError
 from rnnkit.progress import Progress
 
-from . import machine as limits
-from . import report, sides, targets, timing
-from .cases import CELLS, DTYPES, GROUPS, MODES, BadInput, Job, known, select
-from .gate import Gate
+from . import implementations, machine, report, roofline, targets, timing
+from .accuracy import Gate
+from .bench_cases import CELLS, DTYPES, GROUPS, MODES, BadInput, Job, known, select
 from .rows import RESULTS, Row, merge, read, write
 
 SECONDS = 0.25  # for each side of a job
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("cell", "C", ", ".join(CELLS)),
         ("mode", "M", ", ".join(MODES)),
         ("dtype", "D", f"{', '.join(DTYPES)}; default: {DTYPES[0]}"),
-        ("backend", "B", f"{', '.join(sides.NAMES)}; default: all that can run a case"),
+        ("backend", "B", f"{', '.join(implementations.NAMES)}; default: all that can run a case"),
         ("threads", "N", "numbers, as 1,2; default: 1"),
     ):
         parser.add_argument(f"--{name}", type=names, action="extend", default=[], metavar=letter, help=about)
@@ -64,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help=f"measure the reference under torch.compile too, up to {sides.COMPILED_STEPS} steps: its loop is "
-        "unrolled, and compiling takes seconds a case",
+        help=f"measure the reference under torch.compile too, up to {implementations.COMPILED_STEPS} steps: its loop "
+        "is unrolled, and compiling takes seconds a case",
     )
     parser.add_argument("--tf32", choices=("on", "off"), help="on a GPU; default: as torch is set")
     parser.add_argument("--targets", action="store_true", help="exit with 1 also where a target is missed")
@@ -99,7 +98,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, options.device
         self.jobs = select(options.device, options.case, options.cell, options.mode, options.quick, options.dtype)
-        self.backends = known("backend", options.backend, sides.NAMES) or sides.NAMES
+        self.backends = known("backend", options.backend, implementations.NAMES) or implementations.NAMES
         if options.record and not RESULTS.is_dir():
             raise BadInput(
                 f"--record puts rows into a clone, and there is no {RESULTS}; rows.csv in --out has them too"
@@ -108,13 +107,13 @@ class Bench:
         """Backend, cell and dtype of what is not to be timed."""
         self.threads = [_count(n) for n in options.threads] or [1]
         if self.device == "cuda":
-            missing = limits.no_device()
+            missing = machine.no_device()
             if missing is not None:
                 raise NoDevice(f"--device cuda: {missing}")
             if options.tf32:
                 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32 == "on"
         if options.module is not None:
-            fitting = [job for job in self.jobs if sides.custom(options.module, job) is not None]
+            fitting = [job for job in self.jobs if implementations.custom(options.module, job) is not None]
             if not fitting:
                 raise BadInput(f"--module {options.module} has the gates of none of the cells that were asked for")
         self.seconds = options.seconds or (QUICK if options.quick else SECONDS)
@@ -124,7 +123,7 @@ class Bench:
         self.wrong: list[str] = []
         self.notes: list[str] = []
         self.about: dict[str, Any] = {}
-        self.machines: dict[str, limits.Machine] = {}
+        self.machines: dict[str, roofline.Machine] = {}
         """What this machine can do, by dtype."""
         self.left: list[str] = []
         """Jobs for which --limit left no time."""
@@ -140,13 +139,13 @@ class Bench:
             self._say("measuring what this machine can do")
             look = 0.1 if self.options.quick else 0.5
             for name in dict.fromkeys(job.dtype for job in self.jobs):
-                self.machines[name] = limits.Machine(self.device, look, getattr(torch, name))
+                self.machines[name] = roofline.Machine(self.device, look, getattr(torch, name))
             self.about = {
                 "device": self.device,
-                "processor": limits.processor(self.device),
-                "tf32": limits.tf32(self.device),
+                "processor": machine.processor(self.device),
+                "tf32": machine.tf32(self.device),
                 "torch": torch.__version__,
-                "commit": limits.commit(),
+                "commit": machine.commit(),
             }
             self._say(f"{self.about['processor']}: {self._machines()}")
             progress = Progress("bench", len(self.threads) * len(self.jobs), sys.stderr, "job")
@@ -191,7 +190,7 @@ class Bench:
             try:
                 found = self._job(job, threads, progress)
             except torch.OutOfMemoryError as error:
-                self.notes.append(f"{job.name}: left out for want of memory: {sides.first_line(error)}")
+                self.notes.append(f"{job.name}: left out for want of memory: {implementations.first_line(error)}")
                 torch.cuda.empty_cache()
                 continue
             self.rows += found
@@ -209,8 +208,8 @@ class Bench:
             )
 
     def _look(self) -> None:
-        for machine in self.machines.values():
-            machine.measure(0.1)
+        for rates in self.machines.values():
+            rates.measure(0.1)
 
     def _machines(self) -> str:
         """What the machine can do, in each dtype where there are several."""
@@ -227,7 +226,7 @@ class Bench:
     def _job(self, job: Job, threads: int, progress: Progress) -> list[Row]:
         """Set up, gate, memory, clock: the rows of one job."""
         fit = tuple(name for name in self.backends if (name, job.cell, job.dtype) not in self.barred)
-        made = sides.setup(job, self.device, threads, fit, self.options.compile, self.options.module)
+        made = implementations.setup(job, self.device, threads, fit, self.options.compile, self.options.module)
         if self.options.backend:
             self.notes += made.cannot
         for line in made.failed:
@@ -241,7 +240,7 @@ class Bench:
                 raise
             except Exception as error:  # its forward or backward; other rows do not depend on it
                 made.ours.remove(side)
-                self.wrong.append(f"{job.name}: {sides.failure(side.name, error)}")
+                self.wrong.append(f"{job.name}: {implementations.failure(side.name, error)}")
                 progress.say(self.wrong[-1])
                 continue
             if excess > 1:
@@ -262,7 +261,9 @@ class Bench:
         ]
         return self._time(job, threads, made.x, pairs) if pairs else []
 
-    def _time(self, job: Job, threads: int, x: torch.Tensor, pairs: list[tuple[sides.Side, sides.Side]]) -> list[Row]:
+    def _time(
+        self, job: Job, threads: int, x: torch.Tensor, pairs: list[tuple[implementations.Side, implementations.Side]]
+    ) -> list[Row]:
         every = list({id(side): side for pair in pairs for side in pair}.values())
         works = {id(side): side.work(x, job.train) for side in every}
         for work in works.values():
@@ -272,10 +273,10 @@ class Bench:
         for side in every:
             if job.train:
                 side.module.zero_grad()
-            if side.name != sides.ORT:  # it takes its memory by itself
+            if side.name != implementations.ORT:  # it takes its memory by itself
                 peaks[id(side)] = timing.peak_mib(works[id(side)], self.device)
         again = {id(side): self._recomputed(side, works[id(side)]) for side in every if _recomputes(job, side)}
-        limit = limits.limit(self.machines[job.dtype], job, self.device, threads)
+        limit = roofline.limit(self.machines[job.dtype], job, self.device, threads)
         rows = []
         for launch in ("call", "graph") if self.device == "cuda" else ("call",):
             if launch == "graph":
@@ -289,7 +290,7 @@ class Bench:
                     rows[-1] = dataclasses.replace(rows[-1], recompute_mib=again.get(id(side)))
         return rows
 
-    def _recomputed(self, side: sides.Side, work: timing.Work) -> float:
+    def _recomputed(self, side: implementations.Side, work: timing.Work) -> float:
         """The peak of the same work with recompute=True."""
         before, side.module.recompute = side.module.recompute, True
         try:
@@ -299,7 +300,9 @@ class Bench:
         finally:
             side.module.recompute = before
 
-    def _graphs(self, job: Job, every: list[sides.Side], works: dict[int, timing.Work]) -> dict[int, timing.Work]:
+    def _graphs(
+        self, job: Job, every: list[implementations.Side], works: dict[int, timing.Work]
+    ) -> dict[int, timing.Work]:
         """The sides that can be captured."""
         captured = {}
         for side in every:
@@ -318,8 +321,8 @@ class Bench:
         self,
         job: Job,
         threads: int,
-        side: sides.Side,
-        peer: sides.Side,
+        side: implementations.Side,
+        peer: implementations.Side,
         launch: str,
         times: Sequence[float],
         theirs: Sequence[float],
@@ -383,7 +386,7 @@ class Bench:
                     raise
                 self.notes.append(report.NO_PLOTS)
             if self.options.record:
-                recorded = RESULTS / f"{limits.file_name(self.device, self.about['processor'])}.csv"
+                recorded = RESULTS / f"{machine.file_name(self.device, self.about['processor'])}.csv"
                 write(recorded, merge(read(recorded) if recorded.exists() else [], self.rows))
                 written.append(recorded)
         if self.options.json:
@@ -401,7 +404,7 @@ class Bench:
     def _limited(self, row: Row, job: Job) -> Row:
         """The row against the best that the machine has shown by now."""
         machine = self.machines[job.dtype]
-        limit = limits.limit(machine, job, self.device, row.threads) * 1e3
+        limit = roofline.limit(machine, job, self.device, row.threads) * 1e3
         return dataclasses.replace(row, limit_ms=limit, share=limit / row.ms, peak_gflops=machine.peak / 1e9)
 
     def _result(self, verdicts: list[targets.Verdict], interrupted: bool) -> dict[str, Any]:
@@ -419,7 +422,7 @@ class Bench:
         print(line, file=sys.stderr, flush=True)
 
 
-def _recomputes(job: Job, side: sides.Side) -> bool:
+def _recomputes(job: Job, side: implementations.Side) -> bool:
     """Whether its memory with recompute=True is asked for."""
     return side.name in targets.FUSED and job.train and job.case.group == "field"
 

@@ -1,12 +1,12 @@
 """Compiles the CUDA kernels for every chip, without a GPU, and says what each takes.
 
-    python -m rnnkit.benchmarks.cuda_table [--part K/N] [--workers N] [--to FILE]      checks, writes the whole
-    python -m rnnkit.benchmarks.cuda_table --search ROW     what a row of the regime cta can keep in registers
+    python -m rnnkit.benchmarks.usage.cuda_usage [--part K/N] [--workers N] [--to FILE]      checks, writes the whole
+    python -m rnnkit.benchmarks.usage.cuda_usage --search ROW     what a row of the regime cta can keep in registers
 
 Every row of rnnkit/backends/cuda_table.py is compiled for each chip by nvcc, with the flags of setup.py, in a clone. A
 row of the result holds registers a thread, bytes that spilled, and shared memory a block: what ptxas says of a kernel,
 and what its configuration asks for when it is launched. A row of the table may be too large for a chip that has less
-than others; its line says so, and it does not run there. Last comes a digest of what was compiled (sources.py).
+than others; its line says so, and it does not run there. Last comes a digest of what was compiled (source_digest.py).
 Exit code 1 where a kernel spills, needs more shared memory than any chip has, or does not compile.
 """
 
@@ -28,11 +28,11 @@ from typing import NamedTuple
 
 from rnnkit.backends import cuda_table as table
 
-from .compiled import Usage, number, of, part, put, take
-from .rows import CUDA_COMPILED
-from .sources import digest
+from ..speed.rows import CUDA_COMPILED
+from .kernel_usage import Usage, number, of, part, put, take
+from .source_digest import digest
 
-SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 NO_CLONE = f"{SOURCES} is not there: it compiles in a clone"
 SIDES = ("forward", "backward")
 WITHOUT = ("each",)  # kernels that are launched without shared memory
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     home = None if nvcc is None else nvcc.home()
     if nvcc is None or home is None:
         missing = NO_CLONE if nvcc is None else nvcc.MISSING
-        print(f"rnnkit.benchmarks.cuda_table: {missing}", file=sys.stderr)
+        print(f"rnnkit.benchmarks.usage.cuda_usage: {missing}", file=sys.stderr)
         return 2
     start, version = time.monotonic(), nvcc.version(home)
     for row in named:

@@ -1,11 +1,11 @@
 """Every backend on a device against float64: outputs, states and every gradient, of every cell, dtype and extra.
 
 It stands here and not among the tests, since it has to run where there is a GPU and maybe neither pytest nor
-hypothesis; it needs torch alone. The budget is the project's (gate.py): at most twice the error that torch.nn makes
-at that dtype on that device, or the reference where torch has no such problem (ways.py), and a rounding band. TF32
-is held to twice what cutting a product's operands to its 10 bits costs. The truth is float64 on the CPU, where the
-tests have it, or for very long sequences on the device. A fused backend must give the same bits twice. New memory is
-filled with NaN, and so is the padding.
+hypothesis; it needs torch alone. The budget is the project's (speed/accuracy.py): at most twice the error that
+torch.nn makes at that dtype on that device, or the reference where torch has no such problem (reference_runs.py), and a
+rounding band. TF32 is held to twice what cutting a product's operands to its 10 bits costs. The truth is float64 on the
+CPU, where the tests have it, or for very long sequences on the device. A fused backend must give the same bits twice.
+New memory is filled with NaN, and so is the padding.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch
 from rnnkit.backends import BACKENDS, NAMES, cuda, cuda_table, record, triton
 from rnnkit.kernels import table
 
-from . import calls
-from .calls import differing
-from .gate import band, error
-from .problems import Problem, Values, compiled_for, draw, kernels_of
-from .sides import first_line
-from .targets import FUSED
-from .ways import by_pieces, by_steps, by_tf32, named, numbers
+from ..speed.accuracy import band, error
+from ..speed.implementations import first_line
+from ..speed.targets import FUSED
+from . import bitwise_checks
+from .bitwise_checks import differing
+from .parity_cases import Problem, Values, compiled_for, draw, kernels_of
+from .reference_runs import by_pieces, by_steps, by_tf32, named, numbers
 
 
 @dataclass
@@ -184,7 +184,7 @@ def _examine(findings: Findings, device: str, problem: Problem, backends: Sequen
         _judge(findings, key, problem, _pooled(samples), truth, yardstick)
         if problem.calls:
             with asked(problem):
-                for complaint in calls.complaints(name, problem, drawn[0], device):
+                for complaint in bitwise_checks.complaints(name, problem, drawn[0], device):
                     findings.blame(name, problem, complaint)
 
 

@@ -23,14 +23,16 @@ from pathlib import Path
 
 import torch
 
-from . import info
-from .backends import BACKENDS, NAMES, cuda, cuda_table, extension, gpu, triton
-from .benchmarks import crew, devices, machine, parity, probes, problems, rows, run, sanitizer, targets
-from .benchmarks.cases import DTYPES, BadInput, Job, known, select
-from .demo import check_out
-from .demo.text import InputError
-from .kernels import table
-from .progress import Progress
+from rnnkit import info
+from rnnkit.backends import BACKENDS, NAMES, cuda, cuda_table, extension, gpu, triton
+from rnnkit.demo import check_out
+from rnnkit.demo.text import InputError
+from rnnkit.kernels import table
+from rnnkit.progress import Progress
+
+from ..speed import machine, rows, run, targets
+from ..speed.bench_cases import DTYPES, BadInput, Job, known, select
+from . import multi_gpu, parity, parity_cases, probes, sanitizer, worker_pool
 
 DEVICE = "cuda"
 LIMIT, QUICK = 540.0, 100.0  # seconds, all in all
@@ -53,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", type=run.names, action="extend", default=[], metavar="B", help="default: all")
     parser.add_argument("--dtype", type=run.names, action="extend", default=[], metavar="D",
                         help=f"of the benchmark: {', '.join(DTYPES)}; default: bfloat16,float32")  # fmt: skip
-    parser.add_argument("--workers", type=crew.count, metavar="N",
-                        help=f"processes for parity; default: half of the cores, {crew.MOST} at most")  # fmt: skip
+    parser.add_argument("--workers", type=worker_pool.count, metavar="N",
+                        help=f"processes for parity; default: half of the cores, up to {worker_pool.MOST}")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: benchmarks/results/ of a clone, and {OUT}/")
 
 
@@ -108,7 +110,7 @@ def _check(
             say(line)
     say("\nparity: errors against float64, over what is allowed (twice torch.nn's, and a rounding band)")
     interrupted = _parity(options, findings, backends, SHARE * bench.options.limit)
-    further = [] if interrupted or findings.ended else devices.examine(findings, backends)
+    further = [] if interrupted or findings.ended else multi_gpu.examine(findings, backends)
     for line in findings.lines() + kernels(findings) + further:
         say(line)
     for line in findings.wrong[:SHOWN]:
@@ -206,12 +208,12 @@ def kernels(findings: parity.Findings) -> list[str]:
 
 def _parity(options: argparse.Namespace, findings: parity.Findings, backends: tuple[str, ...], seconds: float) -> bool:
     """Whether Ctrl-C came before the end."""
-    every = problems.select(options.quick, capability(), built())
-    workers = options.workers or crew.size(len(every))
+    every = parity_cases.select(options.quick, capability(), built())
+    workers = options.workers or worker_pool.size(len(every))
     progress = Progress("parity", len(every), sys.stderr, "problem")
     try:
         if workers > 1:
-            crew.work(findings, DEVICE, every, backends, progress.show, seconds, workers)
+            worker_pool.work(findings, DEVICE, every, backends, progress.show, seconds, workers)
         else:
             parity.examine(findings, DEVICE, every, backends, progress.show, seconds)
     except KeyboardInterrupt:

@@ -2,9 +2,9 @@
 
 `examine` finds the tool, and has it watch this file, run as a program, once for each kind of check, all at the same
 time; it reads what the tool reports. The program runs every CUDA kernel that the GPU can hold, forward and backward, on
-the small problems of problems.py. Each tensor has memory of its own there, with some bytes behind it that are nobody's:
-in torch's shared blocks one tensor's end is another's beginning. initcheck is not asked: parity fills new memory with
-NaN, and what cuBLAS writes by bulk copies may look unwritten to it.
+small cases of parity_cases.py. Each tensor has memory of its own there, with some bytes behind it that are nobody's: in
+torch's shared blocks one tensor's end is another's beginning. initcheck is not asked: parity fills new memory with NaN,
+and what cuBLAS writes by bulk copies may look unwritten to it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 
 from rnnkit.backends import cuda, cuda_table
 
-from . import cuda_table as compiled
-from .child import Child
+from ..usage import cuda_usage
 from .parity import Findings, asked
-from .problems import KINDS, Problem, compiled_for, draw, resident, stepping
-from .ways import named, numbers
+from .parity_cases import KINDS, Problem, compiled_for, draw, resident, stepping
+from .reference_runs import named, numbers
+from .timed_process import Child
 
 KERNELS = "rnnkit"  # in the names of our kernels, mangled or not; others are not looked at
 PADDING = "512"  # bytes behind a tensor that are nobody's
@@ -44,7 +44,7 @@ PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "tf32": "tf32", "ieee": "fl
 
 def tool() -> Path | None:
     """Where compute-sanitizer is: on the PATH, in CUDA_HOME or beside the nvcc that builds, or installed by pip."""
-    nvcc = compiled.compiler()
+    nvcc = cuda_usage.compiler()
     homes = [os.environ.get("CUDA_HOME"), None if nvcc is None else nvcc.home()]
     spec = importlib.util.find_spec("nvidia")
     wheels = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
@@ -70,7 +70,7 @@ def examine(findings: Findings, seconds: float, out: Path) -> list[str]:
             watched = [str(found), "--tool", check, "--kernel-name", f"kernel_substring={KERNELS}", *more]
             watched += ["--error-exitcode", str(FOUND), "--show-backtrace", "no", "--destroy-on-device-error", "kernel"]
             said, alone = out / f"{check}.txt", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            children[check] = Child("rnnkit.benchmarks.sanitizer", budget, said, watched, alone)
+            children[check] = Child("rnnkit.benchmarks.gpu_check.sanitizer", budget, said, watched, alone)
         return [line for check, child in children.items() for line in _judge(findings, check, child.wait(end), child)]
     finally:
         for child in children.values():
