@@ -17,14 +17,14 @@ from pathlib import Path
 from rnnkit.backends import BY_NAME, measured
 
 from ..speed.bench_cases import BadInput
-from ..speed.rows import RESULTS, Row, read, recorded
+from ..speed.rows import RESULTS, BenchRow, read, recorded
 from ..speed.timing import geometric_mean
 
 GROUPS = ("grid", "field", "sweep")  # plain layers
 CELLS = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}
 
 
-def table(files: dict[str, list[Row]]) -> list[list[str]]:
+def table(files: dict[str, list[BenchRow]]) -> list[list[str]]:
     """The lines of measured.csv, without its head, of rows by the file that holds them."""
     found: dict[tuple, dict[tuple[str, int], dict[str, float]]] = {}  # shape -> source, threads -> backend -> ms
     for source, rows in sorted(files.items()):
@@ -44,12 +44,12 @@ def table(files: dict[str, list[Row]]) -> list[list[str]]:
     return lines
 
 
-def orders(rows: list[Row]) -> Callable[[Row], str]:
+def orders(rows: list[BenchRow]) -> Callable[[BenchRow], str]:
     """By what `auto` would run a row's problem, were these rows all that is recorded: the name of a backend."""
     lines = (dict(zip([*measured.FACTS, *BY_NAME], line, strict=True)) for line in table({"these": rows}))
     known = measured.parsed(lines)
 
-    def taken(row: Row) -> str:
+    def taken(row: BenchRow) -> str:
         sizes = (row.B, row.T, row.I, row.H)
         near = measured.nearest(row.device, CELLS[row.cell], row.mode == "training", sizes, known)
         return "torch" if near is None else measured.fastest_first(near.ms)[0]

@@ -31,7 +31,7 @@ from rnnkit.kernels import table
 from rnnkit.progress import Progress
 
 from ..speed import machine, rows, run, targets
-from ..speed.bench_cases import DTYPES, BadInput, Job, known, select
+from ..speed.bench_cases import DTYPES, BadInput, BenchJob, known, select
 from . import multi_gpu, parity, parity_cases, probes, sanitizer, worker_pool
 
 DEVICE = "cuda"
@@ -136,7 +136,7 @@ def _check(
     bench.options.limit = max(bench.options.limit - (time.monotonic() - begin), 1.0)
     code = bench.run()
     say("\ntargets")
-    for line in judged(bench.rows, findings):
+    for line in judged(bench.outcome.rows, findings):
         say(line)
     bad = findings.wrong or findings.left or findings.unwatched or findings.failing
     return 1 if bad and code != 130 else code
@@ -246,7 +246,7 @@ def barred(findings: parity.Findings) -> frozenset[tuple[str, str, str]]:
     return frozenset(wrong | {("auto", cell, dtype) for _, cell, dtype in wrong})
 
 
-def urgency(job: Job) -> int:
+def urgency(job: BenchJob) -> int:
     """0 and 1: what the fused backends are judged by. Sorts the jobs of a run that may not have time for all."""
     if job.dtype == "bfloat16" and job.train:
         if job.case.group == "field" and job.case.hidden <= targets.SMALL:
@@ -258,7 +258,7 @@ def urgency(job: Job) -> int:
     return 2 if job.dtype == "bfloat16" else 3
 
 
-def judged(found: list[rows.Row], findings: parity.Findings) -> list[str]:
+def judged(found: list[rows.BenchRow], findings: parity.Findings) -> list[str]:
     """Each target met, missed or not measured; what `auto` does where a backend is slower than cuDNN; and why nothing
     is said of a backend that has no row."""
     lines = []
@@ -284,7 +284,7 @@ def judged(found: list[rows.Row], findings: parity.Findings) -> list[str]:
     return lines
 
 
-def _slow(row: rows.Row) -> str:
+def _slow(row: rows.BenchRow) -> str:
     return f"{row.cell} {row.group} {row.case} {row.mode} in {row.dtype} {row.ratio_p50:.2f}"
 
 

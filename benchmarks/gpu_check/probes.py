@@ -73,7 +73,7 @@ TABLE = (
 )  # fmt: skip
 
 
-class Row(NamedTuple):
+class ProbeReading(NamedTuple):
     """Readings of a probe in one size."""
 
     probe: str
@@ -96,7 +96,7 @@ class Row(NamedTuple):
         return f"{what:<26} {self.p50:9.4g} {self.unit} ({self.p20:.4g} to {self.p80:.4g}): {self.says}"
 
 
-def measured(capability: int, ask: Ask, seconds: float = float("inf")) -> Iterator[Row | str]:
+def measured(capability: int, ask: Ask, seconds: float = float("inf")) -> Iterator[ProbeReading | str]:
     """Each probe's row, or why there is none; nothing more after so many seconds, or where the device fails."""
     begin = time.monotonic()
     facts = (
@@ -120,7 +120,7 @@ def measured(capability: int, ask: Ask, seconds: float = float("inf")) -> Iterat
                 yield "the device fails, and the probes end"
                 return
             continue
-        yield Row(probe.name, size, probe.unit, *timing.percentiles(found), len(found), probe.says, *facts)
+        yield ProbeReading(probe.name, size, probe.unit, *timing.percentiles(found), len(found), probe.says, *facts)
 
 
 def _reader(name: str, size: int, ask: Ask) -> Callable[[], float]:
@@ -165,9 +165,9 @@ def file_name() -> str:
     return machine.file_name("cuda", machine.processor("cuda")) + PROBES
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[ProbeReading]:
     """A record. Raises BadInput where a file is none of ours."""
-    return [of(Row, row) for row in take(path, Row._fields)]
+    return [of(ProbeReading, row) for row in take(path, ProbeReading._fields)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     if missing is not None:
         print(f"rnnkit.benchmarks.gpu_check.probes: {missing}", file=sys.stderr)
         return 3
-    found: list[Row] = []
+    found: list[ProbeReading] = []
     for row in measured(
         cuda.machine.capability(torch.cuda.current_device()), torch.ops.rnnkit.cuda_probe, options.seconds
     ):
@@ -192,7 +192,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(row.line(), flush=True)
         found.append(row)
         if options.to is not None:  # whole each time: what comes after may end the process
-            put(options.to, Row._fields, ([f"{v:.5g}" if isinstance(v, float) else v for v in row] for row in found))
+            put(
+                options.to,
+                ProbeReading._fields,
+                ([f"{v:.5g}" if isinstance(v, float) else v for v in row] for row in found),
+            )
     return 0
 
 

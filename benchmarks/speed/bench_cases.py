@@ -23,7 +23,7 @@ class BadInput(ValueError):
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One problem: B rows, T steps, I inputs, H hidden units."""
 
     group: str
@@ -59,77 +59,77 @@ class Case:
 
 
 TABLE = (
-    Case("grid", 1, 1, 64, 64, quick=True),
-    Case("grid", 1, 128, 64, 64, quick=True),
-    Case("grid", 1, 128, 256, 256),
-    Case("grid", 1, 128, 512, 512),
-    Case("grid", 1, 1024, 40, 128),
-    Case("grid", 4, 100, 128, 128),
-    Case("grid", 8, 64, 256, 256),
-    Case("grid", 16, 128, 128, 128),
-    Case("grid", 32, 100, 256, 256),
-    Case("grid", 64, 50, 512, 512),
-    Case("grid", 16, 64, 768, 768),
-    Case("grid", 128, 64, 64, 256),
-    Case("grid", 256, 32, 32, 512),
-    Case("grid", 64, 24, 8, 16),
-    Case("grid", 512, 10, 4, 32),
-    Case("grid", 7, 33, 19, 45, quick=True),
-    Case("grid", 16, 100, 128, 128, layers=2, directions=2),
+    BenchCase("grid", 1, 1, 64, 64, quick=True),
+    BenchCase("grid", 1, 128, 64, 64, quick=True),
+    BenchCase("grid", 1, 128, 256, 256),
+    BenchCase("grid", 1, 128, 512, 512),
+    BenchCase("grid", 1, 1024, 40, 128),
+    BenchCase("grid", 4, 100, 128, 128),
+    BenchCase("grid", 8, 64, 256, 256),
+    BenchCase("grid", 16, 128, 128, 128),
+    BenchCase("grid", 32, 100, 256, 256),
+    BenchCase("grid", 64, 50, 512, 512),
+    BenchCase("grid", 16, 64, 768, 768),
+    BenchCase("grid", 128, 64, 64, 256),
+    BenchCase("grid", 256, 32, 32, 512),
+    BenchCase("grid", 64, 24, 8, 16),
+    BenchCase("grid", 512, 10, 4, 32),
+    BenchCase("grid", 7, 33, 19, 45, quick=True),
+    BenchCase("grid", 16, 100, 128, 128, layers=2, directions=2),
     # fastrnns, in torch's own repository
-    Case("field", 64, 100, 512, 512),
+    BenchCase("field", 64, 100, 512, 512),
     # FlashRNN
-    Case("field", 16, 1024, 768, 768, cells=("LSTM",), devices=CUDA),
+    BenchCase("field", 16, 1024, 768, 768, cells=("LSTM",), devices=CUDA),
     # DeepBench
-    Case("field", 16, 25, 512, 512, cells=("LSTM",)),
-    Case("field", 32, 25, 1024, 1024, cells=("LSTM",)),
-    Case("field", 128, 25, 2048, 2048, cells=("LSTM",), devices=CUDA),
-    Case("field", 16, 150, 256, 256, cells=("LSTM",)),
-    Case("field", 64, 150, 256, 256, cells=("LSTM",)),
-    Case("field", 4, 25, 1024, 1024, cells=("LSTM",), modes=("inference",)),
-    Case("field", 32, 187, 1536, 1536, cells=("GRU",), devices=CUDA),
-    Case("field", 32, 1500, 2816, 2816, cells=("GRU",), devices=CUDA),
-    Case("field", 1, 187, 1536, 1536, cells=("GRU",), modes=("inference",)),
-    Case("field", 16, 50, 1760, 1760, cells=("RNN",)),
-    Case("field", 128, 50, 2560, 2560, cells=("RNN",), devices=CUDA),
+    BenchCase("field", 16, 25, 512, 512, cells=("LSTM",)),
+    BenchCase("field", 32, 25, 1024, 1024, cells=("LSTM",)),
+    BenchCase("field", 128, 25, 2048, 2048, cells=("LSTM",), devices=CUDA),
+    BenchCase("field", 16, 150, 256, 256, cells=("LSTM",)),
+    BenchCase("field", 64, 150, 256, 256, cells=("LSTM",)),
+    BenchCase("field", 4, 25, 1024, 1024, cells=("LSTM",), modes=("inference",)),
+    BenchCase("field", 32, 187, 1536, 1536, cells=("GRU",), devices=CUDA),
+    BenchCase("field", 32, 1500, 2816, 2816, cells=("GRU",), devices=CUDA),
+    BenchCase("field", 1, 187, 1536, 1536, cells=("GRU",), modes=("inference",)),
+    BenchCase("field", 16, 50, 1760, 1760, cells=("RNN",)),
+    BenchCase("field", 128, 50, 2560, 2560, cells=("RNN",), devices=CUDA),
     # TorchRL; recurrent PPO with many environments
-    Case("field", 256, 128, 32, 512, devices=CUDA),
-    Case("field", 256, 128, 32, 512, cells=("LSTM", "GRU"), modes=("inference",), devices=CPU),
-    Case("field", 128, 128, 64, 256, cells=("LSTM", "GRU")),
-    Case("field", 4096, 16, 64, 128, cells=("LSTM", "GRU")),
+    BenchCase("field", 256, 128, 32, 512, devices=CUDA),
+    BenchCase("field", 256, 128, 32, 512, cells=("LSTM", "GRU"), modes=("inference",), devices=CPU),
+    BenchCase("field", 128, 128, 64, 256, cells=("LSTM", "GRU")),
+    BenchCase("field", 4096, 16, 64, 128, cells=("LSTM", "GRU")),
     # streaming
-    Case("field", 1, 1, 32, 32, modes=("inference",)),
-    Case("field", 1, 1, 512, 512),
-    Case("field", 1, 1, 1024, 1024),
+    BenchCase("field", 1, 1, 32, 32, modes=("inference",)),
+    BenchCase("field", 1, 1, 512, 512),
+    BenchCase("field", 1, 1, 1024, 1024),
     # Lines through (16, 64, 128, 128), which stands under T.
-    *(Case("sweep", 16, steps, 128, 128) for steps in (1, 4, 16, 64, 256, 1024)),
-    *(Case("sweep", batch, 64, 128, 128) for batch in (1, 4, 64, 256)),
-    *(Case("sweep", 16, 64, size, size) for size in (16, 32, 64, 256, 512)),
-    Case("scan", 32, 100, 1, 128, modes=("inference",)),
-    Case("scan", 32, 100, 1, 256, modes=("inference",)),
-    Case("scan", 64, 50, 1, 512, modes=("inference",)),
-    Case("scan", 128, 64, 1, 256, modes=("inference",)),
-    Case("scan", 1, 256, 1, 128, modes=("inference",)),
-    Case("scan", 1, 128, 1, 256, modes=("inference",)),
-    Case("scan", 1, 128, 1, 512, modes=("inference",)),
-    Case("step", 1, 1, 64, 64, modes=("inference",), quick=True),
-    Case("resets", 16, 128, 128, 128, resets=0.03),
-    Case("resets", 64, 64, 32, 128, resets=0.02, quick=True),
-    Case("resets", 128, 64, 64, 256, resets=0.01),
-    Case("resets", 256, 128, 32, 512, resets=0.01, devices=CUDA),
-    Case("lengths", 16, 128, 128, 128),
-    Case("lengths", 64, 64, 32, 128, quick=True),
-    Case("lengths", 32, 100, 256, 256),
-    Case("lengths", 256, 128, 32, 512, devices=CUDA),
+    *(BenchCase("sweep", 16, steps, 128, 128) for steps in (1, 4, 16, 64, 256, 1024)),
+    *(BenchCase("sweep", batch, 64, 128, 128) for batch in (1, 4, 64, 256)),
+    *(BenchCase("sweep", 16, 64, size, size) for size in (16, 32, 64, 256, 512)),
+    BenchCase("scan", 32, 100, 1, 128, modes=("inference",)),
+    BenchCase("scan", 32, 100, 1, 256, modes=("inference",)),
+    BenchCase("scan", 64, 50, 1, 512, modes=("inference",)),
+    BenchCase("scan", 128, 64, 1, 256, modes=("inference",)),
+    BenchCase("scan", 1, 256, 1, 128, modes=("inference",)),
+    BenchCase("scan", 1, 128, 1, 256, modes=("inference",)),
+    BenchCase("scan", 1, 128, 1, 512, modes=("inference",)),
+    BenchCase("step", 1, 1, 64, 64, modes=("inference",), quick=True),
+    BenchCase("resets", 16, 128, 128, 128, resets=0.03),
+    BenchCase("resets", 64, 64, 32, 128, resets=0.02, quick=True),
+    BenchCase("resets", 128, 64, 64, 256, resets=0.01),
+    BenchCase("resets", 256, 128, 32, 512, resets=0.01, devices=CUDA),
+    BenchCase("lengths", 16, 128, 128, 128),
+    BenchCase("lengths", 64, 64, 32, 128, quick=True),
+    BenchCase("lengths", 32, 100, 256, 256),
+    BenchCase("lengths", 256, 128, 32, 512, devices=CUDA),
 )
 GROUPS = tuple(dict.fromkeys(case.group for case in TABLE))
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """A case with one cell in one mode and dtype: what is set up, checked and timed together."""
 
-    case: Case
+    case: BenchCase
     cell: str
     mode: str
     dtype: str = DTYPES[0]
@@ -172,7 +172,7 @@ def select(
     modes: Sequence[str] = (),
     quick: bool = False,
     dtypes: Sequence[str] = (),
-) -> list[Job]:
+) -> list[BenchJob]:
     """The jobs of a device. cases: names of groups, of shapes, or both as `grid/1x128x64x64`; empty: all. dtypes: of
     DTYPES; empty: float32.
 
@@ -191,7 +191,7 @@ def select(
     dtypes = known("dtype", dtypes, DTYPES) or DTYPES[:1]
     wanted = {name.lower() for name in cases}
     jobs = [
-        Job(case, cell, mode, dtype)
+        BenchJob(case, cell, mode, dtype)
         for dtype in dtypes
         for case in here
         if not wanted or wanted & {case.group, case.name, f"{case.group}/{case.name}"}

@@ -1,9 +1,10 @@
-"""The sides of a comparison: every implementation that can do a job, and every peer it is held against.
+"""What is compared: every implementation that can do a job, and every peer it is held against.
 
-A side is a module and a function that runs it and returns y, then the last states. All sides of a job have the same
-weights and get the same input. Peers are what a user would do without rnnkit: torch.nn; for resets, splitting every
-row at its resets and packing the pieces, or a loop over torch's cell; for lengths, packing; ONNX Runtime for
-inference on a CPU. `without` is the implementation itself on the same problem without resets or lengths.
+An implementation is a module and a function that runs it and returns y, then the last states. All of a job have the
+same weights and get the same input. Peers are what a user would do without rnnkit: torch.nn; for resets, splitting
+every row at its resets and packing the pieces, or a loop over torch's cell; for lengths, packing; ONNX Runtime for
+inference on a CPU. A plain run is the implementation itself on the same job without resets or lengths. What torch
+cannot run on this processor is asked by running it, left out and named.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import rnnkit
 from rnnkit.backends import BY_NAME, REFERENCE, Options, Tensors, record
 
-from .bench_cases import GATES, BadInput, Job
+from .bench_cases import GATES, BadInput, BenchJob
 
 TORCH, ORT, COMPILE, WITHOUT = "torch.nn", "onnxruntime", "torch.compile", "without"
 SPLIT, CELLS, PACKED = "torch.nn, split", "torch.nn, cells", "torch.nn, packed"
@@ -36,7 +37,7 @@ Run = Callable[[Any, Tensor], tuple[Tensor, ...]]
 
 
 @dataclass
-class Side:
+class Implementation:
     """One way to do the job."""
 
     name: str
@@ -66,7 +67,7 @@ class Side:
         return forward
 
     def numbers(self, x: Tensor, train: bool) -> list[Tensor]:
-        """What the gate compares: y and the last states, and in training the gradients of Σ y² to input and weights."""
+        """What the accuracy check compares: y and the last states; in training also the gradients of Σ y²."""
         if not train:
             with torch.inference_mode():
                 return list(self.run(self.module, x))
@@ -76,9 +77,9 @@ class Side:
         gradients = torch.autograd.grad(outputs[0].square().sum(), [own, *weights])
         return [*(v.detach() for v in outputs), *gradients]
 
-    def double(self) -> Side:
+    def double(self) -> Implementation:
         """The same in float64."""
-        return Side(self.name, copy.deepcopy(self.module).double(), self.run)
+        return Implementation(self.name, copy.deepcopy(self.module).double(), self.run)
 
 
 @dataclass
@@ -86,32 +87,51 @@ class Setup:
     """A job made ready: the input, the implementations, and the peers of each."""
 
     x: Tensor
-    yardstick: Side
-    """torch's way, whose float64 is the truth and whose float32 error sets the budget."""
-    ours: list[Side] = field(default_factory=list)
-    peers: list[Side] = field(default_factory=list)
-    without: dict[str, Side] = field(default_factory=dict)
+    baseline: Implementation
+    """torch's layer: its float64 is the truth, its error in the job's dtype sets the budget."""
+    reference: Callable[[], Implementation]
+    """Makes the one that sets the budget where torch cannot run the job in its dtype on this processor."""
+    ours: list[Implementation] = field(default_factory=list)
+    peers: list[Implementation] = field(default_factory=list)
+    plain_run: dict[str, Implementation] = field(default_factory=dict)
+    """By name of an implementation: itself without the job's resets or lengths."""
     cannot: list[str] = field(default_factory=list)
     """What was asked for by name and cannot do this job, with the reason."""
     failed: list[str] = field(default_factory=list)
     """What says that it can, and raised."""
+    unable: list[str] = field(default_factory=list)
+    """What a peer cannot do on this processor, with what it raised."""
+
+    def baseline_numbers(self, train: bool) -> list[Tensor]:
+        """The numbers that set the budget."""
+        try:
+            return self.baseline.numbers(self.x, train)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no primitive for this dtype on this processor, say
+            self.unable.append(f"{self.baseline.name}'s error is unknown, the reference's counts: {first_line(error)}")
+            return self.reference().numbers(self.x, train)
 
 
-def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compiled: bool, module: str | None) -> Setup:
-    """Weights, input and every side of a job. backends: names of rnnkit's; those that cannot run it are left out."""
+def setup(
+    job: BenchJob, device: str, threads: int, backends: tuple[str, ...], compiled: bool, module: str | None
+) -> Setup:
+    """Weights, input, implementations and peers of a job. backends: names of rnnkit's; what cannot run is left out."""
     case = job.case
     torch.manual_seed(0)
     dtype: torch.dtype = getattr(torch, job.dtype)
     theirs = _layer(nn, job).to(device, dtype)
     x = torch.randn(case.steps, case.batch, case.inputs, device=device).to(dtype)
-    run, peers = _ways(job, theirs, device)
-    found = Setup(x, peers[0], peers=peers)
+    run, peers = _peers(job, theirs, device)
+
+    def reference() -> Implementation:
+        return Implementation(REFERENCE.name, _ours(job, theirs, REFERENCE.name, x), run)
+
+    found = Setup(x, peers[0], reference, peers=peers)
     for name in backends:
-        ours = _layer(rnnkit, job, backend=name).to(device, dtype)
-        ours.load_state_dict(theirs.state_dict())
-        side = Side(name, ours, run)
+        ours = Implementation(name, _ours(job, theirs, name, x), run)
         try:
-            side.ran = _backend(side, x, job.train)
+            ours.ran = _backend(ours, x, job.train)
         except NotImplementedError as error:
             found.cannot.append(str(error))
             continue
@@ -120,9 +140,9 @@ def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compil
         except Exception as error:  # compilers of kernels have errors of their own
             found.failed.append(failure(name, error))
             continue
-        found.ours.append(side)
+        found.ours.append(ours)
         if case.group in ("resets", "lengths"):
-            found.without[name] = Side(WITHOUT, ours, _plain)
+            found.plain_run[name] = Implementation(WITHOUT, ours.module, _plain)
     if case.group in ("resets", "lengths", "step"):
         return found
     if module is not None:
@@ -131,22 +151,30 @@ def setup(job: Job, device: str, threads: int, backends: tuple[str, ...], compil
             if other is not None:
                 other.to(device, dtype).load_state_dict(theirs.state_dict())
                 names = tuple(name for name, _ in theirs.named_parameters())
-                found.ours.append(Side(module, other, _plain, weights=names))
+                found.ours.append(Implementation(module, other, _plain, weights=names))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # somebody's code, and weights of other names or shapes
             found.failed.append(failure(module, error))
     if compiled and case.steps <= COMPILED_STEPS and case.layers * case.directions == 1:
-        found.ours.append(Side(COMPILE, torch.compile(_Reference(job, theirs)), _plain))
+        found.ours.append(Implementation(COMPILE, torch.compile(_Reference(job, theirs)), _plain))
     plain = device == "cpu" and dtype == torch.float32 and not job.train and case.group != "scan"
     if plain and importlib.util.find_spec("onnxruntime"):
-        found.peers.append(_onnxruntime(theirs, x, threads))
+        try:
+            found.peers.append(_onnxruntime(theirs, x, threads))
+        except Exception as error:  # the exporter or the session: both have errors of their own
+            found.unable.append(unable(ORT, error))
     return found
 
 
 def failure(name: str, error: Exception) -> str:
-    """What is said of a side that raised."""
+    """What is said of an implementation that raised."""
     return f"{name} FAILED, it raised {first_line(error)}"
+
+
+def unable(name: str, error: Exception) -> str:
+    """What is said of a peer that raised. Nothing is wrong with what is measured."""
+    return f"{name} cannot run here and is left out: {first_line(error)}"
 
 
 def first_line(error: Exception) -> str:
@@ -157,7 +185,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {said}"
 
 
-def custom(path: str, job: Job) -> nn.Module | None:
+def custom(path: str, job: BenchJob) -> nn.Module | None:
     """A module given as my.package:Class, made and called as torch.nn's layers are; None where it is another cell.
 
     Its weights must bear torch's names; how many gates they have says which cell it is. Raises BadInput.
@@ -177,7 +205,7 @@ def custom(path: str, job: Job) -> nn.Module | None:
     return module if gates == GATES[job.cell] else None
 
 
-def _layer(library: Any, job: Job, **how: Any) -> nn.Module:
+def _layer(library: Any, job: BenchJob, **how: Any) -> nn.Module:
     case = job.case
     if case.group == "step":
         return getattr(library, f"{job.cell}Cell")(case.inputs, case.hidden, **how)
@@ -185,7 +213,14 @@ def _layer(library: Any, job: Job, **how: Any) -> nn.Module:
     return make(case.inputs, case.hidden, case.layers, bidirectional=case.directions > 1, **how)
 
 
-def _ways(job: Job, theirs: nn.Module, device: str) -> tuple[Run, list[Side]]:
+def _ours(job: BenchJob, theirs: nn.Module, backend: str, x: Tensor) -> nn.Module:
+    """rnnkit's layer by a backend, with torch's weights."""
+    ours = _layer(rnnkit, job, backend=backend).to(x.device, x.dtype)
+    ours.load_state_dict(theirs.state_dict())
+    return ours
+
+
+def _peers(job: BenchJob, theirs: nn.Module, device: str) -> tuple[Run, list[Implementation]]:
     """How rnnkit runs the job, and the peers made of torch's module."""
     case = job.case
     if case.group == "step":
@@ -196,7 +231,7 @@ def _ways(job: Job, theirs: nn.Module, device: str) -> tuple[Run, list[Side]]:
             last = m(x[0], (state, state) if job.cell == "LSTM" else state)
             return last if isinstance(last, tuple) else (last,)
 
-        return step, [Side(TORCH, theirs, step)]
+        return step, [Implementation(TORCH, theirs, step)]
     if case.group == "resets":
         reset = torch.rand(case.steps, case.batch, device=device) < case.resets
         cell = getattr(nn, f"{job.cell}Cell")(case.inputs, case.hidden).to(device, getattr(torch, job.dtype))
@@ -204,19 +239,19 @@ def _ways(job: Job, theirs: nn.Module, device: str) -> tuple[Run, list[Side]]:
         return (
             lambda m, x: _flat(m(x, reset=reset)),
             [
-                Side(SPLIT, theirs, lambda m, x: _split(m, x, reset), on_host=True),
-                Side(CELLS, cell, lambda m, x: _by_steps(m, x, reset)),
+                Implementation(SPLIT, theirs, lambda m, x: _split(m, x, reset), on_host=True),
+                Implementation(CELLS, cell, lambda m, x: _by_steps(m, x, reset)),
             ],
         )
     if case.group == "lengths":
         lengths = torch.randint(1, case.steps + 1, (case.batch,))
-        lengths[0] = case.steps  # so that both sides return T steps
+        lengths[0] = case.steps  # so that both return T steps
         there = lengths.to(device)
         return (
             lambda m, x: _flat(m(x, lengths=there)),
-            [Side(PACKED, theirs, lambda m, x: _packed(m, x, lengths), on_host=True)],
+            [Implementation(PACKED, theirs, lambda m, x: _packed(m, x, lengths), on_host=True)],
         )
-    return _plain, [Side(TORCH, theirs, _plain)]
+    return _plain, [Implementation(TORCH, theirs, _plain)]
 
 
 def _flat(result: Any) -> tuple[Tensor, ...]:
@@ -268,17 +303,17 @@ def _by_steps(cell: nn.RNNCellBase, x: Tensor, reset: Tensor) -> tuple[Tensor, .
     return (torch.stack(ys), *(s[None] for s in (state if pair else (state,))))
 
 
-def _backend(side: Side, x: Tensor, train: bool) -> str:
+def _backend(ours: Implementation, x: Tensor, train: bool) -> str:
     """The backends of rnnkit that run it, by one call that also raises what a named backend raises."""
     with record() as met, torch.set_grad_enabled(train):
-        side.run(side.module, x)
+        ours.run(ours.module, x)
     return "+".join(dict.fromkeys(backend for _, _, backend in met))
 
 
 class _Reference(nn.Module):
     """The reference's formulas on a torch layer's weights, for torch.compile to work on."""
 
-    def __init__(self, job: Job, layer: nn.Module) -> None:
+    def __init__(self, job: BenchJob, layer: nn.Module) -> None:
         super().__init__()
         self.cell = {"RNN": "rnn_tanh"}.get(job.cell, job.cell.lower())
         for name, weight in copy.deepcopy(layer).named_parameters():
@@ -293,9 +328,9 @@ class _Reference(nn.Module):
         return y, h_n[None] if c_n is None else (h_n[None], c_n[None])
 
 
-def _onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Side:
-    """ONNX Runtime. Its idle threads stop when a call ends: by default they spin on, on the cores that the next side's
-    threads want, and make it up to twice as slow. Inside of a call they spin as they do for everybody."""
+def _onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Implementation:
+    """ONNX Runtime. Its idle threads stop when a call ends: by default they spin on, on the cores that the threads
+    of what comes next want, and make it up to twice as slow. Inside of a call they spin as they do for everybody."""
     import onnxruntime
 
     file = io.BytesIO()
@@ -315,4 +350,4 @@ def _onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Side:
     def run(session: Any, given: Tensor) -> tuple[Tensor, ...]:
         return tuple(session.run(None, feed))  # arrays, and the input is always the job's
 
-    return Side(ORT, session, run)
+    return Implementation(ORT, session, run)

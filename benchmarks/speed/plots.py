@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .bench_cases import CELLS, MODES
 from .implementations import ORT, TORCH
-from .rows import Row
+from .rows import BenchRow
 from .targets import geometric_mean, judged
 
 COLOURS = {"RNN": "#d1495b", "LSTM": "#00798c", "GRU": "#8d6a9f"}
@@ -19,7 +19,7 @@ TITLES = {"inference": "inference", "training": "training (forward and backward)
 OURS, THEIRS, RUNTIME = "#00798c", "0.55", "#edae49"
 
 
-def draw(folder: Path, rows: Sequence[Row]) -> list[Path]:
+def draw(folder: Path, rows: Sequence[BenchRow]) -> list[Path]:
     """Whatever pictures these rows are enough for, one of each kind for each number of threads, launch and dtype."""
     written = []
     rows = judged(rows)
@@ -35,14 +35,14 @@ def draw(folder: Path, rows: Sequence[Row]) -> list[Path]:
     return written
 
 
-def about(rows: Sequence[Row]) -> str:
+def about(rows: Sequence[BenchRow]) -> str:
     """Where these rows come from, below a title."""
     row = rows[0]
     threads = f", {row.threads} thread{'s' if row.threads > 1 else ''}" if row.device == "cpu" else f", {row.launch}"
     return f"{row.processor}{threads}, torch {row.torch}, {row.dtype}, rnnkit {row.commit}"
 
 
-def ratios(rows: Sequence[Row]) -> Figure | None:
+def ratios(rows: Sequence[BenchRow]) -> Figure | None:
     """A line for each shape of the grid, a mark for each cell: torch's time over rnnkit's, p20 to p80."""
     grid = [row for row in rows if row.group == "grid" and row.against == TORCH]
     if not grid:
@@ -93,7 +93,7 @@ def ratios(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def sizes(rows: Sequence[Row], mode: str) -> Figure | None:
+def sizes(rows: Sequence[BenchRow], mode: str) -> Figure | None:
     """Time against T, B and H through one shape: a row of panels for each cell, log on both axes."""
     sweep = [row for row in rows if row.group == "sweep" and row.mode == mode]
     if not sweep:
@@ -132,7 +132,7 @@ def sizes(rows: Sequence[Row], mode: str) -> Figure | None:
     return figure
 
 
-def _line(sweep: Sequence[Row], axis: str) -> list[Row]:
+def _line(sweep: Sequence[BenchRow], axis: str) -> list[BenchRow]:
     """The rows of the sweep that differ from its middle, (B, T, H) = (16, 64, 128), along one axis alone."""
     middle = {"B": 16, "T": 64, "H": 128}
     return [row for row in sweep if all(getattr(row, other) == v for other, v in middle.items() if other != axis)]

@@ -16,7 +16,7 @@ from . import targets, timing
 from .bench_cases import CELLS, MODES, BadInput
 from .implementations import CELLS as STEPWISE
 from .implementations import ORT, PACKED, SPLIT, TORCH, WITHOUT
-from .rows import RESULTS, Row, read, recorded
+from .rows import RESULTS, BenchRow, read, recorded
 from .targets import Verdict
 
 NO_PLOTS = "no pictures, since matplotlib is not installed: pip install rnnkit[plots]"
@@ -55,7 +55,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(
-    rows: Sequence[Row], verdicts: Sequence[Verdict], machine: str, wrong: Sequence[str], notes: Sequence[str]
+    rows: Sequence[BenchRow], verdicts: Sequence[Verdict], machine: str, wrong: Sequence[str], notes: Sequence[str]
 ) -> str:
     """A run's report."""
     about, dtypes = rows[0], dict.fromkeys(row.dtype for row in rows)
@@ -91,7 +91,7 @@ ROW_HEAD = ["B×T×I×H", "cell", "threads", "implementation", "against", "ms", 
             "of the limit", "MiB", "its MiB"]  # fmt: skip
 
 
-def _row(row: Row) -> list[str]:
+def _row(row: BenchRow) -> list[str]:
     who = f"{row.implementation} → {row.ran}" if row.implementation == "auto" else row.implementation
     who += "".join(f", {how}" for how in (row.launch, row.dtype) if how not in ("call", "float32"))
     return [row.case, row.cell, str(row.threads), who, row.against, f"{row.ms:.4g}", f"{row.against_ms:.4g}",
@@ -117,7 +117,7 @@ SUMMARY = (
 )
 
 
-def summary(files: dict[str, list[Row]]) -> str:
+def summary(files: dict[str, list[BenchRow]]) -> str:
     """The README's tables, one for each processor, number of threads, way of launching and dtype."""
     parts = []
     for name, rows in files.items():
@@ -153,7 +153,7 @@ def summary(files: dict[str, list[Row]]) -> str:
     return "\n\n".join(parts)
 
 
-def _memory(rows: Sequence[Row], cell: str) -> list[float]:
+def _memory(rows: Sequence[BenchRow], cell: str) -> list[float]:
     """torch.nn's peak over ours in training, of every plain layer that was measured by `auto`."""
     return [
         row.against_peak_mib / row.peak_mib

@@ -1,17 +1,18 @@
-"""What this machine could do at best, measured in the same run: the limit that every row is held against.
+"""What this machine could do at best, measured in the same run: the roofline that every row is held against.
 
-`Machine` times a product of 1024 × 1024 × 1024 and reading arrays of several sizes; `limit` is the least time in
-which a job's work could be done at these rates.
+`Machine` times a product of 1024 × 1024 × 1024 and reading arrays of several sizes; `roofline_seconds` is the
+least time in which a job's work could be done at these rates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
 from . import timing
-from .bench_cases import GATES, Job
+from .bench_cases import GATES, BenchJob
 
 EXPS = {"RNN": 1, "GRU": 3, "LSTM": 5}  # exponentials a unit and step: a sigmoid or a tanh each
 EXP = 2e-10  # seconds for one of them, vectorised, on one core
@@ -24,20 +25,25 @@ CACHE = {  # KiB
 BLOCK = {"cpu": 1, "cuda": 20}  # calls between two looks at the clock: a GPU's launches hide behind one another
 
 
+class NoProduct(RuntimeError):
+    """torch cannot multiply matrices of a dtype on this device, so that nothing of that dtype is measured."""
+
+
 class Machine:
     """peak: FLOP/s of one core (of the whole GPU); stream(bytes): bytes/s from the cache that holds so many.
 
     Whatever else runs meanwhile makes a machine look slower, and a share of its limit larger than it is: `measure` is
-    called several times in a run, and the best counts. Measured on one thread; `limit` multiplies by the threads of a
-    row. The products are of `dtype`, as a row's. On a GPU float32 ones run with the TF32 setting of the run, and the
-    caches are those below the multiprocessors: a kernel that keeps its weights on chip may beat the limit of a scan
-    there.
+    called several times in a run, and the best counts. Measured on one thread; `roofline_seconds` multiplies by the
+    threads of a row. The products are of `dtype`, as a row's; `unable` says which of torch's cannot run here. On a GPU
+    float32 products run with the TF32 setting of the run, and the caches are those below the multiprocessors: a kernel
+    that keeps its weights on chip may beat the limit of a scan there. Raises NoProduct where torch has none.
     """
 
     def __init__(self, device: str, seconds: float, dtype: torch.dtype = torch.float32) -> None:
         self.device, self.dtype = device, dtype
         self.peak = 0.0
         self.rates = [(kib * 1024, 0.0) for kib in CACHE[device]]  # bytes, bytes/s
+        self.unable: list[str] = []
         self.measure(seconds)
 
     def measure(self, seconds: float) -> None:
@@ -47,12 +53,10 @@ class Machine:
         size = 1024 if device == "cpu" else 4096
         shapes = ((size, size), (size, size), (size,))
         x, w, b = (torch.randn(shape, device=device).to(self.dtype) for shape in shapes)
-        ways: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, w, b)]
-        if device == "cpu" and torch.backends.mkldnn.is_available():
-            ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""))
+        products = self._runnable(x, w, b)
         few = torch.randn(16, device=device)
         with torch.no_grad():
-            peak = FULL * 2 * size**3 / min(timing.least(way, device, seconds) for way in ways)
+            peak = FULL * 2 * size**3 / min(timing.least(product, device, seconds) for product in products)
             self.peak = max(self.peak, peak)
             call = timing.least(few.sum, device, seconds / 10, BLOCK[device])
             for k, (held, known) in enumerate(self.rates):
@@ -60,6 +64,22 @@ class Machine:
                 took = timing.least(v.sum, device, seconds / 10, BLOCK[device])
                 self.rates[k] = (held, max(known, held / max(took - call, took / 10)))
         torch.set_num_threads(threads)
+
+    @torch.no_grad()
+    def _runnable(self, *operands: torch.Tensor) -> list[Callable[[], object]]:
+        """Of torch's ways to multiply those that this processor has: oneDNN lacks narrow dtypes on some."""
+        able: list[Callable[[], object]] = []
+        self.unable = []
+        for name, function in _products(self.device):
+            try:
+                function(*operands)
+            except RuntimeError as error:
+                self.unable.append(f"{name} in {str(self.dtype)[6:]}: {str(error).partition(chr(10))[0]}")
+                continue
+            able.append(functools.partial(function, *operands))
+        if not able:
+            raise NoProduct(f"torch has no product here: {'; '.join(self.unable)}")
+        return able
 
     def stream(self, size: int) -> float:
         """Bytes/s at which an array of `size` bytes is read again and again."""
@@ -70,7 +90,14 @@ class Machine:
         return f"peak {self.peak / 1e9:.0f} GFLOP/s; reads {reads} GB/s"
 
 
-def limit(machine: Machine, job: Job, device: str, threads: int) -> float:
+def _products(device: str) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Products x wᵀ + b, by name: what torch's layers call, and oneDNN's own."""
+    yield "torch.nn.functional.linear", torch.nn.functional.linear
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        yield "oneDNN's inner product", lambda x, w, b: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+
+
+def roofline_seconds(machine: Machine, job: BenchJob, device: str, threads: int) -> float:
     """Seconds that the job must take at least.
 
     The products at the peak; in each step the recurrent product or reading its weights, whichever is longer, each

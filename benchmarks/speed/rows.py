@@ -18,7 +18,7 @@ PROBES = "-probes.csv"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One implementation against one peer. A ratio is the peer's time over the implementation's."""
 
     group: str
@@ -86,12 +86,12 @@ PARSE: dict[str, Callable[[str], Any]] = {
     "float | None": lambda v: float(v) if v else None,
     "str": str,
 }
-TYPES = {field.name: PARSE[str(field.type)] for field in dataclasses.fields(Row)}
-LATER = {field.name for field in dataclasses.fields(Row) if field.default is not dataclasses.MISSING}
+TYPES = {field.name: PARSE[str(field.type)] for field in dataclasses.fields(BenchRow)}
+LATER = {field.name for field in dataclasses.fields(BenchRow) if field.default is not dataclasses.MISSING}
 """Columns that a file written before they were thought of does not have."""
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
+def write(path: Path, rows: Iterable[BenchRow]) -> None:
     """Write a file whole; whoever reads it meanwhile sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
@@ -103,7 +103,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     partial.replace(path)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[BenchRow]:
     """The rows of a file. Raises BadInput where it is none of ours."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -111,7 +111,7 @@ def read(path: Path) -> list[Row]:
             names = list(lines.fieldnames or ())
             if names != [name for name in TYPES if name in names or name not in LATER]:
                 raise BadInput(f"{path} has the columns {lines.fieldnames}, expected {', '.join(TYPES)}")
-            return [Row(**{name: TYPES[name](line[name]) for name in names}) for line in lines]
+            return [BenchRow(**{name: TYPES[name](line[name]) for name in names}) for line in lines]
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from error
 
@@ -122,6 +122,6 @@ def recorded(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.csv")) if path.name not in others and not path.name.endswith(PROBES)]
 
 
-def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+def merge(old: Iterable[BenchRow], new: Iterable[BenchRow]) -> list[BenchRow]:
     """Both, a new row in the place of an old one of the same key."""
     return list({row.key: row for row in (*old, *new)}.values())

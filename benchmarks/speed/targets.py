@@ -19,10 +19,10 @@ from rnnkit.backends import cuda_table
 from rnnkit.backends.measured import TIE
 
 from ..dispatch import fit_dispatch
-from .bench_cases import CELLS, MODES, TABLE, Case
+from .bench_cases import CELLS, MODES, TABLE, BenchCase
 from .implementations import CELLS as STEPWISE
 from .implementations import COMPILE, NAMES, ORT, TORCH, WITHOUT
-from .rows import Row
+from .rows import BenchRow
 from .timing import geometric_mean
 
 SHARE = 0.75  # of the limit, geometric mean: as good as the mean ratio
@@ -105,19 +105,19 @@ class Verdict:
         return {True: "met", False: "MISSED", None: "-"}[self.met]
 
 
-def judged(rows: Sequence[Row]) -> list[Row]:
+def judged(rows: Sequence[BenchRow]) -> list[BenchRow]:
     """What users get: `auto`; every implementation where auto was not measured."""
     return [row for row in rows if row.implementation == "auto"] or list(rows)
 
 
-def brought(row: Row) -> bool:
+def brought(row: BenchRow) -> bool:
     """Whether the row is of a module that somebody brought, of which nothing is wanted."""
     return row.implementation not in (*NAMES, COMPILE)
 
 
-def judge(rows: Sequence[Row]) -> list[Verdict]:
+def judge(rows: Sequence[BenchRow]) -> list[Verdict]:
     """A verdict for each group of rows that differ in their shape alone, in the order of the tables."""
-    groups: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, list[BenchRow]] = {}
     for row in dict.fromkeys([*judged(rows), *filter(brought, rows)]):
         narrow = row.group == "scan" and row.B == 1
         how = (row.threads, row.launch, row.dtype)
@@ -172,7 +172,7 @@ class Asked(NamedTuple):
     mode: str
     dtype: str
     against: str
-    figure: dict[Row, float]
+    figure: dict[BenchRow, float]
     """Of each row that it is judged by: above 1 the backend is better."""
     wanted: str
     least: float
@@ -183,12 +183,12 @@ class Asked(NamedTuple):
     """How many jobs there are to be judged by."""
 
 
-def fused(rows: Sequence[Row]) -> list[Verdict]:
+def fused(rows: Sequence[BenchRow]) -> list[Verdict]:
     """The verdicts on the fused backends of a GPU, by call and by graph; none on what was not measured."""
     return [_verdict(name, launch, asked) for name, launch, asked in every(rows) if asked.figure]
 
 
-def every(rows: Sequence[Row]) -> list[tuple[str, str, Asked]]:
+def every(rows: Sequence[BenchRow]) -> list[tuple[str, str, Asked]]:
     """All targets of the fused backends that have a row, measured or not: backend, launch, target."""
     found = []
     for name, goal in FUSED.items():
@@ -199,7 +199,7 @@ def every(rows: Sequence[Row]) -> list[tuple[str, str, Asked]]:
     return found
 
 
-def _asked(goal: Fused, name: str, launch: str, own: list[Row], rows: Sequence[Row]) -> Iterator[Asked]:
+def _asked(goal: Fused, name: str, launch: str, own: list[BenchRow], rows: Sequence[BenchRow]) -> Iterator[Asked]:
     narrow = [row for row in own if row.dtype == "bfloat16"]
     best = [row for row in narrow if row.mode == "training"]
     field = {row: row.ratio_p50 for row in best if (row.group, row.against) == FIELD}
@@ -258,14 +258,14 @@ def _verdict(name: str, launch: str, asked: Asked) -> Verdict:
     )
 
 
-def choices(own: Iterable[Row], rows: Sequence[Row]) -> dict[Row, str]:
+def choices(own: Iterable[BenchRow], rows: Sequence[BenchRow]) -> dict[BenchRow, str]:
     """Of a backend's rows against cuDNN on plain layers, what `auto` takes there once fit_dispatch.py has all rows."""
     taken = fit_dispatch.orders(list(rows))
     plain = (row for row in own if (row.against, row.launch) == (TORCH, "call") and row.group in fit_dispatch.GROUPS)
     return {row: taken(row) for row in plain if row.dtype in JUDGED}
 
 
-def behind(rows: Sequence[Row], name: str) -> tuple[list[Row], list[Row]]:
+def behind(rows: Sequence[BenchRow], name: str) -> tuple[list[BenchRow], list[BenchRow]]:
     """The rows in which a backend is slower than cuDNN by more than noise: those that `auto` leaves to others, and
     those in which it takes it all the same."""
     found = choices([row for row in rows if row.implementation == name], rows)
@@ -273,12 +273,12 @@ def behind(rows: Sequence[Row], name: str) -> tuple[list[Row], list[Row]]:
     return [row for row in slow if found[row] != name], [row for row in slow if found[row] == name]
 
 
-def _plain() -> list[Case]:
+def _plain() -> list[BenchCase]:
     """The plain cases of a GPU that `auto` is ordered by."""
     return [case for case in TABLE if case.group in fit_dispatch.GROUPS and "cuda" in case.devices]
 
 
-def _resident(row: Row) -> bool:
+def _resident(row: BenchRow) -> bool:
     """Whether it is a scan alone that stays on one multiprocessor, of a cell that is asked to be fast there."""
     return (row.group, row.mode) == ("scan", "inference") and _fits(row.cell, row.H)
 
@@ -294,7 +294,7 @@ LOOP = "reference"  # the backend that is a loop of torch operators
 FIELD = ("field", TORCH)
 
 
-def _job(row: Row) -> tuple[object, ...]:
+def _job(row: BenchRow) -> tuple[object, ...]:
     """What was done and how, whoever did it."""
     return (row.processor, row.group, row.case, row.cell, row.mode, row.dtype, row.tf32, row.launch)
 

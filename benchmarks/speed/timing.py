@@ -18,7 +18,7 @@ Work = Callable[[], object]
 Result = TypeVar("Result")
 BLOCK = 0.01  # seconds: short work is repeated to fill a block, one reading of the clock
 ROUNDS = 5  # at least
-SETTLE = 0.02  # seconds: by then the threads of the side before have gone to sleep, and those of this one are awake
+SETTLE = 0.02  # seconds: by then the threads of the work before sleep, and those of this one are awake
 ASIDE = 20_000_000  # clocks, some 10 ms: longer than the host takes to launch a layer
 MEMORY = {
     "cpu": "peak of torch's CPU allocator during one call, above what it held before, by torch.profiler: exact for "
@@ -57,7 +57,7 @@ def alternate(works: Sequence[Work], device: str, seconds: float) -> list[list[f
 
     seconds: what a piece of work may take in all; there are at least ROUNDS rounds whatever they cost. Every piece
     is first called to warm up, and to find how many calls fill a block. With several threads it is also called before
-    each reading, for SETTLE: the idle threads of the side before it, of another pool, spin for a while on the cores
+    each reading, for SETTLE: the idle threads of the work before it, of another pool, spin for a while on the cores
     that it wants (the first calls of ONNX Runtime after torch's take half as long again as its later ones).
     """
     settle = SETTLE if device == "cpu" and torch.get_num_threads() > 1 else 0.0

@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CALLS, Fused, pretend, put
-from test_benchmarks import row
+from made_rows import row
 
 from rnnkit.__main__ import main
 from rnnkit.backends import BY_NAME, Outputs, Tensors, extension
 from rnnkit.benchmarks.gpu_check import main as gpu_check
 from rnnkit.benchmarks.gpu_check import parity, parity_cases, probes, sanitizer, worker_pool
-from rnnkit.benchmarks.speed import roofline, rows, run
-from rnnkit.benchmarks.speed.bench_cases import Case, Job
+from rnnkit.benchmarks.speed import rows, run
+from rnnkit.benchmarks.speed.bench_cases import BenchCase, BenchJob
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = parity_cases.Variant((4, 3, 2, 5), lengths=True, resets=True, reset_state=True)
@@ -40,8 +40,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real, switches = parity.examine, (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
     few = [parity_cases.Problem(kind, SMALL, F32) for kind in ("lstm", "gru")]
-    cases = [Case("field", 3, 4, 5, 6), Case("resets", 3, 4, 5, 6, resets=0.2), Case("grid", 3, 4, 5, 6)]
-    jobs = [Job(case, "GRU", "training", dtype) for dtype in ("float32", "bfloat16") for case in reversed(cases)]
+    cases = [BenchCase("field", 3, 4, 5, 6), BenchCase("resets", 3, 4, 5, 6, resets=0.2), BenchCase("grid", 3, 4, 5, 6)]
+    jobs = [BenchJob(case, "GRU", "training", dtype) for dtype in ("float32", "bfloat16") for case in reversed(cases)]
     monkeypatch.setattr(parity, "examine", lambda findings, _, *rest: real(findings, "cpu", *rest))
     monkeypatch.setattr(parity_cases, "select", lambda *asked: few)
     monkeypatch.setattr(gpu_check, "select", lambda device, dtypes: jobs)
@@ -288,7 +288,7 @@ def test_a_device_with_too_little_memory_does_the_rest(
 ) -> None:
     real = run.Bench._job
 
-    def large(self: run.Bench, job: Job, *rest: Any) -> Any:
+    def large(self: run.Bench, job: BenchJob, *rest: Any) -> Any:
         if job.case.group == "field":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
         return real(self, job, *rest)
@@ -330,7 +330,7 @@ def test_ctrl_c_keeps_what_there_is(
 ) -> None:
     real, done = run.Bench._job, []
 
-    def stop(self: run.Bench, job: Job, *rest: Any) -> Any:
+    def stop(self: run.Bench, job: BenchJob, *rest: Any) -> Any:
         if done:
             raise KeyboardInterrupt
         done.append(job)
@@ -392,18 +392,6 @@ def test_rows_written_before_there_were_dtypes(tmp_path: Path) -> None:
     assert lines[0].endswith(",dtype,recompute_mib")
     path.write_text("\n".join(line.rsplit(",", 2)[0] for line in lines) + "\n")
     assert rows.read(path) == [row()]
-
-
-def test_the_benchmark_measures_each_dtype_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = ["bench", "--out", str(tmp_path), "--seconds", "0.001", "--backend", "reference", "--quick"]
-    monkeypatch.setattr(roofline, "CACHE", {"cpu": (256,)})
-    assert main([*bench, "--case", "grid/7x33x19x45", "--cell", "lstm", "--dtype", "bfloat16,float32"]) == 0
-    found = [r for r in rows.read(tmp_path / "rows.csv") if r.against == "torch.nn"]
-    assert [(r.mode, r.dtype) for r in found] == [
-        (mode, dtype) for dtype in ("bfloat16", "float32") for mode in ("inference", "training")
-    ]
-    assert len({r.peak_gflops for r in found}) == 2, "each dtype has a peak of its own"
-    assert "bfloat16, float32" in (tmp_path / "report.md").read_text()
 
 
 def test_a_clone_runs_as_it_is(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_tf32_is_held_to_ten_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_tf32_costs_is_what_its_bits_cost() -> None:
-    """One step from h_0 by hand: the yardstick loses what cut operands lose, and its gradient likewise."""
+    """One step from h_0 by hand: the baseline loses what cut operands lose, and its gradient likewise."""
     problem = Problem("rnn_tanh", Variant((1, 3, 2, 5)), F32, tf32=True)
     given = parity_cases.draw(problem, 0)
     leaves, weights = given.to(F32, "cpu")

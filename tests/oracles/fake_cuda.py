@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import Made
+from made_rows import Made
 from torch import Tensor
 
 from rnnkit import backends

@@ -1,4 +1,4 @@
-"""The benchmark as an instrument: filters, the gate, Ctrl-C, targets on made-up rows, the scripts, auto's lookup.
+"""The benchmark as an instrument: filters, the accuracy check, Ctrl-C, targets on made-up rows, memory, the roofline.
 
 Nothing here says how fast anything is: where a job runs, it runs for a moment, and on a machine that is made up.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_rows import SHAPE, Made
 from support import stoppable
 from torch import nn
 
@@ -30,50 +31,10 @@ import rnnkit
 from rnnkit.__main__ import main
 from rnnkit.backends import BY_NAME
 from rnnkit.benchmarks.speed import bench_cases, implementations, roofline, rows, run, timing
-from rnnkit.benchmarks.speed.accuracy import Gate
-from rnnkit.benchmarks.speed.bench_cases import Case, Job, select
+from rnnkit.benchmarks.speed.accuracy import AccuracyCheck
+from rnnkit.benchmarks.speed.bench_cases import BenchCase, BenchJob, select
 
-ROOT = Path(__file__).resolve().parents[2]
-SHAPE = "grid/7x33x19x45"
 HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
-
-
-class Made:
-    """A machine of round figures: 100 GFLOP/s, 50 GB/s."""
-
-    peak = 1e11
-
-    def __init__(self, *_: object) -> None: ...
-
-    def measure(self, seconds: float) -> None: ...
-
-    def stream(self, size: int) -> float:
-        return 5e10
-
-    def __str__(self) -> str:
-        return "made up"
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The command, on the made-up machine, writing to `tmp_path`; every side for a moment."""
-    monkeypatch.setattr(roofline, "Machine", Made)
-
-    def call(*options: str) -> int:
-        return main(["bench", "--out", str(tmp_path), "--seconds", "0.001", *options])
-
-    return call
-
-
-def row(**facts: Any) -> rows.Row:
-    """A made-up row."""
-    plain: dict[str, Any] = dict(
-        group="grid", case="1x1x64x64", B=1, T=1, I=64, H=64, layers=1, directions=1, cell="GRU", mode="training",
-        implementation="auto", ran="cpu", against="torch.nn", launch="call", ms=1.0, against_ms=4.0, ratio_p20=3.5,
-        ratio_p50=4.0, ratio_p80=4.5, gflops=10.0, limit_ms=0.5, share=0.5, peak_mib=1.0, against_peak_mib=2.0,
-        device="cpu", processor="Abacus (Zen 9)", threads=1, tf32="-", torch="2.99", commit="abc", peak_gflops=100.0,
-    )  # fmt: skip
-    return rows.Row(**{**plain, **facts})
 
 
 # What is measured.
@@ -229,7 +190,7 @@ def test_a_module_that_fails_costs_its_own_rows(
 def test_what_ends_the_run_leaves_a_report(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = implementations.setup
 
-    def broken(job: Job, *rest: Any) -> implementations.Setup:
+    def broken(job: BenchJob, *rest: Any) -> implementations.Setup:
         if job.cell == "GRU":
             raise RuntimeError("nobody thought of it")
         return setup(job, *rest)
@@ -344,32 +305,32 @@ def test_ctrl_c_from_outside(tmp_path: Path) -> None:
     assert "Traceback" not in err and "stopped by Ctrl-C" in out and rows.read(tmp_path / "rows.csv")
 
 
-# The gate and the peers.
+# The accuracy check and the peers.
 
 
 @pytest.mark.parametrize("cell", bench_cases.CELLS)
 @pytest.mark.parametrize("train", [False, True])
 def test_torchs_two_ways_with_resets_agree(cell: str, train: bool) -> None:
-    job = Job(Case("resets", 5, 13, 3, 4, resets=0.3), cell, "training" if train else "inference")
+    job = BenchJob(BenchCase("resets", 5, 13, 3, 4, resets=0.3), cell, "training" if train else "inference")
     made = implementations.setup(job, "cpu", 1, ("reference",), False, None)
     split, loop = made.peers
     x = made.x.double()
     truth, other = split.double().numbers(x, train), loop.double().numbers(x, train)
-    plain = implementations.Side("plain", split.double().module, implementations._plain).numbers(x, train)
+    plain = implementations.Implementation("plain", split.double().module, implementations._plain).numbers(x, train)
     assert len(truth) == len(other) == (3 if cell == "LSTM" else 2) + (5 if train else 0)
     for a, b in zip(truth, other):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     assert not torch.allclose(truth[0], plain[0]), "nothing was reset"
-    assert Gate(job, made).excess(made.ours[0]) <= 1
+    assert AccuracyCheck(job, made).error_ratio(made.ours[0]) <= 1
 
 
 @pytest.mark.parametrize("cell", bench_cases.CELLS)
 def test_packing_is_the_truth_for_lengths(cell: str) -> None:
-    job = Job(Case("lengths", 6, 9, 3, 4), cell, "training")
+    job = BenchJob(BenchCase("lengths", 6, 9, 3, 4), cell, "training")
     made = implementations.setup(job, "cpu", 1, ("reference",), False, None)
-    gate = Gate(job, made)
-    assert gate.excess(made.ours[0]) <= 1
-    assert gate.excess(made.without["reference"]) > 1, "the same without lengths is another problem"
+    check = AccuracyCheck(job, made)
+    assert check.error_ratio(made.ours[0]) <= 1
+    assert check.error_ratio(made.plain_run["reference"]) > 1, "the same without lengths is another problem"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -398,7 +359,7 @@ def test_the_threads_of_another_pool_come_to_rest_before_a_reading(
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="pip install rnnkit[onnx]")
 def test_onnxruntimes_threads_stop_with_its_call() -> None:
     made = implementations.setup(
-        Job(Case("grid", 2, 3, 4, 5), "GRU", "inference"), "cpu", 2, ("reference",), False, None
+        BenchJob(BenchCase("grid", 2, 3, 4, 5), "GRU", "inference"), "cpu", 2, ("reference",), False, None
     )
     (ort,) = [peer for peer in made.peers if peer.name == implementations.ORT]
     assert ort.module.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
@@ -415,20 +376,20 @@ def test_memory_is_exact() -> None:
 
 
 def test_the_limit_of_a_row() -> None:
-    inference, training = (Job(Case("grid", 2, 10, 32, 64), "GRU", mode) for mode in bench_cases.MODES)
+    inference, training = (BenchJob(BenchCase("grid", 2, 10, 32, 64), "GRU", mode) for mode in bench_cases.MODES)
     project, step, reading = 2 * 10 * 2 * 3 * 64 * 32 / 1e11, 2 * 2 * 3 * 64 * 64 / 1e11, 4 * 3 * 64 * 64 / 5e10
     assert reading > step
     forward = project + 10 * (reading + 2 * 64 * 3 * 2e-10) + 5e-6
     backward = 2 * project + 10 * (reading + step) + 3e-5
     made: Any = Made()
-    assert roofline.limit(made, inference, "cpu", 1) == pytest.approx(forward)
-    assert roofline.limit(made, training, "cpu", 1) == pytest.approx(forward + backward)
-    assert roofline.limit(made, inference, "cpu", 2) == pytest.approx((forward - 5e-6) / 2 + 5e-6)
-    scan = Job(Case("scan", 2, 10, 1, 64), "GRU", "inference")
-    assert roofline.limit(made, scan, "cpu", 1) == pytest.approx(10 * reading)
-    ragged = Job(Case("lengths", 2, 9, 32, 64), "GRU", "inference")
+    assert roofline.roofline_seconds(made, inference, "cpu", 1) == pytest.approx(forward)
+    assert roofline.roofline_seconds(made, training, "cpu", 1) == pytest.approx(forward + backward)
+    assert roofline.roofline_seconds(made, inference, "cpu", 2) == pytest.approx((forward - 5e-6) / 2 + 5e-6)
+    scan = BenchJob(BenchCase("scan", 2, 10, 1, 64), "GRU", "inference")
+    assert roofline.roofline_seconds(made, scan, "cpu", 1) == pytest.approx(10 * reading)
+    ragged = BenchJob(BenchCase("lengths", 2, 9, 32, 64), "GRU", "inference")
     assert ragged.flops == 2 * 5 * 2 * 3 * 64 * (32 + 64), "of 9 steps 5 on average"
-    deep = Job(Case("grid", 16, 100, 128, 128, layers=2, directions=2), "RNN", "inference")
+    deep = BenchJob(BenchCase("grid", 16, 100, 128, 128, layers=2, directions=2), "RNN", "inference")
     assert deep.flops == 2 * 100 * 16 * 128 * 2 * (128 + 128 + 256 + 128)
 
 
@@ -436,4 +397,4 @@ def test_every_option_has_words() -> None:
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
     assert all(action.help for action in parser._actions)
-    assert {field.name for field in dataclasses.fields(rows.Row)} == set(rows.TYPES)
+    assert {field.name for field in dataclasses.fields(rows.BenchRow)} == set(rows.TYPES)

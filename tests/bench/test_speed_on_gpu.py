@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_cuda import CALLS, GENERATOR, pretend
-from test_benchmarks import SHAPE
+from made_rows import SHAPE
 
 from rnnkit.__main__ import main
 from rnnkit.benchmarks.speed import implementations, rows, timing
@@ -22,7 +22,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
 
 
-def measure(folder: Path, *options: str) -> list[rows.Row]:
+def measure(folder: Path, *options: str) -> list[rows.BenchRow]:
     plain = ["bench", "--device", "cuda", "--seconds", "0.001", "--cell", "gru", "--backend", "auto"]
     assert main([*plain, "--out", str(folder), "--case", SHAPE, *options]) == 0
     return rows.read(folder / "rows.csv")

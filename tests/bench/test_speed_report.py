@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_benchmarks import ROOT, row
+from made_rows import row
 
 import rnnkit
 from rnnkit.backends import BY_NAME, measured
 from rnnkit.benchmarks.dispatch import fit_dispatch
 from rnnkit.benchmarks.speed import machine, report, rows, targets, timing
-from rnnkit.benchmarks.speed.bench_cases import TABLE, BadInput, Case
+from rnnkit.benchmarks.speed.bench_cases import TABLE, BadInput, BenchCase
 
+ROOT = Path(__file__).resolve().parents[2]
 RECORDED = pytest.mark.skipif(not rows.RESULTS.is_dir(), reason="not a clone: an sdist carries no results")
 
 
@@ -58,13 +59,13 @@ RECORDED = pytest.mark.skipif(not rows.RESULTS.is_dir(), reason="not a clone: an
 )  # fmt: skip
 def test_targets(facts: list[dict[str, Any]], met: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [row(case=f"{some.get('B', 1)}x{k}x1x1", **some) for k, some in enumerate(facts)]
-    monkeypatch.setattr(targets, "TABLE", [Case(r.group, r.B, k, 1, 1) for k, r in enumerate(found)])
+    monkeypatch.setattr(targets, "TABLE", [BenchCase(r.group, r.B, k, 1, 1) for k, r in enumerate(found)])
     (verdict,) = targets.judge(found)
     assert verdict.met is met and verdict.mark == {True: "met", False: "MISSED", None: "-"}[met]
     assert verdict.cases == len(facts) and verdict.mark in report.cells(verdict)
 
 
-def whole(group: str, wide: bool = True, **facts: Any) -> list[rows.Row]:
+def whole(group: str, wide: bool = True, **facts: Any) -> list[rows.BenchRow]:
     """A row for each shape of a group on a CPU; of `scan`, those with B > 1 or with B = 1."""
     every = [case for case in TABLE if case.group == group and "cpu" in case.devices]
     some = [case for case in every if group != "scan" or wide == (case.batch > 1)]
@@ -212,7 +213,7 @@ def test_the_readme_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_choose_takes_plain_layers_and_averages_processors() -> None:
-    def facts(name: str, ms: float, **more: Any) -> rows.Row:
+    def facts(name: str, ms: float, **more: Any) -> rows.BenchRow:
         return row(implementation=name, ms=ms, **more)
 
     others = [facts("auto", 9), facts("cpu", 9, layers=2), facts("cpu", 9, group="step")]

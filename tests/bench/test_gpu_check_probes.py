@@ -37,8 +37,8 @@ def numbered(name: str, size: int) -> float:
     return float(len(name) + size)
 
 
-def rows_of(found: Sequence[probes.Row | str]) -> list[probes.Row]:
-    return [row for row in found if isinstance(row, probes.Row)]
+def rows_of(found: Sequence[probes.ProbeReading | str]) -> list[probes.ProbeReading]:
+    return [row for row in found if isinstance(row, probes.ProbeReading)]
 
 
 def test_the_source_has_what_the_table_names() -> None:

@@ -10,35 +10,39 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import Fused, pretend, put
-from test_benchmarks import row
+from made_rows import row
 
 from rnnkit.__main__ import main
 from rnnkit.benchmarks.dispatch import fit_dispatch
 from rnnkit.benchmarks.gpu_check import main as gpu_check
 from rnnkit.benchmarks.gpu_check import parity
 from rnnkit.benchmarks.speed import rows, targets
-from rnnkit.benchmarks.speed.bench_cases import Case
+from rnnkit.benchmarks.speed.bench_cases import BenchCase
 
 
-def of(who: str, **facts: Any) -> rows.Row:
+def of(who: str, **facts: Any) -> rows.BenchRow:
     plain = dict(device="cuda", group="field", H=128, dtype="bfloat16", implementation=who, ran=who, ratio_p50=1.6)
     return row(**{**plain, **facts})
 
 
-def only(monkeypatch: pytest.MonkeyPatch, *cases: Case) -> None:
+def only(monkeypatch: pytest.MonkeyPatch, *cases: BenchCase) -> None:
     """The table of cases is this."""
     monkeypatch.setattr(targets, "TABLE", cases)
 
 
-def verdicts(*some: rows.Row) -> dict[str, targets.Verdict]:
+def verdicts(*some: rows.BenchRow) -> dict[str, targets.Verdict]:
     """Of backend cuda by call."""
     return {v.group: v for v in targets.fused(some) if (v.implementation, v.launch) == ("cuda", "call")}
 
 
 def test_what_is_aimed_at_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gru: dict[str, Any] = {"cells": ("GRU",), "modes": ("training",)}
-    table = [Case("field", 1, 1, 1, 128, **gru), Case("field", 2, 1, 1, 128, **gru), Case("field", 1, 1, 1, 512, **gru)]
-    monkeypatch.setattr(targets, "TABLE", (*table, Case("resets", 1, 1, 1, 128, **gru)))
+    table = [
+        BenchCase("field", 1, 1, 1, 128, **gru),
+        BenchCase("field", 2, 1, 1, 128, **gru),
+        BenchCase("field", 1, 1, 1, 512, **gru),
+    ]
+    monkeypatch.setattr(targets, "TABLE", (*table, BenchCase("resets", 1, 1, 1, 128, **gru)))
     first, second = of("triton"), of("triton", case="b", ratio_p50=1.5)
     slow = of("triton", case="c", H=512, ratio_p50=0.1)
     loops = [of("reference", ms=2.0), of("reference", case="b", ms=1.0), of("reference", case="c", H=512, ms=1.0)]
@@ -51,7 +55,7 @@ def test_what_is_aimed_at_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     loose = [of("reference", dtype="float32"), of("reference", mode="inference")]
     assert all(v.met for v in targets.fused([*every, *others, *loose])), "other dtypes and modes are not judged so"
 
-    def missed(*more: rows.Row) -> list[str]:
+    def missed(*more: rows.BenchRow) -> list[str]:
         return [v.group for v in targets.fused([*every, *more]) if v.met is False]
 
     assert missed(of("triton", case="d", ratio_p50=1.2)) == ["field, H <= 256"]
@@ -70,7 +74,7 @@ def test_what_is_aimed_at_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_where_the_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, Case("scan", 32, 100, 1, 128, modes=("inference",)), Case("scan", 32, 100, 1, 256))
+    only(monkeypatch, BenchCase("scan", 32, 100, 1, 128, modes=("inference",)), BenchCase("scan", 32, 100, 1, 256))
     scan: dict[str, Any] = dict(group="scan", mode="inference", T=100)
     both = [of("cuda", cell=cell, ms=0.05, **scan) for cell in ("LSTM", "GRU")]
     group = "scan, where cta fits"
@@ -84,10 +88,10 @@ def test_a_step_where_the_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, *(Case("field", n, 1, 1, 512, cells=("LSTM",)) for n in (1, 2)))
+    only(monkeypatch, *(BenchCase("field", n, 1, 1, 512, cells=("LSTM",)) for n in (1, 2)))
     plain, again = "memory, field", "memory, field, recompute"
 
-    def pair(**facts: Any) -> list[rows.Row]:
+    def pair(**facts: Any) -> list[rows.BenchRow]:
         common = dict(cell="LSTM", H=512, peak_mib=2.0, against_peak_mib=2.0, recompute_mib=1.0)
         return [of("cuda", **common), of("cuda", case="b", **{**common, **facts})]
 
@@ -107,10 +111,10 @@ def test_memory_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nowhere_below_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what `auto` takes when `choose` has read the rows: it goes by those in float32."""
-    only(monkeypatch, *(Case("grid", n, 1, 64, 64, cells=("GRU",), modes=("training",)) for n in (1, 32)))
+    only(monkeypatch, *(BenchCase("grid", n, 1, 64, 64, cells=("GRU",), modes=("training",)) for n in (1, 32)))
     group = "plain, as auto"
 
-    def shape(batch: int, wide: float, narrow: float) -> list[rows.Row]:
+    def shape(batch: int, wide: float, narrow: float) -> list[rows.BenchRow]:
         """cuDNN's time over ours in float32 and bfloat16."""
         found = []
         for dtype, ratio in (("float32", wide), ("bfloat16", narrow)):
@@ -166,8 +170,8 @@ def test_the_memory_of_a_backward_that_recomputes(tmp_path: Path, monkeypatch: p
         return o
 
     put(monkeypatch, Fused(options=look))
-    case = Case("field", 3, 4, 5, 6)
-    monkeypatch.setattr("rnnkit.benchmarks.speed.bench_cases.TABLE", (case, Case("grid", 3, 4, 5, 6)))
+    case = BenchCase("field", 3, 4, 5, 6)
+    monkeypatch.setattr("rnnkit.benchmarks.speed.bench_cases.TABLE", (case, BenchCase("grid", 3, 4, 5, 6)))
     bench = ["bench", "--device", "cuda", "--seconds", "0.001", "--cell", "gru", "--backend", "triton,reference"]
     assert main([*bench, "--out", str(tmp_path)]) == 0
     found = {(r.implementation, r.group, r.mode): r for r in rows.read(tmp_path / "rows.csv")}
