@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from rnnkit import info
 from rnnkit.backends import BACKENDS, NAMES, cuda, cuda_table, extension, gpu, triton
+from rnnkit.cli import info
+from rnnkit.cli.progress import Progress
 from rnnkit.demo import check_out
 from rnnkit.demo.text import InputError
 from rnnkit.kernels import table
-from rnnkit.progress import Progress
 
 from ..speed import machine, rows, run, targets
 from ..speed.bench_cases import DTYPES, BadInput, BenchJob, known, select

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from rnnkit.cli.progress import Progress
 from rnnkit.demo import check_out
 from rnnkit.demo.text import InputError
-from rnnkit.progress import Progress
 
 from . import implementations, machine, roofline, targets
 from .bench_cases import CELLS, DTYPES, GROUPS, MODES, BadInput, BenchJob, known, select

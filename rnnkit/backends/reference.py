@@ -20,8 +20,8 @@ def _weights(cell: Cell, t: Tensors) -> Weights:
     return Weights(t.w_hh, bias_inside(cell, t), t.w_hr)
 
 
-def _cuts(t: Tensors) -> scan.Cuts:
-    return scan.Cuts(t.lengths, t.reset, t.h_r, t.c_r)
+def _masking(t: Tensors) -> scan.LengthsAndResets:
+    return scan.LengthsAndResets(t.lengths, t.reset, t.h_r, t.c_r)
 
 
 class Reference(KernelBackend):
@@ -38,7 +38,7 @@ class Reference(KernelBackend):
         self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         y, last, c_all, gates = scan.forward(
-            self.formula(cell), gx, State(h, c), _weights(cell, t), _cuts(t), t0=t0, reverse=reverse
+            self.formula(cell), gx, State(h, c), _weights(cell, t), _masking(t), t0=t0, reverse=reverse
         )
         if gates is None and cell.saved:  # no step was made
             gates = gx.new_zeros((0, gx.shape[1], cell.saved * t.w_hh.shape[0] // cell.gates))
@@ -55,12 +55,12 @@ class Reference(KernelBackend):
             gates,
             State(t.h_0, t.c_0),
             _weights(cell, t),
-            _cuts(t),
+            _masking(t),
             reverse=o.reverse,
         )
 
     def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
-        alive = masks.live(t.lengths, t.x.shape[0], t.x.device)
+        alive = masks.valid_mask(t.lengths, t.x.shape[0], t.x.device)
         if alive is not None:  # also for torch's own derivatives of this function
             t = t._replace(x=t.x.masked_fill(~alive, 0))
         wide = compute_dtype(t.x.dtype)

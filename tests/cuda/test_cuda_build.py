@@ -21,11 +21,11 @@ import setuptools
 import torch
 from torch.utils import cpp_extension
 
-from rnnkit import info
 from rnnkit.backends import cuda_table, extension
 from rnnkit.benchmarks.usage import cuda_usage as compiled
 from rnnkit.benchmarks.usage.cuda_usage import SIDES
 from rnnkit.benchmarks.usage.kernel_usage import Usage
+from rnnkit.cli import info
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"

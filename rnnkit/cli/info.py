@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from . import __version__
-from .backends import BACKENDS, extension, triton
+from .. import __version__
+from ..backends import BACKENDS, extension, triton
 
 NO_TRITON = "not installed: pip install rnnkit[triton]"
 
