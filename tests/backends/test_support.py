@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rnnkit.backends import BACKENDS, BY_NAME, Problem
-from rnnkit.benchmarks import pages, report
+from rnnkit.benchmarks.speed import pages, report
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru", "textbook GRU": "gru_reset_before"}
