@@ -59,11 +59,11 @@ gpu-check: ## every backend on this machine's GPU: right, then fast; GPU_CHECK=-
 	$(PYTHON) -m rnnkit gpu-check $(GPU_CHECK)
 
 triton-compile: .venv/installed other-triton ## every Triton kernel for every chip, by two Tritons, without a GPU
-	$(BIN)/python -m rnnkit.benchmarks.compile_table
+	$(BIN)/python -m rnnkit.benchmarks.usage.triton_usage
 
 # COMPILE="--part 1/9": a ninth of it, checked and not written.
 other-triton: build/triton-$(OTHER_TRITON) ## the same by the other Triton alone
-	PYTHONPATH=$< $(BIN)/python -m rnnkit.benchmarks.compile_table $(COMPILE)
+	PYTHONPATH=$< $(BIN)/python -m rnnkit.benchmarks.usage.triton_usage $(COMPILE)
 
 # Beside the environment, not in it: torch is the same, and imports no Triton of its own for this.
 build/triton-%: .venv/installed
@@ -72,7 +72,7 @@ build/triton-%: .venv/installed
 
 # COMPILE="--part 1/4": a quarter of it, checked and not written.
 cuda-compile: .venv/installed ## every CUDA kernel for every chip, by nvcc, without a GPU
-	$(BIN)/python -m rnnkit.benchmarks.cuda_table $(COMPILE)
+	$(BIN)/python -m rnnkit.benchmarks.usage.cuda_usage $(COMPILE)
 
 lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check

@@ -15,8 +15,8 @@ from torch import Tensor
 import rnnkit
 from rnnkit import backends
 from rnnkit.backends import BACKENDS, BY_NAME, Problem, cuda, cuda_table, extension, gpu, triton
-from rnnkit.benchmarks import cuda_table as compiled
-from rnnkit.benchmarks import problems
+from rnnkit.benchmarks.gpu_check import parity_cases
+from rnnkit.benchmarks.usage import cuda_usage as compiled
 from rnnkit.kernels import table
 
 KERNELS = ("cuda", "triton")
@@ -253,8 +253,8 @@ def test_a_regime_is_an_entry_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert cuda_table.shared_bytes(row, 1) == 1001
     assert "forward_asks[one + 1]" in compiled.source(row) and "backward_asks[two + 1]" in compiled.source(row)
-    (problem,) = problems.resident(rows)
-    assert not list(problems.stepping(rows)) and problems.compiled_for(problem, 90) == row
+    (problem,) = parity_cases.resident(rows)
+    assert not list(parity_cases.stepping(rows)) and parity_cases.compiled_for(problem, 90) == row
 
 
 # A regime that is named.

@@ -22,9 +22,9 @@ import torch
 from torch.utils import cpp_extension
 
 from rnnkit.backends import cuda_table, extension
-from rnnkit.benchmarks import cuda_table as compiled
-from rnnkit.benchmarks.compiled import Usage
-from rnnkit.benchmarks.cuda_table import SIDES
+from rnnkit.benchmarks.usage import cuda_usage as compiled
+from rnnkit.benchmarks.usage.cuda_usage import SIDES
+from rnnkit.benchmarks.usage.kernel_usage import Usage
 from rnnkit.cli import info
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import rnnkit
 from rnnkit.backends import extension, ranges, triton
-from rnnkit.benchmarks import timing
+from rnnkit.benchmarks.speed import timing
 
 RESETS = tuple((t, b) for t, b in ((0, 0), (2, 0), (3, 0), (4, 1), (6, 1), (1, 2), (2, 2), (3, 2), (5, 2), (6, 2)))
 EXTRAS: list[dict[str, Any]] = [
