@@ -9,7 +9,6 @@ ours has to run all the same, and torch.nn is asked with oneDNN off.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import os
 import platform
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import band, error, flat, gradients, ours
+from support import band, error, flat, gradients, lacks_onednn_lstm, ours
 from torch import Tensor, nn
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -68,19 +67,6 @@ def run(module: nn.Module, x: Tensor, state: list[Tensor], half: torch.dtype | N
     return [v.detach() for v in outputs], gradients(outputs, every)
 
 
-@functools.cache
-def lacks_primitive(half: torch.dtype) -> bool:
-    """Whether oneDNN has no LSTM in `half` on this processor. torch.nn's raises then where x is float32, and takes its
-    chain of small operators, with their dtypes, where x is in `half`."""
-    try:
-        with torch.autocast("cpu", half):
-            nn.LSTM(2, 3)(torch.zeros(1, 1, 2))
-    except RuntimeError as reason:
-        assert "could not create a primitive descriptor" in str(reason)
-        return True
-    return False
-
-
 def without_primitive(theirs: nn.Module, x: Tensor, state: list[Tensor], half: torch.dtype) -> tuple[list[Tensor], Any]:
     """What torch.nn gives where oneDNN has no LSTM in `half`. In float16 that is its chain of small operators
     under autocast. In bfloat16 it is the module in bfloat16, which is what oneDNN's LSTM makes of it elsewhere, with
@@ -104,7 +90,7 @@ def test_dtypes_and_numbers(kind: str, half: torch.dtype) -> None:
         state = [] if states is None else [v.to(dtype) for v, dtype in zip(state, states)]
         got, got_grads = run(mine, x.to(xs), state, half)
         truth, true_grads = run(theirs.double(), x.double(), [v.double() for v in state], None)
-        if kind in ("lstm", "lstm-stack", "lstm-no-bias") and lacks_primitive(half):
+        if kind in ("lstm", "lstm-stack", "lstm-no-bias") and lacks_onednn_lstm(half):
             expected, expected_grads = without_primitive(theirs.float(), x.to(xs), state, half)
         else:
             expected, expected_grads = run(theirs.float(), x.to(xs), state, half)
