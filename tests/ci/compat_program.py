@@ -15,7 +15,7 @@ from rnnkit.backends import extension
 
 def close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
     """float32 rounding of some tens of steps, and no more."""
-    difference = float((got - want).abs().max())
+    difference = float((got - want).detach().abs().max())
     if not difference <= 2e-5:
         raise SystemExit(f"compat: {what} is {difference:.1e} from what it should be")
 
