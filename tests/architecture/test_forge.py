@@ -1,4 +1,4 @@
-"""What a public forge reads: workflows that call verbs of the Makefile which exist, issue forms and a citation that parse.
+"""What a public forge reads: workflows that call verbs which exist, issue forms and a citation that parse.
 
 Workflows are linted by `make workflows`; here is what a linter of their form cannot know.
 """
