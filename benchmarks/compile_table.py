@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkit.backends.problem import Outputs, Tensors
+from rnnkit.backends.spec import LayerInputs, LayerOutputs
 from rnnkit.cells import CELLS
 from rnnkit.kernels import table
 
@@ -181,7 +181,7 @@ def launches(job: Job, form: Form = EVERYTHING, make: Callable[..., Tensor] = to
         return make(sizes, dtype=dtype, device="meta")
 
     state = torch.float32 if form.wide else TORCH[job.dtype]
-    t = Tensors(
+    t = LayerInputs(
         x=some(steps, batch, 8),
         h_0=some(batch, size, dtype=state),
         c_0=some(batch, hidden, dtype=state) if cell.has_c else None,
@@ -192,8 +192,8 @@ def launches(job: Job, form: Form = EVERYTHING, make: Callable[..., Tensor] = to
         w_hr=some(job.proj, hidden) if job.proj else None,
         lengths=some(batch, dtype=torch.int64) if form.lengths else None,
         reset=some(steps, batch, dtype=torch.bool) if form.resets else None,
-        h_r=some(batch, size) if form.states else None,
-        c_r=some(batch, hidden) if form.states and cell.has_c else None,
+        h_reset=some(batch, size) if form.states else None,
+        c_reset=some(batch, hidden) if form.states and cell.has_c else None,
     )
     b_hn = some(hidden) if cell.reset_after else None
     seen: dict[tuple[Any, ...], Launch] = {}
@@ -208,7 +208,7 @@ def launches(job: Job, form: Form = EVERYTHING, make: Callable[..., Tensor] = to
     if job.side == "backward":
         seen.clear()
         y, h_n, c_n, c_all, gates = found
-        grads = Outputs(y, h_n, c_n, c_all)
+        grads = LayerOutputs(y, h_n, c_n, c_all)
         regime.backward(cell, grads, y, c_all, gates, t, b_hn, reverse=False, plan=job.plan, run=see)
     return list(seen.values())
 

@@ -105,7 +105,7 @@ def load_bias(b_hn, unit, inside):
 
 
 @triton.jit(do_not_specialize=["n", "t0", "total", "reverse", "B"])
-def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, total, reverse, B, AFTER: tl.constexpr,
+def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_reset, y, h_n, gates, n, t0, total, reverse, B, AFTER: tl.constexpr,
             H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     SAVED: tl.constexpr = 4 * H if AFTER else 3 * H
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
@@ -122,7 +122,7 @@ def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, tota
         live = (t < length)[:, None] & inside[None, :]
         xr, xz, xn = load3(gx, at, unit, H, 3 * H, live)
         if reset is not None:
-            h = replaced(h, h_r, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
+            h = replaced(h, h_reset, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
         zero = nothing(h, BLOCK_H)
         ar, az = xr + dot(h, wr, zero, PRECISION), xz + dot(h, wz, zero, PRECISION)
         if AFTER:
@@ -140,7 +140,7 @@ def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, tota
 
 
 @triton.jit(do_not_specialize=["n", "reverse", "B"])
-def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0, dh_r, n, reverse, B,
+def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_reset, dgx, dgh, dh_0, dh_reset, n, reverse, B,
              AFTER: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
              BLOCK_H: tl.constexpr):  # fmt: skip
     """dgh is None where it is dgx."""
@@ -157,7 +157,7 @@ def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0,
         at = t * B + row
         live = (t < length)[:, None] & inside[None, :]
         r, z, c = load3(gates, at, unit, H, SAVED, live)
-        h = entered(y, h_0, h_r, reset, t, row, unit, H, length, B, inside, reverse)
+        h = entered(y, h_0, h_reset, reset, t, row, unit, H, length, B, inside, reverse)
         d = tl.where(live, dh + load(gy, at, unit, H, live), 0.0)
         zero = nothing(d, BLOCK_H)
         if AFTER:
@@ -192,7 +192,7 @@ def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0,
             to_r += tl.where(cut, dh, 0.0)
             dh = tl.where(cut, 0.0, dh)
     store(dh_0, row, unit, H, valid, dh)
-    store(dh_r, row, unit, H, valid, to_r)
+    store(dh_reset, row, unit, H, valid, to_r)
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
@@ -205,7 +205,7 @@ def reset_step(gx, gh, h, rh, k, n, reverse, B, H: tl.constexpr, BLOCK_B: tl.con
 
 
 @triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
-def forward_step(gx, gh, b_hn, h, lengths, reset, h_r, y, gates, k, n, t0, total, reverse, B, AFTER: tl.constexpr,
+def forward_step(gx, gh, b_hn, h, lengths, reset, h_reset, y, gates, k, n, t0, total, reverse, B, AFTER: tl.constexpr,
                  H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """gh [B, 3H] = h W_hhᵀ, its n block (r ⊙ h) W_hnᵀ unless AFTER; h becomes the next step's."""
     SAVED: tl.constexpr = 4 * H if AFTER else 3 * H
@@ -228,7 +228,7 @@ def forward_step(gx, gh, b_hn, h, lengths, reset, h_r, y, gates, k, n, t0, total
         new, z, c = before_step(xz + hz, xn + hn, before)
     store3(gates, at, unit, H, SAVED, valid, r, z, c)
     store(y, at, unit, H, valid, tl.where(live, new, 0.0))
-    carry(h, new, h_r, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
+    carry(h, new, h_reset, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
@@ -250,7 +250,7 @@ def candidate_back(gy, dh, gates, lengths, reset, dgx, k, n, reverse, B, H: tl.c
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
-def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_r, dgx, dgh, direct, idle, k, n, reverse, B,
+def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_reset, dgx, dgh, direct, idle, k, n, reverse, B,
                   AFTER: tl.constexpr, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """dgx and, AFTER, dgh at the step's time; direct [B, H], what reaches h beside the products. Unless AFTER, dgx has
     its n block and drh [B, H] is that block times W_hn."""
@@ -264,7 +264,7 @@ def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_r, dgx, dgh, dir
     lives = t < length
     live = lives[:, None] & inside[None, :]
     r, z, c = load3(gates, at, unit, H, SAVED, live)
-    h = entered(y, h_0, h_r, reset, t, row, unit, H, length, B, inside, reverse)
+    h = entered(y, h_0, h_reset, reset, t, row, unit, H, length, B, inside, reverse)
     d = load(dh, row, unit, H, live) + load(gy, at, unit, H, live)
     if AFTER:
         hn = load(gates, at, unit + 3 * H, SAVED, live)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.problem import Tensors
+from ..backends.spec import LayerInputs
 from ..cells import Cell
 from .table import Plan
 
@@ -41,17 +41,19 @@ class Operands(NamedTuple):
     w_hr: Tensor | None  # [N, H]
     lengths: Tensor | None  # [B]
     reset: Tensor | None  # [T, B]
-    h_r: Tensor | None  # [B, N]
-    c_r: Tensor | None  # [B, H]
+    h_reset: Tensor | None  # [B, N]
+    c_reset: Tensor | None  # [B, H]
     hidden: int
     size: int
     """N"""
 
 
-def operands(cell: Cell, t: Tensors, b_hn: Tensor | None) -> Operands:
-    w_hh, b_hn, w_hr, lengths, reset, h_r, c_r = map(solid, (t.w_hh, b_hn, t.w_hr, t.lengths, t.reset, t.h_r, t.c_r))
+def operands(cell: Cell, t: LayerInputs, b_hn: Tensor | None) -> Operands:
+    w_hh, b_hn, w_hr, lengths, reset, h_reset, c_reset = map(
+        solid, (t.w_hh, b_hn, t.w_hr, t.lengths, t.reset, t.h_reset, t.c_reset)
+    )
     hidden, size = t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1]
-    return Operands(w_hh, b_hn, w_hr, lengths, reset, h_r, c_r, hidden, size)  # type: ignore[arg-type]
+    return Operands(w_hh, b_hn, w_hr, lengths, reset, h_reset, c_reset, hidden, size)  # type: ignore[arg-type]
 
 
 def solid(v: Tensor | None) -> Tensor | None:
@@ -94,8 +96,8 @@ class Found(NamedTuple):
     dgh: Tensor
     dh_0: Tensor
     dc_0: Tensor | None
-    dh_r: Tensor | None
-    dc_r: Tensor | None
+    dh_reset: Tensor | None
+    dc_reset: Tensor | None
     dp: Tensor | None
 
 

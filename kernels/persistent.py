@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.problem import Outputs, Tensors
+from ..backends.spec import LayerInputs, LayerOutputs
 from ..cells import Cell
 from . import gru, lstm, rnn
 from .launch import Found, Launch, operands, room, room_back, solid, start, tiles, total_steps
@@ -19,7 +19,7 @@ def forward(
     gx: Tensor,
     h: Tensor,
     c: Tensor | None,
-    t: Tensors,
+    t: LayerInputs,
     b_hn: Tensor | None,
     *,
     t0: int,
@@ -40,7 +40,7 @@ def forward(
         "h_0": solid(h),
         "lengths": o.lengths,
         "reset": o.reset,
-        "h_r": o.h_r,
+        "h_reset": o.h_reset,
         "y": y,
         "h_n": h_n,
         "n": n,
@@ -50,7 +50,7 @@ def forward(
         **_shape(o.hidden, reverse, plan),
     }
     if cell.has_c:
-        arguments |= {"w_hr": o.w_hr, "c_0": solid(c), "c_r": o.c_r, "c_n": c_n, "c_all": c_all, "gates": gates}
+        arguments |= {"w_hr": o.w_hr, "c_0": solid(c), "c_reset": o.c_reset, "c_n": c_n, "c_all": c_all, "gates": gates}
         arguments |= {"N": o.size, "BLOCK_N": tile(o.size)}
     elif cell.saved:
         arguments |= {"b_hn": o.b_hn, "gates": gates, "AFTER": cell.reset_after}
@@ -63,11 +63,11 @@ def forward(
 
 def backward(
     cell: Cell,
-    grads: Outputs,
+    grads: LayerOutputs,
     y: Tensor,
     c_all: Tensor | None,
     gates: Tensor | None,
-    t: Tensors,
+    t: LayerInputs,
     b_hn: Tensor | None,
     *,
     reverse: bool,
@@ -87,17 +87,23 @@ def backward(
         "reset": o.reset,
         "dgx": found.dgx,
         "dh_0": found.dh_0,
-        "dh_r": found.dh_r,
+        "dh_reset": found.dh_reset,
         "n": n,
         "B": rows,
         **_shape(o.hidden, reverse, plan),
     }
     if cell.has_c:
         arguments |= {"gc_n": gc_n, "gc_all": gc_all, "c_all": c_all, "gates": gates, "w_hr": o.w_hr}
-        arguments |= {"c_0": solid(t.c_0), "c_r": o.c_r, "dp": found.dp, "dc_0": found.dc_0, "dc_r": found.dc_r}
+        arguments |= {
+            "c_0": solid(t.c_0),
+            "c_reset": o.c_reset,
+            "dp": found.dp,
+            "dc_0": found.dc_0,
+            "dc_reset": found.dc_reset,
+        }
         arguments |= {"N": o.size, "BLOCK_N": tile(o.size)}
     elif cell.saved:
-        arguments |= {"y": solid(y), "gates": gates, "h_0": solid(t.h_0), "h_r": o.h_r}
+        arguments |= {"y": solid(y), "gates": gates, "h_0": solid(t.h_0), "h_reset": o.h_reset}
         arguments |= {"dgh": found.dgh if cell.reset_after else None, "AFTER": cell.reset_after}
     else:
         arguments |= {"y": solid(y), "RELU": cell.name == "rnn_relu"}

@@ -67,7 +67,7 @@ def carry(state, new, by, reset, k, n, t, row, unit, width, length, B, inside, r
 
 
 @triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
-def settle(new, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B, N: tl.constexpr, BLOCK_B: tl.constexpr,
+def settle(new, h, lengths, reset, h_reset, y, k, n, t0, total, reverse, B, N: tl.constexpr, BLOCK_B: tl.constexpr,
            BLOCK_N: tl.constexpr):  # fmt: skip
     """The projected state of a step, new [B, N], becomes its output and the state of the next."""
     row, unit = rows(BLOCK_B), units(BLOCK_N)
@@ -77,7 +77,7 @@ def settle(new, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B, N: tl.co
     valid = (row < B)[:, None] & inside[None, :]
     value = load(new, row, unit, N, valid)
     store(y, j * B + row, unit, N, valid, tl.where((t0 + j < length)[:, None], value, 0.0))
-    carry(h, value, h_r, reset, k, n, t0 + j, row, unit, N, length, B, inside, reverse)
+    carry(h, value, h_reset, reset, k, n, t0 + j, row, unit, N, length, B, inside, reverse)
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
@@ -107,10 +107,10 @@ def is_idle_row(d, g, j, row, width, live, B, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
-def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n, reverse, B, K, N,
+def product_back(dgh, dgh_width, w, direct, dh, dh_reset, idle, lengths, reset, k, n, reverse, B, K, N,
                  PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_K: tl.constexpr):  # fmt: skip
-    """dh [B, N] of a step becomes that of the step before: direct + dgh W. A cut sends it to dh_r instead.
+    """dh [B, N] of a step becomes that of the step before: direct + dgh W. A cut sends it to dh_reset instead.
 
     dgh: K of dgh_width columns at the step's time; w [K, N]; idle [B]: rows that pass on zeros, None where none does.
     """
@@ -126,7 +126,7 @@ def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n
     d = tl.where((j < length)[:, None], back, load(dh, row, unit, N, valid))
     if reset is not None:
         at = is_cut(reset, j, row, length, B, reverse)[:, None]
-        store(dh_r, row, unit, N, valid, load(dh_r, row, unit, N, valid) + tl.where(at, d, 0.0))
+        store(dh_reset, row, unit, N, valid, load(dh_reset, row, unit, N, valid) + tl.where(at, d, 0.0))
         d = tl.where(at, 0.0, d)
     store(dh, row, unit, N, valid, d)
 
@@ -134,5 +134,5 @@ def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n
 product_back_odd = odd(
     product_back,
     sizes=["k", "n", "reverse", "dgh_width", "B", "K", "N"],
-    pointers=["dgh", "w", "direct", "dh", "dh_r", "idle", "lengths", "reset"],
+    pointers=["dgh", "w", "direct", "dh", "dh_reset", "idle", "lengths", "reset"],
 )

@@ -41,8 +41,8 @@ def step_vjp(dh, h, RELU: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n", "t0", "total", "reverse", "B"])
-def forward(gx, w_hh, h_0, lengths, reset, h_r, y, h_n, n, t0, total, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
-            PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+def forward(gx, w_hh, h_0, lengths, reset, h_reset, y, h_n, n, t0, total, reverse, B, RELU: tl.constexpr,
+            H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
@@ -55,7 +55,7 @@ def forward(gx, w_hh, h_0, lengths, reset, h_r, y, h_n, n, t0, total, reverse, B
         live = (t < length)[:, None] & inside[None, :]
         x = load(gx, j * B + row, unit, H, live)
         if reset is not None:
-            h = replaced(h, h_r, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
+            h = replaced(h, h_reset, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
         new = step(x, dot(h, w, nothing(h, BLOCK_H), PRECISION), RELU)
         h = tl.where(live, new, h)
         store(y, j * B + row, unit, H, valid, tl.where(live, new, 0.0))
@@ -63,7 +63,7 @@ def forward(gx, w_hh, h_0, lengths, reset, h_r, y, h_n, n, t0, total, reverse, B
 
 
 @triton.jit(do_not_specialize=["n", "reverse", "B"])
-def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
+def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_reset, n, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
              PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
     inside = unit < H
@@ -89,12 +89,12 @@ def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, reverse, B, 
             to_r += tl.where(cut, dh, 0.0)
             dh = tl.where(cut, 0.0, dh)
     store(dh_0, row, unit, H, valid, dh)
-    store(dh_r, row, unit, H, valid, to_r)
+    store(dh_reset, row, unit, H, valid, to_r)
 
 
 @triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
-def forward_step(gx, gh, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
-                 BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+def forward_step(gx, gh, h, lengths, reset, h_reset, y, k, n, t0, total, reverse, B, RELU: tl.constexpr,
+                 H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """gh [B, H] = h W_hhᵀ; h becomes the next step's."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     inside = unit < H
@@ -104,7 +104,7 @@ def forward_step(gx, gh, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B,
     live = (t0 + j < length)[:, None] & inside[None, :]
     new = step(load(gx, j * B + row, unit, H, live), load(gh, row, unit, H, live), RELU)
     store(y, j * B + row, unit, H, valid, tl.where(live, new, 0.0))
-    carry(h, new, h_r, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
+    carry(h, new, h_reset, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])

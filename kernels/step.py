@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import masks
-from ..backends.problem import Outputs, Tensors
+from ..backends.spec import LayerInputs, LayerOutputs
 from ..cells import Cell
 from . import gru, lstm, product, rnn
 from .launch import ALIGNED, Found, Launch, Operands, operands, room, room_back, solid, start, tiles, total_steps
@@ -88,7 +88,7 @@ def forward(
     gx: Tensor,
     h: Tensor,
     c: Tensor | None,
-    t: Tensors,
+    t: LayerInputs,
     b_hn: Tensor | None,
     *,
     t0: int,
@@ -103,10 +103,10 @@ def forward(
     scan = Scan(o, rows, reverse, plan, run)
     y, c_all, gates = room(cell, gx, o, save)
     first = t0 + n if reverse else t0  # a reset at this place cuts before the first step that is processed
-    now = _entering(h, o.h_r, o, first, n)
-    now_c = None if c is None else _entering(c, o.c_r, o, first, n)
+    now = _entering(h, o.h_reset, o, first, n)
+    now_c = None if c is None else _entering(c, o.c_reset, o, first, n)
     buffer = now.new_empty((rows, o.w_hh.shape[0]))
-    state = {"gx": solid(gx), "gh": buffer, "h": now, "h_r": o.h_r, "y": y, "n": n, "t0": t0}
+    state = {"gx": solid(gx), "gh": buffer, "h": now, "h_reset": o.h_reset, "y": y, "n": n, "t0": t0}
     state |= {"total": total_steps(o, t0, n), "gates": gates}
     m = None if o.w_hr is None else now.new_empty((rows, o.hidden))
     inside = 2 * o.hidden  # where the GRU's n block begins
@@ -119,7 +119,7 @@ def forward(
         else:
             scan.product(now, o.w_hh, buffer)
         if cell.has_c:
-            scan.cell(lstm.forward_step, c=now_c, c_r=o.c_r, c_all=c_all, m=m, k=k, **state)
+            scan.cell(lstm.forward_step, c=now_c, c_reset=o.c_reset, c_all=c_all, m=m, k=k, **state)
         elif cell.saved:
             scan.cell(gru.forward_step, b_hn=o.b_hn, AFTER=cell.reset_after, k=k, **state)
         else:
@@ -133,11 +133,11 @@ def forward(
 
 def backward(
     cell: Cell,
-    grads: Outputs,
+    grads: LayerOutputs,
     y: Tensor,
     c_all: Tensor | None,
     gates: Tensor | None,
-    t: Tensors,
+    t: LayerInputs,
     b_hn: Tensor | None,
     *,
     reverse: bool,
@@ -151,15 +151,15 @@ def backward(
     found = room_back(cell, y, o, torch.float32)
     gy, gh_n, gc_n, gc_all = (solid(g) for g in grads)
     dh, dc = _arriving(gh_n, found.dh_0), _arriving(gc_n, found.dc_0)
-    for v in (found.dh_r, found.dc_r):
+    for v in (found.dh_reset, found.dc_reset):
         if v is not None:
             v.zero_()
     guarded = o.lengths is not None or o.reset is not None
     idle = torch.empty(rows, dtype=torch.int32, device=y.device) if guarded else None
     direct = torch.empty_like(dh) if cell.saved and not cell.has_c else None
     state = {"gy": gy, "y": solid(y), "gates": gates, "dgx": found.dgx, "idle": idle, "n": n, "direct": direct}
-    state |= {"dgh": found.dgh if cell.reset_after else None, "h_0": solid(t.h_0), "h_r": o.h_r}
-    state |= {"dh_r": found.dh_r, "dp": found.dp}
+    state |= {"dgh": found.dgh if cell.reset_after else None, "h_0": solid(t.h_0), "h_reset": o.h_reset}
+    state |= {"dh_reset": found.dh_reset, "dp": found.dp}
     inside = 2 * o.hidden
     multiplied = inside if cell.reset_before else o.w_hh.shape[0]  # the rows of W_hh by which h itself was multiplied
     for k in range(n if rows else 0):
@@ -171,7 +171,7 @@ def backward(
                 scan.product(arrived, o.w_hr, dm, transpose=False)
             following = torch.empty_like(dc)
             more = {"gc_all": gc_all, "arrived": arrived, "dm": dm, "dc": dc, "dc_next": following, "c_all": c_all}
-            more |= {"c_0": c_0, "c_r": o.c_r, "dc_r": found.dc_r, "N": o.size}
+            more |= {"c_0": c_0, "c_reset": o.c_reset, "dc_reset": found.dc_reset, "N": o.size}
             scan.cell(lstm.backward_step, dh=dh, k=k, **state, **more)
             dc = following
         elif cell.saved:
@@ -186,8 +186,8 @@ def backward(
             scan.cell(rnn.backward_step, dh=dh, RELU=cell.name == "rnn_relu", k=k, **state)
         scan.product_back(found.dgh, o.w_hh[:multiplied], dh=dh, k=k, **state)
     dtype = t.h_0.dtype
-    dc_0, dh_r, dc_r = (None if v is None else v.to(dtype) for v in (dc, found.dh_r, found.dc_r))
-    return Found(found.dgx, found.dgh, dh.to(dtype), dc_0, dh_r, dc_r, found.dp)
+    dc_0, dh_reset, dc_reset = (None if v is None else v.to(dtype) for v in (dc, found.dh_reset, found.dc_reset))
+    return Found(found.dgx, found.dgh, dh.to(dtype), dc_0, dh_reset, dc_reset, found.dp)
 
 
 def _entering(state: Tensor, by: Tensor | None, o: Operands, border: int, n: int) -> Tensor:

@@ -22,10 +22,10 @@ from .autocast import autocasting, layer_dtypes, no_autocast
 from .backends import (
     REFERENCE,
     Backend,
-    Options,
-    Outputs,
+    LayerInputs,
+    LayerOptions,
+    LayerOutputs,
     Result,
-    Tensors,
     choose,
     describe,
     recall,
@@ -38,12 +38,12 @@ _plain, _modes, _transforming, _watching = checks.plain, checks.modes, checks.tr
 _batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
 _grad = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled  # for any type of device
-_FORWARD, _REVERSE = Options(), Options(reverse=True)
+_FORWARD, _REVERSE = LayerOptions(), LayerOptions(reverse=True)
 _MISSING = (None,) * 4  # what is left out at the end of four weights or four outputs
-_BARE = 7  # what the simplest layer has of `Tensors`: x to b_hh
+_BARE = 7  # what the simplest layer has of `LayerInputs`: x to b_hh
 _NOTHING = torch.empty(0)
 
-Run = Callable[[str, Tensors, Options], Outputs]
+Run = Callable[[str, LayerInputs, LayerOptions], LayerOutputs]
 _instead: Run | None = None
 _looking = threading.RLock()
 
@@ -223,7 +223,7 @@ def _four(weights: Sequence[Tensor]) -> Sequence[Any] | None:
 
 def _quick_layer(
     cell: str, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], reverse: bool, backend: str
-) -> Outputs | None:
+) -> LayerOutputs | None:
     """`layer` without lengths, resets and options the quick way; None where there is none."""
     o = _REVERSE if reverse is True else _FORWARD
     found = _quick(cell, x, h_0, c_0, weights, o, backend) if o.reverse is reverse else None
@@ -231,7 +231,7 @@ def _quick_layer(
         return None
     known, train, four = found
     try:
-        return _direct(cell, known, Tensors(x, h_0, c_0, *four), o, train)  # type: ignore[arg-type]
+        return _direct(cell, known, LayerInputs(x, h_0, c_0, *four), o, train)  # type: ignore[arg-type]
     except RuntimeError:
         return None
 
@@ -242,7 +242,7 @@ def _quick(
     h: Tensor | None,
     c: Tensor | None,
     weights: Sequence[Tensor],
-    o: Options,
+    o: LayerOptions,
     backend: str,
 ) -> tuple[Backend, bool, Sequence[Tensor | None]] | None:
     """The backend that an earlier call with the same facts came to, whether a gradient is wanted, and w_ih, w_hh, b_ih,
@@ -257,7 +257,7 @@ def _quick(
         return None
     train = _grad() and _any_grad((x, h, c, *weights))
     known = recall(
-        backend,  # and what `Problem` holds
+        backend,  # and what `LayerSpec` holds
         (cell, "cpu", x.dtype, *x.shape, w_hh.shape[1], 0, four is weights, False, False, False, *o, train, None),
     )
     return None if known is None else (known, train, four)
@@ -274,7 +274,7 @@ def overlaps(
     *states: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
-    options: Options,
+    options: LayerOptions,
     backend: str,
 ) -> bool:
     """Whether a layer's reverse direction with these weights may run on another stream than its forward one.
@@ -289,7 +289,7 @@ def overlaps(
         return False
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
-    t = Tensors(
+    t = LayerInputs(
         x, *states[:2], w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None, lengths, reset, *states[2:]
     )
     problem = describe(cell, t, options, train=_grad() and _any_grad(t))
@@ -302,15 +302,15 @@ def overlaps(
 
 
 def _layer(
-    cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
+    cell: str, t: LayerInputs, o: LayerOptions, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if _instead is not None:
-        return _instead(cell, t.filled(CELLS[cell].has_c), o)
+        return _instead(cell, t.with_zero_states(CELLS[cell].has_c), o)
     if _plain(*t) and not t.x.is_meta and not _autocast():
         train = _grad() and _any_grad(t)
         chosen = choose(backend, describe(cell, t, o, train=train))
         return _direct(cell, chosen, t, o, train)
-    t = t.filled(CELLS[cell].has_c)
+    t = t.with_zero_states(CELLS[cell].has_c)
     if not autocasting(t.x.device.type):
         return _run(cell, t, o, backend)
     dtype, shown = layer_dtypes(cell, t, fused=fused)
@@ -318,7 +318,9 @@ def _layer(
     return y.to(shown), h_n.to(shown), c_n, c_all
 
 
-def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _run(
+    cell: str, t: LayerInputs, o: LayerOptions, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Where the call is not plain, or was not before autocast had its way."""
     train = _grad() and _any_grad(t)
     chosen = resolve(backend, describe(cell, t, o, train=train))
@@ -334,36 +336,36 @@ def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tenso
     return _opaque(cell, chosen.name, t, o, train)
 
 
-def _direct(cell: str, backend: Backend, t: Tensors, o: Options, train: bool) -> Outputs:
+def _direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
     """The backend itself on plain tensors, below an autograd function when a gradient is wanted."""
     if not backend.takes_none_states:
-        t = t.filled(CELLS[cell].has_c)
+        t = t.with_zero_states(CELLS[cell].has_c)
     if not train:
         return backend.forward(cell, t, o, train=False).outputs
     bare = t.w_hr is None and t.lengths is None and t.reset is None
     found: tuple[Tensor, ...] = _Layer.apply((cell, backend, o, None), *(t[:_BARE] if bare else t))
-    return Outputs(*found, *_MISSING[len(found) :])
+    return LayerOutputs(*found, *_MISSING[len(found) :])
 
 
-def _opaque(cell: str, backend: str, t: Tensors, o: Options, train: bool) -> Outputs:
+def _opaque(cell: str, backend: str, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
     y, h_n, c_n, c_all, _, _ = torch.ops.rnnkit.layer_forward(cell, backend, *o, *t, train)
     has_c_n, has_c_all = states_of(cell, o)
-    return Outputs(y, h_n, c_n if has_c_n else None, c_all if has_c_all else None)
+    return LayerOutputs(y, h_n, c_n if has_c_n else None, c_all if has_c_all else None)
 
 
-How = tuple[str, Backend, Options, bool | None]
+How = tuple[str, Backend, LayerOptions, bool | None]
 """Cell, backend, options; whether a `single` is batch first, None for any other layer."""
 
 
 class _Layer(torch.autograd.Function):
-    """A backend's forward and backward as one node of torch's graph. Takes `Tensors`, without trailing Nones."""
+    """A backend's forward and backward as one node of torch's graph. Takes `LayerInputs`, without trailing Nones."""
 
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         cell, backend, o, batch_first = how
         graph = None
         if batch_first is None:
-            outputs, saved, graph = backend.forward(cell, Tensors(*tensors), o, train=True, graph=True)  # type: ignore[arg-type]
+            outputs, saved, graph = backend.forward(cell, LayerInputs(*tensors), o, train=True, graph=True)  # type: ignore[arg-type]
             given = outputs[: 2 if outputs.c_n is None else 3 if outputs.c_all is None else 4]
         else:
             given, saved = _run_single(how, tensors)
@@ -410,10 +412,10 @@ class _Layer(torch.autograd.Function):
             found = backend.single_backward(cell, inputs, batch_first, kept[0], kept[1:], grads, needs)
             if found is not None:
                 return (None, *found)
-        t, given = _as_layer(batch_first, Tensors(*inputs), Outputs(*grads, *_MISSING[len(grads) :]))  # type: ignore[arg-type]
+        t, given = _as_layer(batch_first, LayerInputs(*inputs), LayerOutputs(*grads, *_MISSING[len(grads) :]))  # type: ignore[arg-type]
         wanted = [*needs, *(False,) * (len(t) - count)]
         if through_graph:
-            found = second_backward(cell, t.filled(CELLS[cell].has_c), o, given, wanted)
+            found = second_backward(cell, t.with_zero_states(CELLS[cell].has_c), o, given, wanted)
         else:
             y, result = kept[0] if kept else t.x, Result(given, kept[1:], ctx.graph)
             if batch_first is True:
@@ -435,7 +437,7 @@ def _run_single(how: How, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tenso
     return tuple(made[:outputs]), tuple(made[outputs:])
 
 
-def _as_layer(batch_first: bool | None, t: Tensors, grads: Outputs) -> tuple[Tensors, Outputs]:
+def _as_layer(batch_first: bool | None, t: LayerInputs, grads: LayerOutputs) -> tuple[LayerInputs, LayerOutputs]:
     """Inputs and gradients of a `single` in the layouts of a layer. Any other's as they are."""
     if batch_first is None:
         return t, grads
@@ -443,7 +445,7 @@ def _as_layer(batch_first: bool | None, t: Tensors, grads: Outputs) -> tuple[Ten
     x, gy = t.x, grads.y
     if batch_first:
         x, gy = x.transpose(0, 1), None if gy is None else gy.transpose(0, 1)
-    return t._replace(x=x, h_0=states[0], c_0=states[1]), Outputs(gy, states[2], states[3], None)  # type: ignore[arg-type]
+    return t._replace(x=x, h_0=states[0], c_0=states[1]), LayerOutputs(gy, states[2], states[3], None)  # type: ignore[arg-type]
 
 
 def _as_single(batch_first: bool | None, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

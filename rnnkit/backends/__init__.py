@@ -1,8 +1,8 @@
 """The literal table of backends and the choice among them.
 
-`auto` takes the first backend, in the order of recorded measurements, whose list of reasons against the problem is
+`auto` takes the first backend, in the order of recorded measurements, whose list of reasons against the spec is
 empty and that is not reluctant; a named backend runs or raises with its reasons. Nothing falls back silently. What was
-found for a problem is remembered, for eager calls (`choose`).
+found for a spec is remembered, for eager calls (`choose`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.compiler import is_compiling  # `torch` is here the name of a backend
 from . import measured
 from .cpu import CPU
 from .cuda import CUDA
-from .problem import Options, Outputs, Problem, Result, Tensors, describe
 from .products import Backend
 from .reference import Reference
+from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result, describe
 from .torch import Torch
 from .triton import Triton
 
@@ -40,7 +40,7 @@ _orders: dict[tuple, tuple[Backend, ...]] = {}
 class _Thread(threading.local):  # not a ContextVar: torch.compile cannot trace one
     def __init__(self) -> None:  # in every thread anew
         self.override: Any = None  # (what `use_backend` names, what stood here before)
-        self.record: list[tuple[Problem, str, str]] | None = None
+        self.record: list[tuple[LayerSpec, str, str]] | None = None
 
 
 _thread = _Thread()
@@ -67,9 +67,9 @@ class use_backend:
 
 
 class record:
-    """Context manager: gathers every problem met in this block and thread, for `explain`."""
+    """Context manager: gathers every spec met in this block and thread, for `explain`."""
 
-    def __enter__(self) -> list[tuple[Problem, str, str]]:
+    def __enter__(self) -> list[tuple[LayerSpec, str, str]]:
         self._outside = _thread.record
         _thread.record = []
         return _thread.record
@@ -96,20 +96,20 @@ def _order(measured_order: tuple[str, ...]) -> tuple[Backend, ...]:
 _TYPICAL = {kind: _order(names) for kind, names in measured.TYPICAL.items()}
 
 
-def preference(problem: Problem) -> tuple[Backend, ...]:
+def preference(spec: LayerSpec) -> tuple[Backend, ...]:
     """The order in which `auto` asks: by the times of the nearest recorded shape, else the table's.
 
     Under torch.compile T and B may stand for any size, and a look at their values would be a guard. There one order
     serves every shape of a cell.
     """
-    batch, steps = problem.batch, problem.steps
+    batch, steps = spec.batch, spec.steps
     if is_compiling() or type(batch) is not int or type(steps) is not int:
-        cell = measured.ALIKE.get(problem.cell, problem.cell)
-        return _TYPICAL.get((problem.device, cell, problem.train), BACKENDS)
-    key = (problem.device, problem.cell, problem.train, batch, steps, problem.input_size, problem.hidden_size)
+        cell = measured.ALIKE.get(spec.cell, spec.cell)
+        return _TYPICAL.get((spec.device, cell, spec.train), BACKENDS)
+    key = (spec.device, spec.cell, spec.train, batch, steps, spec.input_size, spec.hidden_size)
     order = _orders.get(key)
     if order is None:
-        row = recorded(problem)
+        row = recorded(spec)
         order = BACKENDS if row is None else _order(measured.fastest_first(row.ms))
         if len(_orders) >= _KEPT:
             _orders.clear()
@@ -117,28 +117,28 @@ def preference(problem: Problem) -> tuple[Backend, ...]:
     return order
 
 
-def recorded(problem: Problem) -> measured.Row | None:
-    """The recorded shape whose times order the backends for this problem, outside of torch.compile."""
-    sizes = (problem.batch, problem.steps, problem.input_size, problem.hidden_size)
-    return measured.nearest(problem.device, problem.cell, problem.train, sizes)
+def recorded(spec: LayerSpec) -> measured.Row | None:
+    """The recorded shape whose times order the backends for this spec, outside of torch.compile."""
+    sizes = (spec.batch, spec.steps, spec.input_size, spec.hidden_size)
+    return measured.nearest(spec.device, spec.cell, spec.train, sizes)
 
 
-def pick(name: str, problem: Problem) -> Backend:
-    """The backend that runs this problem: `name`, or what `use_backend` says, or the first that can.
+def pick(name: str, spec: LayerSpec) -> Backend:
+    """The backend that runs this spec: `name`, or what `use_backend` says, or the first that can.
 
     Raises NotImplementedError with the reasons where a named backend cannot.
     """
     asked = _asked(name)
     if asked == "auto":
-        able = (backend for backend in preference(problem) if not backend.unsupported(problem))
-        return next(backend for backend in able if backend.reluctant(problem) is None)
+        able = (backend for backend in preference(spec) if not backend.unsupported(spec))
+        return next(backend for backend in able if backend.reluctant(spec) is None)
     check_name(asked)
     chosen = BY_NAME[asked]
-    reasons = chosen.unsupported(problem)
+    reasons = chosen.unsupported(spec)
     if reasons:
-        others = [backend.name for backend in BACKENDS if not backend.unsupported(problem)]
+        others = [backend.name for backend in BACKENDS if not backend.unsupported(spec)]
         raise NotImplementedError(
-            f"backend {asked!r} cannot run this {problem.cell} layer on {problem.device}: {'; '.join(reasons)}. "
+            f"backend {asked!r} cannot run this {spec.cell} layer on {spec.device}: {'; '.join(reasons)}. "
             f"Those that can: {', '.join(others)}; backend='auto' chooses among them."
         )
     return chosen
@@ -149,41 +149,41 @@ def _asked(name: str) -> str:
     return name if override is None else override[0]
 
 
-def resolve(name: str, problem: Problem) -> Backend:
+def resolve(name: str, spec: LayerSpec) -> Backend:
     """`pick`, told to whoever records."""
-    chosen = pick(name, problem)
+    chosen = pick(name, spec)
     recording = _thread.record
     if recording is not None:
-        recording.append((problem, _asked(name), chosen.name))
+        recording.append((spec, _asked(name), chosen.name))
     return chosen
 
 
 _chosen: dict[tuple[str, bool, tuple], Backend] = {}
-CHOSEN_AT_MOST = 1024  # entries; T and B are part of a problem
+CHOSEN_AT_MOST = 1024  # entries; T and B are part of a spec
 
 
-def recall(name: str, problem: tuple) -> Backend | None:
-    """What `choose` found for the same problem before; None where nothing yet, and inside of `record`.
+def recall(name: str, spec: tuple) -> Backend | None:
+    """What `choose` found for the same spec before; None where nothing yet, and inside of `record`.
 
-    `problem`: a Problem, or the bare tuple of its facts, which takes a third of the time to make.
+    `spec`: a LayerSpec, or the bare tuple of its facts, which takes a third of the time to make.
     """
     if _thread.record is not None:
         return None
     override = _thread.override
-    return _chosen.get((name if override is None else override[0], _get_mkldnn_enabled(), problem))
+    return _chosen.get((name if override is None else override[0], _get_mkldnn_enabled(), spec))
 
 
-def choose(name: str, problem: Problem, *, quiet: bool = False) -> Backend:
+def choose(name: str, spec: LayerSpec, *, quiet: bool = False) -> Backend:
     """`resolve` with a memory, for eager calls, whose sizes are plain numbers. quiet: `pick`, with the same memory.
 
-    A choice may depend on the problem and on whether oneDNN is on, and on nothing else that changes in a process.
+    A choice may depend on the spec and on whether oneDNN is on, and on nothing else that changes in a process.
     """
-    chosen = recall(name, problem)
+    chosen = recall(name, spec)
     if chosen is None:
-        chosen = pick(name, problem) if quiet else resolve(name, problem)
+        chosen = pick(name, spec) if quiet else resolve(name, spec)
         if len(_chosen) >= CHOSEN_AT_MOST:
             _chosen.clear()
-        _chosen[_asked(name), _get_mkldnn_enabled(), problem] = chosen
+        _chosen[_asked(name), _get_mkldnn_enabled(), spec] = chosen
     return chosen
 
 
@@ -193,11 +193,11 @@ __all__ = [
     "NAMES",
     "REFERENCE",
     "Backend",
-    "Options",
-    "Outputs",
-    "Problem",
+    "LayerInputs",
+    "LayerOptions",
+    "LayerOutputs",
+    "LayerSpec",
     "Result",
-    "Tensors",
     "check_name",
     "choose",
     "describe",

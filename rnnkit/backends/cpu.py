@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..cells import CELLS
 from . import extension
-from .problem import Options, Outputs, Problem, Result, Tensors
 from .products import Backend, Gradient
+from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 
 NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 """The cells as csrc/cpu/scan.h numbers them."""
@@ -25,12 +25,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _modes = torch._C._len_torch_dispatch_stack
 _watching = torch._C._len_torch_function_stack
 _transforming = torch._C._are_functorch_transforms_active
-LENGTHS, RESET = Tensors._fields.index("lengths"), Tensors._fields.index("reset")
+LENGTHS, RESET = LayerInputs._fields.index("lengths"), LayerInputs._fields.index("reset")
 
 
 @functools.cache
 def asked(needs: tuple[bool, ...]) -> int:
-    """Which gradients the operator shall give: a bit for each of `Tensors`, without lengths and reset."""
+    """Which gradients the operator shall give: a bit for each of `LayerInputs`, without lengths and reset."""
     wanted = [need for k, need in enumerate(needs) if k not in (LENGTHS, RESET)]
     return sum(1 << k for k, need in enumerate(wanted) if need)
 
@@ -58,27 +58,27 @@ class CPU(Backend):
     def available(self) -> str | None:
         return extension.reason() or extension.refusal or None
 
-    def unsupported(self, problem: Problem) -> list[str]:
+    def unsupported(self, spec: LayerSpec) -> list[str]:
         reasons = []
         if not extension.available():  # an engine that refuses its variant is chosen, and raises: `auto` hides no error
             reasons.append(extension.reason())
-        if problem.device != "cpu":
-            reasons.append(f"runs on the device cpu, got {problem.device}")
-        if problem.dtype not in DTYPES:
-            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {problem.dtype}")
+        if spec.device != "cpu":
+            reasons.append(f"runs on the device cpu, got {spec.device}")
+        if spec.dtype not in DTYPES:
+            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {spec.dtype}")
         return reasons
 
-    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
+    def forward(self, cell: str, t: LayerInputs, o: LayerOptions, *, train: bool, graph: bool = False) -> Result:
         keeps_c = train and o.recompute  # an LSTM's: the backward makes the gates again, range by range
         y, h_n, *more = self._functions()[0](
             NUMBERS[cell], *t, o.reverse, o.all_states or keeps_c, train and not o.recompute, 0
         )
         if cell != "lstm":
-            return Result(Outputs(y, h_n, None, None), tuple(more))
+            return Result(LayerOutputs(y, h_n, None, None), tuple(more))
         c_n, *more = more
         c_all = more.pop(0) if o.all_states or keeps_c else None
         saved = (c_all,) if keeps_c else tuple(more)
-        return Result(Outputs(y, h_n, c_n, c_all if o.all_states else None), saved)
+        return Result(LayerOutputs(y, h_n, c_n, c_all if o.all_states else None), saved)
 
     def single(
         self,
@@ -132,7 +132,14 @@ class CPU(Backend):
         return None if new is None else (new, None)
 
     def backward(
-        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+        self,
+        cell: str,
+        t: LayerInputs,
+        o: LayerOptions,
+        y: Tensor,
+        result: Result | None,
+        grads: LayerOutputs,
+        needs: list[bool],
     ) -> list[Gradient]:
         kind = CELLS[cell]
         saved = () if result is None else result.saved

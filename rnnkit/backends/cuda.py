@@ -17,8 +17,8 @@ from ..cells import CELLS, Cell, compute_dtype
 from ..reference.scan import ScanGradients
 from . import cuda_table, extension, gpu, measured
 from .cuda_table import Row
-from .problem import Options, Outputs, Problem, Tensors
 from .products import KernelBackend, bias_inside
+from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "f64"}
 regimes = gpu.Regimes("RNNKIT_CUDA_REGIME", cuda_table.REGIMES)
@@ -118,37 +118,37 @@ class CUDA(KernelBackend):
     def available(self) -> str | None:
         return regimes.wrong() or gpu.anywhere(missing)
 
-    def unsupported(self, problem: Problem) -> list[str]:
+    def unsupported(self, spec: LayerSpec) -> list[str]:
         reasons = []
-        if problem.device != machine.device:
-            reasons.append(f"runs on the device {machine.device}, got {problem.device}")
+        if spec.device != machine.device:
+            reasons.append(f"runs on the device {machine.device}, got {spec.device}")
             reason = unbuilt()
         else:
-            reason = regimes.wrong() or missing(problem.device_index)
+            reason = regimes.wrong() or missing(spec.device_index)
         if reason is not None:
             reasons.append(reason)
-        if problem.dtype not in (torch.float32, *KINDS):
-            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {problem.dtype}")
-        if problem.hidden_size == 0:
+        if spec.dtype not in (torch.float32, *KINDS):
+            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {spec.dtype}")
+        if spec.hidden_size == 0:
             reasons.append("needs at least one unit, got H=0")
         if regimes.only is not None and not reasons:
             try:
-                _planned(problem)
+                _planned(spec)
             except NotImplementedError as refused:
                 reasons.append(str(refused))
         return reasons
 
-    def reluctant(self, problem: Problem) -> str | None:
+    def reluctant(self, spec: LayerSpec) -> str | None:
         if simulated:
             return "can run it on a CPU that executes its kernels, far slower than any other; runs when named"
-        return measured.untried(self.name, problem)
+        return measured.untried(self.name, spec)
 
-    def detail(self, problem: Problem) -> str | None:
-        row, why = _planned(problem)
+    def detail(self, spec: LayerSpec) -> str | None:
+        row, why = _planned(spec)
         return f"{row.regime}: {why} ({row.name})"
 
     def scan_forward(
-        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
+        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: LayerInputs, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         n, rows = gx.shape[:2]
         hidden, size = t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1]
@@ -166,7 +166,14 @@ class CUDA(KernelBackend):
         return y, h_n, c_n, c_all, gates
 
     def scan_backward(
-        self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
+        self,
+        cell: Cell,
+        grads: LayerOutputs,
+        y: Tensor,
+        c_all: Tensor | None,
+        gates: Tensor | None,
+        t: LayerInputs,
+        o: LayerOptions,
     ) -> ScanGradients:
         n, rows, size = y.shape
         hidden = t.w_hh.shape[0] // cell.gates
@@ -211,21 +218,22 @@ def planned(cell: str, hidden: int, proj: int, operands: str, batch: int, capabi
         raise regimes.refused(why) from None
 
 
-def _planned(problem: Problem) -> tuple[Row, str]:
-    sizes = (problem.hidden_size, problem.proj_size, kind(problem.dtype), problem.batch)
-    return planned(problem.cell, *sizes, machine.capability(problem.device_index))
+def _planned(spec: LayerSpec) -> tuple[Row, str]:
+    sizes = (spec.hidden_size, spec.proj_size, kind(spec.dtype), spec.batch)
+    return planned(spec.cell, *sizes, machine.capability(spec.device_index))
 
 
-def _row(cell: Cell, t: Tensors) -> Row:
+def _row(cell: Cell, t: LayerInputs) -> Row:
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
     chip = machine.capability(t.x.device.index)
     return planned(cell.name, t.w_hh.shape[0] // cell.gates, proj, kind(t.x.dtype), t.x.shape[1], chip)[0]
 
 
-def _common(cell: Cell, t: Tensors, reverse: bool, t0: int, end: int) -> dict[str, Any]:
+def _common(cell: Cell, t: LayerInputs, reverse: bool, t0: int, end: int) -> dict[str, Any]:
     total = end if t.reset is None else t.reset.shape[0]
     flags = {"t0": t0, "total": total, "reverse": reverse, "relu": cell is CELLS["rnn_relu"]}
-    return flags | {name: _solid(getattr(t, name)) for name in ("lengths", "reset", "h_r", "c_r")}
+    read = {"lengths": t.lengths, "reset": t.reset, "h_r": t.h_reset, "c_r": t.c_reset}
+    return flags | {name: _solid(v) for name, v in read.items()}
 
 
 def _solid(v: Tensor | None) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 `measured.csv` beside this file holds, for each recorded shape of one layer in one direction, the milliseconds of
 every backend that ran it. `python -m rnnkit.benchmarks.choose` writes it from benchmarks/results/, nobody by hand.
-For a problem the nearest recorded shape decides, nearest in log B, log T, log I and log H. All was measured in
+For a spec the nearest recorded shape decides, nearest in log B, log T, log I and log H. All was measured in
 float32; other dtypes go by the same rows.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from .problem import Problem
+from .spec import LayerSpec
 
 FILE = Path(__file__).with_name("measured.csv")
 FACTS = ("device", "cell", "train", "B", "T", "I", "H", "source")  # the columns before those of the backends
@@ -103,9 +103,9 @@ def nearest(
     return min(rows, key=distance, default=None)
 
 
-def untried(name: str, problem: Problem) -> str | None:
-    """Why `auto` leaves a plain problem on a GPU to torch's layers: this backend has no recorded time there."""
-    known = TYPICAL.get((problem.device, ALIKE.get(problem.cell, problem.cell), problem.train), ())
-    if name in known or problem.extras or not problem.steps:
+def untried(name: str, spec: LayerSpec) -> str | None:
+    """Why `auto` leaves a plain layer on a GPU to torch's layers: this backend has no recorded time there."""
+    known = TYPICAL.get((spec.device, ALIKE.get(spec.cell, spec.cell), spec.train), ())
+    if name in known or spec.extras or not spec.steps:
         return None
     return "can run it, but was not measured on a GPU yet, and torch has a layer for it; runs when named"

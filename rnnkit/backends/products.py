@@ -18,12 +18,12 @@ from ..cells import CELLS, Cell, compute_dtype
 from ..reference import lstm
 from ..reference.scan import ScanGradients
 from . import ranges
-from .problem import Options, Outputs, Problem, Result, Tensors
+from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 
 Gradient = Tensor | None
 
 
-def project(cell: Cell, t: Tensors) -> Tensor:
+def project(cell: Cell, t: LayerInputs) -> Tensor:
     """gx [T, B, G·H]: the input projection with every bias that the recurrence does not multiply."""
     bias = t.b_ih
     if t.b_ih is not None and t.b_hh is not None:
@@ -35,7 +35,7 @@ def project(cell: Cell, t: Tensors) -> Tensor:
     return F.linear(t.x, t.w_ih, bias)
 
 
-def bias_inside(cell: Cell, t: Tensors) -> Tensor | None:
+def bias_inside(cell: Cell, t: LayerInputs) -> Tensor | None:
     """b_hn [H], the bias that the reset gate of `gru` multiplies."""
     return t.b_hh[t.b_hh.shape[0] // 3 * 2 :] if cell.reset_after and t.b_hh is not None else None
 
@@ -47,13 +47,13 @@ def outer(gradient: Tensor, value: Tensor) -> Tensor:
 
 
 def weight_gradients(
-    cell: Cell, g: ScanGradients, t: Tensors, y: Tensor, c_all: Tensor | None, gates: Tensor | None, o: Options
+    cell: Cell, g: ScanGradients, t: LayerInputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, o: LayerOptions
 ) -> list[Gradient]:
-    """Gradients of every tensor of `Tensors`, in its order, from those of the scan. All in the scan's type."""
+    """Gradients of every tensor of `LayerInputs`, in its order, from those of the scan. All in the scan's type."""
     x = t.x
     alive = masks.live(t.lengths, x.shape[0], x.device)
     at = masks.cut(t.reset, alive, o.reverse)
-    h = masks.previous(y, t.h_0, t.lengths, at, t.h_r, o.reverse)
+    h = masks.previous(y, t.h_0, t.lengths, at, t.h_reset, o.reverse)
     dead = None
     if alive is not None or at is not None:  # no gradient came here, so nothing that stands here may pass on NaN
         dead = (g.dgx == 0).all(-1, keepdim=True)
@@ -84,8 +84,8 @@ def weight_gradients(
         dw_hr,
         None,
         None,
-        g.dh_r if t.h_r is not None else None,
-        g.dc_r if t.c_r is not None else None,
+        g.dh_reset if t.h_reset is not None else None,
+        g.dc_reset if t.c_reset is not None else None,
     ]
 
 
@@ -110,19 +110,19 @@ class Backend:
         """Why it cannot run anything on this machine; None where it can."""
         return None
 
-    def unsupported(self, problem: Problem) -> list[str]:
-        """Why it cannot run this problem; empty where it can."""
+    def unsupported(self, spec: LayerSpec) -> list[str]:
+        """Why it cannot run this layer; empty where it can."""
         raise NotImplementedError(self.name)
 
-    def reluctant(self, problem: Problem) -> str | None:
+    def reluctant(self, spec: LayerSpec) -> str | None:
         """Why `auto` leaves to others what this backend could run; None where it does not."""
         return None
 
-    def detail(self, problem: Problem) -> str | None:
-        """How it runs this problem, for `explain`; None where there is one way only."""
+    def detail(self, spec: LayerSpec) -> str | None:
+        """How it runs this layer, for `explain`; None where there is one way only."""
         return None
 
-    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
+    def forward(self, cell: str, t: LayerInputs, o: LayerOptions, *, train: bool, graph: bool = False) -> Result:
         """Run the layer. `train`: keep what `backward` needs; `graph`: an autograd graph may be kept for it."""
         raise NotImplementedError(self.name)
 
@@ -177,7 +177,14 @@ class Backend:
         return None
 
     def backward(
-        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+        self,
+        cell: str,
+        t: LayerInputs,
+        o: LayerOptions,
+        y: Tensor,
+        result: Result | None,
+        grads: LayerOutputs,
+        needs: list[bool],
     ) -> list[Gradient]:
         """Gradients of `t`, in its order (None where not needed), given those of the outputs (None: zeros)."""
         raise NotImplementedError(self.name)
@@ -187,19 +194,26 @@ class KernelBackend(Backend):
     """A backend that brings a forward and a backward scan; the products are those of this file."""
 
     def scan_forward(
-        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
+        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: LayerInputs, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """States of the steps [t0, t0 + n): y, h_n, c_n, c_all, gates; the last two only with `save`."""
         raise NotImplementedError(self.name)
 
     def scan_backward(
-        self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
+        self,
+        cell: Cell,
+        grads: LayerOutputs,
+        y: Tensor,
+        c_all: Tensor | None,
+        gates: Tensor | None,
+        t: LayerInputs,
+        o: LayerOptions,
     ) -> ScanGradients:
         """Gradients of the scan over all of `t`, which may be a range of a longer layer: those of its h_0 and c_0 have
-        their dtypes, and so have those of h_r and c_r."""
+        their dtypes, and so have those of h_reset and c_reset."""
         raise NotImplementedError(self.name)
 
-    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
+    def forward(self, cell: str, t: LayerInputs, o: LayerOptions, *, train: bool, graph: bool = False) -> Result:
         kind = CELLS[cell]
         if train and o.recompute:
             return self._forward_in_ranges(kind, t, o)
@@ -208,9 +222,9 @@ class KernelBackend(Backend):
             kind, project(kind, t), t.h_0, t.c_0, t, t0=0, reverse=o.reverse, save=save
         )
         saved = tuple(v for v in (gates, c_all) if v is not None) if train else ()
-        return Result(Outputs(y, h_n, c_n, c_all if o.all_states else None), saved)
+        return Result(LayerOutputs(y, h_n, c_n, c_all if o.all_states else None), saved)
 
-    def _forward_in_ranges(self, cell: Cell, t: Tensors, o: Options) -> Result:
+    def _forward_in_ranges(self, cell: Cell, t: LayerInputs, o: LayerOptions) -> Result:
         """gx and gates for a range at a time; what is kept is c of an LSTM. The state passes in the compute type."""
         steps, rows = t.x.shape[:2]
         wide = compute_dtype(t.x.dtype)
@@ -223,11 +237,18 @@ class KernelBackend(Backend):
             )[:4]
             y, c_all = _place(y, y_range, t0, steps), _place(c_all, c_range, t0, steps)
         h_n, c_n = h.to(t.x.dtype), None if c is None else c.to(t.x.dtype)
-        outputs = Outputs(y, h_n, c_n, c_all if o.all_states else None)  # type: ignore[arg-type]
+        outputs = LayerOutputs(y, h_n, c_n, c_all if o.all_states else None)  # type: ignore[arg-type]
         return Result(outputs, () if c_all is None else (c_all,))
 
     def backward(
-        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+        self,
+        cell: str,
+        t: LayerInputs,
+        o: LayerOptions,
+        y: Tensor,
+        result: Result | None,
+        grads: LayerOutputs,
+        needs: list[bool],
     ) -> list[Gradient]:
         kind = CELLS[cell]
         saved = () if result is None else result.saved
@@ -242,26 +263,33 @@ class KernelBackend(Backend):
         return [g if need else None for g, need in zip(every, needs, strict=True)]
 
     def _backward_in_ranges(
-        self, cell: Cell, t: Tensors, o: Options, y: Tensor, c_all: Tensor | None, grads: Outputs, needs: list[bool]
+        self,
+        cell: Cell,
+        t: LayerInputs,
+        o: LayerOptions,
+        y: Tensor,
+        c_all: Tensor | None,
+        grads: LayerOutputs,
+        needs: list[bool],
     ) -> list[Gradient]:
         """Range by range, the last first: the gates again, the scan back, a share of every weight's gradient. Those of
         the state pass from range to range in the compute type, and shares are summed in it."""
         wide = compute_dtype(t.x.dtype)
         steps, rows = t.x.shape[:2]
         dh, dc = (None if v is None else v.to(wide) for v in (grads.h_n, grads.c_n))
-        grads = Outputs(grads.y, dh, dc, grads.c_all)  # type: ignore[arg-type]
+        grads = LayerOutputs(grads.y, dh, dc, grads.c_all)  # type: ignore[arg-type]
         dx: Gradient = None
         sums: list[Gradient] = [None] * (len(t) - 3)
         for t0, t1 in ranges.spans(steps, rows, last_first=not o.reverse):
             found = self._backward_of_range(cell, ranges.part(t, y, c_all, grads, t0, t1, reverse=o.reverse), o, wide)
-            grads = Outputs(grads.y, found[1], found[2], grads.c_all)  # type: ignore[arg-type]
+            grads = LayerOutputs(grads.y, found[1], found[2], grads.c_all)  # type: ignore[arg-type]
             sums = [_sum(v, share, wide) for v, share in zip(sums, found[3:], strict=True)]
             dx = _place(dx, found[0] if needs[0] else None, t0, steps)
             found.clear()  # nothing of a range is held while the next one runs
         every = zip((dx, grads.h_n, grads.c_n, *sums), t, needs, strict=True)
         return [g.to(v.dtype) if need and g is not None and v is not None else None for g, v, need in every]
 
-    def _backward_of_range(self, cell: Cell, part: ranges.Range, o: Options, wide: torch.dtype) -> list[Gradient]:
+    def _backward_of_range(self, cell: Cell, part: ranges.Range, o: LayerOptions, wide: torch.dtype) -> list[Gradient]:
         t, gates = part.carrying(wide), None
         if cell.saved:
             gates = self.scan_forward(cell, project(cell, t), t.h_0, t.c_0, t, t0=0, reverse=o.reverse, save=True)[4]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import masks
 from ..reference.scan import ScanGradients
-from .problem import Outputs, Tensors
+from .spec import LayerInputs, LayerOutputs
 
 RANGES = 16
 """At most. A range holds a sixteenth of the gates and of their gradients, some 10 H a step for an LSTM or a GRU: less
@@ -35,16 +35,16 @@ def spans(steps: int, rows: int, *, last_first: bool) -> Iterable[tuple[int, int
 class Range(NamedTuple):
     """The steps [t0, t1) of a layer as a layer of its own."""
 
-    t: Tensors
+    t: LayerInputs
     """x, lengths and reset of these steps; h_0 and c_0 are the states before the first that is processed."""
     y: Tensor
     c_all: Tensor | None
-    grads: Outputs
+    grads: LayerOutputs
     """Of y and c_all at these steps, and of the state after the last that is processed."""
     cut: Tensor | None
     """[B, 1]: where h_0 and c_0 are those of a reset, one at t1 in reverse. Others are the scan's own affair."""
 
-    def carrying(self, dtype: torch.dtype) -> Tensors:
+    def carrying(self, dtype: torch.dtype) -> LayerInputs:
         """The tensors, with states of `dtype`: so come their gradients."""
         h, c = self.t.h_0.to(dtype), None if self.t.c_0 is None else self.t.c_0.to(dtype)
         return self.t._replace(h_0=h, c_0=c)
@@ -53,15 +53,17 @@ class Range(NamedTuple):
         """Where the first state was a reset's, its gradient goes there and no further."""
         if self.cut is None:
             return g
-        dh, dc, dh_r, dc_r = g.dh_0, g.dc_0, g.dh_r, g.dc_r
-        dh_r = None if dh_r is None else dh_r + dh.masked_fill(~self.cut, 0)
+        dh, dc, dh_reset, dc_reset = g.dh_0, g.dc_0, g.dh_reset, g.dc_reset
+        dh_reset = None if dh_reset is None else dh_reset + dh.masked_fill(~self.cut, 0)
         if dc is not None:
-            dc_r = None if dc_r is None else dc_r + dc.masked_fill(~self.cut, 0)
+            dc_reset = None if dc_reset is None else dc_reset + dc.masked_fill(~self.cut, 0)
             dc = dc.masked_fill(self.cut, 0)
-        return g._replace(dh_0=dh.masked_fill(self.cut, 0), dc_0=dc, dh_r=dh_r, dc_r=dc_r)
+        return g._replace(dh_0=dh.masked_fill(self.cut, 0), dc_0=dc, dh_reset=dh_reset, dc_reset=dc_reset)
 
 
-def part(t: Tensors, y: Tensor, c_all: Tensor | None, grads: Outputs, t0: int, t1: int, *, reverse: bool) -> Range:
+def part(
+    t: LayerInputs, y: Tensor, c_all: Tensor | None, grads: LayerOutputs, t0: int, t1: int, *, reverse: bool
+) -> Range:
     """One range, given the states after every step. `grads`: of y and c_all at all steps; of the state at this range's
     end."""
     steps = y.shape[0]
@@ -80,14 +82,14 @@ def part(t: Tensors, y: Tensor, c_all: Tensor | None, grads: Outputs, t0: int, t
         if reverse and t.reset is not None:
             cut = t.reset[t1].unsqueeze(-1)
             cut = cut if begun is None else cut & begun
-            h = masks.replace(h, cut, t.h_r)
-            c = None if c is None else masks.replace(c, cut, t.c_r)
+            h = masks.replace(h, cut, t.h_reset)
+            c = None if c is None else masks.replace(c, cut, t.c_reset)
     own = t._replace(x=t.x[t0:t1], h_0=h, c_0=c, lengths=lengths, reset=reset)
     gy, gc_all = (None if g is None else g[t0:t1] for g in (grads.y, grads.c_all))
     return Range(
         own,
         y[t0:t1],
         None if c_all is None else c_all[t0:t1],
-        Outputs(gy, grads.h_n, grads.c_n, gc_all),  # type: ignore[arg-type]
+        LayerOutputs(gy, grads.h_n, grads.c_n, gc_all),  # type: ignore[arg-type]
         cut,
     )

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..cells import Cell
 from ..reference.scan import ScanGradients
 from . import gpu, measured
-from .problem import Options, Outputs, Problem, Tensors
 from .products import KernelBackend, bias_inside
+from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec
 
 if TYPE_CHECKING:
     from ..kernels.table import Plan
@@ -110,41 +110,41 @@ class Triton(KernelBackend):
     def available(self) -> str | None:
         return regimes.wrong() or gpu.anywhere(missing)
 
-    def unsupported(self, problem: Problem) -> list[str]:
+    def unsupported(self, spec: LayerSpec) -> list[str]:
         reasons = []
         device = "cpu" if interpreted() else "cuda"
-        if problem.device != device:
+        if spec.device != device:
             how = "in Triton's interpreter runs" if interpreted() else "runs"
-            reasons.append(f"{how} on the device {device}, got {problem.device}")
+            reasons.append(f"{how} on the device {device}, got {spec.device}")
             reason = uninstalled()
         else:
-            reason = regimes.wrong() or missing(problem.device_index)
+            reason = regimes.wrong() or missing(spec.device_index)
         if reason is not None:
             reasons.append(reason)
-        if problem.dtype not in DTYPES:
-            reasons.append(f"computes in float32, bfloat16 and float16, got {problem.dtype}")
-        if problem.hidden_size == 0:
+        if spec.dtype not in DTYPES:
+            reasons.append(f"computes in float32, bfloat16 and float16, got {spec.dtype}")
+        if spec.hidden_size == 0:
             reasons.append("needs at least one unit, got H=0")
         if regimes.only is not None and not reasons:
             try:
-                _plans(problem)
+                _plans(spec)
             except NotImplementedError as refused:
                 reasons.append(str(refused))
         return reasons
 
-    def reluctant(self, problem: Problem) -> str | None:
+    def reluctant(self, spec: LayerSpec) -> str | None:
         if interpreted():
             return "can run it in Triton's interpreter, far slower than any other; runs when named"
-        return measured.untried(self.name, problem)
+        return measured.untried(self.name, spec)
 
-    def detail(self, problem: Problem) -> str | None:
-        plans = _plans(problem)
+    def detail(self, spec: LayerSpec) -> str | None:
+        plans = _plans(spec)
         if len({(plan.regime, plan.reason) for plan in plans.values()}) == 1:
             return f"{plans['forward'].regime}: {plans['forward'].reason}"
         return "; ".join(f"{side} {plan.regime}: {plan.reason}" for side, plan in plans.items())
 
     def scan_forward(
-        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
+        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: LayerInputs, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         plan = _plan(cell, "forward", t)
         with on_device_of(gx):
@@ -153,7 +153,14 @@ class Triton(KernelBackend):
             )
 
     def scan_backward(
-        self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
+        self,
+        cell: Cell,
+        grads: LayerOutputs,
+        y: Tensor,
+        c_all: Tensor | None,
+        gates: Tensor | None,
+        t: LayerInputs,
+        o: LayerOptions,
     ) -> ScanGradients:
         plan = _plan(cell, "backward", t)
         with on_device_of(y):
@@ -177,14 +184,14 @@ def on_device_of(v: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(v.device) if v.is_cuda else contextlib.nullcontext()
 
 
-def _plans(problem: Problem) -> dict[str, Plan]:
-    """How each side of a problem runs."""
-    facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip(problem.device_index), problem.batch)
-    sides = ("forward", "backward")[: 1 + problem.train]
-    return {side: _planned(problem.cell, side, *facts) for side in sides}
+def _plans(spec: LayerSpec) -> dict[str, Plan]:
+    """How each side of a layer runs."""
+    facts = (spec.hidden_size, spec.proj_size, kind(spec.dtype), chip(spec.device_index), spec.batch)
+    sides = ("forward", "backward")[: 1 + spec.train]
+    return {side: _planned(spec.cell, side, *facts) for side in sides}
 
 
-def _plan(cell: Cell, side: str, t: Tensors) -> Plan:
+def _plan(cell: Cell, side: str, t: LayerInputs) -> Plan:
     hidden = t.w_hh.shape[0] // cell.gates
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
     return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip(t.x.device.index), t.x.shape[1])

@@ -20,13 +20,13 @@ StepFunction = Callable[[Tensor, State, Weights], Step]
 StepVJP = Callable[[Tensor, Tensor | None, State, Step, Weights], Gradients]
 
 
-class Cuts(NamedTuple):
+class LengthsAndResets(NamedTuple):
     """Lengths [B], resets [T, B] bool, and the states [B, N], [B, H] that a reset puts in place; None where absent."""
 
     lengths: Tensor | None = None
     reset: Tensor | None = None
-    h_r: Tensor | None = None
-    c_r: Tensor | None = None
+    h_reset: Tensor | None = None
+    c_reset: Tensor | None = None
 
 
 def _stack(parts: list[Tensor], like: Tensor) -> Tensor:
@@ -34,7 +34,14 @@ def _stack(parts: list[Tensor], like: Tensor) -> Tensor:
 
 
 def forward(
-    step: StepFunction, gx: Tensor, start: State, w: Weights, cuts: Cuts, *, t0: int = 0, reverse: bool = False
+    step: StepFunction,
+    gx: Tensor,
+    start: State,
+    w: Weights,
+    cuts: LengthsAndResets,
+    *,
+    t0: int = 0,
+    reverse: bool = False,
 ) -> tuple[Tensor, State, Tensor | None, Tensor | None]:
     """States after each step of the range [t0, t0 + n), and what its backward needs.
 
@@ -54,8 +61,8 @@ def forward(
     for k in reversed(range(n)) if reverse else range(n):
         t = t0 + k
         if cut is not None:
-            h = masks.replace(state.h, cut[t], cuts.h_r)
-            c = None if state.c is None else masks.replace(state.c, cut[t], cuts.c_r)
+            h = masks.replace(state.h, cut[t], cuts.h_reset)
+            c = None if state.c is None else masks.replace(state.c, cut[t], cuts.c_reset)
             state = State(h, c)
         # a row that does not live steps from zeros: NaN in its state must not reach a derivative of any order
         entering = state if alive is None else _masked(state, ~alive[t])
@@ -83,14 +90,14 @@ def _masked(state: State, where: Tensor) -> State:
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of a whole scan. dgx, dgh: [T, B, G·H]; dh_0, dh_r: [B, N]; dc_0, dc_r: [B, H]; dp: [T, B, P]."""
+    """Gradients of a scan. dgx, dgh: [T, B, G·H]; dh_0, dh_reset: [B, N]; dc_0, dc_reset: [B, H]; dp: [T, B, P]."""
 
     dgx: Tensor
     dgh: Tensor
     dh_0: Tensor
     dc_0: Tensor | None
-    dh_r: Tensor | None
-    dc_r: Tensor | None
+    dh_reset: Tensor | None
+    dc_reset: Tensor | None
     dp: Tensor | None
     """With a projection: the whole gradient of the projected state, for the gradient of W_hr."""
 
@@ -106,7 +113,7 @@ def backward(
     gates: Tensor | None,
     start: State,
     w: Weights,
-    cuts: Cuts,
+    cuts: LengthsAndResets,
     *,
     reverse: bool = False,
 ) -> ScanGradients:
@@ -118,16 +125,16 @@ def backward(
     steps = y.shape[0]
     alive = masks.live(cuts.lengths, steps, y.device)
     cut = masks.cut(cuts.reset, alive, reverse)
-    h_before = masks.previous(y, start.h, cuts.lengths, cut, cuts.h_r, reverse)
+    h_before = masks.previous(y, start.h, cuts.lengths, cut, cuts.h_reset, reverse)
     c_before = None
     if c_all is not None and start.c is not None:
-        c_before = masks.previous(c_all, start.c, cuts.lengths, cut, cuts.c_r, reverse)
+        c_before = masks.previous(c_all, start.c, cuts.lengths, cut, cuts.c_reset, reverse)
     guarded = alive is not None or cut is not None
 
     dh = torch.zeros_like(start.h) if gh_n is None else gh_n
     dc = None if start.c is None else (torch.zeros_like(start.c) if gc_n is None else gc_n)
-    dh_r = None if cut is None else torch.zeros_like(start.h)
-    dc_r = None if cut is None or start.c is None else torch.zeros_like(start.c)
+    dh_reset = None if cut is None else torch.zeros_like(start.h)
+    dc_reset = None if cut is None or start.c is None else torch.zeros_like(start.c)
     dgx: list[Tensor] = [y] * steps
     dgh: list[Tensor] = [y] * steps
     dp: list[Tensor] = [y] * steps
@@ -152,11 +159,11 @@ def backward(
         else:
             dh = torch.where(alive[t], g.dh, dh)
             dc = None if g.dc is None or dc is None else torch.where(alive[t], g.dc, dc)
-        if cut is not None and dh_r is not None:
-            dh_r = dh_r + dh.masked_fill(~cut[t], 0)
+        if cut is not None and dh_reset is not None:
+            dh_reset = dh_reset + dh.masked_fill(~cut[t], 0)
             dh = dh.masked_fill(cut[t], 0)
-            if dc is not None and dc_r is not None:
-                dc_r = dc_r + dc.masked_fill(~cut[t], 0)
+            if dc is not None and dc_reset is not None:
+                dc_reset = dc_reset + dc.masked_fill(~cut[t], 0)
                 dc = dc.masked_fill(cut[t], 0)
     width = y.new_zeros((y.shape[1], w.w_hh.shape[0]))
     return ScanGradients(
@@ -164,7 +171,7 @@ def backward(
         _stack(dgh, width),
         dh,
         dc,
-        dh_r,
-        dc_r,
+        dh_reset,
+        dc_reset,
         None if w.w_hr is None else _stack(dp, start.h),
     )

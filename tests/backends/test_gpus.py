@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rnnkit
 from rnnkit import backends
-from rnnkit.backends import BACKENDS, BY_NAME, Problem, cuda, cuda_table, extension, gpu, triton
+from rnnkit.backends import BACKENDS, BY_NAME, LayerSpec, cuda, cuda_table, extension, gpu, triton
 from rnnkit.benchmarks import cuda_table as compiled
 from rnnkit.benchmarks import problems
 from rnnkit.kernels import table
@@ -46,7 +46,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def reasons(name: str, index: int = 0, **change: Any) -> list[str]:
-    return BY_NAME[name].unsupported(Problem(**{**PLAIN, "device": "cuda", "device_index": index, **change}))
+    return BY_NAME[name].unsupported(LayerSpec(**{**PLAIN, "device": "cuda", "device_index": index, **change}))
 
 
 def test_a_layer_on_a_cpu_asks_no_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_each_gpu_is_judged_by_itself(name: str, machine: Machine) -> None:
 
 def test_a_choice_is_remembered_for_its_gpu(machine: Machine) -> None:
     machine((7, 5), (9, 0))
-    problem = Problem(**{**PLAIN, "device": "cuda", "device_index": 0, "lengths": True})
+    problem = LayerSpec(**{**PLAIN, "device": "cuda", "device_index": 0, "lengths": True})
     assert backends.choose("auto", problem).name == "reference"
     assert backends.choose("auto", problem._replace(device_index=1)).name == "cuda"
     assert backends.choose("auto", problem).name == "reference"
@@ -120,8 +120,8 @@ def test_a_problem_says_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     weights = (torch.zeros(12, 3), torch.zeros(12, 4), None, None)
     for x, place in ((torch.zeros(2, 1, 3), ("cpu", None)), (torch.zeros(2, 1, 3).as_subclass(Placed), ("cuda", 3))):
-        t = backends.Tensors(x, torch.zeros(1, 4), None, *weights)
-        found = backends.describe("gru", t, backends.Options(), train=False)
+        t = backends.LayerInputs(x, torch.zeros(1, 4), None, *weights)
+        found = backends.describe("gru", t, backends.LayerOptions(), train=False)
         assert (found.device, found.device_index) == place
 
 
@@ -147,7 +147,7 @@ def test_a_driver_older_than_the_kernels(built: str, driver: int, reason: str | 
         assert "update the driver, or build again with the nvcc of CUDA 12" in found[0]
         assert reasons("triton") == []
         assert backends.pick(
-            "auto", Problem(**{**PLAIN, "device": "cuda", "device_index": 0, "lengths": True})
+            "auto", LayerSpec(**{**PLAIN, "device": "cuda", "device_index": 0, "lengths": True})
         ).name == ("triton")
 
 
@@ -264,7 +264,7 @@ def test_a_regime_of_cuda_by_name(machine: Machine, monkeypatch: pytest.MonkeyPa
     machine((8, 6))
 
     def detail(hidden: int) -> str:
-        problem = Problem(**{**PLAIN, "device": "cuda", "device_index": 0, "hidden_size": hidden, "cell": "lstm"})
+        problem = LayerSpec(**{**PLAIN, "device": "cuda", "device_index": 0, "hidden_size": hidden, "cell": "lstm"})
         return str(BY_NAME["cuda"].detail(problem._replace(dtype=torch.bfloat16)))
 
     monkeypatch.setattr(cuda.regimes, "only", "step")
@@ -287,7 +287,7 @@ def test_a_regime_of_triton_by_name(machine: Machine, monkeypatch: pytest.Monkey
     machine((8, 6))
 
     def detail(hidden: int) -> str:
-        problem = Problem(**{**PLAIN, "device": "cuda", "device_index": 0, "hidden_size": hidden, "cell": "lstm"})
+        problem = LayerSpec(**{**PLAIN, "device": "cuda", "device_index": 0, "hidden_size": hidden, "cell": "lstm"})
         return str(BY_NAME["triton"].detail(problem._replace(dtype=torch.bfloat16)))
 
     monkeypatch.setattr(triton.regimes, "only", "step")
@@ -316,7 +316,7 @@ def test_an_unknown_regime(name: str, regimes: str, machine: Machine, monkeypatc
     wrong = f"RNNKIT_{name.upper()}_REGIME must be one of {regimes} or unset, got 'ctaa'"
     assert reasons(name, 0) == [wrong] and BY_NAME[name].available() == wrong
     assert reasons(name, device="cpu")[0] == "runs on the device cuda, got cpu"
-    problem = Problem(**{**PLAIN, "device": "cuda", "device_index": 0})
+    problem = LayerSpec(**{**PLAIN, "device": "cuda", "device_index": 0})
     with pytest.raises(NotImplementedError, match=wrong):
         backends.pick(name, problem)
     assert backends.pick("auto", problem).name != name
@@ -338,4 +338,4 @@ def test_what_is_not_available_says_so_first(backend: Any) -> None:
     missing = backend.available()
     if missing is not None:
         where = {} if backend.name not in KERNELS else {"device": "cuda"}
-        assert backend.unsupported(Problem(**{**PLAIN, **where}))[0] == missing and missing.strip()
+        assert backend.unsupported(LayerSpec(**{**PLAIN, **where}))[0] == missing and missing.strip()

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import rnnkit
-from rnnkit.backends import BACKENDS, BY_NAME, Problem, measured, preference
+from rnnkit.backends import BACKENDS, BY_NAME, LayerSpec, measured, preference
 
-PLAIN = Problem("gru", "cpu", torch.float32, 100, 32, 256, 256, 0, True, False, False, False, False, False, False, True)
+PLAIN = LayerSpec(
+    "gru", "cpu", torch.float32, 100, 32, 256, 256, 0, True, False, False, False, False, False, False, True
+)
 
 
 def test_the_fastest_first_and_the_tables_order_in_a_tie() -> None:
@@ -57,7 +59,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_TYPICAL", {k: backends._order(measured.typical(v)) for k, v in found.items()})
 
 
-def names(problem: Problem) -> list[str]:
+def names(problem: LayerSpec) -> list[str]:
     return [backend.name for backend in preference(problem)]
 
 

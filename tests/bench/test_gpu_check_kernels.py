@@ -18,7 +18,7 @@ import torch
 from fake_cuda import Fused, Restless, put, rerun
 
 from rnnkit import gpu_check, ops
-from rnnkit.backends import BY_NAME, Outputs, cuda, cuda_table, triton
+from rnnkit.backends import BY_NAME, LayerOutputs, cuda, cuda_table, triton
 from rnnkit.benchmarks import calls, crew, parity, problems, ways
 from rnnkit.benchmarks.problems import BF16, F16, F32, KINDS, Problem, Variant, kernels_of, select
 from rnnkit.benchmarks.targets import FUSED
@@ -198,7 +198,7 @@ def test_every_call_is_as_a_plain_one(kind: str, both: bool, monkeypatch: pytest
 
 
 def test_a_row_that_looks_at_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mixed(v: Outputs) -> Outputs:
+    def mixed(v: LayerOutputs) -> LayerOutputs:
         return v._replace(y=v.y + v.y.mean(1, keepdim=True) * 0)
 
     found = examined(CALLED, backend=Fused(after=mixed), patch=monkeypatch)
@@ -234,7 +234,7 @@ MANY = Problem("lstm", replace(SMALL, many=103), F32, fused=True)
 def test_rows_among_many_are_those_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert examined(MANY, patch=monkeypatch).wrong == []
 
-    def far(v: Outputs) -> Outputs:
+    def far(v: LayerOutputs) -> LayerOutputs:
         return v._replace(y=torch.cat([v.y[:, :-2], v.y[:, -2:] * 1.01], 1))  # the last row has no steps
 
     found = examined(MANY, backend=Fused(after=far), patch=monkeypatch)

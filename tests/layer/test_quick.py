@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnkit
 from rnnkit import backends, checks, ops
-from rnnkit.backends import Problem, choose, recall, record
+from rnnkit.backends import LayerSpec, choose, recall, record
 
 
 def outcome(call: Callable[[], Any]) -> Any:
@@ -251,7 +251,7 @@ def test_a_choice_is_remembered_for_its_problem_and_for_onednn(engine, monkeypat
 def test_few_choices_are_remembered(engine, monkeypatch):
     monkeypatch.setattr(backends, "CHOSEN_AT_MOST", 4)
     for steps in range(1, 12):
-        problem = Problem("gru", "cpu", torch.float32, steps, B, I, H, 0, True)
+        problem = LayerSpec("gru", "cpu", torch.float32, steps, B, I, H, 0, True)
         assert choose("auto", problem) is recall("auto", problem) is engine
         assert recall("auto", tuple(problem)) is engine
         assert len(backends._chosen) <= 4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rnnkit import backends
-from rnnkit.backends import BY_NAME, Options, Problem, Result, Tensors
+from rnnkit.backends import BY_NAME, LayerInputs, LayerOptions, LayerSpec, Result
 from rnnkit.backends.reference import Reference
 from rnnkit.cells import CELLS
 
@@ -29,29 +29,29 @@ class Checking(Reference):
     def __init__(self) -> None:
         self.went: list[str] = []
 
-    def unsupported(self, problem: Problem) -> list[str]:
+    def unsupported(self, problem: LayerSpec) -> list[str]:
         return [] if problem.device == "cpu" else ["runs on the CPU"]
 
     def step(self, cell: str, x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> Any:
         if any(type(v) not in (Tensor, torch.nn.Parameter) for v in (x, h, c, w_ih, w_hh, b_ih, b_hh) if v is not None):
             return None
-        t = Tensors(x[None], h, c, w_ih, w_hh, b_ih, b_hh)
+        t = LayerInputs(x[None], h, c, w_ih, w_hh, b_ih, b_hh)
         expect(cell, t)
         self.went.append("step")
-        outputs = super().forward(cell, t.filled(CELLS[cell].has_c), Options(), train=False).outputs
+        outputs = super().forward(cell, t.with_zero_states(CELLS[cell].has_c), LayerOptions(), train=False).outputs
         return outputs.h_n, outputs.c_n
 
     def forward(self, cell: str, t: Any, o: Any, *, train: bool, graph: bool = False) -> Result:
         expect(cell, t)
         self.went.append("layer")
-        return super().forward(cell, t.filled(CELLS[cell].has_c), o, train=train)
+        return super().forward(cell, t.with_zero_states(CELLS[cell].has_c), o, train=train)
 
     def backward(self, cell: str, t: Any, o: Any, y: Any, result: Any, grads: Any, needs: list[bool]) -> Any:
-        every = super().backward(cell, t.filled(CELLS[cell].has_c), o, y, result, grads, needs)
+        every = super().backward(cell, t.with_zero_states(CELLS[cell].has_c), o, y, result, grads, needs)
         return [g if need else None for g, need in zip(every, needs, strict=True)]
 
 
-def expect(cell: str, t: Tensors) -> None:
+def expect(cell: str, t: LayerInputs) -> None:
     """What an operator checks of a layer without lengths and resets, in its own words."""
     rows = t.w_hh.shape[0]
     hidden = rows // CELLS[cell].gates

@@ -20,7 +20,7 @@ from test_backends import PLAIN
 from torch import Tensor
 
 import rnnkit
-from rnnkit.backends import BY_NAME, Outputs, Problem, Tensors, measured, preference, resolve, triton
+from rnnkit.backends import BY_NAME, LayerInputs, LayerOutputs, LayerSpec, measured, preference, resolve, triton
 from rnnkit.backends import gpu as questions
 from rnnkit.cells import CELLS
 from rnnkit.kernels import table
@@ -100,7 +100,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def reasons(**change: Any) -> list[str]:
-    return BY_NAME["triton"].unsupported(Problem(**{**PLAIN, "device": "cuda", **change}))
+    return BY_NAME["triton"].unsupported(LayerSpec(**{**PLAIN, "device": "cuda", **change}))
 
 
 def test_runs_on_a_gpu(gpu: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_says_what_a_user_can_act_upon(gpu: pytest.MonkeyPatch) -> None:
 
 def test_auto_asks_torch_first_for_what_torch_knows(gpu: pytest.MonkeyPatch) -> None:
     """Until a device has measured them; what torch has no layer for goes to the kernels."""
-    plain = Problem(**{**PLAIN, "device": "cuda"})
+    plain = LayerSpec(**{**PLAIN, "device": "cuda"})
     assert preference(plain)[0].name == "cuda" and resolve("auto", plain).name == "torch"
     assert "not measured on a GPU" in str(BY_NAME["triton"].reluctant(plain))
     for extra in ({"lengths": True}, {"reset": True}, {"cell": "gru_reset_before"}, {"recompute": True}):
@@ -139,7 +139,7 @@ def test_auto_asks_torch_first_for_what_torch_knows(gpu: pytest.MonkeyPatch) -> 
 
 def test_explain_says_the_regime(gpu: pytest.MonkeyPatch) -> None:
     def detail(**change: Any) -> str:
-        return str(BY_NAME["triton"].detail(Problem(**{**PLAIN, "device": "cuda", **change})))
+        return str(BY_NAME["triton"].detail(LayerSpec(**{**PLAIN, "device": "cuda", **change})))
 
     small = detail(cell="lstm", hidden_size=96, dtype=torch.bfloat16)
     assert small == "persistent: the recurrent weights stay on chip for the whole sequence"
@@ -153,7 +153,7 @@ def test_explain_says_the_regime(gpu: pytest.MonkeyPatch) -> None:
 
 def test_explain_asks_the_device_that_the_layer_is_on(gpu: pytest.MonkeyPatch) -> None:
     """Of several GPUs another one may have less shared memory."""
-    problem = Problem(**{**PLAIN, "device": "cuda", "cell": "gru", "hidden_size": 128, "dtype": torch.float32})
+    problem = LayerSpec(**{**PLAIN, "device": "cuda", "cell": "gru", "hidden_size": 128, "dtype": torch.float32})
     gpu.setattr(triton, "kind", lambda dtype: "tf32")
     for index in (None, 0):
         assert str(BY_NAME["triton"].detail(problem._replace(device_index=index))).startswith("persistent: ")
@@ -299,7 +299,7 @@ def scan(
     def some(*sizes: int) -> Tensor:
         return torch.empty(sizes, device="meta")
 
-    t = Tensors(
+    t = LayerInputs(
         some(steps, batch, 3), some(batch, size), some(batch, hidden) if kind.has_c else None,
         some(kind.gates * hidden, 3), some(kind.gates * hidden, size), None, None,
         some(proj, hidden) if proj else None,
@@ -311,7 +311,7 @@ def scan(
     y, h_n, c_n, c_all, gates = module.forward(
         kind, gx, t.h_0, t.c_0, t, None, t0=0, reverse=reverse, save=True, plan=plan, run=both[0]
     )
-    grads = Outputs(y, h_n, c_n, c_all)
+    grads = LayerOutputs(y, h_n, c_n, c_all)
     module.backward(kind, grads, y, c_all, gates, t, None, reverse=reverse, plan=plan, run=both[1])
     return both
 
