@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 import rnnkit
 from rnnkit import ops
 from rnnkit.backends import LayerInputs
-from rnnkit.backends.products import bias_inside, project
+from rnnkit.backends.scan_backend import bias_inside, project
 from rnnkit.cells import CELLS
 from rnnkit.reference import STEPS, State, Weights
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LayerInputs
+from ..backends.triton.configs import LaunchConfig
 from ..cells import Cell
-from .table import Plan
 
 ALIGNED = 16
 """Of what Triton looks for multiples: in bytes of an address, and of a number."""
@@ -22,12 +22,12 @@ Launch = Callable[..., None]
 """run(kernel, grid, plan, **arguments)"""
 
 
-def start(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> None:
+def start(kernel: Any, grid: tuple[int, ...], plan: LaunchConfig, **arguments: Any) -> None:
     """Run a kernel on its tensors' device, on the current stream. Never waits."""
     kernel[grid](**arguments, **options(plan, amd=torch.version.hip is not None))
 
 
-def options(plan: Plan, *, amd: bool) -> dict[str, Any]:
+def options(plan: LaunchConfig, *, amd: bool) -> dict[str, Any]:
     """What the compiler is asked for."""
     asked = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
     return asked if amd else {**asked, "maxnreg": plan.registers}

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LayerInputs, LayerOutputs
+from ..backends.triton.configs import LaunchConfig, tile
 from ..cells import Cell
 from . import gru, lstm, rnn
 from .launch import Found, Launch, operands, room, room_back, solid, start, tiles, total_steps
-from .table import Plan, tile
 
 
 def forward(
@@ -25,10 +25,10 @@ def forward(
     t0: int,
     reverse: bool,
     save: bool,
-    plan: Plan,
+    plan: LaunchConfig,
     run: Launch = start,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """y, h_n, c_n, c_all, gates of the steps [t0, t0 + n), as `KernelBackend.scan_forward` says."""
+    """y, h_n, c_n, c_all, gates of the steps [t0, t0 + n), as `ScanBackend.scan_forward` says."""
     n, rows = gx.shape[:2]
     o = operands(cell, t, b_hn)
     y, c_all, gates = room(cell, gx, o, save)
@@ -71,7 +71,7 @@ def backward(
     b_hn: Tensor | None,
     *,
     reverse: bool,
-    plan: Plan,
+    plan: LaunchConfig,
     run: Launch = start,
 ) -> Found:
     """The gradients of the scan over all T."""
@@ -116,7 +116,7 @@ def _file(cell: Cell) -> Any:
     return lstm if cell.has_c else gru if cell.saved else rnn
 
 
-def _shape(hidden: int, reverse: bool, plan: Plan) -> dict[str, Any]:
+def _shape(hidden: int, reverse: bool, plan: LaunchConfig) -> dict[str, Any]:
     return {
         "H": hidden,
         "reverse": int(reverse),

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .. import masks
 from ..backends.spec import LayerInputs, LayerOutputs
+from ..backends.triton.configs import ROWS, LaunchConfig
 from ..cells import Cell
 from . import gru, lstm, product, rnn
 from .launch import ALIGNED, Found, Launch, Operands, operands, room, room_back, solid, start, tiles, total_steps
-from .table import ROWS, Plan
 
 POINTWISE = 128
 """Units of a tile in the kernels without a product; it has ROWS rows."""
@@ -30,7 +30,7 @@ def fitting(kernel: Any, odd: Any, *sizes: int) -> Any:
 class Scan:
     """What all launches of one scan share."""
 
-    def __init__(self, o: Operands, rows: int, reverse: bool, plan: Plan, run: Launch) -> None:
+    def __init__(self, o: Operands, rows: int, reverse: bool, plan: LaunchConfig, run: Launch) -> None:
         self.o, self.rows, self.plan, self.run = o, rows, plan, run
         aligned = o.hidden % ALIGNED == o.size % ALIGNED == 0
         self.small = plan._replace(block_b=ROWS, warps=4 if aligned else 8, stages=1)  # else a thread's numbers spill
@@ -77,7 +77,7 @@ class Scan:
         given = {**arguments, "N": self.o.size, "BLOCK_N": POINTWISE}
         self._start(kernel, self.small, tiles(self.o.size, POINTWISE), given)
 
-    def _start(self, kernel: Any, plan: Plan, across: int, given: dict[str, Any]) -> None:
+    def _start(self, kernel: Any, plan: LaunchConfig, across: int, given: dict[str, Any]) -> None:
         given = {**self.common, **given, "BLOCK_B": plan.block_b}
         arguments = {name: given[name] for name in kernel.arg_names}
         self.run(kernel, (tiles(self.rows, plan.block_b), across), plan, **arguments)
@@ -94,10 +94,10 @@ def forward(
     t0: int,
     reverse: bool,
     save: bool,
-    plan: Plan,
+    plan: LaunchConfig,
     run: Launch = start,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """y, h_n, c_n, c_all, gates of the steps [t0, t0 + n), as `KernelBackend.scan_forward` says."""
+    """y, h_n, c_n, c_all, gates of the steps [t0, t0 + n), as `ScanBackend.scan_forward` says."""
     n, rows = gx.shape[:2]
     o = operands(cell, t, b_hn)
     scan = Scan(o, rows, reverse, plan, run)
@@ -141,7 +141,7 @@ def backward(
     b_hn: Tensor | None,
     *,
     reverse: bool,
-    plan: Plan,
+    plan: LaunchConfig,
     run: Launch = start,
 ) -> Found:
     """The gradients of the scan over all T."""

@@ -153,7 +153,7 @@ def _reasons(problem: LayerSpec, asked: str, chosen: str) -> dict[str, list[str]
         if backend.name != chosen:
             why = backend.unsupported(problem)
             after = f"can run it; auto asks {chosen} first" if asked == "auto" else f"can run it; {asked} was asked for"
-            reasons[backend.name] = why or [backend.reluctant(problem) or after]
+            reasons[backend.name] = why or [backend.auto_exclusion_reason(problem) or after]
     return reasons
 
 

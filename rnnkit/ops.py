@@ -26,10 +26,9 @@ from .backends import (
     LayerOptions,
     LayerOutputs,
     Result,
-    choose,
+    cached_backend,
     describe,
-    recall,
-    resolve,
+    select_backend,
 )
 from .cells import CELLS
 from .registry import run_backward, run_forward, second_backward, states_of
@@ -158,7 +157,7 @@ def single(
             return None
         train = _grad() and _any_grad((*four, x, h_0, c_0))
         facts = (cell, "cpu", x.dtype, steps, rows, features, four[1].shape[1], 0, four[2] is not None)
-        known = recall(backend, (*facts, False, False, False, *_FORWARD, train, None))
+        known = cached_backend(backend, (*facts, False, False, False, *_FORWARD, train, None))
         if known is None:  # a call goes the same way whether there was one like it: a checkpoint runs it twice
             known = _chosen_for_single(cell, x, h_0, c_0, weights, batch_first, backend, train)
         if known is None or not known.singles:
@@ -186,9 +185,9 @@ def _chosen_for_single(
     h, c = (None if v is None else v[0] for v in (h_0, c_0))
     try:
         t, options = checks.layer(cell, x.transpose(0, 1) if batch_first else x, h, c, weights)
-        problem = describe(cell, t, options, train=train)
-        known = choose(backend, problem, quiet=True)
-        return choose(backend, problem) if known.singles else known  # recorded once, here or on the ordinary way
+        spec = describe(cell, t, options, train=train)
+        known = select_backend(backend, spec, report=False)
+        return select_backend(backend, spec) if known.singles else known  # recorded once, here or on the ordinary way
     except (checks.BadInput, ValueError, TypeError, NotImplementedError):
         return None
 
@@ -206,7 +205,7 @@ def _quick_step(
         if _grad() and _any_grad((x, h, c, *four)):
             return None
         facts = (cell, "cpu", x.dtype, 1, *x.shape, four[1].shape[1], 0, four[2] is not None)
-        known = recall(backend, (*facts, False, False, False, *_FORWARD, False, None))
+        known = cached_backend(backend, (*facts, False, False, False, *_FORWARD, False, None))
         return None if known is None else known.step(cell, x, h, c, *four)
     except (RuntimeError, AttributeError, IndexError):
         return None
@@ -227,7 +226,7 @@ def _quick_layer(
     """`layer` without lengths, resets and options the quick way; None where there is none."""
     o = _REVERSE if reverse is True else _FORWARD
     found = _quick(cell, x, h_0, c_0, weights, o, backend) if o.reverse is reverse else None
-    if found is None or not found[0].takes_none_states:
+    if found is None or not found[0].validates_inputs:
         return None
     known, train, four = found
     try:
@@ -256,7 +255,7 @@ def _quick(
     if w_hh.dim() != 2 or (c is not None and cell != "lstm"):
         return None
     train = _grad() and _any_grad((x, h, c, *weights))
-    known = recall(
+    known = cached_backend(
         backend,  # and what `LayerSpec` holds
         (cell, "cpu", x.dtype, *x.shape, w_hh.shape[1], 0, four is weights, False, False, False, *o, train, None),
     )
@@ -292,11 +291,11 @@ def overlaps(
     t = LayerInputs(
         x, *states[:2], w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None, lengths, reset, *states[2:]
     )
-    problem = describe(cell, t, options, train=_grad() and _any_grad(t))
+    spec = describe(cell, t, options, train=_grad() and _any_grad(t))
     if autocasting(x.device.type):
-        problem = problem._replace(dtype=layer_dtypes(cell, t, fused=True)[0])
+        spec = spec._replace(dtype=layer_dtypes(cell, t, fused=True)[0])
     try:
-        return choose(backend, problem, quiet=True).overlaps
+        return select_backend(backend, spec, report=False).concurrent_directions
     except (NotImplementedError, ValueError):
         return False
 
@@ -308,7 +307,7 @@ def _layer(
         return _instead(cell, t.with_zero_states(CELLS[cell].has_c), o)
     if _plain(*t) and not t.x.is_meta and not _autocast():
         train = _grad() and _any_grad(t)
-        chosen = choose(backend, describe(cell, t, o, train=train))
+        chosen = select_backend(backend, describe(cell, t, o, train=train))
         return _direct(cell, chosen, t, o, train)
     t = t.with_zero_states(CELLS[cell].has_c)
     if not autocasting(t.x.device.type):
@@ -323,7 +322,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Where the call is not plain, or was not before autocast had its way."""
     train = _grad() and _any_grad(t)
-    chosen = resolve(backend, describe(cell, t, o, train=train))
+    chosen = select_backend(backend, describe(cell, t, o, train=train), cache=False)
     compiling = torch.compiler.is_compiling()
     onnx = compiling and torch.onnx.is_in_onnx_export()
     if compiling and not onnx:
@@ -338,7 +337,7 @@ def _run(
 
 def _direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
     """The backend itself on plain tensors, below an autograd function when a gradient is wanted."""
-    if not backend.takes_none_states:
+    if not backend.validates_inputs:
         t = t.with_zero_states(CELLS[cell].has_c)
     if not train:
         return backend.forward(cell, t, o, train=False).outputs

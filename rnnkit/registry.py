@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .autocast import no_autocast
 from .backends import BY_NAME, REFERENCE, LayerInputs, LayerOptions, LayerOutputs, Result
-from .backends.products import Gradient
+from .backends.base import Gradient
 from .cells import CELLS, compute_dtype
 
 _ARGUMENTS = (

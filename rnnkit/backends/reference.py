@@ -12,7 +12,8 @@ from .. import masks
 from ..cells import Cell, compute_dtype
 from ..reference import STEPS, State, Weights, scan
 from ..reference.scan import ScanGradients
-from .products import Gradient, KernelBackend, bias_inside
+from .base import Gradient
+from .scan_backend import ScanBackend, bias_inside
 from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 
 
@@ -24,7 +25,7 @@ def _cuts(t: LayerInputs) -> scan.LengthsAndResets:
     return scan.LengthsAndResets(t.lengths, t.reset, t.h_reset, t.c_reset)
 
 
-class Reference(KernelBackend):
+class Reference(ScanBackend):
     name = "reference"
 
     def unsupported(self, spec: LayerSpec) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .products import Backend, Gradient
+from .base import Backend, Gradient
 from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 
 

@@ -45,7 +45,7 @@ def forward(
 ) -> tuple[Tensor, State, Tensor | None, Tensor | None]:
     """States after each step of the range [t0, t0 + n), and what its backward needs.
 
-    gx: [n, B, G·H] as `rnnkit.backends.products.project` makes it. start: the state before the first step that is
+    gx: [n, B, G·H] as `rnnkit.backends.scan_backend.project` makes it. start: the state before the first step that is
     processed (the last in time, in reverse). Returns y [n, B, N], the final state, c_all [n, B, H] or None, gates
     [n, B, S·H] or None.
     """

@@ -12,7 +12,9 @@ import torch
 
 from rnnkit import __main__ as cli
 from rnnkit import __version__, info
-from rnnkit.backends import BACKENDS, extension, triton
+from rnnkit.backends import BACKENDS
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.triton import backend as triton
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)], ids=" ".join)

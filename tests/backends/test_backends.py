@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import rnnkit
-from rnnkit.backends import BACKENDS, BY_NAME, NAMES, LayerSpec, preference, record, resolve
+from rnnkit.backends import BACKENDS, BY_NAME, NAMES, LayerSpec, preference, record, select_backend
 from rnnkit.cells import CELLS
 
 I, H = 3, 4
@@ -64,7 +64,7 @@ def test_auto_takes_the_first_without_a_reason(change: dict[str, Any]) -> None:
     problem = LayerSpec(**{**PLAIN, **change})
     order = preference(problem)
     assert sorted(b.name for b in order) == sorted(b.name for b in BACKENDS)
-    taken = resolve("auto", problem)
+    taken = select_backend("auto", problem, cache=False)
     before = order[: order.index(taken)]
     assert not taken.unsupported(problem) and all(backend.unsupported(problem) for backend in before)
 
@@ -90,10 +90,10 @@ def test_a_named_backend_runs_or_raises_with_its_reasons(name: str, change: dict
     problem = LayerSpec(**{**PLAIN, **change})
     reasons = BY_NAME[name].unsupported(problem)
     if not reasons:
-        assert resolve(name, problem).name == name
+        assert select_backend(name, problem, cache=False).name == name
         return
     with pytest.raises(NotImplementedError) as caught:
-        resolve(name, problem)
+        select_backend(name, problem, cache=False)
     for fragment in (f"backend {name!r}", problem.cell, problem.device, *reasons, "reference", "backend='auto'"):
         assert fragment in str(caught.value)
 

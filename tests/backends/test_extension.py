@@ -16,8 +16,8 @@ from layers import CELLS_AND_PROJECTION, ORDER, assert_same, backward, both, for
 from torch import Tensor
 
 import rnnkit.ops
-from rnnkit.backends import extension
-from rnnkit.backends.cpu import NUMBERS
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cpu.backend import CELL_IDS
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.reason())
 
@@ -287,7 +287,7 @@ def test_other_devices_have_no_kernel():
     layer = make()
     elsewhere = layer.t._make(None if v is None else v.to("meta") for v in layer.t)
     with pytest.raises(NotImplementedError, match="cpu_layer_forward"):
-        torch.ops.rnnkit.cpu_layer_forward(NUMBERS["lstm"], *elsewhere, False, False, False, 0)
+        torch.ops.rnnkit.cpu_layer_forward(CELL_IDS["lstm"], *elsewhere, False, False, False, 0)
 
 
 @every_cell
@@ -295,7 +295,7 @@ def test_schema(cell, proj):
     layer = make(cell, proj)
     torch.library.opcheck(
         torch.ops.rnnkit.cpu_layer_forward.default,
-        (NUMBERS[cell], *layer.t, False, True, True, 0),
+        (CELL_IDS[cell], *layer.t, False, True, True, 0),
         test_utils=("test_schema",),
     )
     results = forward(layer)
@@ -303,7 +303,7 @@ def test_schema(cell, proj):
     grads = (gradients_for(results).get(name) for name in ("gy", "gh_n", "gc_n", "gc_all"))
     torch.library.opcheck(
         torch.ops.rnnkit.cpu_layer_backward.default,
-        (NUMBERS[cell], *layer.t, False, *saved, *grads, layer.needs),
+        (CELL_IDS[cell], *layer.t, False, *saved, *grads, layer.needs),
         test_utils=("test_schema",),
     )
 

@@ -22,7 +22,8 @@ from test_benchmarks import row
 
 from rnnkit import gpu_check
 from rnnkit.__main__ import main
-from rnnkit.backends import BY_NAME, LayerInputs, LayerOutputs, extension
+from rnnkit.backends import BY_NAME, LayerInputs, LayerOutputs
+from rnnkit.backends.cpu import extension
 from rnnkit.benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer
 from rnnkit.benchmarks.cases import Case, Job
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnnkit import backends
-from rnnkit.backends import BY_NAME, LayerInputs, LayerOptions, LayerSpec, Result
+from rnnkit.backends import BY_NAME, LayerInputs, LayerOptions, LayerSpec, Result, select
 from rnnkit.backends.reference import Reference
 from rnnkit.cells import CELLS
 
@@ -24,7 +23,7 @@ class Checking(Reference):
     """The reference as an engine: takes None for zeros, has a step, and trusts nobody."""
 
     name = "cpu"
-    takes_none_states = True
+    validates_inputs = True
 
     def __init__(self) -> None:
         self.went: list[str] = []
@@ -74,10 +73,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Checking:
     """The stand-in, in the place of `cpu` and first in every order."""
     stand_in = Checking()
     monkeypatch.setitem(BY_NAME, "cpu", stand_in)
-    others = [b for b in backends.BACKENDS if b.name != "cpu"]
-    monkeypatch.setattr(backends, "BACKENDS", (stand_in, *others))
-    monkeypatch.setattr(backends, "preference", lambda problem: backends.BACKENDS)
-    monkeypatch.setattr(backends, "_chosen", {})
+    others = [b for b in select.BACKENDS if b.name != "cpu"]
+    monkeypatch.setattr(select, "BACKENDS", (stand_in, *others))
+    monkeypatch.setattr(select, "preference", lambda problem: select.BACKENDS)
+    monkeypatch.setattr(select, "_selected", {})
     return stand_in
 
 

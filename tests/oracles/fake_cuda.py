@@ -16,9 +16,11 @@ import torch
 from test_benchmarks import Made
 from torch import Tensor
 
-from rnnkit import backends, gpu_check
-from rnnkit.backends import BACKENDS, BY_NAME, LayerInputs, LayerOptions, LayerOutputs, Result, cuda, triton
+from rnnkit import gpu_check
+from rnnkit.backends import BACKENDS, BY_NAME, LayerInputs, LayerOptions, LayerOutputs, Result, select
+from rnnkit.backends.cuda import backend as cuda
 from rnnkit.backends.reference import Reference
+from rnnkit.backends.triton import backend as triton
 from rnnkit.benchmarks import machine, parity, sides, timing
 
 CALLS: list[str] = []
@@ -155,8 +157,8 @@ def put(monkeypatch: pytest.MonkeyPatch, backend: Fused, name: str = "triton") -
     """Into the table, in the place of `triton`, or of another."""
     backend.name = name
     table = tuple(backend if other.name == name else other for other in BACKENDS)
-    for module in (backends, parity, gpu_check):
+    for module in (select, parity, gpu_check):
         monkeypatch.setattr(module, "BACKENDS", table)
     monkeypatch.setitem(BY_NAME, name, backend)
-    monkeypatch.setattr(backends, "preference", lambda problem: table)
-    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(select, "preference", lambda problem: table)
+    monkeypatch.setattr(select, "_selected", {})

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkit.backends.cpu import NUMBERS
+from rnnkit.backends.cpu.backend import CELL_IDS
 from rnnkit.backends.spec import LayerInputs
 from rnnkit.cells import CELLS
 
-CELLS_AND_PROJECTION = (*((cell, 0) for cell in NUMBERS), ("lstm", 5))
+CELLS_AND_PROJECTION = (*((cell, 0) for cell in CELL_IDS), ("lstm", 5))
 """Every cell, and an LSTM with a projection to five units."""
 ORDER = ("x", "h_0", "c_0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_reset", "c_reset")
 """The gradients of cpu_layer_backward, bit by bit of `needs`."""
@@ -85,7 +85,7 @@ def make(
 def forward(layer: Layer, *, save: bool = True, all_states: bool = False, chunk: int = 0) -> dict[str, Tensor]:
     """The results by name: y, h_n, c_n, c_all, gates, c."""
     found = iter(
-        torch.ops.rnnkit.cpu_layer_forward(NUMBERS[layer.cell], *layer.t, layer.reverse, all_states, save, chunk)
+        torch.ops.rnnkit.cpu_layer_forward(CELL_IDS[layer.cell], *layer.t, layer.reverse, all_states, save, chunk)
     )
     names = ["y", "h_n"] + ["c_n"] * layer.has_c + ["c_all"] * (layer.has_c and all_states)
     names += ["gates"] * (save and CELLS[layer.cell].saved > 0) + ["c"] * (save and layer.has_c)
@@ -106,7 +106,7 @@ def backward(
     """The gradients by name."""
     asked = layer.needs if needs is None else needs
     found = torch.ops.rnnkit.cpu_layer_backward(
-        NUMBERS[layer.cell],
+        CELL_IDS[layer.cell],
         *layer.t,
         layer.reverse,
         results["y"],

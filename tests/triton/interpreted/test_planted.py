@@ -15,7 +15,7 @@ import pytest
 from sequences import F32, KINDS, Case, check
 
 import rnnkit.kernels
-from rnnkit.backends import triton
+from rnnkit.backends.triton import backend as triton
 
 SOURCE = Path(rnnkit.kernels.__path__[0])
 
@@ -98,10 +98,10 @@ def compare(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the package that the next scan imports; `table` stays, the backend holds it."""
+    """A copy of the package that the next scan imports."""
     copy = tmp_path / "kernels"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in [name for name in sys.modules if name.startswith("rnnkit.kernels.") and not name.endswith(".table")]:
+    for name in [name for name in sys.modules if name.startswith("rnnkit.kernels.")]:
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(rnnkit.kernels, name.rpartition(".")[2])
     monkeypatch.setattr(rnnkit.kernels, "__path__", [str(copy)])

@@ -1,6 +1,6 @@
 """Backend `cuda`: the kernels of csrc/cuda, for NVIDIA GPUs from compute capability 8.0 on.
 
-It brings the two scans; the products around them are those of products.py. Which kernel runs a scan, cuda_table.py
+It brings the two scans; the products around them are those of products.py. Which kernel runs a scan, configs.py
 says. A `Machine` is what they run on: this process' GPUs, or a CPU that executes the same sources (tests/cuda/simt).
 """
 
@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cells import CELLS, Cell, compute_dtype
-from ..reference.scan import ScanGradients
-from . import cuda_table, extension, gpu, measured
-from .cuda_table import Row
-from .products import KernelBackend, bias_inside
-from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec
+from ...cells import CELLS, Cell, compute_dtype
+from ...reference.scan import ScanGradients
+from .. import dispatch_times, gpu
+from ..cpu import extension
+from ..scan_backend import ScanBackend, bias_inside
+from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec
+from . import configs
+from .configs import CompiledKernel
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "f64"}
-regimes = gpu.Regimes("RNNKIT_CUDA_REGIME", cuda_table.REGIMES)
+regimes = gpu.Regimes("RNNKIT_CUDA_REGIME", configs.REGIMES)
 
 Run = Callable[[str, str, dict[str, Any]], None]
 """run(kernel, side, fields): `fields` by the names of csrc/cuda/scan.h."""
@@ -91,7 +93,7 @@ def missing(index: int | None = None) -> str | None:
 def _unfit(index: int) -> str | None:
     """What speaks against a GPU and its driver."""
     capability, (toolkit, *chips) = gpu.capability(index), extension.cuda_built
-    old = cuda_table.too_old(capability)
+    old = configs.too_old(capability)
     if old is not None:
         return old
     if not extension.cuda_serves(capability, tuple(chips)):
@@ -110,10 +112,10 @@ def _unfit(index: int) -> str | None:
     )
 
 
-class CUDA(KernelBackend):
+class CUDA(ScanBackend):
     name = "cuda"
     saves_narrow = True
-    overlaps = True
+    concurrent_directions = True
 
     def available(self) -> str | None:
         return regimes.wrong() or gpu.anywhere(missing)
@@ -138,10 +140,10 @@ class CUDA(KernelBackend):
                 reasons.append(str(refused))
         return reasons
 
-    def reluctant(self, spec: LayerSpec) -> str | None:
+    def auto_exclusion_reason(self, spec: LayerSpec) -> str | None:
         if simulated:
             return "can run it on a CPU that executes its kernels, far slower than any other; runs when named"
-        return measured.untried(self.name, spec)
+        return dispatch_times.unmeasured_reason(self.name, spec)
 
     def detail(self, spec: LayerSpec) -> str | None:
         row, why = _planned(spec)
@@ -207,23 +209,25 @@ def kind(dtype: torch.dtype) -> str:
     return "tf32" if allowed == "tf32" else "ieee"
 
 
-def planned(cell: str, hidden: int, proj: int, operands: str, batch: int, capability: int) -> tuple[Row, str]:
+def planned(
+    cell: str, hidden: int, proj: int, operands: str, batch: int, capability: int
+) -> tuple[CompiledKernel, str]:
     """The kernel that runs a scan, and why. Raises NotImplementedError where the regime that is asked for cannot."""
     facts = (cell, hidden, proj, operands, batch, capability)
     if regimes.only is None:
-        return cuda_table.plan(*facts)
+        return configs.plan(*facts)
     try:
-        return cuda_table.plan(*facts, regimes.only)[0], regimes.asks()
+        return configs.plan(*facts, regimes.only)[0], regimes.asks()
     except ValueError as why:
         raise regimes.refused(why) from None
 
 
-def _planned(spec: LayerSpec) -> tuple[Row, str]:
+def _planned(spec: LayerSpec) -> tuple[CompiledKernel, str]:
     sizes = (spec.hidden_size, spec.proj_size, kind(spec.dtype), spec.batch)
     return planned(spec.cell, *sizes, machine.capability(spec.device_index))
 
 
-def _row(cell: Cell, t: LayerInputs) -> Row:
+def _row(cell: Cell, t: LayerInputs) -> CompiledKernel:
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
     chip = machine.capability(t.x.device.index)
     return planned(cell.name, t.w_hh.shape[0] // cell.gates, proj, kind(t.x.dtype), t.x.shape[1], chip)[0]

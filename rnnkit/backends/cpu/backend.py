@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
+from ...cells import CELLS
+from ..base import Backend, Gradient
+from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 from . import extension
-from .products import Backend, Gradient
-from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 
-NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
+CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 """The cells as csrc/cpu/scan.h numbers them."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _modes = torch._C._len_torch_dispatch_stack
@@ -29,7 +29,7 @@ LENGTHS, RESET = LayerInputs._fields.index("lengths"), LayerInputs._fields.index
 
 
 @functools.cache
-def asked(needs: tuple[bool, ...]) -> int:
+def grad_mask(needs: tuple[bool, ...]) -> int:
     """Which gradients the operator shall give: a bit for each of `LayerInputs`, without lengths and reset."""
     wanted = [need for k, need in enumerate(needs) if k not in (LENGTHS, RESET)]
     return sum(1 << k for k, need in enumerate(wanted) if need)
@@ -37,7 +37,7 @@ def asked(needs: tuple[bool, ...]) -> int:
 
 class CPU(Backend):
     name = "cpu"
-    takes_none_states = True
+    validates_inputs = True
 
     def __init__(self) -> None:
         if extension.available():
@@ -71,7 +71,7 @@ class CPU(Backend):
     def forward(self, cell: str, t: LayerInputs, o: LayerOptions, *, train: bool, graph: bool = False) -> Result:
         keeps_c = train and o.recompute  # an LSTM's: the backward makes the gates again, range by range
         y, h_n, *more = self._functions()[0](
-            NUMBERS[cell], *t, o.reverse, o.all_states or keeps_c, train and not o.recompute, 0
+            CELL_IDS[cell], *t, o.reverse, o.all_states or keeps_c, train and not o.recompute, 0
         )
         if cell != "lstm":
             return Result(LayerOutputs(y, h_n, None, None), tuple(more))
@@ -93,7 +93,7 @@ class CPU(Backend):
         batch_first: bool,
         save: bool,
     ) -> list[Tensor] | None:
-        return self._single(NUMBERS[cell], x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first, save)
+        return self._single(CELL_IDS[cell], x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first, save)
 
     def single_backward(
         self,
@@ -107,7 +107,9 @@ class CPU(Backend):
     ) -> list[Gradient] | None:
         gates, c = saved if len(saved) == 2 else (saved[0] if saved else None, None)
         gy, gh_n, gc_n = grads if len(grads) == 3 else (*grads, None)
-        found = self._single_backward(NUMBERS[cell], *inputs, batch_first, y, gates, c, gy, gh_n, gc_n, asked(needs))
+        found = self._single_backward(
+            CELL_IDS[cell], *inputs, batch_first, y, gates, c, gy, gh_n, gc_n, grad_mask(needs)
+        )
         if found is None or all(needs):
             return found
         given = iter(found)
@@ -128,7 +130,7 @@ class CPU(Backend):
         tensors that are not plain, where the operators are not called."""
         if cell == "lstm":
             return self._lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh)
-        new = self._step(NUMBERS[cell], x, h, w_ih, w_hh, b_ih, b_hh)
+        new = self._step(CELL_IDS[cell], x, h, w_ih, w_hh, b_ih, b_hh)
         return None if new is None else (new, None)
 
     def backward(
@@ -147,5 +149,5 @@ class CPU(Backend):
             saved = self.forward(cell, t, o, train=True).saved
         gates = saved[0] if kind.saved and not o.recompute else None
         c = saved[-1] if kind.has_c else None
-        found = iter(self._functions()[1](NUMBERS[cell], *t, o.reverse, y, gates, c, *grads, asked(tuple(needs))))
+        found = iter(self._functions()[1](CELL_IDS[cell], *t, o.reverse, y, gates, c, *grads, grad_mask(tuple(needs))))
         return [next(found) if need else None for need in needs]

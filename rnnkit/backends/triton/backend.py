@@ -1,26 +1,25 @@
 """Backend `triton`: the kernels of rnnkit.kernels, for GPUs that Triton compiles for, and for its interpreter.
 
 It brings the two scans; the products around them are those of products.py. Which regime a scan runs in, and with
-which tiles, kernels/table.py says. `import rnnkit` needs no Triton, and one that cannot be used is a reason.
+which tiles, kernels/configs.py says. `import rnnkit` needs no Triton, and one that cannot be used is a reason.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cells import Cell
-from ..reference.scan import ScanGradients
-from . import gpu, measured
-from .products import KernelBackend, bias_inside
-from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec
-
-if TYPE_CHECKING:
-    from ..kernels.table import Plan
+from ...cells import Cell
+from ...reference.scan import ScanGradients
+from .. import dispatch_times, gpu
+from ..scan_backend import ScanBackend, bias_inside
+from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec
+from . import configs
+from .configs import LaunchConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 regimes = gpu.Regimes("RNNKIT_TRITON_REGIME", ("persistent", "step"))
@@ -57,17 +56,13 @@ def interpreted() -> bool:
 
 
 def capability(index: int | None = None) -> int:
-    """Of one CUDA device as in sm_90, None: of the current one; table.AMD where torch was built for ROCm."""
-    from ..kernels import table
-
-    return gpu.capability(index) if torch.version.hip is None else table.AMD
+    """Of one CUDA device as in sm_90, None: of the current one; configs.AMD where torch was built for ROCm."""
+    return gpu.capability(index) if torch.version.hip is None else configs.AMD
 
 
 def chip(index: int | None = None) -> int:
-    """The capability that kernels/table.py goes by."""
-    from ..kernels import table
-
-    return table.INTERPRETER if interpreted() else capability(index)
+    """The capability that kernels/configs.py goes by."""
+    return configs.INTERPRETER if interpreted() else capability(index)
 
 
 def uninstalled() -> str | None:
@@ -87,14 +82,12 @@ def missing(index: int | None = None) -> str | None:
 
 def _unfit(index: int) -> str | None:
     """What speaks against a GPU."""
-    from ..kernels import table
-
     found = capability(index)
-    if found == table.AMD:
+    if found == configs.AMD:
         name = gpu.amd(index)
-        if name not in table.CHIPS:
+        if name not in configs.CHIPS:
             return f"of AMD's GPUs its kernels are compiled for gfx942 alone, got {name}"
-    elif found < table.OLDEST:
+    elif found < configs.OLDEST:
         return (
             f"needs compute capability 8.0 or later, got a GPU of {found / 10}: of its regimes "
             f"({', '.join(regimes.names)}) none runs there, the backends torch and reference do"
@@ -102,10 +95,10 @@ def _unfit(index: int) -> str | None:
     return None
 
 
-class Triton(KernelBackend):
+class Triton(ScanBackend):
     name = "triton"
     saves_narrow = True
-    overlaps = True
+    concurrent_directions = True
 
     def available(self) -> str | None:
         return regimes.wrong() or gpu.anywhere(missing)
@@ -132,10 +125,10 @@ class Triton(KernelBackend):
                 reasons.append(str(refused))
         return reasons
 
-    def reluctant(self, spec: LayerSpec) -> str | None:
+    def auto_exclusion_reason(self, spec: LayerSpec) -> str | None:
         if interpreted():
             return "can run it in Triton's interpreter, far slower than any other; runs when named"
-        return measured.untried(self.name, spec)
+        return dispatch_times.unmeasured_reason(self.name, spec)
 
     def detail(self, spec: LayerSpec) -> str | None:
         plans = _plans(spec)
@@ -184,26 +177,24 @@ def on_device_of(v: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(v.device) if v.is_cuda else contextlib.nullcontext()
 
 
-def _plans(spec: LayerSpec) -> dict[str, Plan]:
+def _plans(spec: LayerSpec) -> dict[str, LaunchConfig]:
     """How each side of a layer runs."""
     facts = (spec.hidden_size, spec.proj_size, kind(spec.dtype), chip(spec.device_index), spec.batch)
     sides = ("forward", "backward")[: 1 + spec.train]
     return {side: _planned(spec.cell, side, *facts) for side in sides}
 
 
-def _plan(cell: Cell, side: str, t: LayerInputs) -> Plan:
+def _plan(cell: Cell, side: str, t: LayerInputs) -> LaunchConfig:
     hidden = t.w_hh.shape[0] // cell.gates
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
     return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip(t.x.device.index), t.x.shape[1])
 
 
-def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capability: int, rows: int) -> Plan:
+def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capability: int, rows: int) -> LaunchConfig:
     """Raises NotImplementedError where the regime that is asked for cannot."""
-    from ..kernels import table
-
     if regimes.only == "step":
-        return table.stepwise(cell, side, hidden, proj, operands, rows, regimes.asks())
-    plan = table.plan(cell, side, hidden, proj, operands, capability, rows)
+        return configs.stepwise(cell, side, hidden, proj, operands, rows, regimes.asks())
+    plan = configs.plan(cell, side, hidden, proj, operands, capability, rows)
     if regimes.only is None:
         return plan
     if plan.regime != regimes.only:
@@ -211,7 +202,7 @@ def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capabi
     return plan._replace(reason=regimes.asks())
 
 
-def _regime(plan: Plan) -> Any:
-    from ..kernels import persistent, step
+def _regime(plan: LaunchConfig) -> Any:
+    from ...kernels import persistent, step
 
     return persistent if plan.regime == "persistent" else step
