@@ -43,7 +43,10 @@ from .rows import COMPILED
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRODUCTS = ("product.product", "product.product_back")
-STEP_SIZES = (((128, 48), configs.STEP), ((127, 45), configs.ODD_STEP))  # H and P, where there is one, and the tiles
+STEP_SIZES = (
+    ((128, 48), configs.STEP),
+    ((127, 45), configs.UNALIGNED_STEP),
+)  # H and P, where there is one, and the tiles
 SPARE = 64
 """Registers a thread: more than the forms of a call differ by."""
 FEW, MANY = 3, 2**28  # rows of a batch: so many that on AMD's GPUs no tensor of theirs is within 2 GiB
@@ -205,12 +208,12 @@ def launches(job: Job, form: Form = EVERYTHING, make: Callable[..., Tensor] = to
 
     regime: Any = persistent if job.plan.regime == "persistent" else step
     gx = some(steps, batch, cell.gates * hidden)
-    found = regime.forward(cell, gx, t.h_0, t.c_0, t, b_hn, t0=0, reverse=False, save=True, plan=job.plan, run=see)
+    found = regime.forward(cell, gx, t.h_0, t.c_0, t, b_hn, t0=0, reverse=False, save=True, config=job.plan, run=see)
     if job.side == "backward":
         seen.clear()
         y, h_n, c_n, c_all, gates = found
         grads = LayerOutputs(y, h_n, c_n, c_all)
-        regime.backward(cell, grads, y, c_all, gates, t, b_hn, reverse=False, plan=job.plan, run=see)
+        regime.backward(cell, grads, y, c_all, gates, t, b_hn, reverse=False, config=job.plan, run=see)
     return list(seen.values())
 
 

@@ -16,20 +16,20 @@ import triton.language as tl
 from .product import carry, is_idle_row, units
 from .shared import (
     dot,
-    entered,
     is_cut,
     is_idle,
     keep,
     length_of,
     load,
     matrix,
-    nothing,
-    place,
+    previous_state,
     replaced,
     rows,
     sigmoid,
     store,
     tanh,
+    time_index,
+    zero_accumulator,
 )
 
 
@@ -116,14 +116,14 @@ def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_reset, y, h_n, gates, n, t0, 
     bias = load_bias(b_hn, unit, inside)
     h = load(h_0, row, unit, H, valid)
     for k in tl.range(0, n):
-        j = place(k, n, reverse)
+        j = time_index(k, n, reverse)
         at = j * B + row
         t = t0 + j
         live = (t < length)[:, None] & inside[None, :]
         xr, xz, xn = load3(gx, at, unit, H, 3 * H, live)
         if reset is not None:
             h = replaced(h, h_reset, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
-        zero = nothing(h, BLOCK_H)
+        zero = zero_accumulator(h, BLOCK_H)
         ar, az = xr + dot(h, wr, zero, PRECISION), xz + dot(h, wz, zero, PRECISION)
         if AFTER:
             hn = dot(h, wn, zero, PRECISION) + bias
@@ -153,13 +153,13 @@ def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_reset, dgx, dgh, d
     dh = load(gh_n, row, unit, H, valid)
     to_r = tl.zeros_like(dh)
     for k in tl.range(0, n):
-        t = place(k, n, 1 - reverse)
+        t = time_index(k, n, 1 - reverse)
         at = t * B + row
         live = (t < length)[:, None] & inside[None, :]
         r, z, c = load3(gates, at, unit, H, SAVED, live)
-        h = entered(y, h_0, h_reset, reset, t, row, unit, H, length, B, inside, reverse)
+        h = previous_state(y, h_0, h_reset, reset, t, row, unit, H, length, B, inside, reverse)
         d = tl.where(live, dh + load(gy, at, unit, H, live), 0.0)
-        zero = nothing(d, BLOCK_H)
+        zero = zero_accumulator(d, BLOCK_H)
         if AFTER:
             hn = load(gates, at, unit + 3 * H, SAVED, live)
             dr, dz, dn, dhn, direct = after_step_vjp(d, h, r, z, c, hn)
@@ -200,7 +200,7 @@ def reset_step(gx, gh, h, rh, k, n, reverse, B, H: tl.constexpr, BLOCK_B: tl.con
     """rh [B, H] = r ⊙ h of the original form, from the first blocks of gh [B, 3H]."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     valid = (row < B)[:, None] & (unit < H)[None, :]
-    ar = load(gx, place(k, n, reverse) * B + row, unit, 3 * H, valid) + load(gh, row, unit, 3 * H, valid)
+    ar = load(gx, time_index(k, n, reverse) * B + row, unit, 3 * H, valid) + load(gh, row, unit, 3 * H, valid)
     store(rh, row, unit, H, valid, sigmoid(ar) * load(h, row, unit, H, valid))
 
 
@@ -213,7 +213,7 @@ def forward_step(gx, gh, b_hn, h, lengths, reset, h_reset, y, gates, k, n, t0, t
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
     length = length_of(lengths, row, total, B)
-    j = place(k, n, reverse)
+    j = time_index(k, n, reverse)
     at = j * B + row
     live = (t0 + j < length)[:, None] & inside[None, :]
     xr, xz, xn = load3(gx, at, unit, H, 3 * H, live)
@@ -237,7 +237,7 @@ def candidate_back(gy, dh, gates, lengths, reset, dgx, k, n, reverse, B, H: tl.c
     """The n block of dgx of the original form, for the product that makes drh of it."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     inside = unit < H
-    t = place(k, n, 1 - reverse)
+    t = time_index(k, n, 1 - reverse)
     at = t * B + row
     lives = t < length_of(lengths, row, n, B)
     live = lives[:, None] & inside[None, :]
@@ -259,12 +259,12 @@ def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_reset, dgx, dgh,
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
     length = length_of(lengths, row, n, B)
-    t = place(k, n, 1 - reverse)
+    t = time_index(k, n, 1 - reverse)
     at = t * B + row
     lives = t < length
     live = lives[:, None] & inside[None, :]
     r, z, c = load3(gates, at, unit, H, SAVED, live)
-    h = entered(y, h_0, h_reset, reset, t, row, unit, H, length, B, inside, reverse)
+    h = previous_state(y, h_0, h_reset, reset, t, row, unit, H, length, B, inside, reverse)
     d = load(dh, row, unit, H, live) + load(gy, at, unit, H, live)
     if AFTER:
         hn = load(gates, at, unit + 3 * H, SAVED, live)

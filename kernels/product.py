@@ -5,8 +5,8 @@ follow one another on the stream and never wait for the host. Programs share a m
 
 A product's sizes are numbers at run time, so one serves every H. Triton compiles a kernel anew for each set of numbers
 and addresses that are multiples of 16, or 1: so there are two of each product, of one source. The one is started
-where all its sizes are multiples of 16, which it knows then, and reads rows 16 bytes at once; `_odd` knows nothing of
-its sizes and addresses.
+where all its sizes are multiples of 16, which it knows then, and reads rows 16 bytes at once; `_unaligned` knows
+nothing of its sizes and addresses.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .shared import dot, is_cut, length_of, load, matrix, place, replaced, rows, store
+from .shared import dot, is_cut, length_of, load, matrix, replaced, rows, store, time_index
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def units(BLOCK: tl.constexpr):
     return tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
 
 
-def odd(kernel: Any, sizes: list[str], pointers: list[str]) -> Any:
+def unaligned(kernel: Any, sizes: list[str], pointers: list[str]) -> Any:
     """The same kernel, compiled once whatever these sizes and the pointers' addresses are."""
     return triton.jit(kernel.fn, do_not_specialize=sizes, do_not_specialize_on_alignment=pointers)
 
@@ -51,7 +51,7 @@ def product(a, a_width, w, out, out_width, B, K, N, TRANSPOSED: tl.constexpr, PR
     store(out, row, unit, out_width, live[:, None] & (unit < N)[None, :], acc)
 
 
-product_odd = odd(product, sizes=["a_width", "out_width", "B", "K", "N"], pointers=["a", "w", "out"])
+product_unaligned = unaligned(product, sizes=["a_width", "out_width", "B", "K", "N"], pointers=["a", "w", "out"])
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def settle(new, h, lengths, reset, h_reset, y, k, n, t0, total, reverse, B, N: t
     """The projected state of a step, new [B, N], becomes its output and the state of the next."""
     row, unit = rows(BLOCK_B), units(BLOCK_N)
     length = length_of(lengths, row, total, B)
-    j = place(k, n, reverse)
+    j = time_index(k, n, reverse)
     inside = unit < N
     valid = (row < B)[:, None] & inside[None, :]
     value = load(new, row, unit, N, valid)
@@ -85,7 +85,7 @@ def arrive(gy, dh, lengths, arrived, dp, k, n, reverse, B, N: tl.constexpr, BLOC
            BLOCK_N: tl.constexpr):  # fmt: skip
     """The whole gradient of a projected state, into `arrived` [B, N] fp32 and dp [n, B, N]; 0 beyond a length."""
     row, unit = rows(BLOCK_B), units(BLOCK_N)
-    j = place(k, n, 1 - reverse)
+    j = time_index(k, n, 1 - reverse)
     live = j < length_of(lengths, row, n, B)
     valid = (row < B)[:, None] & (unit < N)[None, :]
     d = load(dh, row, unit, N, valid) + load(gy, j * B + row, unit, N, valid)
@@ -116,7 +116,7 @@ def product_back(dgh, dgh_width, w, direct, dh, dh_reset, idle, lengths, reset, 
     """
     row, unit = rows(BLOCK_B), units(BLOCK_N)
     length = length_of(lengths, row, n, B)
-    j = place(k, n, 1 - reverse)
+    j = time_index(k, n, 1 - reverse)
     inside = unit < N
     valid = (row < B)[:, None] & inside[None, :]
     acc = sums(dgh, j * B + row, dgh_width, w, N, 1, unit, row < B, K, N, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
@@ -131,7 +131,7 @@ def product_back(dgh, dgh_width, w, direct, dh, dh_reset, idle, lengths, reset, 
     store(dh, row, unit, N, valid, d)
 
 
-product_back_odd = odd(
+product_back_unaligned = unaligned(
     product_back,
     sizes=["k", "n", "reverse", "dgh_width", "B", "K", "N"],
     pointers=["dgh", "w", "direct", "dh", "dh_reset", "idle", "lengths", "reset"],

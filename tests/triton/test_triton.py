@@ -316,10 +316,10 @@ def scan(
     both = Launches(), Launches()
     gx = some(steps, batch, kind.gates * hidden)
     y, h_n, c_n, c_all, gates = module.forward(
-        kind, gx, t.h_0, t.c_0, t, None, t0=0, reverse=reverse, save=True, plan=plan, run=both[0]
+        kind, gx, t.h_0, t.c_0, t, None, t0=0, reverse=reverse, save=True, config=plan, run=both[0]
     )
     grads = LayerOutputs(y, h_n, c_n, c_all)
-    module.backward(kind, grads, y, c_all, gates, t, None, reverse=reverse, plan=plan, run=both[1])
+    module.backward(kind, grads, y, c_all, gates, t, None, reverse=reverse, config=plan, run=both[1])
     return both
 
 
@@ -355,7 +355,7 @@ def test_what_a_step_reads_is_made_contiguous_once(monkeypatch: pytest.MonkeyPat
     from rnnkit.kernels import step
 
     seen: list[int] = []
-    monkeypatch.setattr(step, "solid", lambda v: seen.append(1) or v)
+    monkeypatch.setattr(step, "contiguous_aligned", lambda v: seen.append(1) or v)
     counts = []
     for steps in (2, 9):
         seen.clear()

@@ -1,7 +1,7 @@
 """Backend `triton`: the kernels of rnnkit.kernels, for GPUs that Triton compiles for, and for its interpreter.
 
-It brings the two scans; the products around them are those of products.py. Which regime a scan runs in, and with
-which tiles, kernels/configs.py says. `import rnnkit` needs no Triton, and one that cannot be used is a reason.
+It brings the two scans; the products around them are those of scan_backend.py. Which regime a scan runs in, and with
+which tiles, configs.py says. `import rnnkit` needs no Triton, and one that cannot be used is a reason.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def capability(index: int | None = None) -> int:
 
 
 def chip(index: int | None = None) -> int:
-    """The capability that kernels/configs.py goes by."""
+    """The capability that configs.py goes by."""
     return configs.INTERPRETER if interpreted() else capability(index)
 
 
@@ -132,17 +132,17 @@ class Triton(ScanBackend):
 
     def detail(self, spec: LayerSpec) -> str | None:
         plans = _plans(spec)
-        if len({(plan.regime, plan.reason) for plan in plans.values()}) == 1:
+        if len({(config.regime, config.reason) for config in plans.values()}) == 1:
             return f"{plans['forward'].regime}: {plans['forward'].reason}"
-        return "; ".join(f"{side} {plan.regime}: {plan.reason}" for side, plan in plans.items())
+        return "; ".join(f"{side} {config.regime}: {config.reason}" for side, config in plans.items())
 
     def scan_forward(
         self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: LayerInputs, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        plan = _plan(cell, "forward", t)
+        config = _plan(cell, "forward", t)
         with on_device_of(gx):
-            return _regime(plan).forward(
-                cell, gx, h, c, t, bias_inside(cell, t), t0=t0, reverse=reverse, save=save, plan=plan
+            return _regime(config).forward(
+                cell, gx, h, c, t, bias_inside(cell, t), t0=t0, reverse=reverse, save=save, config=config
             )
 
     def scan_backward(
@@ -155,12 +155,11 @@ class Triton(ScanBackend):
         t: LayerInputs,
         o: LayerOptions,
     ) -> ScanGradients:
-        plan = _plan(cell, "backward", t)
+        config = _plan(cell, "backward", t)
         with on_device_of(y):
-            found = _regime(plan).backward(
-                cell, grads, y, c_all, gates, t, bias_inside(cell, t), reverse=o.reverse, plan=plan
+            return _regime(config).backward(
+                cell, grads, y, c_all, gates, t, bias_inside(cell, t), reverse=o.reverse, config=config
             )
-        return ScanGradients(*found)
 
 
 def kind(dtype: torch.dtype) -> str:
@@ -194,15 +193,15 @@ def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capabi
     """Raises NotImplementedError where the regime that is asked for cannot."""
     if regimes.only == "step":
         return configs.stepwise(cell, side, hidden, proj, operands, rows, regimes.asks())
-    plan = configs.plan(cell, side, hidden, proj, operands, capability, rows)
+    config = configs.plan(cell, side, hidden, proj, operands, capability, rows)
     if regimes.only is None:
-        return plan
-    if plan.regime != regimes.only:
-        raise regimes.refused(f"{side}: {plan.reason}")
-    return plan._replace(reason=regimes.asks())
+        return config
+    if config.regime != regimes.only:
+        raise regimes.refused(f"{side}: {config.reason}")
+    return config._replace(reason=regimes.asks())
 
 
-def _regime(plan: LaunchConfig) -> Any:
+def _regime(config: LaunchConfig) -> Any:
     from ...kernels import persistent, step
 
-    return persistent if plan.regime == "persistent" else step
+    return persistent if config.regime == "persistent" else step

@@ -109,7 +109,7 @@ class Tile(NamedTuple):
 
 STEP = (Tile(16, 32, 4), Tile(16, 64, 4), Tile(32, 64, 4), Tile(64, 64, 4), Tile(128, 64, 8))
 """From small to large, each compiled for every chip and kind, within SMALL_SHARED on NVIDIA's."""
-ODD_STEP = STEP[:3]
+UNALIGNED_STEP = STEP[:3]
 """Those of sizes that are not aligned: by taller ones their products spill."""
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -305,7 +305,8 @@ def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: in
     most = largest(cell, side, hidden, proj, kind, capability)
     some = "" if multiple_of(hidden, proj) == MULTIPLES[0] else "of sizes that are no multiples of 16 "
     fit = f"{some}up to {most} units fit" if most else f"{some}none fit"
-    reason = f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {place(capability)}, {fit}"
+    chip = device_description(capability)
+    reason = f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {chip}, {fit}"
     return stepwise(cell, side, hidden, proj, kind, rows, reason)
 
 
@@ -334,7 +335,7 @@ def kernel_of(cell: str, proj: int) -> str:
     return "lstm_proj" if proj else "rnn" if cell.startswith("rnn_") else cell
 
 
-def place(capability: int) -> str:
+def device_description(capability: int) -> str:
     """A chip and its shared memory, in words."""
     chip, shared = chip_of(capability)
     name = chip if capability == AMD else f"sm_{capability}"
@@ -371,17 +372,17 @@ def chip_of(capability: int) -> tuple[str, int]:
 
 
 def persistent(row: CompiledKernel, reason: str) -> LaunchConfig:
-    """The plan of a row."""
+    """How a scan runs by a row."""
     return LaunchConfig(
         "persistent", ROWS, 0, 0, row.warps, 1, min(255, 2048 // row.warps), precision(row.kind), reason
     )
 
 
 def stepwise(cell: str, side: str, hidden: int, proj: int, kind: str, rows: int, reason: str) -> LaunchConfig:
-    """The plan of the step regime, for any size. Of STEP the largest tile that is no more than half empty and leaves
+    """The step regime, for any size. Of STEP the largest tile that is no more than half empty and leaves
     PROGRAMS programs to the product with W_hh."""
     columns = CELLS[cell].gates * hidden if side == "forward" else proj or hidden
-    chosen, *larger = STEP if multiple_of(hidden, proj) == MULTIPLES[0] else ODD_STEP
+    chosen, *larger = STEP if multiple_of(hidden, proj) == MULTIPLES[0] else UNALIGNED_STEP
     for some in larger:
         programs = -(-rows // some.rows) * -(-columns // some.units)
         if some.rows < max(2 * rows, ROWS + 1) and programs >= PROGRAMS:
@@ -390,7 +391,7 @@ def stepwise(cell: str, side: str, hidden: int, proj: int, kind: str, rows: int,
 
 
 def step(some: Tile, kind: str, reason: str) -> LaunchConfig:
-    """The plan of a tile. A tall one of 64 terms spills, or takes more shared memory than gfx942 has."""
+    """How a scan runs by a tile. A tall one of 64 terms spills, or takes more shared memory than gfx942 has."""
     block_k, stages = 64 if kind == "half" and some.rows == ROWS else 32, 1 if kind == "ieee" else 3
     return LaunchConfig("step", some.rows, some.units, block_k, some.warps, stages, 255, precision(kind), reason)
 
