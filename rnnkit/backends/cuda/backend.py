@@ -1,6 +1,6 @@
 """Backend `cuda`: the kernels of csrc/cuda, for NVIDIA GPUs from compute capability 8.0 on.
 
-It brings the two scans; the products around them are those of products.py. Which kernel runs a scan, configs.py
+It brings the two scans; the products around them are those of scan_backend.py. Which kernel runs a scan, configs.py
 says. A `Machine` is what they run on: this process' GPUs, or a CPU that executes the same sources (tests/cuda/simt).
 """
 
