@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from . import info
 from .backends import BACKENDS, NAMES, gpu
 from .backends.cpu import extension
 from .backends.cuda import backend as cuda
@@ -32,9 +31,10 @@ from .backends.triton import backend as triton
 from .backends.triton import configs as triton_configs
 from .benchmarks import crew, devices, machine, parity, probes, problems, rows, run, sanitizer, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
+from .cli import info
+from .cli.progress import Progress
 from .demo import check_out
 from .demo.text import InputError
-from .progress import Progress
 
 DEVICE = "cuda"
 LIMIT, QUICK = 540.0, 100.0  # seconds, all in all
@@ -177,7 +177,7 @@ def driver() -> str:
 
 
 def capability() -> int | None:
-    """Of the GPU, as triton/configs.py numbers them; None where no kernel of that table runs on it."""
+    """Of the GPU, as kernels/triton_configs.py numbers them; None where no kernel of that table runs on it."""
     return triton.capability() if triton.missing() is None else None
 
 

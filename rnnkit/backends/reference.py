@@ -21,7 +21,7 @@ def _weights(cell: Cell, t: LayerInputs) -> Weights:
     return Weights(t.w_hh, bias_inside(cell, t), t.w_hr)
 
 
-def _cuts(t: LayerInputs) -> scan.LengthsAndResets:
+def _masking(t: LayerInputs) -> scan.LengthsAndResets:
     return scan.LengthsAndResets(t.lengths, t.reset, t.h_reset, t.c_reset)
 
 
@@ -39,7 +39,7 @@ class Reference(ScanBackend):
         self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: LayerInputs, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         y, last, c_all, gates = scan.forward(
-            self.formula(cell), gx, State(h, c), _weights(cell, t), _cuts(t), t0=t0, reverse=reverse
+            self.formula(cell), gx, State(h, c), _weights(cell, t), _masking(t), t0=t0, reverse=reverse
         )
         if gates is None and cell.saved:  # no step was made
             gates = gx.new_zeros((0, gx.shape[1], cell.saved * t.w_hh.shape[0] // cell.gates))
@@ -63,12 +63,12 @@ class Reference(ScanBackend):
             gates,
             State(t.h_0, t.c_0),
             _weights(cell, t),
-            _cuts(t),
+            _masking(t),
             reverse=o.reverse,
         )
 
     def forward(self, cell: str, t: LayerInputs, o: LayerOptions, *, train: bool, graph: bool = False) -> Result:
-        alive = masks.live(t.lengths, t.x.shape[0], t.x.device)
+        alive = masks.valid_mask(t.lengths, t.x.shape[0], t.x.device)
         if alive is not None:  # also for torch's own derivatives of this function
             t = t._replace(x=t.x.masked_fill(~alive, 0))
         wide = compute_dtype(t.x.dtype)

@@ -48,8 +48,8 @@ def weight_gradients(
 ) -> list[Gradient]:
     """Gradients of every tensor of `LayerInputs`, in its order, from those of the scan. All in the scan's type."""
     x = t.x
-    alive = masks.live(t.lengths, x.shape[0], x.device)
-    at = masks.cut(t.reset, alive, o.reverse)
+    alive = masks.valid_mask(t.lengths, x.shape[0], x.device)
+    at = masks.reset_mask(t.reset, alive, o.reverse)
     h = masks.previous(y, t.h_0, t.lengths, at, t.h_reset, o.reverse)
     dead = None
     if alive is not None or at is not None:  # no gradient came here, so nothing that stands here may pass on NaN

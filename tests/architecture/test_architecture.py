@@ -29,14 +29,16 @@ FLOORS: list[tuple[str, ...]] = [
         "rnnkit.backends.cuda.configs",
     ),
     ("rnnkit.backends.triton.configs",),
-    ("rnnkit.autocast", "rnnkit.streams"),
+    ("rnnkit.autocast", "rnnkit.layer.streams"),
     ("rnnkit.reference", "rnnkit.kernels"),
     ("rnnkit.backends.chunks",),
     ("rnnkit.backends.base",),
     ("rnnkit.backends.scan_backend", "rnnkit.backends.dispatch_times", "rnnkit.backends.gpu"),
     tuple(f"rnnkit.backends.{name}" for name in ("reference", "torch", "cpu", "cuda", "triton")),
     ("rnnkit.backends",),
-    ("rnnkit.registry", "rnnkit.checks", "rnnkit.layouts"),
+    ("rnnkit.layer.custom_ops", "rnnkit.layer.override", "rnnkit.checks", "rnnkit.layouts"),
+    ("rnnkit.layer.autograd",),
+    ("rnnkit.layer",),
     ("rnnkit.ops",),
     ("rnnkit.functional",),
     ("rnnkit.nn",),
@@ -99,9 +101,8 @@ def test_the_plan_names_what_there_is() -> None:
         "rnnkit.sequence",
         "rnnkit.experiments",
         "rnnkit.benchmarks",
-        "rnnkit.info",
+        "rnnkit.cli",
         "rnnkit.gpu_check",
-        "rnnkit.progress",
     }
 
 
@@ -229,7 +230,8 @@ def test_what_is_public_has_a_docstring(module: str) -> None:
 
 
 # Where users and writers of backends call in; in the files of formulas the module's docstring holds the mathematics.
-TYPED = ("rnnkit.functional", "rnnkit.ops", "rnnkit.convert", "rnnkit.explain", "rnnkit.registry", "rnnkit.nn.lstm",
+TYPED = ("rnnkit.functional", "rnnkit.ops", "rnnkit.convert", "rnnkit.explain", "rnnkit.layer.autograd",
+         "rnnkit.layer.custom_ops", "rnnkit.layer.override", "rnnkit.nn.lstm",
          "rnnkit.nn.gru", "rnnkit.nn.rnn")  # fmt: skip
 
 

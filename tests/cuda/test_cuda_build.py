@@ -21,12 +21,12 @@ import setuptools
 import torch
 from torch.utils import cpp_extension
 
-from rnnkit import info
 from rnnkit.backends.cpu import extension
 from rnnkit.backends.cuda import configs as cuda_configs
 from rnnkit.benchmarks import cuda_table as compiled
 from rnnkit.benchmarks.compiled import Usage
 from rnnkit.benchmarks.cuda_table import SIDES
+from rnnkit.cli import info
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"

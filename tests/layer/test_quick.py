@@ -33,8 +33,8 @@ def outcome(call: Callable[[], Any]) -> Any:
 def both_ways(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     quick = outcome(call)
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_quick", lambda *_: None)
-        patch.setattr(ops, "_quick_step", lambda *_: None)
+        patch.setattr(ops, "quick_layer", lambda *_: None)
+        patch.setattr(ops, "quick_step", lambda *_: None)
         return quick, outcome(call)
 
 
@@ -84,7 +84,7 @@ def test_a_layer_is_bitwise_the_same(name, options, hx, shape, train, engine, mo
         monkeypatch.setattr(checks, "layer", lambda *args: asked.append(args) or right(*args))
         quick = outcome(call)
         assert asked == []  # no check was made twice
-        monkeypatch.setattr(ops, "_quick", lambda *_: None)
+        monkeypatch.setattr(ops, "quick_layer", lambda *_: None)
         assert same(quick, outcome(call)) and same(first, quick)
         assert len(asked) == count
 

@@ -120,10 +120,10 @@ def test_second_derivatives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-# Planted errors.
+# Mutations: errors that these tests must see.
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
+def mutate(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
     monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
     monkeypatch.setattr(chunks, "MOST_CHUNKS", 3)
     right = chunks.take_chunk
@@ -166,7 +166,7 @@ def starts_every_row_from_y(right: Any, given: tuple, reverse: bool) -> chunks.C
     return found._replace(t=found.t._replace(lengths=right(*given, reverse=reverse).t.lengths))
 
 
-ERRORS = [
+MUTATIONS = [
     (forgets_what_comes_later, "gru"),
     (forgets_what_comes_later, "rnn_tanh"),
     (forgets_c, "lstm"),
@@ -178,11 +178,11 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "kind"), ERRORS)
+@pytest.mark.parametrize(("error", "kind"), MUTATIONS)
 def test_an_error_is_seen(error: Callable[..., Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(kind, **EVERYTHING)
     check(case, "reference", F64)
-    planted(monkeypatch, error)
+    mutate(monkeypatch, error)
     with pytest.raises(AssertionError, match=r"off by|budget"):
         compare(ours(case, "reference", F64), truth(case, F64))
 

@@ -58,9 +58,9 @@ def test_recompute_in_the_interpreter() -> None:
 
 
 @needs_triton
-def test_planted_errors_and_what_is_shared_in_the_interpreter() -> None:
+def test_mutations_and_what_is_shared_in_the_interpreter() -> None:
     interpreted(
-        str(TESTS / "triton" / "interpreted" / "test_planted.py"),
+        str(TESTS / "triton" / "interpreted" / "test_triton_mutations.py"),
         str(TESTS / "triton" / "interpreted" / "test_shared.py"),
     )
 

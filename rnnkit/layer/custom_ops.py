@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .autocast import no_autocast
-from .backends import BY_NAME, REFERENCE, LayerInputs, LayerOptions, LayerOutputs, Result
-from .backends.base import Gradient
-from .cells import CELLS, compute_dtype
+from ..autocast import no_autocast
+from ..backends import BY_NAME, REFERENCE, LayerInputs, LayerOptions, LayerOutputs, Result
+from ..backends.base import Gradient
+from ..cells import CELLS, compute_dtype
 
 _ARGUMENTS = (
     "str cell, str backend, bool reverse, bool all_states, bool recompute, Tensor x, Tensor h_0, Tensor? c_0, "
@@ -85,7 +85,7 @@ def _forward(
     options = LayerOptions(reverse, all_states, recompute)
     outputs, saved, _ = run_forward(backend, cell, t, options, train=bool(train), graph=False)
     gates, cells = _split(cell, recompute, saved)
-    if train and copies(cell, backend):
+    if train and returns_y_copy(cell, backend):
         cells = outputs.y.clone(memory_format=torch.contiguous_format)
     every = (*outputs, gates, cells)
     if outputs.c_all is not None and cells is outputs.c_all:  # an operator's results may not be one tensor
@@ -110,7 +110,7 @@ def _backward(
 ) -> list[Tensor]:
     tensors, (needs, y, gates, cells), grads = rest[:12], rest[12:16], rest[16:]
     t = LayerInputs(*tensors)  # type: ignore[arg-type]
-    kept = zip((gates, cells), keeps(cell, backend, recompute), strict=True)
+    kept = zip((gates, cells), saves_gates_and_c(cell, backend, recompute), strict=True)
     saved = tuple(v for v, is_kept in kept if is_kept)
     found = run_backward(
         backend,
@@ -129,14 +129,14 @@ def _backward(
     return given
 
 
-def keeps(cell: str, backend: str, recompute: bool) -> tuple[bool, bool]:
+def saves_gates_and_c(cell: str, backend: str, recompute: bool) -> tuple[bool, bool]:
     """Whether the operator's forward returns gates, and c of an LSTM: not for backend `torch`, whose workspace has no
     stated size."""
     kind = CELLS[cell]
     return backend != "torch" and not recompute and kind.saved > 0, backend != "torch" and kind.has_c
 
 
-def copies(cell: str, backend: str) -> bool:
+def returns_y_copy(cell: str, backend: str) -> bool:
     """Whether the operator's forward returns y twice: where torch runs a chain of operators whose output is free."""
     return backend != "torch" and not CELLS[cell].has_c
 
@@ -159,10 +159,10 @@ def _fake_forward(
     h_n = t.x.new_empty((rows, t.h_0.shape[1]))
     c_n = t.x.new_empty((rows, hidden) if kind.has_c else (0,))
     c_all = t.x.new_empty((steps, rows, hidden) if kind.has_c and all_states else (0,))
-    keeps_gates, keeps_c = keeps(cell, backend, recompute) if train else (False, False)
+    keeps_gates, keeps_c = saves_gates_and_c(cell, backend, recompute) if train else (False, False)
     gates = t.x.new_empty((steps, rows, kind.saved * hidden), dtype=wide) if keeps_gates else t.x.new_empty(0)
     cells = t.x.new_empty((steps, rows, hidden), dtype=wide) if keeps_c else t.x.new_empty(0)
-    if train and copies(cell, backend):
+    if train and returns_y_copy(cell, backend):
         cells = torch.empty_like(y)
     return y, h_n, c_n, c_all, gates, cells
 
@@ -186,7 +186,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
     if backend == "torch":
         y = output[4]  # nothing: it runs again
     else:
-        y = output[5] if copies(cell, backend) else output[0]
+        y = output[5] if returns_y_copy(cell, backend) else output[0]
     ctx.save_for_backward(*tensors, y, output[4], output[5])
     ctx.how = (cell, backend, LayerOptions(reverse, all_states, recompute))  # type: ignore[attr-defined]
     ctx.set_materialize_grads(False)

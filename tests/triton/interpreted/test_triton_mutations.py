@@ -20,7 +20,7 @@ from rnnkit.backends.triton import backend as triton
 SOURCE = Path(rnnkit.kernels.__path__[0])
 
 
-class Error(NamedTuple):
+class Mutation(NamedTuple):
     """`right` in the function `where` (file.function) becomes `wrong`."""
 
     where: str
@@ -82,7 +82,7 @@ KERNELS = [  # a missing reset, one at the wrong step, a row that lives one step
     ("lstm.backward", "dot(d, wr", "-dot(d, wr", "lstm_proj", "persistent"),
     ("lstm.backward", "N, valid_h, d)", "N, valid_h, dh)", "lstm_proj", "persistent"),
 ]
-ERRORS = [Error(*e, regime) for e in GATES for regime in ("persistent", "step")] + [Error(*e) for e in KERNELS]
+MUTATIONS = [Mutation(*e, regime) for e in GATES for regime in ("persistent", "step")] + [Mutation(*e) for e in KERNELS]
 
 
 def compare(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
-def plant(kernels: Path, error: Error) -> None:
+def mutate(kernels: Path, error: Mutation) -> None:
     file, function = error.where.split(".")
     path = kernels / f"{file}.py"
     text = path.read_text(encoding="utf-8")
@@ -127,18 +127,18 @@ def test_silent_without_an_error(kind: str, regime: str, kernels: Path, monkeypa
     assert sys.modules["rnnkit.kernels.shared"].__file__ == str(kernels / "shared.py")
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: f"{e.where}-{e.wrong}-{e.regime}")
-def test_red(error: Error, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(kernels, error)
+@pytest.mark.parametrize("error", MUTATIONS, ids=lambda e: f"{e.where}-{e.wrong}-{e.regime}")
+def test_red(error: Mutation, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(kernels, error)
     with pytest.raises(AssertionError, match=r"off by|budget"):
         compare(error.kind, error.regime, monkeypatch)
 
 
 def test_every_kernel_has_an_error() -> None:
     """Each function that is launched, or that all of them call for a mask, stands in the lists above."""
-    planted = {error.where for error in ERRORS}
+    mutated = {error.where for error in MUTATIONS}
     for path in SOURCE.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         for piece in text.split("@triton.jit(")[1:]:
             name = piece.partition("def ")[2].partition("(")[0]
-            assert f"{path.stem}.{name}" in planted
+            assert f"{path.stem}.{name}" in mutated
