@@ -202,5 +202,5 @@ clean: ## remove .venv and everything built
 
 .venv/installed: .venv/torch pyproject.toml setup.py $(COMPILED)
 	$(PIP) install -q -c .venv/constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
-	@$(BIN)/python -c 'from rnnkit.backends import extension as e; print("C++ extension:", e.reason() or "built")'
+	@$(BIN)/python -c 'from rnnkit.backends.cpu import extension as e; print("C++ extension:", e.reason() or "built")'
 	touch $@

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from rnnkit.backends import cuda, extension
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cuda import backend as cuda
 
 from . import machine, timing
 from .child import Child

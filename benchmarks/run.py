@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
+from rnnkit.cli.progress import Progress
 from rnnkit.demo import check_out
 from rnnkit.demo.text import InputError
-from rnnkit.progress import Progress
 
 from . import machine as limits
 from . import report, sides, targets, timing

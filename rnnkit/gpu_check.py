@@ -23,14 +23,18 @@ from pathlib import Path
 
 import torch
 
-from . import info
-from .backends import BACKENDS, NAMES, cuda, cuda_table, extension, gpu, triton
+from .backends import BACKENDS, NAMES, gpu
+from .backends.cpu import extension
+from .backends.cuda import backend as cuda
+from .backends.cuda import configs as cuda_configs
+from .backends.triton import backend as triton
+from .backends.triton import configs as triton_configs
 from .benchmarks import crew, devices, machine, parity, probes, problems, rows, run, sanitizer, targets
 from .benchmarks.cases import DTYPES, BadInput, Job, known, select
+from .cli import info
+from .cli.progress import Progress
 from .demo import check_out
 from .demo.text import InputError
-from .kernels import table
-from .progress import Progress
 
 DEVICE = "cuda"
 LIMIT, QUICK = 540.0, 100.0  # seconds, all in all
@@ -173,13 +177,13 @@ def driver() -> str:
 
 
 def capability() -> int | None:
-    """Of the GPU, as kernels/table.py numbers them; None where no kernel of that table runs on it."""
+    """Of the GPU, as kernels/triton_configs.py numbers them; None where no kernel of that table runs on it."""
     return triton.capability() if triton.missing() is None else None
 
 
-def built() -> list[cuda_table.Row]:
+def built() -> list[cuda_configs.CompiledKernel]:
     """The CUDA kernels that this GPU can hold; none where none can run."""
-    return [] if cuda.missing() is not None else cuda_table.able(cuda.machine.capability(None))
+    return [] if cuda.missing() is not None else cuda_configs.able(cuda.machine.capability(None))
 
 
 def unbuilt() -> str | None:
@@ -196,7 +200,7 @@ def kernels(findings: parity.Findings) -> list[str]:
     """How many of the kernels that this GPU can run have run."""
     lines, known, rows = [], capability(), built()
     if known is not None:
-        able, chip = set(table.rows_of(known)), table.chip_of(known)[0]
+        able, chip = set(triton_configs.rows_of(known)), triton_configs.chip_of(known)[0]
         lines.append(f"triton     {len(findings.kernels & able)} of {len(able)} persistent kernels of {chip} ran")
     if rows:
         ran, version = len(findings.kernels & set(rows)), cuda.machine.capability(None) / 10

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Cost, SequenceModel, positive
-from .observations import Tokens, alive, kind
+from .observations import Tokens, kind, valid_mask
 
 
 class AutoregressiveModel(SequenceModel):
@@ -139,7 +139,7 @@ class MarkovModel(AutoregressiveModel):
         before = model._after_start(x)[:, :-1]
         seen = torch.ones_like(x, dtype=torch.bool)
         if lengths is not None:
-            seen = alive(x.shape[1], lengths)
+            seen = valid_mask(x.shape[1], lengths)
         pairs = (before * vocabulary + x)[seen]
         counts = torch.bincount(pairs, minlength=(vocabulary + 1) * vocabulary).view(vocabulary + 1, vocabulary)
         weight = counts.to(torch.get_default_dtype()) + smoothing

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .observations import Reals, Tokens, alive
+from .observations import Reals, Tokens, valid_mask
 
 
 class Cost(NamedTuple):
@@ -84,7 +84,7 @@ class SequenceModel(nn.Module, ABC):
         x, lengths = self._given(x, lengths)
         every = self.observations.distribution(self.conditionals(x, lengths)).log_prob(x)
         if lengths is not None:
-            every = every.masked_fill(~alive(x.shape[1], lengths), 0)
+            every = every.masked_fill(~valid_mask(x.shape[1], lengths), 0)
         return every.sum(1)
 
     @torch.no_grad()

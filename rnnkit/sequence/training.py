@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from ..progress import Progress
+from ..cli.progress import Progress
 from . import checkpoint as checkpoints
 from .base import SequenceModel, positive
 

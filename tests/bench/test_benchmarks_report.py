@@ -1,6 +1,6 @@
 """What the benchmark says of rows: targets met or missed, tables, pictures, the README, what `auto` goes by.
 
-On made-up rows, but for the one test that holds README.md and measured.csv against what is recorded.
+On made-up rows, but for the one test that holds README.md and dispatch_times.csv against what is recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from test_benchmarks import ROOT, row
 
 import rnnkit
-from rnnkit.backends import BY_NAME, measured
+from rnnkit.backends import BY_NAME, dispatch_times
 from rnnkit.benchmarks import choose, machine, report, rows, targets, timing
 from rnnkit.benchmarks.cases import TABLE, BadInput, Case
 
@@ -173,7 +173,7 @@ def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_commit_is_not_marked_for_what_recording_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, other = tmp_path / "benchmarks" / "machine.py", tmp_path / "rnnkit" / "ops.py"
-    made = [tmp_path / path for path in ("benchmarks/results/a.csv", "rnnkit/backends/measured.csv", "README.md")]
+    made = [tmp_path / path for path in ("benchmarks/results/a.csv", "rnnkit/backends/dispatch_times.csv", "README.md")]
     for path in (module, other, *made):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1")
@@ -232,8 +232,10 @@ def test_what_is_recorded_is_what_the_readme_and_auto_say() -> None:
     files = {path.stem: rows.read(path) for path in rows.recorded(rows.RESULTS)}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert report.put(readme, report.summary(files)) == readme, "python -m rnnkit.benchmarks.report --readme README.md"
-    head, *lines = [line.split(",") for line in measured.FILE.read_text(encoding="utf-8").splitlines()]
-    assert [head, *lines] == [[*measured.FACTS, *BY_NAME], *choose.table(files)], "python -m rnnkit.benchmarks.choose"
+    head, *lines = [line.split(",") for line in dispatch_times.FILE.read_text(encoding="utf-8").splitlines()]
+    assert [head, *lines] == [[*dispatch_times.FACTS, *BY_NAME], *choose.table(files)], (
+        "python -m rnnkit.benchmarks.choose"
+    )
 
 
 @pytest.mark.parametrize("shapes", [1, 3, 17])

@@ -16,7 +16,9 @@ from fake_cuda import pretend
 from test_cuda_build import HOME, SOURCES, needs_nvcc, nvcc
 
 from rnnkit import gpu_check
-from rnnkit.backends import cuda, cuda_table, extension
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
 from rnnkit.benchmarks import child, compiled, machine, probes, rows, timing
 
 SOURCE, WGMMA = ((SOURCES / name).read_text() for name in ("probes.cu", "wgmma.cuh"))
@@ -51,7 +53,7 @@ def test_the_source_has_what_the_table_names() -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("chip", cuda_table.CHIPS)
+@pytest.mark.parametrize("chip", cuda_configs.CHIPS)
 def test_they_compile_without_a_spill(chip: str, tmp_path: Path) -> None:
     command = [HOME / "bin" / "nvcc", *nvcc.FLAGS, "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra,-Werror", nvcc.gencode(chip)]
     done = subprocess.run([*command, "-c", SOURCES / "probes.cu", "-o", tmp_path / "o"], capture_output=True, text=True)

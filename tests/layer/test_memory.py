@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import rnnkit
-from rnnkit.backends import extension
+from rnnkit.backends.cpu import extension
 from rnnkit.benchmarks import timing
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.reason())

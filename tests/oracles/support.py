@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkit
-from rnnkit.backends import BACKENDS, Problem, record
+from rnnkit.backends import BACKENDS, LayerSpec, record
 from rnnkit.benchmarks.gate import BAND_ULPS, band, error
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
@@ -266,7 +266,7 @@ def complaints(got: Values, torch_gave: Values, truth: Values, dtype: torch.dtyp
     return found
 
 
-def able(problems: Sequence[Problem]) -> list[str]:
+def able(problems: Sequence[LayerSpec]) -> list[str]:
     return [b.name for b in BACKENDS if not any(b.unsupported(problem) for problem in problems)]
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 
-class Side:
+class SideStream:
     """A stream beside `main`, and the two events by which they meet; kept, since making them takes longer."""
 
     def __init__(self, main: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:
@@ -43,12 +43,12 @@ class Side:
         """What is launched and made in this block and thread is the side's; it begins after what `main` was given."""
         self._begun.record(self.main)
         self.stream.wait_event(self._begun)
-        _thread.here = self
+        _thread.current = self
         try:
             with torch.cuda.stream(self.stream):
                 yield
         finally:
-            _thread.here = None
+            _thread.current = None
 
     def join(self) -> None:
         """What `main` is given from now on begins after what the side was given."""
@@ -61,14 +61,14 @@ Key = tuple[int | None, int]
 
 
 class _Thread(threading.local):
-    here: Side | None = None
+    current: SideStream | None = None
 
     def __init__(self) -> None:
-        self.sides: dict[Key, Side | None] = {}  # by the main stream; None: there is no stream left for one
+        self.sides: dict[Key, SideStream | None] = {}  # by the main stream; None: there is no stream left for one
 
 
 _thread = _Thread()
-_every: dict[Key, Side] = {}  # all threads' sides, by their own streams
+_every: dict[Key, SideStream] = {}  # all threads' sides, by their own streams
 _lock = threading.Lock()
 _POOL = 32  # streams of a priority, on each device
 
@@ -78,17 +78,17 @@ def on_gpu(v: Tensor) -> bool:
     return v.is_cuda
 
 
-def beside(v: Tensor) -> Side | None:
+def side_stream_of(v: Tensor) -> SideStream | None:
     """The side of the current stream of a tensor's device; None where no stream is left for one."""
     main = torch.cuda.current_stream(v.device)
     key = (v.device.index, main.stream_id)
     if key not in _thread.sides:
         with _lock:
-            _thread.sides[key] = _found(key, main)
+            _thread.sides[key] = _claim_side_stream(key, main)
     return _thread.sides[key]
 
 
-def _found(key: Key, main: torch.cuda.Stream) -> Side | None:
+def _claim_side_stream(key: Key, main: torch.cuda.Stream) -> SideStream | None:
     """One that an ended thread has left, or a new one with the first stream that is nobody's."""
     if key in _every:  # a user has come by the stream of a side
         return None
@@ -100,11 +100,11 @@ def _found(key: Key, main: torch.cuda.Stream) -> Side | None:
         stream = torch.cuda.Stream(main.device, priority=-1)
         own = (key[0], stream.stream_id)
         if own != key and own not in _every:
-            _every[own] = side = Side(main, stream)
+            _every[own] = side = SideStream(main, stream)
             return side
     return None
 
 
-def here() -> Side | None:
+def current_side_stream() -> SideStream | None:
     """The side that this thread launches on at the moment."""
-    return _thread.here
+    return _thread.current

@@ -17,13 +17,13 @@ import test_rows
 from sequences import F32, Case, check
 from simt import run as simt
 
-from rnnkit.backends import cuda
+from rnnkit.backends.cuda import backend as cuda
 from rnnkit.benchmarks.problems import MASKED, Variant
 
 SOURCE = Path(__file__).resolve().parents[3] / "csrc"
 
 
-class Error(NamedTuple):
+class Mutation(NamedTuple):
     """`right` in a file of csrc/ becomes `wrong`, `which` of its places (from 0)."""
 
     file: str
@@ -142,19 +142,19 @@ FRAGMENTS = [  # some of the weights in registers, the others in shared memory
 ]
 
 
-def exact(table: list[Any], *regimes: str) -> Iterator[Error]:
+def exact(table: list[Any], *regimes: str) -> Iterator[Mutation]:
     """Errors in float32 as it is."""
     for (file, right, wrong, kind, *which), regime in itertools.product(table, regimes):
-        yield Error(file, right, wrong, kind, regime, *which)
+        yield Mutation(file, right, wrong, kind, regime, *which)
 
 
-def rounded(file: str, table: list[Any], *regimes: str, hidden: int = 40) -> Iterator[Error]:
+def rounded(file: str, table: list[Any], *regimes: str, hidden: int = 40) -> Iterator[Mutation]:
     """Errors in a kind of operands, looked for in every bit of an RNN."""
     for (operands, right, wrong, *which), regime in itertools.product(table, regimes):
-        yield Error(file, right, wrong, "rnn_relu", regime, *(which or (0,)), operands=operands, hidden=hidden)
+        yield Mutation(file, right, wrong, "rnn_relu", regime, *(which or (0,)), operands=operands, hidden=hidden)
 
 
-ERRORS = [
+MUTATIONS = [
     *exact([*GATES, *TIME], "cta", "step"),
     *exact([*CTA, *BARRIERS], "cta"),
     *exact([*STEP, *IN_STEP], "step"),
@@ -162,14 +162,14 @@ ERRORS = [
     *rounded("cuda/operands.cuh", [*ROUNDING, *WORDS], "cta", "step"),
     *rounded("cuda/cta.cuh", PUT, "cta"),
     *rounded("cuda/step.cuh", [("bf16", "part += S::warps", "part += 2 * S::warps")], "step", hidden=290),
-    *(Error(*e, "lstm", "cta", operands="bf16", hidden=160) for e in FRAGMENTS),
-    *(Error(*e, "lstm", "cta", operands="tf32", hidden=128) for e in FRAGMENTS),
+    *(Mutation(*e, "lstm", "cta", operands="bf16", hidden=160) for e in FRAGMENTS),
+    *(Mutation(*e, "lstm", "cta", operands="tf32", hidden=128) for e in FRAGMENTS),
 ]
 SEEDS = 20
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
-def compare(like: Error, monkeypatch: pytest.MonkeyPatch) -> None:
+def compare(like: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both directions, in every order of threads until one of them shows it."""
     monkeypatch.setattr(cuda.regimes, "only", "step" if like.regime == "step" else None)
     resets = ((0, 0), (2, 0), (1, 2), (3, 2), (2, 1))
@@ -194,23 +194,23 @@ def compare(like: Error, monkeypatch: pytest.MonkeyPatch) -> None:
                 test_rows.found(test_rows.problem(like.kind, like.operands, like.regime, variant))
 
 
-def where(error: Error) -> tuple[str, ...]:
+def where(error: Mutation) -> tuple[str, ...]:
     """What an error is looked for in."""
     return (error.kind, error.operands, error.regime, str(error.hidden))
 
 
-@pytest.mark.parametrize("error", {where(e): e for e in ERRORS}.values(), ids=lambda e: "-".join(where(e)))
-def test_silent_without_an_error(error: Error, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", {where(e): e for e in MUTATIONS}.values(), ids=lambda e: "-".join(where(e)))
+def test_silent_without_an_error(error: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(error, monkeypatch)
 
 
-def said(error: Error) -> str:
+def said(error: Mutation) -> str:
     """A test's name."""
     return f"{error.operands}-{error.regime}-{error.file}-{error.wrong or 'without'}-{error.which}"
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=said)
-def test_red(error: Error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", MUTATIONS, ids=said)
+def test_red(error: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "csrc"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("*.cpp"))
     path = copy / error.file

@@ -15,12 +15,12 @@ import pytest
 from sequences import F32, KINDS, Case, check
 
 import rnnkit.kernels
-from rnnkit.backends import triton
+from rnnkit.backends.triton import backend as triton
 
 SOURCE = Path(rnnkit.kernels.__path__[0])
 
 
-class Error(NamedTuple):
+class Mutation(NamedTuple):
     """`right` in the function `where` (file.function) becomes `wrong`."""
 
     where: str
@@ -69,9 +69,9 @@ KERNELS = [  # a missing reset, one at the wrong step, a row that lives one step
     ("product.product_back", "j < length", "j <= length", "gru", "step"),
     ("product.is_idle_row", "return busy == 0", "return busy >= 0", "gru", "step"),
     ("shared.is_idle", "axis=1) == 0", "axis=1) >= 0", "lstm", "persistent"),
-    ("shared.entered", *RESET, "lstm", "persistent"),
-    ("shared.entered", "before >= length", "before > length", "gru", "persistent"),
-    ("shared.place", "j + reverse", "j + (1 - reverse)", "rnn_tanh", "persistent"),
+    ("shared.previous_state", *RESET, "lstm", "persistent"),
+    ("shared.previous_state", "before >= length", "before > length", "gru", "persistent"),
+    ("shared.time_index", "j + reverse", "j + (1 - reverse)", "rnn_tanh", "persistent"),
     ("shared.is_cut", "t + reverse", "t", "gru", "persistent"),
     ("product.carry", "t + 1 - 2 * reverse", "t + 1", "gru", "step"),
     ("shared.dot", "acc + tl.dot", "tl.dot", "gru", "persistent"),
@@ -82,7 +82,7 @@ KERNELS = [  # a missing reset, one at the wrong step, a row that lives one step
     ("lstm.backward", "dot(d, wr", "-dot(d, wr", "lstm_proj", "persistent"),
     ("lstm.backward", "N, valid_h, d)", "N, valid_h, dh)", "lstm_proj", "persistent"),
 ]
-ERRORS = [Error(*e, regime) for e in GATES for regime in ("persistent", "step")] + [Error(*e) for e in KERNELS]
+MUTATIONS = [Mutation(*e, regime) for e in GATES for regime in ("persistent", "step")] + [Mutation(*e) for e in KERNELS]
 
 
 def compare(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,17 +98,17 @@ def compare(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the package that the next scan imports; `table` stays, the backend holds it."""
+    """A copy of the package that the next scan imports."""
     copy = tmp_path / "kernels"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in [name for name in sys.modules if name.startswith("rnnkit.kernels.") and not name.endswith(".table")]:
+    for name in [name for name in sys.modules if name.startswith("rnnkit.kernels.")]:
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(rnnkit.kernels, name.rpartition(".")[2])
     monkeypatch.setattr(rnnkit.kernels, "__path__", [str(copy)])
     return copy
 
 
-def plant(kernels: Path, error: Error) -> None:
+def mutate(kernels: Path, error: Mutation) -> None:
     file, function = error.where.split(".")
     path = kernels / f"{file}.py"
     text = path.read_text(encoding="utf-8")
@@ -127,18 +127,18 @@ def test_silent_without_an_error(kind: str, regime: str, kernels: Path, monkeypa
     assert sys.modules["rnnkit.kernels.shared"].__file__ == str(kernels / "shared.py")
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: f"{e.where}-{e.wrong}-{e.regime}")
-def test_red(error: Error, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(kernels, error)
+@pytest.mark.parametrize("error", MUTATIONS, ids=lambda e: f"{e.where}-{e.wrong}-{e.regime}")
+def test_red(error: Mutation, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(kernels, error)
     with pytest.raises(AssertionError, match=r"off by|budget"):
         compare(error.kind, error.regime, monkeypatch)
 
 
 def test_every_kernel_has_an_error() -> None:
     """Each function that is launched, or that all of them call for a mask, stands in the lists above."""
-    planted = {error.where for error in ERRORS}
+    mutated = {error.where for error in MUTATIONS}
     for path in SOURCE.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         for piece in text.split("@triton.jit(")[1:]:
             name = piece.partition("def ")[2].partition("(")[0]
-            assert f"{path.stem}.{name}" in planted
+            assert f"{path.stem}.{name}" in mutated
