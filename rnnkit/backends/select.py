@@ -126,7 +126,7 @@ def preference(spec: LayerSpec) -> tuple[Backend, ...]:
 def _comparable(spec: LayerSpec) -> bool:
     """Whether recorded times hold for this dtype. On a CPU they are of float32, which torch hands to oneDNN. Where it
     does not, torch runs a chain of small operators, two to five times slower than the engine (LSTM, H = 256 to 768, one
-    thread, AMD Zen 4, alone and held to AVX2): with oneDNN off, in float64 and float16, and in bfloat16 without AVX-512.
+    thread, Zen 4, also held to AVX2): with oneDNN off, in float64 and float16, and in bfloat16 without AVX-512.
     """
     if spec.device != "cpu" or spec.cell != "lstm":  # of which torch has no other operator than that chain
         return True
