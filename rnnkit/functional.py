@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, ops
-from .backends import Options
+from .backends import LayerOptions
 from .cells import CELLS
 from .layer import streams
 from .layouts import Layout
@@ -111,8 +111,9 @@ def lstm(
         (h_all [L·D, T, B, N], c_all [L·D, T, B, H]), [L·D, B, T, ·] with batch_first, without B when unbatched.
 
     Raises:
-        ValueError: sizes, ranks, values. TypeError: types, dtypes. NotImplementedError: a named backend that cannot
-            run this problem, with its reasons.
+        ValueError: sizes, ranks, values.
+        TypeError: types, dtypes.
+        NotImplementedError: a named backend that cannot run this layer, with its reasons.
     """
     return stack(
         "lstm",
@@ -184,7 +185,7 @@ def rnn_cell(
     nonlinearity: str = "tanh",
     backend: str = "auto",
 ) -> Tensor:
-    """One step of a vanilla RNN: input [B, I], hx [B, H] or None, weights w_ih, w_hh[, b_ih, b_hh] -> [B, H]."""
+    """One step of a vanilla RNN: input [B, I], hx [B, H] or None, weights w_ih, w_hh and maybe b_ih, b_hh -> [B, H]."""
     return step(rnn_named(nonlinearity), input, hx, weights, backend)
 
 
@@ -314,7 +315,7 @@ def stack(
 
     def both(k: int, x: Tensor) -> tuple[Layer, ...]:
         if streams.on_gpu(x):
-            given, how = (h_0, c_0, h_r, c_r), Options(True, return_all_states, recompute)
+            given, how = (h_0, c_0, h_r, c_r), LayerOptions(True, return_all_states, recompute)
             last = pieces[2 * k + 1]
             if ops.overlaps(cell, x, last, *given, lengths=lengths, reset=reset_mask, options=how, backend=backend):
                 side = streams.side_stream_of(x)
