@@ -4,6 +4,7 @@ backward, whatever way the call takes; and where nobody records, a call asks one
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.autograd.profiler_util import FunctionEvent
 import rnnkit
 from rnnkit import functional, ops
 from rnnkit.backends import BACKENDS
+from rnnkit.backends.cpu import extension
 from rnnkit.layer import profiler
 
 T, B, I, H = 4, 2, 3, 5
@@ -303,8 +305,20 @@ def test_nobody_records_and_a_call_asks_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_question_is_torchs_own() -> None:
-    """A library of torch without the symbol leaves the question of this thread's profilers."""
-    assert profiler.recording() is False
+    """at::hasCallbacks, by the extension where it is built and by ctypes where not, which agree."""
+    library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+    by_ctypes = ctypes.PyDLL(str(library))._ZN2at12hasCallbacksEv
+    by_ctypes.restype = ctypes.c_bool
     assert profiler.recording is not torch._C._autograd._profiler_enabled
+    assert profiler.recording() is by_ctypes() is False
     with torch.profiler.profile():
-        assert profiler.recording() is True and torch._C._autograd._profiler_enabled() is True
+        assert profiler.recording() is by_ctypes() is True
+    assert profiler.recording() is by_ctypes() is False
+
+
+@pytest.mark.skipif(not hasattr(extension.direct, "recording"), reason="the extension is not built")
+def test_the_extension_asks() -> None:
+    assert profiler.recording is extension.direct.recording
+    with pytest.raises(ValueError, match="must not be 0"):
+        extension.direct.bind_recording(0)
+    assert profiler.recording() is False
