@@ -38,7 +38,7 @@ Run = Callable[[Any, Tensor], tuple[Tensor, ...]]
 
 @dataclass
 class Implementation:
-    """One way to do the job."""
+    """What does the job: of rnnkit or a peer."""
 
     name: str
     module: Any

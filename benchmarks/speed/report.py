@@ -209,7 +209,7 @@ def _figures(v: Verdict) -> str:
     return form(v.mean) if v.cases == 1 else f"{form(v.mean)} ({form(v.worst)})"
 
 
-def put(text: str, between: str) -> str:
+def replace_summary(text: str, between: str) -> str:
     """`text` with what stands between the marks replaced. Raises BadInput where the marks are not there once each."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise BadInput(f"expected one line {BEGIN} and below it one line {END}")
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
         files = {path.stem: read(path) for path in recorded(options.results)}
         if not any(files.values()):
             raise BadInput(f"{options.results} has no rows; `python -m rnnkit bench --record` puts some there")
-        text = put(options.readme.read_text(encoding="utf-8"), summary(files))
+        text = replace_summary(options.readme.read_text(encoding="utf-8"), summary(files))
         options.readme.write_text(text, encoding="utf-8")
     except BadInput as error:
         print(f"rnnkit.benchmarks.speed.report: {error}", file=sys.stderr)

@@ -26,8 +26,8 @@ KERNEL = (
 HEAD = """\
 ========= COMPUTE-SANITIZER
 kernels, in this order: cta_rnn_bf16_64 cta_lstm_bf16_64
-problem 1 of 2: rnn_tanh in bfloat16 (T 4)
-problem 2 of 2: lstm in bfloat16 (T 4)
+case 1 of 2: rnn_tanh in bfloat16 (T 4)
+case 2 of 2: lstm in bfloat16 (T 4)
 """
 MORE = HEAD.replace("lstm_bf16_64\n", "lstm_bf16_64 step_gru_ieee_8 step_rnn_f64_8\n").replace(" of 2:", " of 4:")
 OUTSIDE = f"""\
@@ -212,10 +212,8 @@ def test_where_the_tool_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_kernel_is_watched(capability: int) -> None:
     every = sanitizer.small(capability)
     rows = cuda_table.able(capability)
-    assert {parity_cases.compiled_for(problem, capability) for problem in every} == set(rows) and len(every) == len(
-        rows
-    )
-    first = [parity_cases.compiled_for(problem, capability) for problem in every[: len(every) // 3]]
+    assert {parity_cases.compiled_for(case, capability) for case in every} == set(rows) and len(every) == len(rows)
+    first = [parity_cases.compiled_for(case, capability) for case in every[: len(every) // 3]]
     for facts in ("regime", "kernel", "kind"):
         assert {getattr(row, facts) for row in first} == {getattr(row, facts) for row in rows}, (
             "a third has some of all"
@@ -226,12 +224,12 @@ def test_the_program_runs_as_long_as_there_is_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(sanitizer, "numbers", lambda way, problem, given, dtype, device: ran.append((problem, device)))
+    monkeypatch.setattr(sanitizer, "numbers", lambda runner, case, given, dtype, device: ran.append((case, device)))
     monkeypatch.setattr(sanitizer, "small", lambda capability: few)
     few = list(parity_cases.stepping(cuda_table.ROWS))[:3]
     monkeypatch.setattr(cuda, "machine", cuda.machine._replace(capability=lambda index: 90))
     assert sanitizer.main([]) == 0
-    assert [problem for problem, _ in ran] == few and {device for _, device in ran} == {"cuda"}
+    assert [case for case, _ in ran] == few and {device for _, device in ran} == {"cuda"}
     said = capsys.readouterr().out
     order = f"kernels, in this order: {' '.join(parity_cases.compiled_for(p, 90).name for p in few)}\n"
     assert (
@@ -243,5 +241,5 @@ def test_the_program_runs_as_long_as_there_is_time(
 
 
 def test_a_child_finds_what_its_parent_found(tmp_path: Path) -> None:
-    begun = timed_process.Child("rnnkit.benchmarks.gpu_check.sanitizer", ["--help"], tmp_path / "said")
+    begun = timed_process.TimedProcess("rnnkit.benchmarks.gpu_check.sanitizer", ["--help"], tmp_path / "said")
     assert begun.wait(time.monotonic() + 100) == 0 and "compute-sanitizer over the CUDA kernels" in begun.text()

@@ -235,7 +235,7 @@ def test_what_is_recorded_is_what_the_readme_and_auto_say() -> None:
     """Both are written by a script, from benchmarks/results/ alone."""
     files = {path.stem: rows.read(path) for path in rows.recorded(rows.RESULTS)}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.put(readme, report.summary(files)) == readme, (
+    assert report.replace_summary(readme, report.summary(files)) == readme, (
         "python -m rnnkit.benchmarks.speed.report --readme README.md"
     )
     head, *lines = [line.split(",") for line in measured.FILE.read_text(encoding="utf-8").splitlines()]
