@@ -1,1 +1,1 @@
-"""Benchmarks: every backend against torch.nn and its peers, correctness first, all sides in turn in one process."""
+"""Measured and checked: speed/ and gpu_check/ are commands; usage/, dispatch/ and results/ hold what is recorded."""

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=run.seconds, metavar="S", help=f"all in all; default: {LIMIT:g}, quick {QUICK:g}"
     )
-    parser.add_argument("--seconds", type=run.seconds, metavar="S", help="for each side of a row, as in `bench`")
+    parser.add_argument("--seconds", type=run.seconds, metavar="S", help="for each that is timed, as in `bench`")
     parser.add_argument("--backend", type=run.names, action="extend", default=[], metavar="B", help="default: all")
     parser.add_argument("--dtype", type=run.names, action="extend", default=[], metavar="D",
                         help=f"of the benchmark: {', '.join(DTYPES)}; default: bfloat16,float32")  # fmt: skip

@@ -20,8 +20,7 @@ from rnnkit.backends.measured import TIE
 
 from ..dispatch import fit_dispatch
 from .bench_cases import CELLS, MODES, TABLE, BenchCase
-from .implementations import CELLS as STEPWISE
-from .implementations import COMPILE, NAMES, ORT, TORCH, WITHOUT
+from .implementations import COMPILE, NAMES, ORT, STEPWISE, TORCH, WITHOUT
 from .rows import BenchRow
 from .timing import geometric_mean
 

@@ -86,9 +86,11 @@ def test_a_peer_that_cannot_run_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    refuse(monkeypatch, implementations.CELLS)
+    refuse(monkeypatch, implementations.STEPWISE)
     assert bench("--case", "resets/64x64x32x128", "--cell", "gru", "--mode", "inference", "--backend", "reference") == 0
-    line = f"resets 64x64x32x128 GRU inference: {implementations.CELLS} cannot run here and is left out: RuntimeError: "
+    line = (
+        f"resets 64x64x32x128 GRU inference: {implementations.STEPWISE} cannot run here and is left out: RuntimeError: "
+    )
     assert f"{line}{NONE}\n" in capsys.readouterr().out and line in (tmp_path / "report.md").read_text()
     assert {r.against for r in rows.read(tmp_path / "rows.csv")} == {implementations.SPLIT, "without"}
 
