@@ -1,1 +1,1 @@
-"""Measured and checked: speed/ and gpu_check/ are commands; usage/, dispatch/ and results/ hold what is recorded."""
+"""Speed and correctness, measured: commands in speed/ and gpu_check/, scripts in usage/ and dispatch/, records."""
