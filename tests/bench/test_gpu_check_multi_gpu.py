@@ -30,7 +30,7 @@ def test_a_launch_on_a_stream_that_is_not_current(monkeypatch: pytest.MonkeyPatc
     def early(work: Callable[[], Any], device: torch.device) -> Any:
         """The launches come before the copy that the stream was given first."""
         with monkeypatch.context() as patch:
-            patch.setattr(bitwise_checks.Call, "put", lambda self, leaves: None)
+            patch.setattr(bitwise_checks.Call, "set_leaves", lambda self, leaves: None)
             return work()
 
     monkeypatch.setattr(bitwise_checks, "aside", early)

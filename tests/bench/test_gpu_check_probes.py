@@ -161,7 +161,7 @@ def test_a_process_of_its_own(
     out, results = tmp_path / "out", tmp_path / "results"
     out.mkdir(), results.mkdir()
     monkeypatch.setattr(Made, "script", script)
-    monkeypatch.setattr(probes, "Child", Made)
+    monkeypatch.setattr(probes, "TimedProcess", Made)
     monkeypatch.setattr(probes, "RESULTS", results)
     monkeypatch.setattr(probes, "LEAST", 0.0)
     begin = time.monotonic()

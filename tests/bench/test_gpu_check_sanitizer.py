@@ -26,8 +26,8 @@ KERNEL = (
 HEAD = """\
 ========= COMPUTE-SANITIZER
 kernels, in this order: cta_rnn_bf16_64 cta_lstm_bf16_64
-case 1 of 2: rnn_tanh in bfloat16 (T 4)
-case 2 of 2: lstm in bfloat16 (T 4)
+problem 1 of 2: rnn_tanh in bfloat16 (T 4)
+problem 2 of 2: lstm in bfloat16 (T 4)
 """
 MORE = HEAD.replace("lstm_bf16_64\n", "lstm_bf16_64 step_gru_ieee_8 step_rnn_f64_8\n").replace(" of 2:", " of 4:")
 OUTSIDE = f"""\
