@@ -47,7 +47,8 @@ def no_device() -> str | None:
     )
 
 
-MADE = ("benchmarks/results", "rnnkit/backends/measured.csv", "README.md")  # what recording a run changes
+MADE = ("benchmarks/results", "rnnkit/backends/measured.csv", "README.md", "docs/performance.md", "docs/assets")
+"""What recording a run changes."""
 
 
 def commit() -> str:

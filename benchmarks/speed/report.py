@@ -1,7 +1,6 @@
-"""What is said of rows: the tables of a run, and the summary in README.md that a script writes from recorded rows.
+"""What is said of rows: the tables of a run, and the summary of recorded rows that pages.py puts into docs/.
 
-python -m rnnkit.benchmarks.speed.report --readme README.md     between its two marks, from benchmarks/results/
-python -m rnnkit.benchmarks.speed.report bench-out/rows.csv     a run's tables once more
+python -m rnnkit.benchmarks.speed.report bench-out/rows.csv     a run's targets once more
 """
 
 from __future__ import annotations
@@ -9,17 +8,16 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import targets, timing
 from .bench_cases import CELLS, MODES, BadInput
 from .implementations import ORT, PACKED, SPLIT, STEPWISE, TORCH, WITHOUT
-from .rows import RESULTS, BenchRow, read, recorded
+from .rows import BenchRow, read
 from .targets import Verdict
 
 NO_PLOTS = "no pictures, since matplotlib is not installed: pip install rnnkit[plots]"
-BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 HEAD = ["what", "cell", "mode", "threads", "cases", "mean", "worst", "at", "of the limit", "possible", "wanted", ""]
 
 
@@ -116,8 +114,9 @@ SUMMARY = (
 )
 
 
-def summary(files: dict[str, list[BenchRow]]) -> str:
-    """The README's tables, one for each processor, number of threads, way of launching and dtype."""
+def summary(files: Mapping[str, Sequence[BenchRow]], results: str) -> str:
+    """Tables, one for each processor, number of threads, way of launching and dtype; `results`: where a link finds the
+    rows."""
     parts = []
     for name, rows in files.items():
         for threads, launch, dtype in sorted({(row.threads, row.launch, row.dtype) for row in rows}):
@@ -140,8 +139,7 @@ def summary(files: dict[str, list[BenchRow]]) -> str:
             if lines:
                 device = f"{threads} {'thread' if threads == 1 else 'threads'}" if about.device == "cpu" else launch
                 parts += [
-                    f"{about.processor}, {device}, torch {about.torch}, {dtype} "
-                    f"([rows](benchmarks/results/{name}.csv)):",
+                    f"{about.processor}, {device}, torch {about.torch}, {dtype} ([rows]({results}/{name}.csv)):",
                     table(["", *(f"{cell} {mode}" for cell in CELLS for mode in MODES)], lines),
                 ]
             aims = _aims(verdicts)
@@ -208,39 +206,16 @@ def _figures(v: Verdict) -> str:
     return form(v.mean) if v.cases == 1 else f"{form(v.mean)} ({form(v.worst)})"
 
 
-def replace_summary(text: str, between: str) -> str:
-    """`text` with what stands between the marks replaced. Raises BadInput where the marks are not there once each."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise BadInput(f"expected one line {BEGIN} and below it one line {END}")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n\n{between}\n\n{END}{rest.partition(END)[2]}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The script; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="?", type=Path, help="a run's rows.csv: print its targets")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the summary into this file")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
+    parser.add_argument("rows", type=Path, help="a run's rows.csv: print its targets")
     options = parser.parse_args(arguments)
-    if (options.rows is None) == (options.readme is None):
-        parser.error("give either a rows.csv or --readme FILE")
     try:
-        if options.rows is not None:
-            print(aligned(HEAD, [cells(v) for v in targets.judge(read(options.rows))]))
-            return 0
-        files = {path.stem: read(path) for path in recorded(options.results)}
-        if not any(files.values()):
-            raise BadInput(f"{options.results} has no rows; `python -m rnnkit bench --record` puts some there")
-        text = replace_summary(options.readme.read_text(encoding="utf-8"), summary(files))
-        options.readme.write_text(text, encoding="utf-8")
+        print(aligned(HEAD, [cells(v) for v in targets.judge(read(options.rows))]))
     except BadInput as error:
         print(f"rnnkit.benchmarks.speed.report: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"rnnkit.benchmarks.speed.report: {options.readme}: {error.strerror}", file=sys.stderr)
-        return 2
-    print(f"{options.readme}: summary of {', '.join(files)}")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""What the benchmark says of rows: targets met or missed, tables, pictures, the README, what `auto` goes by.
+"""What the benchmark says of rows: targets met or missed, tables, pictures, pages, what `auto` goes by.
 
-On made-up rows, but for the one test that holds README.md and measured.csv against what is recorded.
+On made-up rows, but for the one test that holds the pages and measured.csv against what is recorded.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from made_rows import row
@@ -18,7 +19,7 @@ from made_rows import row
 import rnnkit
 from rnnkit.backends import BY_NAME, measured
 from rnnkit.benchmarks.dispatch import fit_dispatch
-from rnnkit.benchmarks.speed import machine, report, rows, targets, timing
+from rnnkit.benchmarks.speed import machine, pages, picture, report, rows, targets, timing
 from rnnkit.benchmarks.speed.bench_cases import TABLE, BadInput, BenchCase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +129,7 @@ def test_what_is_possible_at_all() -> None:
 def test_the_readme_marks_each_target() -> None:
     text = report.summary(
         {"a": [*whole("grid", ratio_p50=5.0), *whole("grid", cell="LSTM", ratio_p50=1.1),
-               *whole("scan", mode="inference", share=0.7)[:1], row(cell="RNN")]}
+               *whole("scan", mode="inference", share=0.7)[:1], row(cell="RNN")]}, "results"
     )  # fmt: skip
     (layers,) = [line for line in text.splitlines() if line.startswith("| grid, training, against torch.nn")]
     assert "RNN, GRU: mean ≥ 4 or 75% of the limit, worst ≥ 1; LSTM: mean ≥ 1.3" in layers
@@ -175,7 +176,8 @@ def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_commit_is_not_marked_for_what_recording_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, other = tmp_path / "benchmarks" / "machine.py", tmp_path / "rnnkit" / "ops.py"
-    made = [tmp_path / path for path in ("benchmarks/results/a.csv", "rnnkit/backends/measured.csv", "README.md")]
+    made = [tmp_path / path for path in ("benchmarks/results/a.csv", "rnnkit/backends/measured.csv",
+                                         pages.README, pages.PERFORMANCE, *pages.PICTURES.values())]  # fmt: skip
     for path in (module, other, *made):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1")
@@ -192,24 +194,72 @@ def test_the_commit_is_not_marked_for_what_recording_changes(tmp_path: Path, mon
     assert machine.commit() == f"{clean}+"
 
 
-def test_the_readme_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    words = ["--readme", str(readme), "--results", str(results)]
-    readme.write_text(f"# A\n\n{report.BEGIN}\nold\n{report.END}\n\nlast\n")
-    assert report.main(words) == 2 and "has no rows" in capsys.readouterr().err
-    some = [row(case="a", ratio_p50=2.0), row(case="b", ratio_p50=8.0), row(group="step", mode="inference")]
-    rows.write(results / "cpu-abacus-zen9.csv", some)
+MARKED = "# A\n\n<!-- {0}: begin -->\nstale\n<!-- {0}: end -->\n\nlast\n"
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone with pages whose figures are old, and with no rows."""
+    for name in ("docs/assets", "results"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / pages.README).write_text(MARKED.format("number") + MARKED.format("speed"))
+    (tmp_path / pages.PERFORMANCE).write_text(MARKED.format("tables"))
+    return tmp_path
+
+
+def test_the_script_of_the_pages(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme, performance = clone / pages.README, clone / pages.PERFORMANCE
+    words = ["--root", str(clone), "--results", str(clone / "results")]
+    before = readme.read_text()
+    assert pages.main(words) == 2 and "no rows" in capsys.readouterr().err
+    assert readme.read_text() == before, "nothing is changed before everything is known"
+    some = [row(case="a", ratio_p50=2.0), row(case="b", ratio_p50=8.0), row(group="step", mode="inference"),
+            row(case="a", ratio_p50=77.0, threads=2)]  # fmt: skip
+    rows.write(clone / "results" / "cpu-abacus-zen9.csv", some)
     for _ in range(2):
-        assert report.main(words) == 0
+        assert pages.main(words) == 0
         text = readme.read_text()
-        assert text.startswith(f"# A\n\n{report.BEGIN}\n") and text.endswith(f"{report.END}\n\nlast\n")
-        assert "old" not in text and "Abacus (Zen 9), 1 thread" in text and "results/cpu-abacus-zen9.csv" in text
-        (layers,) = [line for line in text.splitlines() if line.startswith("| layers, against torch.nn")]
+        assert text.count("# A\n") == text.count("last\n") == 2 and "stale" not in text and "77" not in text
+        assert "**Training is 4.0 times as fast as with torch.nn**: geometric mean over 2 shapes (GRU 4.0)" in text
+        assert "Abacus (Zen 9), 1 thread, float32" in text
+        (layers,) = [line for line in text.splitlines() if line.startswith("| plain layers, against torch.nn")]
         assert layers.split(" | ")[1:] == ["", "", "", "", "", "4.00 (2.00) |"]
-        assert "| 4.00 |" in text.replace("|  |", "|"), "one case has no worst"
-    for broken in ("# A\n", f"{report.BEGIN}\n" * 2 + report.END, f"{report.END}\n{report.BEGIN}\n"):
-        readme.write_text(broken)
-        assert report.main(words) == 2 and report.BEGIN in capsys.readouterr().err and readme.read_text() == broken
+        deep = performance.read_text()
+        assert (
+            "### Abacus (Zen 9), 2 threads, float32" in deep and "(../benchmarks/results/cpu-abacus-zen9.csv)" in deep
+        )
+        assert "| a |  |  |  |  |  | 2.00 |\n| b |  |  |  |  |  | 8.00 |" in deep
+        assert "| 4.00 |" in deep.replace("|  |", "|"), "one case has no worst"
+
+
+@pytest.mark.parametrize(
+    "broken", ["# A\n", MARKED.format("speed") * 2, "<!-- speed: end -->\n<!-- speed: begin -->\n"]
+)
+def test_a_page_without_its_marks_is_left_alone(broken: str, clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = clone / pages.README
+    readme.write_text(MARKED.format("number") + broken)
+    rows.write(clone / "results" / "cpu-abacus-zen9.csv", [row()])
+    before = readme.read_text()
+    assert pages.main(["--root", str(clone), "--results", str(clone / "results")]) == 2
+    assert "expected one line <!-- speed: begin -->" in capsys.readouterr().err and readme.read_text() == before
+
+
+def test_the_figure_in_the_first_lines_is_rounded_down() -> None:
+    assert "is 1.9 times" in pages.number([row(ratio_p50=1.999)])
+
+
+def test_the_picture_is_the_rows(tmp_path: Path) -> None:
+    """A dot for each shape, the mean in figures, nothing of the machine, the same text every time."""
+    some = [*whole("grid", ratio_p50=5.0), *whole("grid", cell="LSTM", mode="inference", ratio_p50=0.5)]
+    drawn = {name: picture.draw(some, "A <machine>", theme) for name, theme in picture.THEMES.items()}
+    assert len(set(drawn.values())) == 2
+    for name, text in drawn.items():
+        assert text == picture.draw(some, "A <machine>", picture.THEMES[name])
+        assert text.count("<circle") == len(some) and ">5.00<" in text and ">0.50<" in text
+        assert "A &lt;machine&gt;" in text and str(ROOT) not in text
+        places = [float(x) for x in re.findall(r'(?:cx|x|x1|x2)="([-0-9.]+)"', text)]
+        assert min(places) >= 0 and max(places) <= picture.WIDTH
+        ElementTree.fromstring(text)
 
 
 def test_choose_takes_plain_layers_and_averages_processors() -> None:
@@ -231,13 +281,11 @@ def test_choose_takes_plain_layers_and_averages_processors() -> None:
 
 
 @RECORDED
-def test_what_is_recorded_is_what_the_readme_and_auto_say() -> None:
-    """Both are written by a script, from benchmarks/results/ alone."""
+def test_what_is_recorded_is_what_the_pages_and_auto_say() -> None:
+    """All are written by scripts, from benchmarks/results/ alone."""
     files = {path.stem: rows.read(path) for path in rows.recorded(rows.RESULTS)}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.replace_summary(readme, report.summary(files)) == readme, (
-        "python -m rnnkit.benchmarks.speed.report --readme README.md"
-    )
+    for path, text in pages.written(ROOT, files).items():
+        assert (ROOT / path).read_text(encoding="utf-8") == text, f"{path}: python -m rnnkit.benchmarks.speed.pages"
     head, *lines = [line.split(",") for line in measured.FILE.read_text(encoding="utf-8").splitlines()]
     assert [head, *lines] == [[*measured.FACTS, *BY_NAME], *fit_dispatch.table(files)], (
         "python -m rnnkit.benchmarks.dispatch.fit_dispatch"
