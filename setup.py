@@ -7,7 +7,7 @@ printed and rnnkit is installed without it. Two variables of the environment dec
     RNNKIT_CUDA        unset or 0: for the CPU only; 1: with the CUDA kernels, and a failed build is an error
 
 With the kernels a third says what for: RNNKIT_CUDA_ARCH, `native` or some of the chips of
-rnnkit/backends/cuda_table.py; unset: all of them, and PTX for later ones.
+rnnkit/backends/cuda/configs.py; unset: all of them, and PTX for later ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes rnnkit/backends/measured.csv, by which `auto` orders the backends, from the rows under benchmarks/results/.
+"""Writes rnnkit/backends/dispatch_times.csv, by which `auto` orders the backends, from rows of benchmarks/results/.
 
     python -m rnnkit.benchmarks.dispatch.fit_dispatch [--results DIR] [--to FILE]
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rnnkit.backends import BY_NAME, measured
+from rnnkit.backends import BY_NAME, dispatch_times
 
 from ..speed.bench_cases import BadInput
 from ..speed.rows import RESULTS, BenchRow, read, recorded
@@ -25,7 +25,7 @@ CELLS = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}
 
 
 def table(files: dict[str, list[BenchRow]]) -> list[list[str]]:
-    """The lines of measured.csv, without its head, of rows by the file that holds them."""
+    """The lines of dispatch_times.csv, without its head, of rows by the file that holds them."""
     found: dict[tuple, dict[tuple[str, int], dict[str, float]]] = {}  # shape -> source, threads -> backend -> ms
     for source, rows in sorted(files.items()):
         for row in rows:
@@ -46,13 +46,13 @@ def table(files: dict[str, list[BenchRow]]) -> list[list[str]]:
 
 def orders(rows: list[BenchRow]) -> Callable[[BenchRow], str]:
     """By what `auto` would run a row's layer, were these rows all that is recorded: the name of a backend."""
-    lines = (dict(zip([*measured.FACTS, *BY_NAME], line, strict=True)) for line in table({"these": rows}))
-    known = measured.parsed(lines)
+    lines = (dict(zip([*dispatch_times.FACTS, *BY_NAME], line, strict=True)) for line in table({"these": rows}))
+    known = dispatch_times.parsed(lines)
 
     def taken(row: BenchRow) -> str:
         sizes = (row.B, row.T, row.I, row.H)
-        near = measured.nearest(row.device, CELLS[row.cell], row.mode == "training", sizes, known)
-        return "torch" if near is None else measured.fastest_first(near.ms)[0]
+        near = dispatch_times.nearest(row.device, CELLS[row.cell], row.mode == "training", sizes, known)
+        return "torch" if near is None else dispatch_times.fastest_first(near.ms)[0]
 
     return taken
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Read, write, say what was written; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--to", type=Path, default=measured.FILE, metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--to", type=Path, default=dispatch_times.FILE, metavar="FILE", help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
         files = {path.stem: read(path) for path in recorded(options.results)}
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     with options.to.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([[*measured.FACTS, *BY_NAME], *lines])
+        writer.writerows([[*dispatch_times.FACTS, *BY_NAME], *lines])
     print(f"{options.to}: {len(lines)} shapes from {', '.join(files)}")
     return 0
 

@@ -23,12 +23,16 @@ from pathlib import Path
 
 import torch
 
-from rnnkit.backends import BACKENDS, NAMES, cuda, cuda_table, extension, gpu, triton
+from rnnkit.backends import BACKENDS, NAMES, gpu
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.backends.triton import backend as triton
+from rnnkit.backends.triton import configs as triton_configs
 from rnnkit.cli import info
 from rnnkit.cli.progress import Progress
 from rnnkit.demo import check_out
 from rnnkit.demo.text import InputError
-from rnnkit.kernels import table
 
 from ..speed import machine, rows, run, targets
 from ..speed.bench_cases import DTYPES, BadInput, BenchJob, known, select
@@ -175,13 +179,13 @@ def driver() -> str:
 
 
 def capability() -> int | None:
-    """Of the GPU, as kernels/table.py numbers them; None where no kernel of that table runs on it."""
+    """Of the GPU, as kernels/triton_configs.py numbers them; None where no kernel of that table runs on it."""
     return triton.capability() if triton.missing() is None else None
 
 
-def built() -> list[cuda_table.Row]:
+def built() -> list[cuda_configs.CompiledKernel]:
     """The CUDA kernels that this GPU can hold; none where none can run."""
-    return [] if cuda.missing() is not None else cuda_table.able(cuda.machine.capability(None))
+    return [] if cuda.missing() is not None else cuda_configs.able(cuda.machine.capability(None))
 
 
 def unbuilt() -> str | None:
@@ -198,7 +202,7 @@ def kernels(findings: parity.Findings) -> list[str]:
     """How many of the kernels that this GPU can run have run."""
     lines, known, rows = [], capability(), built()
     if known is not None:
-        able, chip = set(table.rows_of(known)), table.chip_of(known)[0]
+        able, chip = set(triton_configs.rows_of(known)), triton_configs.chip_of(known)[0]
         lines.append(f"triton     {len(findings.kernels & able)} of {len(able)} persistent kernels of {chip} ran")
     if rows:
         ran, version = len(findings.kernels & set(rows)), cuda.machine.capability(None) / 10

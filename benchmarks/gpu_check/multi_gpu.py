@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from rnnkit.backends import cuda, triton
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.triton import backend as triton
 
 from ..speed.implementations import first_line
 from ..speed.targets import FUSED

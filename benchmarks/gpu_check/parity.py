@@ -20,8 +20,11 @@ from typing import Any
 
 import torch
 
-from rnnkit.backends import BACKENDS, NAMES, cuda, cuda_table, record, triton
-from rnnkit.kernels import table
+from rnnkit.backends import BACKENDS, NAMES, record
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.backends.triton import backend as triton
+from rnnkit.backends.triton import configs as triton_configs
 
 from ..speed.accuracy import band, error
 from ..speed.implementations import first_line
@@ -54,7 +57,7 @@ class Findings:
     """Cases that nothing is held against: the device's memory is too small for them."""
     failing: list[str] = field(default_factory=list)
     """Cases in which torch itself fails."""
-    kernels: set[table.Row | cuda_table.Row] = field(default_factory=set)
+    kernels: set[triton_configs.CompiledKernel | cuda_configs.CompiledKernel] = field(default_factory=set)
     """Of the kernels in the tables those that ran: Triton's persistent ones, and CUDA's."""
 
     def blame(self, backend: str, case: ParityCase, what: str) -> None:
@@ -208,7 +211,7 @@ def _able(findings: Findings, device: str, case: ParityCase, backends: Sequence[
     return asked
 
 
-def _kernels(name: str, case: ParityCase) -> set[table.Row | cuda_table.Row]:
+def _kernels(name: str, case: ParityCase) -> set[triton_configs.CompiledKernel | cuda_configs.CompiledKernel]:
     """Of a table's kernels those by which a backend has just run a case."""
     if name == "triton" and triton.missing() is None:
         return set(kernels_of(case, triton.chip()))

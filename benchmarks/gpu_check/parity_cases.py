@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import rnnkit
-from rnnkit.backends import cuda, cuda_table
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.backends.triton import configs as triton_configs
 from rnnkit.cells import CELLS
-from rnnkit.kernels import table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Values = dict[str, Tensor]
@@ -167,7 +168,7 @@ PLAIN = (
 )
 F32, BF16, F16 = DTYPES
 CALLS = Variant((5, 20, 4, 24), lengths=True, resets=True, reset_state=True)
-AROUND = tuple(tile + by for tile in table.TILES for by in (-1, 1))
+AROUND = tuple(tile + by for tile in triton_configs.TILES for by in (-1, 1))
 """Sizes that a tile just holds, and does not hold any more."""
 MASKED = {"lengths": True, "resets": True, "reset_state": True}
 BEYOND_16 = Variant((70_000, 4, 2, 24))  # persistent: step by step T is a loop on the host, as for any T
@@ -175,11 +176,11 @@ BEYOND_31 = Variant((64, 32, 1, 256), many=131_200)  # T·B·H is 2^31 + 2 Mi el
 
 
 def select(
-    quick: bool = False, capability: int | None = None, compiled: Sequence[cuda_table.Row] = ()
+    quick: bool = False, capability: int | None = None, compiled: Sequence[cuda_configs.CompiledKernel] = ()
 ) -> list[ParityCase]:
     """What is examined, in the order in which it matters where time is short.
 
-    capability: of the GPU whose persistent Triton kernels are to be examined, as kernels/table.py numbers them; None:
+    capability: of the GPU whose persistent Triton kernels are to be examined, as triton/configs.py numbers them; None:
     of none. compiled: the CUDA kernels that are to be examined.
     """
     whole = [ParityCase(kind, EVERYTHING, dtype) for dtype in (BF16, F32) for kind in KINDS]
@@ -210,15 +211,17 @@ def select(
 def persistent(capability: int) -> Iterator[ParityCase]:
     """Everything in both directions, for each persistent kernel: the largest that it serves, three tiles of rows."""
     kinds = {"half": (BF16, False), "tf32": (F32, True), "ieee": (F32, False)}
-    every = dict.fromkeys((row.kernel, *table.fullest(row), row.kind) for row in table.rows_of(capability))
+    every = dict.fromkeys(
+        (row.kernel, *triton_configs.fullest(row), row.kind) for row in triton_configs.rows_of(capability)
+    )
     for kernel, hidden, proj, kind in every:
         dtype, tf32 = kinds[kind]
         variant = Variant((4, 33, 5, hidden), both=True, all_states=True, proj=proj, **MASKED)
-        name = kernel if kernel in KINDS else table.CELLS_OF[kernel][0]
+        name = kernel if kernel in KINDS else triton_configs.CELLS_OF[kernel][0]
         yield ParityCase(name, variant, dtype, tf32=tf32, fused=True)
 
 
-def resident(rows: Sequence[cuda_table.Row]) -> Iterator[ParityCase]:
+def resident(rows: Sequence[cuda_configs.CompiledKernel]) -> Iterator[ParityCase]:
     """Everything in both directions, for each CUDA kernel that keeps its weights where it computes: its units all
     taken, or, in turn, all but one; two blocks of rows."""
     for k, row in enumerate(row for row in rows if row.units):
@@ -226,17 +229,17 @@ def resident(rows: Sequence[cuda_table.Row]) -> Iterator[ParityCase]:
         yield _of_row(row, k, variant)
 
 
-def stepping(rows: Sequence[cuda_table.Row]) -> Iterator[ParityCase]:
+def stepping(rows: Sequence[cuda_configs.CompiledKernel]) -> Iterator[ParityCase]:
     """The same for each CUDA kernel that goes step by step: two blocks of units, of rows or, where a row serves few of
     them, one."""
     for k, row in enumerate(row for row in rows if not row.units):
-        size = (4, row.rows if row.rows <= cuda_table.TALL else row.rows + 3, 5, 24 - k % 2)
+        size = (4, row.rows if row.rows <= cuda_configs.TALL else row.rows + 3, 5, 24 - k % 2)
         yield replace(_of_row(row, k, Variant(size, both=True, all_states=True, **MASKED)), stepwise=True)
 
 
-def _of_row(row: cuda_table.Row, k: int, variant: Variant) -> ParityCase:
+def _of_row(row: cuda_configs.CompiledKernel, k: int, variant: Variant) -> ParityCase:
     kinds = {"bf16": (BF16, False), "fp16": (F16, False), "tf32": (F32, True), "ieee": (F32, False)}
-    names = {kernel: cell for cell, kernel in cuda_table.CELLS.items()}  # of an RNN the last, relu
+    names = {kernel: cell for cell, kernel in cuda_configs.CELLS.items()}  # of an RNN the last, relu
     dtype, tf32 = kinds.get(row.kind, (torch.float64, False))
     name = "rnn_tanh" if row.kernel == "rnn" and k % 3 else names[row.kernel]
     return ParityCase(name, variant, dtype, tf32=tf32, fused=True)
@@ -252,22 +255,22 @@ def around() -> Iterator[ParityCase]:
         yield ParityCase(kind, variant, dtype, tf32=tf32, fused=True)
 
 
-def kernels_of(case: ParityCase, capability: int) -> list[table.Row]:
+def kernels_of(case: ParityCase, capability: int) -> list[triton_configs.CompiledKernel]:
     """The persistent kernels that a case runs by."""
     if case.stepwise:
         return []
     facts = (case.variant.size[3], case.proj, case.operands, capability)
-    rows = [table.find(KINDS[case.kind].cell, side, *facts) for side in table.SIDES]
+    rows = [triton_configs.find(KINDS[case.kind].cell, side, *facts) for side in triton_configs.SIDES]
     return [row for row in rows if row is not None]
 
 
-def compiled_for(case: ParityCase, capability: int) -> cuda_table.Row:
+def compiled_for(case: ParityCase, capability: int) -> cuda_configs.CompiledKernel:
     """The CUDA kernel that a case runs by."""
     cell, hidden, rows = KINDS[case.kind].cell, case.variant.size[3], case.variant.many
     kind = "tf32" if case.tf32 else cuda.KINDS.get(case.dtype, "ieee")
     rows = rows or case.variant.size[1]
     only = "step" if case.stepwise else None
-    return cuda_table.plan(cell, hidden, case.proj, kind, rows, capability, only)[0]
+    return cuda_configs.plan(cell, hidden, case.proj, kind, rows, capability, only)[0]
 
 
 # What a case is given: values in float64 that its dtype holds exactly.

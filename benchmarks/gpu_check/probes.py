@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from rnnkit.backends import cuda, extension
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cuda import backend as cuda
 
 from ..speed import machine, timing
 from ..speed.implementations import first_line

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 import rnnkit
 from rnnkit import ops
-from rnnkit.backends import Tensors
-from rnnkit.backends.products import bias_inside, project
+from rnnkit.backends import LayerInputs
+from rnnkit.backends.scan_backend import bias_inside, project
 from rnnkit.cells import CELLS
 from rnnkit.reference import STEPS, State, Weights
 
@@ -203,7 +203,7 @@ def by_tf32(case: ParityCase, given: CaseInputs, leaves: Values, weights: Values
 
 def _advance_in_tf32(cell: str, x: Tensor, h: Tensor, c: Tensor | None, w: Values) -> tuple[Tensor, Tensor | None]:
     given = (w.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"))
-    t, kind = Tensors(x, h, c, *given), CELLS[cell]  # type: ignore[arg-type]
+    t, kind = LayerInputs(x, h, c, *given), CELLS[cell]  # type: ignore[arg-type]
     gx = project(kind, t)[0]
     with _Tf32():  # the cell's step has no other products
         new = STEPS[cell][0](gx, State(h, c), Weights(t.w_hh, bias_inside(kind, t), t.w_hr))

@@ -20,7 +20,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from rnnkit.backends import cuda, cuda_table
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
 
 from ..usage import cuda_usage
 from .parity import Findings, precision_and_regime
@@ -153,8 +154,8 @@ def _blocks(text: str) -> Iterator[tuple[str, list[str]]]:
 def culprits(report: str) -> set[tuple[str, str]]:
     """The kinds of layer and precisions that a kernel serves, by its name; all where it does not tell."""
     words = report.split()
-    cells = [cell for cell, kernel in cuda_table.CELLS.items() if kernel in words]
-    kinds = {kind for kind, facts in KINDS.items() if facts.cell in (cells or cuda_table.CELLS)}
+    cells = [cell for cell, kernel in cuda_configs.CELLS.items() if kernel in words]
+    kinds = {kind for kind, facts in KINDS.items() if facts.cell in (cells or cuda_configs.CELLS)}
     precisions = {PRECISIONS[word] for word in words if word in PRECISIONS} or set(PRECISIONS.values())
     return {(kind, precision) for kind in kinds for precision in precisions}
 
@@ -186,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def small(capability: int) -> list[ParityCase]:
     """A case for each kernel, in an order in which any part of them has all regimes, cells and kinds."""
-    rows = cuda_table.able(capability)
+    rows = cuda_configs.able(capability)
     every = [*resident(rows), *stepping(rows)]
     stride = 7  # no divisor of the number of kinds, of a cell's rows or of a regime's
     return [case for k in range(stride) for case in every[k::stride]]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnkit
-from rnnkit.backends import BY_NAME, REFERENCE, Options, Tensors, record
+from rnnkit.backends import BY_NAME, REFERENCE, LayerInputs, LayerOptions, record
 
 from .bench_cases import GATES, BadInput, BenchJob
 
@@ -323,8 +323,8 @@ class _Reference(nn.Module):
         w_ih, w_hh, b_ih, b_hh = self.parameters()
         h = x.new_zeros((x.shape[1], w_hh.shape[1]))
         c = h if self.cell == "lstm" else None
-        t = Tensors(x, h, c, w_ih, w_hh, b_ih, b_hh, None, None, None, None, None)
-        y, h_n, c_n, _ = REFERENCE.forward(self.cell, t, Options(), train=False).outputs
+        t = LayerInputs(x, h, c, w_ih, w_hh, b_ih, b_hh, None, None, None, None, None)
+        y, h_n, c_n, _ = REFERENCE.forward(self.cell, t, LayerOptions(), train=False).outputs
         return y, h_n[None] if c_n is None else (h_n[None], c_n[None])
 
 

@@ -47,7 +47,7 @@ def no_device() -> str | None:
     )
 
 
-MADE = ("benchmarks/results", "rnnkit/backends/measured.csv", "README.md", "docs/performance.md", "docs/assets")
+MADE = ("benchmarks/results", "rnnkit/backends/dispatch_times.csv", "README.md", "docs/performance.md", "docs/assets")
 """What recording a run changes."""
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rnnkit.backends import cuda_table
-from rnnkit.backends.measured import TIE
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.backends.dispatch_times import TIE
 
 from ..dispatch import fit_dispatch
 from .bench_cases import CELLS, MODES, TABLE, BenchCase
@@ -285,7 +285,7 @@ def _resident(row: BenchRow) -> bool:
 def _fits(cell: str, hidden: int) -> bool:
     if cell not in ("LSTM", "GRU"):
         return False
-    row, _ = cuda_table.plan(cell.lower(), hidden, 0, "bf16", 1, HOPPER)
+    row, _ = cuda_configs.plan(cell.lower(), hidden, 0, "bf16", 1, HOPPER)
     return row.regime == "cta"
 
 

@@ -3,11 +3,11 @@
     python -m rnnkit.benchmarks.usage.cuda_usage [--part K/N] [--workers N] [--to FILE]      checks, writes the whole
     python -m rnnkit.benchmarks.usage.cuda_usage --search ROW     what a row of the regime cta can keep in registers
 
-Every row of rnnkit/backends/cuda_table.py is compiled for each chip by nvcc, with the flags of setup.py, in a clone. A
-row of the result holds registers a thread, bytes that spilled, and shared memory a block: what ptxas says of a kernel,
-and what its configuration asks for when it is launched. A row of the table may be too large for a chip that has less
-than others; its line says so, and it does not run there. Last comes a digest of what was compiled (source_digest.py).
-Exit code 1 where a kernel spills, needs more shared memory than any chip has, or does not compile.
+Every row of rnnkit/backends/cuda/configs.py is compiled for each chip by nvcc, with the flags of setup.py, in a clone.
+A row of the result holds registers a thread, bytes that spilled, and shared memory a block: what ptxas says of a
+kernel, and what its configuration asks for when it is launched. A row of the table may be too large for a chip that has
+less than others; its line says so, and it does not run there. Last comes a digest of what was compiled
+(source_digest.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from rnnkit.backends import cuda_table as table
+from rnnkit.backends.cuda import configs
 
 from ..speed.rows import CUDA_COMPILED
 from .kernel_usage import Usage, find_number, from_columns, part_option, read_csv, write_csv
@@ -42,7 +42,7 @@ MOST_KEPT = 28  # fragments in registers: each takes 8 of a thread's 255
 class CudaBuildJob(NamedTuple):
     """One source to compile for one chip."""
 
-    row: table.Row
+    row: configs.CompiledKernel
     chip: str
 
     @property
@@ -77,7 +77,7 @@ class CudaRecord(NamedTuple):
     @property
     def limit(self) -> int:
         """Bytes of shared memory."""
-        return table.CHIPS[self.name.chip]
+        return configs.CHIPS[self.name.chip]
 
     @property
     def fits(self) -> bool:
@@ -89,7 +89,7 @@ class CudaRecord(NamedTuple):
         """What speaks against it."""
         if self.usage.spilled:
             return f"spills {self.usage.spilled} bytes"
-        if self.usage.shared > max(table.CHIPS.values()):
+        if self.usage.shared > max(configs.CHIPS.values()):
             return f"takes {self.usage.shared} bytes of shared memory, and no chip has more than {self.limit}"
         return None
 
@@ -101,18 +101,18 @@ COLUMNS = (*CudaKernelName._fields, *Usage._fields, "limit", "fits", "source")
 
 def jobs() -> Iterator[CudaBuildJob]:
     """Everything that the table stands for."""
-    for row in table.ROWS:
-        for chip in table.CHIPS:
+    for row in configs.ROWS:
+        for chip in configs.CHIPS:
             yield CudaBuildJob(row, chip)
 
 
-def source(row: table.Row) -> str:
+def source(row: configs.CompiledKernel) -> str:
     """A row's source, and behind it an array for each side, a byte longer than the shared memory that it asks for."""
     arrays = [
         f'extern "C" __device__ char {side}_asks[{size} + 1];'
-        for side, size in zip(SIDES, table.REGIMES[row.regime].asks, strict=True)
+        for side, size in zip(SIDES, configs.REGIMES[row.regime].asks, strict=True)
     ]
-    return "\n".join([table.source(row), "namespace rnnkit::cuda {", *arrays, "}", ""])
+    return "\n".join([configs.source(row), "namespace rnnkit::cuda {", *arrays, "}", ""])
 
 
 def build(job: CudaBuildJob, nvcc: ModuleType, home: Path, version: str) -> list[CudaRecord] | str:
@@ -190,7 +190,9 @@ def sizes(cubin: Path) -> dict[str, int]:
     return {f[7]: int(f[2], 0) for f in fields if len(f) >= 8 and f[3] == "OBJECT"}
 
 
-def search(row: table.Row, compile: Callable[[CudaBuildJob], list[CudaRecord] | str], chip: str) -> Iterator[table.Row]:
+def search(
+    row: configs.CompiledKernel, compile: Callable[[CudaBuildJob], list[CudaRecord] | str], chip: str
+) -> Iterator[configs.CompiledKernel]:
     """For each number of warps the row with most fragments of weights in registers, on either side, that spills
     nothing and leaves shared memory within the chip's; no row where there is none.
     """
@@ -199,13 +201,15 @@ def search(row: table.Row, compile: Callable[[CudaBuildJob], list[CudaRecord] | 
     for warps in range(1, 17):
         if blocks % warps:
             continue
-        every = blocks // warps * table.GATES[row.kernel] * parts
+        every = blocks // warps * configs.GATES[row.kernel] * parts
         sides = range(len(SIDES))
 
         def held(kept: int, side: int, warps: int = warps) -> int:
-            return table.shared_bytes(row._replace(warps=warps, resident=(kept, kept)), side)
+            return configs.shared_bytes(row._replace(warps=warps, resident=(kept, kept)), side)
 
-        least = [next((k for k in range(every + 1) if held(k, side) <= table.CHIPS[chip]), every + 1) for side in sides]
+        least = [
+            next((k for k in range(every + 1) if held(k, side) <= configs.CHIPS[chip]), every + 1) for side in sides
+        ]
         low, high = [k - 1 for k in least], [min(every, MOST_KEPT)] * 2
         while any(low[side] < high[side] for side in sides):
             middle = [max((low[side] + high[side] + 1) // 2, 0) for side in sides]
@@ -243,9 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="at a time (%(default)s)")
     parser.add_argument("--to", type=Path, default=CUDA_COMPILED, metavar="FILE", help="of the whole; %(default)s")
     parser.add_argument("--search", metavar="ROW", help="try other warps and residents for a row, write nothing")
-    parser.add_argument("--chip", choices=table.CHIPS, default="sm_90a", help="of the search; default: %(default)s")
+    parser.add_argument("--chip", choices=configs.CHIPS, default="sm_90a", help="of the search; default: %(default)s")
     options = parser.parse_args(arguments)
-    named = [row for row in table.ROWS if row.name == options.search and row.regime == "cta" and row.kind != "ieee"]
+    named = [row for row in configs.ROWS if row.name == options.search and row.regime == "cta" and row.kind != "ieee"]
     if options.search and not named:
         parser.error(f"expected a row of the regime cta that uses tensor cores, got {options.search!r}")
     nvcc = compiler()
@@ -257,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     start, version = time.monotonic(), nvcc.version(home)
     for row in named:
         for fit in search(row, lambda job: build(job, nvcc, home, version), options.chip):
-            shared = [table.shared_bytes(fit, side) for side in range(len(SIDES))]
+            shared = [configs.shared_bytes(fit, side) for side in range(len(SIDES))]
             print(
                 f"{row.name} on {options.chip}: warps {fit.warps}, resident {fit.resident}, shared {shared}", flush=True
             )

@@ -1,10 +1,11 @@
 """Compiles the Triton kernels for every chip ahead of time, without a GPU, and says what each takes.
 
     python -m rnnkit.benchmarks.usage.triton_usage [--part K/N] [--workers N] [--to FILE]   checks, writes the whole
-    python -m rnnkit.benchmarks.usage.triton_usage --search KERNEL    finds the rows of kernels/table.py for a kernel
+    python -m rnnkit.benchmarks.usage.triton_usage --search KERNEL    finds the rows of the table for one kernel
 
-Every row of kernels/table.py is compiled for each of its chips, and the step regime's kernels in each of its tiles for
-all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset, all gradients.
+Every row of rnnkit/backends/triton/configs.py is compiled for each of its chips, and the step regime's kernels in each
+of its tiles for all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset,
+all gradients.
 What is compiled is what Triton would compile at that launch: its own functions say of which arguments it knows that
 they are multiples of 16, or on AMD's GPUs within 2 GiB. Where that leaves a persistent kernel fewer than SPARE
 registers, the other forms of a call are compiled too (FORMS); the row of the result says the most that one takes.
@@ -32,9 +33,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkit.backends.problem import Outputs, Tensors
+from rnnkit.backends.spec import LayerInputs, LayerOutputs
+from rnnkit.backends.triton import configs
 from rnnkit.cells import CELLS
-from rnnkit.kernels import table
 
 from ..speed.rows import COMPILED
 from .kernel_usage import Usage, find_number, from_columns, part_option, read_csv, write_csv
@@ -42,7 +43,10 @@ from .kernel_usage import Usage, find_number, from_columns, part_option, read_cs
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRODUCTS = ("product.product", "product.product_back")
-STEP_SIZES = (((128, 48), table.STEP), ((127, 45), table.ODD_STEP))  # H and P, where there is one, and the tiles
+STEP_SIZES = (
+    ((128, 48), configs.STEP),
+    ((127, 45), configs.UNALIGNED_STEP),
+)  # H and P, where there is one, and the tiles
 SPARE = 64
 """Registers a thread: more than the forms of a call differ by."""
 FEW, MANY = 3, 2**28  # rows of a batch: so many that on AMD's GPUs no tensor of theirs is within 2 GiB
@@ -81,7 +85,7 @@ class TritonBuildJob(NamedTuple):
     chip: str
     hidden: int
     proj: int
-    plan: table.Plan
+    plan: configs.LaunchConfig
 
 
 class TritonKernelName(NamedTuple):
@@ -116,7 +120,7 @@ class TritonRecord(NamedTuple):
     def limit(self) -> int:
         """Bytes of shared memory. A step's kernel is also what chips with little of it run, a row need not be."""
         some = self.name.regime == "step" and not self.name.chip.startswith("gfx")
-        return table.SMALL_SHARED if some else table.SHARED[self.name.chip]
+        return configs.SMALL_SHARED if some else configs.SHARED[self.name.chip]
 
     @property
     def wrong(self) -> str | None:
@@ -130,16 +134,16 @@ class TritonRecord(NamedTuple):
 
 def jobs() -> Iterator[TritonBuildJob]:
     """Everything that the table stands for."""
-    for row in table.PERSISTENT:
+    for row in configs.PERSISTENT:
         for chip in row.chips:
             yield from _of(row, chip)
-    scans = [(kernel, cell) for kernel in table.KERNELS for cell in table.CELLS_OF[kernel]]
+    scans = [(kernel, cell) for kernel in configs.KERNELS for cell in configs.CELLS_OF[kernel]]
     kinds = [(kind, dtype) for kind, dtypes in DTYPES.items() for dtype in dtypes]
     sizes = [(size, some) for size, tiles in STEP_SIZES for some in tiles]
-    every = itertools.product(scans, sizes, table.SIDES, kinds, table.CHIPS)
+    every = itertools.product(scans, sizes, configs.SIDES, kinds, configs.CHIPS)
     for (kernel, cell), ((hidden, proj), some), side, (kind, dtype), chip in every:
         proj = proj if kernel == "lstm_proj" else 0
-        yield TritonBuildJob(kernel, cell, side, dtype, kind, chip, hidden, proj, table.step(some, kind, ""))
+        yield TritonBuildJob(kernel, cell, side, dtype, kind, chip, hidden, proj, configs.step(some, kind, ""))
 
 
 def forms(job: TritonBuildJob, found: Iterable[Usage]) -> Iterator[Form]:
@@ -156,7 +160,7 @@ class Launch(NamedTuple):
     """A kernel as a scan starts it."""
 
     kernel: Any
-    plan: table.Plan
+    plan: configs.LaunchConfig
     arguments: dict[str, Any]
 
     @property
@@ -167,7 +171,7 @@ class Launch(NamedTuple):
     def multiple(self) -> int:
         """Of what a product knows that its sizes are multiples."""
         (terms,) = [p for p in self.kernel.params if p.name == "K"]
-        return table.MULTIPLES[terms.do_not_specialize]
+        return configs.MULTIPLES[terms.do_not_specialize]
 
 
 def launches(job: TritonBuildJob, form: Form = EVERYTHING, make: Callable[..., Tensor] = torch.empty) -> list[Launch]:
@@ -181,7 +185,7 @@ def launches(job: TritonBuildJob, form: Form = EVERYTHING, make: Callable[..., T
         return make(sizes, dtype=dtype, device="meta")
 
     state = torch.float32 if form.wide else TORCH[job.dtype]
-    t = Tensors(
+    t = LayerInputs(
         x=some(steps, batch, 8),
         h_0=some(batch, size, dtype=state),
         c_0=some(batch, hidden, dtype=state) if cell.has_c else None,
@@ -192,24 +196,24 @@ def launches(job: TritonBuildJob, form: Form = EVERYTHING, make: Callable[..., T
         w_hr=some(job.proj, hidden) if job.proj else None,
         lengths=some(batch, dtype=torch.int64) if form.lengths else None,
         reset=some(steps, batch, dtype=torch.bool) if form.resets else None,
-        h_r=some(batch, size) if form.states else None,
-        c_r=some(batch, hidden) if form.states and cell.has_c else None,
+        h_reset=some(batch, size) if form.states else None,
+        c_reset=some(batch, hidden) if form.states and cell.has_c else None,
     )
     b_hn = some(hidden) if cell.reset_after else None
     seen: dict[tuple[Any, ...], Launch] = {}
 
-    def see(kernel: Any, grid: tuple[int, ...], plan: table.Plan, **arguments: Any) -> None:
+    def see(kernel: Any, grid: tuple[int, ...], plan: configs.LaunchConfig, **arguments: Any) -> None:
         key = (id(kernel), *map(_sort, arguments.values()))
         seen[key] = Launch(kernel, plan, arguments)
 
     regime: Any = persistent if job.plan.regime == "persistent" else step
     gx = some(steps, batch, cell.gates * hidden)
-    found = regime.forward(cell, gx, t.h_0, t.c_0, t, b_hn, t0=0, reverse=False, save=True, plan=job.plan, run=see)
+    found = regime.forward(cell, gx, t.h_0, t.c_0, t, b_hn, t0=0, reverse=False, save=True, config=job.plan, run=see)
     if job.side == "backward":
         seen.clear()
         y, h_n, c_n, c_all, gates = found
-        grads = Outputs(y, h_n, c_n, c_all)
-        regime.backward(cell, grads, y, c_all, gates, t, b_hn, reverse=False, plan=job.plan, run=see)
+        grads = LayerOutputs(y, h_n, c_n, c_all)
+        regime.backward(cell, grads, y, c_all, gates, t, b_hn, reverse=False, config=job.plan, run=see)
     return list(seen.values())
 
 
@@ -303,29 +307,29 @@ def amd_usage(text: str) -> tuple[int, int]:
     return find_number(r"\.vgpr_count:\s+(\d+)", text), find_number(r"\.private_segment_fixed_size:\s+(\d+)", text)
 
 
-def search(kernel: str) -> Iterator[table.Row]:
+def search(kernel: str) -> Iterator[configs.CompiledKernel]:
     """For each side, tile and kind the row of the fewest warps that fits most chips, where any fits one."""
-    for side in table.SIDES:
-        for hidden in table.TILES:
-            for size in [s for s in table.TILES if s <= hidden] if kernel == "lstm_proj" else [hidden]:
-                for kind, multiple in itertools.product(DTYPES, table.MULTIPLES):
-                    weights = CELLS[table.CELLS_OF[kernel][0]].gates * hidden * size * (2 if kind == "half" else 4)
-                    if weights > max(table.SHARED.values()):
+    for side in configs.SIDES:
+        for hidden in configs.TILES:
+            for size in [s for s in configs.TILES if s <= hidden] if kernel == "lstm_proj" else [hidden]:
+                for kind, multiple in itertools.product(DTYPES, configs.MULTIPLES):
+                    weights = CELLS[configs.CELLS_OF[kernel][0]].gates * hidden * size * (2 if kind == "half" else 4)
+                    if weights > max(configs.SHARED.values()):
                         continue
-                    best: table.Row | None = None
+                    best: configs.CompiledKernel | None = None
                     for warps in (4, 8) if hidden <= 64 else (8, 4, 16):
-                        if best is not None and len(best.chips) == len(table.CHIPS):
+                        if best is not None and len(best.chips) == len(configs.CHIPS):
                             break
-                        row = _tried(table.Row(kernel, side, hidden, size, kind, multiple, (), warps, 0))
+                        row = _tried(configs.CompiledKernel(kernel, side, hidden, size, kind, multiple, (), warps, 0))
                         if best is None or len(row.chips) > len(best.chips):
                             best = row
                     if best is not None and best.chips:
                         yield best
 
 
-def _tried(row: table.Row) -> table.Row:
+def _tried(row: configs.CompiledKernel) -> configs.CompiledKernel:
     """The row with the chips that it fits."""
-    for chip in table.CHIPS:
+    for chip in configs.CHIPS:
         found = [build(job) for job in _of(row, chip)]
         lines = [line for some in found if not isinstance(some, str) for line in some]
         if not any(isinstance(some, str) for some in found) and not any(line.wrong for line in lines):
@@ -334,12 +338,12 @@ def _tried(row: table.Row) -> table.Row:
     return row
 
 
-def _of(row: table.Row, chip: str) -> list[TritonBuildJob]:
-    hidden, proj = table.fullest(row)
-    plan = table.persistent(row, "")
+def _of(row: configs.CompiledKernel, chip: str) -> list[TritonBuildJob]:
+    hidden, proj = configs.fullest(row)
+    plan = configs.persistent(row, "")
     return [
         TritonBuildJob(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan)
-        for cell in table.CELLS_OF[row.kernel]
+        for cell in configs.CELLS_OF[row.kernel]
         for dtype in DTYPES[row.kind]
     ]
 
@@ -352,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (%(default)s)")
     parser.add_argument("--to", type=Path, default=COMPILED, metavar="FILE", help="of the whole; default: %(default)s")
-    parser.add_argument("--search", choices=table.KERNELS, help="print rows for kernels/table.py, write nothing")
+    parser.add_argument("--search", choices=configs.KERNELS, help="print rows of the table, write nothing")
     options = parser.parse_args(arguments)
     try:
         import triton

@@ -21,7 +21,8 @@ from fake_cuda import CALLS, Fused, pretend, put
 from made_rows import row
 
 from rnnkit.__main__ import main
-from rnnkit.backends import BY_NAME, Outputs, Tensors, extension
+from rnnkit.backends import BY_NAME, LayerInputs, LayerOutputs
+from rnnkit.backends.cpu import extension
 from rnnkit.benchmarks.gpu_check import main as gpu_check
 from rnnkit.benchmarks.gpu_check import parity, parity_cases, probes, sanitizer, worker_pool
 from rnnkit.benchmarks.speed import rows, run
@@ -209,11 +210,11 @@ def test_what_is_wrong_is_said_with_its_numbers_and_not_timed(
     assert not timed & {("auto", "float32"), ("triton", "float32")}
 
 
-def last_step(v: Outputs) -> Outputs:
+def last_step(v: LayerOutputs) -> LayerOutputs:
     return v._replace(h_n=v.y[-1])
 
 
-def unwritten(v: Outputs) -> Outputs:
+def unwritten(v: LayerOutputs) -> LayerOutputs:
     y = torch.empty_like(v.y)
     y[:, :-1] = v.y[:, :-1]
     return v._replace(y=y)
@@ -227,8 +228,8 @@ FAULTS = {
     "the last step for the last state": Fused(after=last_step),
     "memory that nobody wrote": Fused(after=unwritten),
     "a weight's gradient": Fused(gradients=no_weight_gradient),
-    "no resets": Fused(before=lambda t: t._replace(reset=None, h_r=None, c_r=None)),
-    "zeros for the state at a reset": Fused(before=lambda t: t._replace(h_r=None, c_r=None)),
+    "no resets": Fused(before=lambda t: t._replace(reset=None, h_reset=None, c_reset=None)),
+    "zeros for the state at a reset": Fused(before=lambda t: t._replace(h_reset=None, c_reset=None)),
     "no lengths": Fused(before=lambda t: t._replace(lengths=None)),
     "one step too many": Fused(before=lambda t: t._replace(lengths=None if t.lengths is None else t.lengths + 1)),
     "forward for reverse": Fused(options=lambda o: o._replace(reverse=False)),
@@ -267,7 +268,7 @@ def test_the_problems_hold_on_this_machine() -> None:
 def test_what_a_backend_raises_is_a_failure(
     cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(_: Tensors) -> Tensors:
+    def refuse(_: LayerInputs) -> LayerInputs:
         raise RuntimeError("launch failed: lstm_forward, 32 x 4\nand more")
 
     put(monkeypatch, Fused(before=refuse))

@@ -18,12 +18,15 @@ import torch
 from fake_cuda import Fused, Restless, put, rerun
 
 from rnnkit import ops
-from rnnkit.backends import BY_NAME, Outputs, cuda, cuda_table, triton
+from rnnkit.backends import BY_NAME, LayerOutputs
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.backends.triton import backend as triton
+from rnnkit.backends.triton import configs as triton_configs
 from rnnkit.benchmarks.gpu_check import bitwise_checks, parity, parity_cases, reference_runs, worker_pool
 from rnnkit.benchmarks.gpu_check import main as gpu_check
 from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, F32, KINDS, ParityCase, Variant, kernels_of, select
 from rnnkit.benchmarks.speed.targets import FUSED
-from rnnkit.kernels import table
 
 SMALL = Variant((4, 7, 2, 5), lengths=True, resets=True, reset_state=True)
 TF32 = ParityCase("lstm", replace(SMALL, both=True), F32, tf32=True, fused=True)
@@ -42,15 +45,17 @@ def examined(*every: ParityCase, backend: Fused | None = None, patch: pytest.Mon
 # What is asked.
 
 
-@pytest.mark.parametrize("capability", [80, 86, 90, 100, table.AMD])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, triton_configs.AMD])
 def test_every_persistent_kernel_is_met_with_everything_on(capability: int) -> None:
     def everything(p: ParityCase) -> bool:
         v = p.variant
-        return v.lengths and v.resets and v.reset_state and v.all_states and v.both and v.size[1] > 2 * table.ROWS
+        return (
+            v.lengths and v.resets and v.reset_state and v.all_states and v.both and v.size[1] > 2 * triton_configs.ROWS
+        )
 
     every = select(False, capability)
     met = {row for p in every if everything(p) for row in kernels_of(p, capability)}
-    assert met == set(table.rows_of(capability))
+    assert met == set(triton_configs.rows_of(capability))
     assert len(every) == len(set(every)) and set(select(True)) < set(every)
 
 
@@ -59,7 +64,7 @@ def test_what_goes_wrong_on_large_things_is_asked() -> None:
     fused = [p for p in every if p.fused]
     for kind in KINDS:
         mine = [p for p in fused if p.kind == kind]
-        assert {p.variant.size[3] for p in mine} >= {tile + by for tile in table.TILES for by in (-1, 1)}
+        assert {p.variant.size[3] for p in mine} >= {tile + by for tile in triton_configs.TILES for by in (-1, 1)}
         assert {p.precision for p in mine if p.stepwise} == {"bfloat16", "float32", "tf32"}
         assert {p.stepwise for p in mine if p.calls} == {False, True}
         assert {p.precision for p in mine if not p.stepwise} >= {"bfloat16", "float16", "float32", "tf32"}
@@ -70,7 +75,7 @@ def test_what_goes_wrong_on_large_things_is_asked() -> None:
     for p in far:
         steps, _, _, hidden = p.variant.size
         assert steps * p.variant.many * hidden > 2**31 and p.dtype == BF16 and 2**35 < p.memory < 2**36
-        assert (p.variant.many - p.variant.size[1]) % table.ROWS == 0, "its rows keep their places in a tile"
+        assert (p.variant.many - p.variant.size[1]) % triton_configs.ROWS == 0, "its rows keep their places in a tile"
     last = [max(every.index(p) for p in some) for some in (every[:18], [p for p in every if p.calls], fused)]
     assert last == sorted(last) and last[0] < 18, "the telling ones first"
 
@@ -201,7 +206,7 @@ def test_every_call_is_as_a_plain_one(kind: str, both: bool, monkeypatch: pytest
 
 
 def test_a_row_that_looks_at_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mixed(v: Outputs) -> Outputs:
+    def mixed(v: LayerOutputs) -> LayerOutputs:
         return v._replace(y=v.y + v.y.mean(1, keepdim=True) * 0)
 
     found = examined(CALLED, backend=Fused(after=mixed), patch=monkeypatch)
@@ -237,7 +242,7 @@ MANY = ParityCase("lstm", replace(SMALL, many=103), F32, fused=True)
 def test_rows_among_many_are_those_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert examined(MANY, patch=monkeypatch).wrong == []
 
-    def far(v: Outputs) -> Outputs:
+    def far(v: LayerOutputs) -> LayerOutputs:
         return v._replace(y=torch.cat([v.y[:, :-2], v.y[:, -2:] * 1.01], 1))  # the last row has no steps
 
     found = examined(MANY, backend=Fused(after=far), patch=monkeypatch)
@@ -418,23 +423,23 @@ def test_the_kernels_that_ran_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
     findings = parity.Findings()
     row = ParityCase("lstm_proj", Variant((2, 3, 2, 64), proj=48), BF16, fused=True)
     parity.examine(findings, "cpu", [row, replace(row, stepwise=True)], ("triton",))
-    assert {r[:5] for r in findings.kernels} == {("lstm_proj", side, 64, 64, "half") for side in table.SIDES}
+    assert {r[:5] for r in findings.kernels} == {("lstm_proj", side, 64, 64, "half") for side in triton_configs.SIDES}
     (line,) = gpu_check.kernels(findings)
-    assert line.endswith(f"2 of {len(table.rows_of(90))} persistent kernels of sm_90 ran") and FUSED
+    assert line.endswith(f"2 of {len(triton_configs.rows_of(90))} persistent kernels of sm_90 ran") and FUSED
     monkeypatch.setattr(cuda, "missing", lambda: None)
     monkeypatch.setattr(cuda, "machine", cuda.machine._replace(capability=lambda index: 90))
     put(monkeypatch, Fused(), "cuda")
     small = ParityCase("gru", Variant((2, 3, 2, 64)), F16, fused=True)
     parity.examine(findings, "cpu", [small, replace(small, stepwise=True), replace(small, kind="lstm")], ("cuda",))
     _, line = gpu_check.kernels(findings)
-    assert line == f"cuda       3 of {len(cuda_table.able(90))} kernels that a GPU of 9.0 can hold ran"
-    names = {row.name for row in findings.kernels if isinstance(row, cuda_table.Row)}
+    assert line == f"cuda       3 of {len(cuda_configs.able(90))} kernels that a GPU of 9.0 can hold ran"
+    names = {row.name for row in findings.kernels if isinstance(row, cuda_configs.CompiledKernel)}
     assert names == {"cta_gru_fp16_64", "step_gru_fp16_8", "cta_lstm_fp16_64"}
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 def test_every_cuda_kernel_is_met(capability: int) -> None:
-    rows = cuda_table.able(capability)
+    rows = cuda_configs.able(capability)
     every = [p for p in select(False, None, rows) if p.fused]
     assert {parity_cases.compiled_for(p, capability) for p in every} >= set(rows)
     assert len(every) == len(set(every))

@@ -15,7 +15,9 @@ import torch
 from fake_cuda import pretend
 from test_cuda_build import HOME, SOURCES, needs_nvcc, nvcc
 
-from rnnkit.backends import cuda, cuda_table, extension
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
 from rnnkit.benchmarks.gpu_check import main as gpu_check
 from rnnkit.benchmarks.gpu_check import probes, timed_process
 from rnnkit.benchmarks.speed import machine, rows, timing
@@ -53,7 +55,7 @@ def test_the_source_has_what_the_table_names() -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("chip", cuda_table.CHIPS)
+@pytest.mark.parametrize("chip", cuda_configs.CHIPS)
 def test_they_compile_without_a_spill(chip: str, tmp_path: Path) -> None:
     command = [HOME / "bin" / "nvcc", *nvcc.FLAGS, "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra,-Werror", nvcc.gencode(chip)]
     done = subprocess.run([*command, "-c", SOURCES / "probes.cu", "-o", tmp_path / "o"], capture_output=True, text=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from rnnkit.backends import cuda, cuda_table
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
 from rnnkit.benchmarks.gpu_check import main as gpu_check
 from rnnkit.benchmarks.gpu_check import parity, parity_cases, sanitizer, timed_process
 from rnnkit.benchmarks.usage import cuda_usage as compiled
@@ -71,7 +72,9 @@ def test_whom_a_report_speaks_of() -> None:
     assert sanitizer.culprits("a race in cta_forward lstm bf16") == {("lstm", "bfloat16"), ("lstm_proj", "bfloat16")}
     assert sanitizer.culprits("step rnn tf32") == {("rnn_tanh", "tf32"), ("rnn_relu", "tf32")}
     assert sanitizer.culprits("step gru_before ieee (x.cuh:1)") == {("gru_reset_before", "float32")}
-    assert len(sanitizer.culprits("")) == len(parity_cases.KINDS) * len(cuda_table.KINDS), "all, where it does not tell"
+    assert len(sanitizer.culprits("")) == len(parity_cases.KINDS) * len(cuda_configs.KINDS), (
+        "all, where it does not tell"
+    )
 
 
 @pytest.fixture
@@ -211,9 +214,11 @@ def test_where_the_tool_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 def test_every_kernel_is_watched(capability: int) -> None:
     every = sanitizer.small(capability)
-    rows = cuda_table.able(capability)
-    assert {parity_cases.compiled_for(case, capability) for case in every} == set(rows) and len(every) == len(rows)
-    first = [parity_cases.compiled_for(case, capability) for case in every[: len(every) // 3]]
+    rows = cuda_configs.able(capability)
+    assert {parity_cases.compiled_for(problem, capability) for problem in every} == set(rows) and len(every) == len(
+        rows
+    )
+    first = [parity_cases.compiled_for(problem, capability) for problem in every[: len(every) // 3]]
     for facts in ("regime", "kernel", "kind"):
         assert {getattr(row, facts) for row in first} == {getattr(row, facts) for row in rows}, (
             "a third has some of all"
@@ -226,7 +231,7 @@ def test_the_program_runs_as_long_as_there_is_time(
     ran: list[tuple[Any, ...]] = []
     monkeypatch.setattr(sanitizer, "numbers", lambda runner, case, given, dtype, device: ran.append((case, device)))
     monkeypatch.setattr(sanitizer, "small", lambda capability: few)
-    few = list(parity_cases.stepping(cuda_table.ROWS))[:3]
+    few = list(parity_cases.stepping(cuda_configs.ROWS))[:3]
     monkeypatch.setattr(cuda, "machine", cuda.machine._replace(capability=lambda index: 90))
     assert sanitizer.main([]) == 0
     assert [case for case, _ in ran] == few and {device for _, device in ran} == {"cuda"}

@@ -1,6 +1,6 @@
 """What the benchmark says of rows: targets met or missed, tables, pictures, pages, what `auto` goes by.
 
-On made-up rows, but for the one test that holds the pages and measured.csv against what is recorded.
+On made-up rows, but for the one test that holds the pages and dispatch_times.csv against what is recorded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 from made_rows import row
 
 import rnnkit
-from rnnkit.backends import BY_NAME, measured
+from rnnkit.backends import BY_NAME, dispatch_times
 from rnnkit.benchmarks.dispatch import fit_dispatch
 from rnnkit.benchmarks.speed import machine, pages, picture, report, rows, targets, timing
 from rnnkit.benchmarks.speed.bench_cases import TABLE, BadInput, BenchCase
@@ -176,7 +176,7 @@ def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_commit_is_not_marked_for_what_recording_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, other = tmp_path / "benchmarks" / "machine.py", tmp_path / "rnnkit" / "ops.py"
-    made = [tmp_path / path for path in ("benchmarks/results/a.csv", "rnnkit/backends/measured.csv",
+    made = [tmp_path / path for path in ("benchmarks/results/a.csv", "rnnkit/backends/dispatch_times.csv",
                                          pages.README, pages.PERFORMANCE, *pages.PICTURES.values())]  # fmt: skip
     for path in (module, other, *made):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,8 +286,8 @@ def test_what_is_recorded_is_what_the_pages_and_auto_say() -> None:
     files = {path.stem: rows.read(path) for path in rows.recorded(rows.RESULTS)}
     for path, text in pages.written(ROOT, files).items():
         assert (ROOT / path).read_text(encoding="utf-8") == text, f"{path}: python -m rnnkit.benchmarks.speed.pages"
-    head, *lines = [line.split(",") for line in measured.FILE.read_text(encoding="utf-8").splitlines()]
-    assert [head, *lines] == [[*measured.FACTS, *BY_NAME], *fit_dispatch.table(files)], (
+    head, *lines = [line.split(",") for line in dispatch_times.FILE.read_text(encoding="utf-8").splitlines()]
+    assert [head, *lines] == [[*dispatch_times.FACTS, *BY_NAME], *fit_dispatch.table(files)], (
         "python -m rnnkit.benchmarks.dispatch.fit_dispatch"
     )
 

@@ -17,7 +17,7 @@ from simt import run as simt
 from torch import Tensor
 
 import rnnkit
-from rnnkit.backends import cuda_table
+from rnnkit.backends.cuda import configs as cuda_configs
 from rnnkit.benchmarks.gpu_check import parity, parity_cases, reference_runs
 from rnnkit.benchmarks.gpu_check.bitwise_checks import differing
 from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, KINDS, MASKED, ParityCase, Variant
@@ -29,9 +29,9 @@ CELLS = {"rnn": "rnn_relu", "lstm": "lstm_proj", "gru": "gru", "gru_before": "gr
 SEEDS = range(20)
 
 
-def of_step(row: cuda_table.Row) -> ParityCase:
+def of_step(row: cuda_configs.CompiledKernel) -> ParityCase:
     """Two blocks of units and of rows; of a row that serves few of them, one of rows that it does not fill."""
-    few = row.rows <= cuda_table.TALL
+    few = row.rows <= cuda_configs.TALL
     size = (3, row.rows + (-1 if few else 3), 3, 19 if few else 40)
     variant = Variant(size, both=True, all_states=True, proj=9, **MASKED)
     return case(CELLS[row.kernel], row.kind, "step", variant)
@@ -42,13 +42,13 @@ def case(cell: str, operands: str, regime: str, variant: Variant) -> ParityCase:
     return ParityCase(cell, variant, OPERANDS[operands], tf32=operands == "tf32", stepwise=regime == "step", fused=True)
 
 
-CTA = [row for row in cuda_table.ROWS if row.regime == "cta"]
-STEP = [row for row in cuda_table.ROWS if row.regime == "step"]
+CTA = [row for row in cuda_configs.ROWS if row.regime == "cta"]
+STEP = [row for row in cuda_configs.ROWS if row.regime == "step"]
 ROWS = {
-    **{row.name: p for row, p in zip(CTA, parity_cases.resident(cuda_table.ROWS), strict=True)},
+    **{row.name: p for row, p in zip(CTA, parity_cases.resident(cuda_configs.ROWS), strict=True)},
     **{row.name: of_step(row) for row in STEP},
 }
-assert ROWS.keys() == {row.name for row in cuda_table.ROWS}
+assert ROWS.keys() == {row.name for row in cuda_configs.ROWS}
 every_row = pytest.mark.parametrize("name", ROWS)
 # Every regime that serves a cell by a kind of operands; a projection and float64 go step by step alone.
 WAYS = [

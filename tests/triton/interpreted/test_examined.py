@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from fake_cuda import rerun
 
+from rnnkit.backends.triton import configs as triton_configs
 from rnnkit.benchmarks.gpu_check import bitwise_checks, parity, parity_cases
 from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F32, ParityCase, Variant
-from rnnkit.kernels import table
 
 
 def found(*every: ParityCase) -> parity.Findings:
@@ -19,9 +19,11 @@ def found(*every: ParityCase) -> parity.Findings:
 
 def test_a_persistent_kernel_with_everything_on() -> None:
     (first,) = [
-        p for p in parity_cases.persistent(table.INTERPRETER) if p.kind == "gru" and p.variant.size[3] == 32 and p.tf32
+        p
+        for p in parity_cases.persistent(triton_configs.INTERPRETER)
+        if p.kind == "gru" and p.variant.size[3] == 32 and p.tf32
     ]
-    assert {row[:5] for row in found(first).kernels} == {("gru", side, 32, 32, "tf32") for side in table.SIDES}
+    assert {row[:5] for row in found(first).kernels} == {("gru", side, 32, 32, "tf32") for side in triton_configs.SIDES}
 
 
 def test_step_by_step_nothing_persistent_runs() -> None:

@@ -1,26 +1,25 @@
 """Backend `triton`: the kernels of rnnkit.kernels, for GPUs that Triton compiles for, and for its interpreter.
 
-It brings the two scans; the products around them are those of products.py. Which regime a scan runs in, and with
-which tiles, kernels/table.py says. `import rnnkit` needs no Triton, and one that cannot be used is a reason.
+It brings the two scans; the products around them are those of scan_backend.py. Which regime a scan runs in, and with
+which tiles, configs.py says. `import rnnkit` needs no Triton, and one that cannot be used is a reason.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cells import Cell
-from ..reference.scan import ScanGradients
-from . import gpu, measured
-from .problem import Options, Outputs, Problem, Tensors
-from .products import KernelBackend, bias_inside
-
-if TYPE_CHECKING:
-    from ..kernels.table import Plan
+from ...cells import Cell
+from ...reference.scan import ScanGradients
+from .. import dispatch_times, gpu
+from ..scan_backend import ScanBackend, bias_inside
+from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec
+from . import configs
+from .configs import LaunchConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 regimes = gpu.Regimes("RNNKIT_TRITON_REGIME", ("persistent", "step"))
@@ -57,17 +56,13 @@ def interpreted() -> bool:
 
 
 def capability(index: int | None = None) -> int:
-    """Of one CUDA device as in sm_90, None: of the current one; table.AMD where torch was built for ROCm."""
-    from ..kernels import table
-
-    return gpu.capability(index) if torch.version.hip is None else table.AMD
+    """Of one CUDA device as in sm_90, None: of the current one; configs.AMD where torch was built for ROCm."""
+    return gpu.capability(index) if torch.version.hip is None else configs.AMD
 
 
 def chip(index: int | None = None) -> int:
-    """The capability that kernels/table.py goes by."""
-    from ..kernels import table
-
-    return table.INTERPRETER if interpreted() else capability(index)
+    """The capability that configs.py goes by."""
+    return configs.INTERPRETER if interpreted() else capability(index)
 
 
 def uninstalled() -> str | None:
@@ -87,14 +82,12 @@ def missing(index: int | None = None) -> str | None:
 
 def _unfit(index: int) -> str | None:
     """What speaks against a GPU."""
-    from ..kernels import table
-
     found = capability(index)
-    if found == table.AMD:
+    if found == configs.AMD:
         name = gpu.amd(index)
-        if name not in table.CHIPS:
+        if name not in configs.CHIPS:
             return f"of AMD's GPUs its kernels are compiled for gfx942 alone, got {name}"
-    elif found < table.OLDEST:
+    elif found < configs.OLDEST:
         return (
             f"needs compute capability 8.0 or later, got a GPU of {found / 10}: of its regimes "
             f"({', '.join(regimes.names)}) none runs there, the backends torch and reference do"
@@ -102,65 +95,71 @@ def _unfit(index: int) -> str | None:
     return None
 
 
-class Triton(KernelBackend):
+class Triton(ScanBackend):
     name = "triton"
     saves_narrow = True
-    overlaps = True
+    concurrent_directions = True
 
     def available(self) -> str | None:
         return regimes.wrong() or gpu.anywhere(missing)
 
-    def unsupported(self, problem: Problem) -> list[str]:
+    def unsupported(self, spec: LayerSpec) -> list[str]:
         reasons = []
         device = "cpu" if interpreted() else "cuda"
-        if problem.device != device:
+        if spec.device != device:
             how = "in Triton's interpreter runs" if interpreted() else "runs"
-            reasons.append(f"{how} on the device {device}, got {problem.device}")
+            reasons.append(f"{how} on the device {device}, got {spec.device}")
             reason = uninstalled()
         else:
-            reason = regimes.wrong() or missing(problem.device_index)
+            reason = regimes.wrong() or missing(spec.device_index)
         if reason is not None:
             reasons.append(reason)
-        if problem.dtype not in DTYPES:
-            reasons.append(f"computes in float32, bfloat16 and float16, got {problem.dtype}")
-        if problem.hidden_size == 0:
+        if spec.dtype not in DTYPES:
+            reasons.append(f"computes in float32, bfloat16 and float16, got {spec.dtype}")
+        if spec.hidden_size == 0:
             reasons.append("needs at least one unit, got H=0")
         if regimes.only is not None and not reasons:
             try:
-                _plans(problem)
+                _plans(spec)
             except NotImplementedError as refused:
                 reasons.append(str(refused))
         return reasons
 
-    def reluctant(self, problem: Problem) -> str | None:
+    def auto_exclusion_reason(self, spec: LayerSpec) -> str | None:
         if interpreted():
             return "can run it in Triton's interpreter, far slower than any other; runs when named"
-        return measured.untried(self.name, problem)
+        return dispatch_times.unmeasured_reason(self.name, spec)
 
-    def detail(self, problem: Problem) -> str | None:
-        plans = _plans(problem)
-        if len({(plan.regime, plan.reason) for plan in plans.values()}) == 1:
+    def detail(self, spec: LayerSpec) -> str | None:
+        plans = _plans(spec)
+        if len({(config.regime, config.reason) for config in plans.values()}) == 1:
             return f"{plans['forward'].regime}: {plans['forward'].reason}"
-        return "; ".join(f"{side} {plan.regime}: {plan.reason}" for side, plan in plans.items())
+        return "; ".join(f"{side} {config.regime}: {config.reason}" for side, config in plans.items())
 
     def scan_forward(
-        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
+        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: LayerInputs, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        plan = _plan(cell, "forward", t)
+        config = _plan(cell, "forward", t)
         with on_device_of(gx):
-            return _regime(plan).forward(
-                cell, gx, h, c, t, bias_inside(cell, t), t0=t0, reverse=reverse, save=save, plan=plan
+            return _regime(config).forward(
+                cell, gx, h, c, t, bias_inside(cell, t), t0=t0, reverse=reverse, save=save, config=config
             )
 
     def scan_backward(
-        self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
+        self,
+        cell: Cell,
+        grads: LayerOutputs,
+        y: Tensor,
+        c_all: Tensor | None,
+        gates: Tensor | None,
+        t: LayerInputs,
+        o: LayerOptions,
     ) -> ScanGradients:
-        plan = _plan(cell, "backward", t)
+        config = _plan(cell, "backward", t)
         with on_device_of(y):
-            found = _regime(plan).backward(
-                cell, grads, y, c_all, gates, t, bias_inside(cell, t), reverse=o.reverse, plan=plan
+            return _regime(config).backward(
+                cell, grads, y, c_all, gates, t, bias_inside(cell, t), reverse=o.reverse, config=config
             )
-        return ScanGradients(*found)
 
 
 def kind(dtype: torch.dtype) -> str:
@@ -177,34 +176,32 @@ def on_device_of(v: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(v.device) if v.is_cuda else contextlib.nullcontext()
 
 
-def _plans(problem: Problem) -> dict[str, Plan]:
-    """How each side of a problem runs."""
-    facts = (problem.hidden_size, problem.proj_size, kind(problem.dtype), chip(problem.device_index), problem.batch)
-    sides = ("forward", "backward")[: 1 + problem.train]
-    return {side: _planned(problem.cell, side, *facts) for side in sides}
+def _plans(spec: LayerSpec) -> dict[str, LaunchConfig]:
+    """How each side of a layer runs."""
+    facts = (spec.hidden_size, spec.proj_size, kind(spec.dtype), chip(spec.device_index), spec.batch)
+    sides = ("forward", "backward")[: 1 + spec.train]
+    return {side: _planned(spec.cell, side, *facts) for side in sides}
 
 
-def _plan(cell: Cell, side: str, t: Tensors) -> Plan:
+def _plan(cell: Cell, side: str, t: LayerInputs) -> LaunchConfig:
     hidden = t.w_hh.shape[0] // cell.gates
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
     return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip(t.x.device.index), t.x.shape[1])
 
 
-def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capability: int, rows: int) -> Plan:
+def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capability: int, rows: int) -> LaunchConfig:
     """Raises NotImplementedError where the regime that is asked for cannot."""
-    from ..kernels import table
-
     if regimes.only == "step":
-        return table.stepwise(cell, side, hidden, proj, operands, rows, regimes.asks())
-    plan = table.plan(cell, side, hidden, proj, operands, capability, rows)
+        return configs.stepwise(cell, side, hidden, proj, operands, rows, regimes.asks())
+    config = configs.plan(cell, side, hidden, proj, operands, capability, rows)
     if regimes.only is None:
-        return plan
-    if plan.regime != regimes.only:
-        raise regimes.refused(f"{side}: {plan.reason}")
-    return plan._replace(reason=regimes.asks())
+        return config
+    if config.regime != regimes.only:
+        raise regimes.refused(f"{side}: {config.reason}")
+    return config._replace(reason=regimes.asks())
 
 
-def _regime(plan: Plan) -> Any:
-    from ..kernels import persistent, step
+def _regime(config: LaunchConfig) -> Any:
+    from ...kernels import persistent, step
 
-    return persistent if plan.regime == "persistent" else step
+    return persistent if config.regime == "persistent" else step

@@ -6,7 +6,6 @@ How the rows come about is in tests/bench/test_speed_report.py.
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,24 @@ import pytest
 import torch
 
 import rnnkit
-from rnnkit.backends import BACKENDS, BY_NAME, Problem, measured, preference
+from rnnkit.backends import BACKENDS, BY_NAME, LayerSpec, dispatch_times, preference, select
 
-PLAIN = Problem("gru", "cpu", torch.float32, 100, 32, 256, 256, 0, True, False, False, False, False, False, False, True)
+PLAIN = LayerSpec(
+    "gru", "cpu", torch.float32, 100, 32, 256, 256, 0, True, False, False, False, False, False, False, True
+)
 
 
 def test_the_fastest_first_and_the_tables_order_in_a_tie() -> None:
-    assert measured.fastest_first({"cpu": 3.0, "torch": 2.0, "reference": 1.0}) == ("reference", "torch", "cpu")
-    assert measured.fastest_first({"cpu": 1.02, "torch": 1.0, "reference": 9.0}) == ("cpu", "torch", "reference")
-    assert measured.fastest_first({"cpu": 1.04, "torch": 1.0, "reference": 9.0}) == ("torch", "cpu", "reference")
-    assert measured.fastest_first({"cpu": 1.005, "torch": 1.0}) == ("cpu", "torch")
+    assert dispatch_times.fastest_first({"cpu": 3.0, "torch": 2.0, "reference": 1.0}) == ("reference", "torch", "cpu")
+    assert dispatch_times.fastest_first({"cpu": 1.02, "torch": 1.0, "reference": 9.0}) == ("cpu", "torch", "reference")
+    assert dispatch_times.fastest_first({"cpu": 1.04, "torch": 1.0, "reference": 9.0}) == ("torch", "cpu", "reference")
+    assert dispatch_times.fastest_first({"cpu": 1.005, "torch": 1.0}) == ("cpu", "torch")
 
 
 def test_no_backend_passes_another_for_less_than_the_noise() -> None:
     for cost in itertools.product((1.0, 1.005, 1.02, 1.029, 1.031, 1.05, 2.0), repeat=3):
         given = dict(zip(("cpu", "torch", "reference"), cost, strict=True))
-        order = measured.fastest_first(given)
+        order = dispatch_times.fastest_first(given)
         assert sorted(order) == sorted(given)
         for earlier, later in itertools.combinations(given, 2):
             if order.index(later) < order.index(earlier):
@@ -37,10 +38,10 @@ def test_no_backend_passes_another_for_less_than_the_noise() -> None:
 
 
 def test_what_is_recorded_moves_a_backend_only_where_it_is_faster_than_the_noise() -> None:
-    for kind, rows in measured.ROWS.items():
+    for kind, rows in dispatch_times.ROWS.items():
         for row in rows:
             order = list(row.ms)
-            first = measured.fastest_first(row.ms)[0]
+            first = dispatch_times.fastest_first(row.ms)[0]
             passed = order[: order.index(first)]
             assert all(row.ms[name] > 1.03 * row.ms[first] for name in passed), (kind, str(row))
 
@@ -48,16 +49,19 @@ def test_what_is_recorded_moves_a_backend_only_where_it_is_faster_than_the_noise
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two recorded shapes of a GRU: torch wins the small one, cpu the large one, and cpu on the whole."""
-    lines = [",".join([*measured.FACTS, *BY_NAME]), "cpu,gru,1,1,1,64,64,x,,,2,1,4", "cpu,gru,1,64,64,64,64,x,,,1,9,4"]
-    (tmp_path / "measured.csv").write_text("\n".join(lines) + "\n")
-    found = measured.read(tmp_path / "measured.csv")
-    monkeypatch.setattr(measured, "ROWS", found)
-    backends = sys.modules["rnnkit.backends"]
-    monkeypatch.setattr(backends, "_orders", {})
-    monkeypatch.setattr(backends, "_TYPICAL", {k: backends._order(measured.typical(v)) for k, v in found.items()})
+    lines = [
+        ",".join([*dispatch_times.FACTS, *BY_NAME]),
+        "cpu,gru,1,1,1,64,64,x,,,2,1,4",
+        "cpu,gru,1,64,64,64,64,x,,,1,9,4",
+    ]
+    (tmp_path / "dispatch_times.csv").write_text("\n".join(lines) + "\n")
+    found = dispatch_times.read(tmp_path / "dispatch_times.csv")
+    monkeypatch.setattr(dispatch_times, "ROWS", found)
+    monkeypatch.setattr(select, "_orders", {})
+    monkeypatch.setattr(select, "_TYPICAL", {k: select._order(dispatch_times.typical(v)) for k, v in found.items()})
 
 
-def names(problem: Problem) -> list[str]:
+def names(problem: LayerSpec) -> list[str]:
     return [backend.name for backend in preference(problem)]
 
 
@@ -77,23 +81,23 @@ def test_the_nearest_recorded_shape_decides(table: None) -> None:
 
 
 def test_orders_are_remembered_but_not_without_end(table: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = sys.modules["rnnkit.backends"]._orders
-    monkeypatch.setattr(sys.modules["rnnkit.backends"], "_KEPT", 3)
+    kept = select._orders
+    monkeypatch.setattr(select, "ORDER_CACHE_SIZE", 3)
     for steps in range(1, 9):
         preference(PLAIN._replace(steps=steps))
         assert 0 < len(kept) <= 3
-    monkeypatch.setattr(measured, "nearest", None)
+    monkeypatch.setattr(dispatch_times, "nearest", None)
     assert names(PLAIN._replace(steps=8))[2] == "cpu"
 
 
 def test_what_was_not_measured_keeps_its_place() -> None:
-    order = sys.modules["rnnkit.backends"]._order
+    order = select._order
     assert [b.name for b in order(("reference", "torch"))] == ["cuda", "triton", "cpu", "reference", "torch"]
     assert [b.name for b in order(("torch", "cpu"))] == ["cuda", "triton", "torch", "cpu", "reference"]
 
 
 def test_compiled_code_does_not_look_at_sizes(table: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "nearest", None)
+    monkeypatch.setattr(dispatch_times, "nearest", None)
     graphs: list[Any] = []
 
     def count(graph: Any, _: Any) -> Any:
@@ -114,7 +118,7 @@ def test_a_symbolic_size_is_not_looked_up(table: None, monkeypatch: pytest.Monke
     env = ShapeEnv()
     symbol = env.create_symbol(5, ConstantSource("s"), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
     size: Any = env.create_symintnode(symbol, hint=5)
-    monkeypatch.setattr(measured, "nearest", None)
+    monkeypatch.setattr(dispatch_times, "nearest", None)
     assert names(PLAIN._replace(steps=size)) == names(PLAIN._replace(batch=size)) == [
         *("cuda", "triton", "cpu", "torch", "reference")
     ]  # fmt: skip
@@ -135,3 +139,32 @@ def test_every_problem_gets_every_backend() -> None:
     for cell, train in itertools.product(rnnkit.cells.CELLS, (False, True)):
         order = preference(PLAIN._replace(cell=cell, train=train))
         assert sorted(b.name for b in order) == sorted(BY_NAME)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_times_of_onednns_lstm_hold_only_where_onednn_runs_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX-512 torch's LSTM in bfloat16 is a chain of small operators, and so is every float16 and float64 one:
+    a row on which oneDNN beat the engine in float32 says nothing of them."""
+    monkeypatch.setattr(select, "_onednn_has_bfloat16", lambda: native)
+    fast = [(kind, row) for kind, rows in dispatch_times.ROWS.items() for row in rows if kind[1] == "lstm"]
+    (_, _, train), row = next(
+        v for v in fast if v[0][0] == "cpu" and dispatch_times.fastest_first(v[1].ms)[0] == "torch"
+    )
+    spec = PLAIN._replace(
+        cell="lstm",
+        train=train,
+        batch=row.batch,
+        steps=row.steps,
+        input_size=row.input_size,
+        hidden_size=row.hidden_size,
+    )
+
+    def first(dtype: torch.dtype) -> str:
+        return preference(spec._replace(dtype=dtype))[2].name  # behind the two for GPUs
+
+    assert first(torch.float32) == "torch" and select.recorded(spec) == row
+    assert first(torch.bfloat16) == ("torch" if native else "cpu")
+    assert first(torch.float16) == first(torch.float64) == "cpu"
+    assert select.recorded(spec._replace(dtype=torch.float64)) is None
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert first(torch.float32) == "cpu"

@@ -1,4 +1,4 @@
-"""What a backend is asked to do: the tensors of one layer, the options, and the problem they make.
+"""What a backend is asked to do: the tensors of one layer, the options, and the facts of both: its spec.
 
 A layer here is one layer in one direction over all T, input projection inside.
 """
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 
-class Tensors(NamedTuple):
+class LayerInputs(NamedTuple):
     """What a layer reads, in the order of every argument list. T steps, B rows, I inputs, H hidden, P projected."""
 
     x: Tensor  # [T, B, I]
-    h_0: Tensor  # [B, H], [B, P] with a projection; None (zeros) only where `takes_none_states`, see `filled`
+    h_0: Tensor  # [B, H], [B, P] with a projection; None (zeros) only where `validates_inputs`, see `with_zero_states`
     c_0: Tensor | None  # [B, H], LSTM
     w_ih: Tensor  # [G·H, I]
     w_hh: Tensor  # [G·H, H or P]
@@ -24,16 +24,16 @@ class Tensors(NamedTuple):
     w_hr: Tensor | None = None  # [P, H], LSTM with a projection
     lengths: Tensor | None = None  # [B] int64
     reset: Tensor | None = None  # [T, B] bool
-    h_r: Tensor | None = None  # [B, H or P]: the state at a reset, zeros where None
-    c_r: Tensor | None = None  # [B, H]
+    h_reset: Tensor | None = None  # [B, H or P]: the state at a reset, zeros where None
+    c_reset: Tensor | None = None  # [B, H]
 
-    def cast(self, dtype: torch.dtype) -> Tensors:
+    def cast(self, dtype: torch.dtype) -> LayerInputs:
         """The same with every floating tensor in `dtype`."""
-        return Tensors(
+        return LayerInputs(
             *(t.to(dtype) if t is not None and t.is_floating_point() else t for t in self)  # type: ignore[arg-type]
         )
 
-    def filled(self, has_c: bool) -> Tensors:
+    def with_zero_states(self, has_c: bool) -> LayerInputs:
         """The same with zeros for missing initial states. `has_c`: whether the cell has a c."""
         if self.h_0 is not None and (self.c_0 is not None or not has_c):
             return self
@@ -45,7 +45,7 @@ class Tensors(NamedTuple):
         return self._replace(h_0=h_0, c_0=c_0)
 
 
-class Options(NamedTuple):
+class LayerOptions(NamedTuple):
     """How a layer runs."""
 
     reverse: bool = False
@@ -53,7 +53,7 @@ class Options(NamedTuple):
     recompute: bool = False
 
 
-class Outputs(NamedTuple):
+class LayerOutputs(NamedTuple):
     """What a layer gives."""
 
     y: Tensor  # [T, B, H or P]
@@ -65,13 +65,13 @@ class Outputs(NamedTuple):
 class Result(NamedTuple):
     """Outputs, and what the backward of the same backend wants kept."""
 
-    outputs: Outputs
+    outputs: LayerOutputs
     saved: tuple[Tensor, ...] = ()
     graph: Any = None
     """An autograd graph of torch's own that `backward` continues (backend `torch` in eager mode)."""
 
 
-class Problem(NamedTuple):
+class LayerSpec(NamedTuple):
     """The facts by which a backend is chosen. Under torch.compile T and B may be symbolic."""
 
     cell: str
@@ -106,12 +106,12 @@ class Problem(NamedTuple):
         return [name for name, wanted in asked if wanted]
 
 
-def describe(cell: str, t: Tensors, o: Options, *, train: bool) -> Problem:
-    """The problem that these tensors and options make."""
+def describe(cell: str, t: LayerInputs, o: LayerOptions, *, train: bool) -> LayerSpec:
+    """The spec of a layer with these tensors and options."""
     x, w_hr = t.x, t.w_hr
     steps, rows, features = x.shape
     size, hidden = (0, t.w_hh.shape[1]) if w_hr is None else w_hr.shape
-    return Problem(  # by place, in half the time that names take
+    return LayerSpec(  # by place, in half the time that names take
         cell,
         "cpu" if x.is_cpu else x.device.type,
         x.dtype,
@@ -123,7 +123,7 @@ def describe(cell: str, t: Tensors, o: Options, *, train: bool) -> Problem:
         t.b_ih is not None,
         t.lengths is not None,
         t.reset is not None,
-        t.h_r is not None,
+        t.h_reset is not None,
         *o,
         train,
         None if x.is_cpu else x.device.index,

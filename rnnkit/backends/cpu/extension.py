@@ -34,7 +34,7 @@ def _load(folder: Path) -> str:
     return ""
 
 
-_FOLDER = Path(__file__).parent.parent
+_FOLDER = Path(__file__).parents[2]
 _reason = _load(_FOLDER)
 
 

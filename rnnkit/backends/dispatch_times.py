@@ -1,9 +1,9 @@
 """What was measured of the backends, as far as `auto` needs it to put them in order.
 
-`measured.csv` beside this file holds, for each recorded shape of one layer in one direction, the milliseconds of
+`dispatch_times.csv` beside this file holds, for each recorded shape of one layer in one direction, the milliseconds of
 every backend that ran it. `python -m rnnkit.benchmarks.dispatch.fit_dispatch` writes it from benchmarks/results/.
 For a problem the nearest recorded shape decides, nearest in log B, log T, log I and log H. All was measured in
-float32; other dtypes go by the same rows.
+float32; for which other dtypes it holds, select.py says.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from .problem import Problem
+from .spec import LayerSpec
 
-FILE = Path(__file__).with_name("measured.csv")
+FILE = Path(__file__).with_name("dispatch_times.csv")
 FACTS = ("device", "cell", "train", "B", "T", "I", "H", "source")  # the columns before those of the backends
 # A backend comes before one that precedes it in the table only where it is more than 3 % faster. Less is noise: of the
 # recorded shapes that the same backend ran in two runs, by name and as `auto`, three of four differ by up to 3 %.
@@ -27,7 +27,7 @@ ALIKE = {"rnn_relu": "rnn_tanh", "gru_reset_before": "gru"}
 Kind = tuple[str, str, bool]  # device, cell, whether a backward follows
 
 
-class Row(NamedTuple):
+class RecordedShape(NamedTuple):
     """One recorded shape, and the milliseconds that each backend took, in the order of the table of backends."""
 
     batch: int
@@ -43,18 +43,18 @@ class Row(NamedTuple):
         return f"B={self.batch} T={self.steps} I={self.input_size} H={self.hidden_size} on {self.source}: {times}"
 
 
-def read(path: Path) -> dict[Kind, list[Row]]:
+def read(path: Path) -> dict[Kind, list[RecordedShape]]:
     """The rows of a file by device, cell and whether they train."""
     with path.open(newline="", encoding="utf-8") as file:
         return parsed(csv.DictReader(file))
 
 
-def parsed(lines: Iterable[Mapping[str, str]]) -> dict[Kind, list[Row]]:
+def parsed(lines: Iterable[Mapping[str, str]]) -> dict[Kind, list[RecordedShape]]:
     """The same of lines, by the names of columns."""
-    found: dict[Kind, list[Row]] = {}
+    found: dict[Kind, list[RecordedShape]] = {}
     for line in lines:
         ms = {name: float(v) for name, v in line.items() if name not in FACTS and v}
-        row = Row(int(line["B"]), int(line["T"]), int(line["I"]), int(line["H"]), line["source"], ms)
+        row = RecordedShape(int(line["B"]), int(line["T"]), int(line["I"]), int(line["H"]), line["source"], ms)
         found.setdefault((line["device"], line["cell"], line["train"] == "1"), []).append(row)
     return found
 
@@ -63,14 +63,14 @@ def fastest_first(cost: Mapping[str, float]) -> tuple[str, ...]:
     """Names by cost. One passes those before it in the mapping's own order only where it beats each of them by TIE."""
     order: list[str] = []
     for name, own in cost.items():
-        place = len(order)
-        while place and cost[order[place - 1]] > own * TIE:
-            place -= 1
-        order.insert(place, name)
+        position = len(order)
+        while position and cost[order[position - 1]] > own * TIE:
+            position -= 1
+        order.insert(position, name)
     return tuple(order)
 
 
-def typical(rows: list[Row]) -> tuple[str, ...]:
+def typical(rows: list[RecordedShape]) -> tuple[str, ...]:
     """One order for every shape: by the geometric mean of how much slower than a row's fastest each backend is."""
     logs: dict[str, list[float]] = {}
     for row in rows:
@@ -88,24 +88,24 @@ def nearest(
     cell: str,
     train: bool,
     sizes: tuple[int, int, int, int],
-    recorded: dict[Kind, list[Row]] | None = None,
-) -> Row | None:
+    recorded: dict[Kind, list[RecordedShape]] | None = None,
+) -> RecordedShape | None:
     """The recorded shape nearest to sizes (B, T, I, H); None where nothing is recorded of this cell and device.
 
     recorded: rows as `parsed` gives them; None: those of the package.
     """
     rows = (ROWS if recorded is None else recorded).get((device, ALIKE.get(cell, cell), train), ())
-    place = [math.log(max(size, 1)) for size in sizes]
+    point = [math.log(max(size, 1)) for size in sizes]
 
-    def distance(row: Row) -> float:
-        return sum((a - math.log(b)) ** 2 for a, b in zip(place, row[:4], strict=True))
+    def distance(row: RecordedShape) -> float:
+        return sum((a - math.log(b)) ** 2 for a, b in zip(point, row[:4], strict=True))
 
     return min(rows, key=distance, default=None)
 
 
-def untried(name: str, problem: Problem) -> str | None:
-    """Why `auto` leaves a plain problem on a GPU to torch's layers: this backend has no recorded time there."""
-    known = TYPICAL.get((problem.device, ALIKE.get(problem.cell, problem.cell), problem.train), ())
-    if name in known or problem.extras or not problem.steps:
+def unmeasured_reason(name: str, spec: LayerSpec) -> str | None:
+    """Why `auto` leaves a plain layer on a GPU to torch's layers: this backend has no recorded time there."""
+    known = TYPICAL.get((spec.device, ALIKE.get(spec.cell, spec.cell), spec.train), ())
+    if name in known or spec.extras or not spec.steps:
         return None
     return "can run it, but was not measured on a GPU yet, and torch has a layer for it; runs when named"

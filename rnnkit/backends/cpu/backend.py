@@ -14,30 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
+from ...cells import CELLS
+from ..base import Backend, Gradient
+from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 from . import extension
-from .problem import Options, Outputs, Problem, Result, Tensors
-from .products import Backend, Gradient
 
-NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
+CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 """The cells as csrc/cpu/scan.h numbers them."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _modes = torch._C._len_torch_dispatch_stack
 _watching = torch._C._len_torch_function_stack
 _transforming = torch._C._are_functorch_transforms_active
-LENGTHS, RESET = Tensors._fields.index("lengths"), Tensors._fields.index("reset")
+LENGTHS, RESET = LayerInputs._fields.index("lengths"), LayerInputs._fields.index("reset")
 
 
 @functools.cache
-def asked(needs: tuple[bool, ...]) -> int:
-    """Which gradients the operator shall give: a bit for each of `Tensors`, without lengths and reset."""
+def grad_mask(needs: tuple[bool, ...]) -> int:
+    """Which gradients the operator shall give: a bit for each of `LayerInputs`, without lengths and reset."""
     wanted = [need for k, need in enumerate(needs) if k not in (LENGTHS, RESET)]
     return sum(1 << k for k, need in enumerate(wanted) if need)
 
 
 class CPU(Backend):
     name = "cpu"
-    takes_none_states = True
+    validates_inputs = True
 
     def __init__(self) -> None:
         if extension.available():
@@ -58,27 +58,27 @@ class CPU(Backend):
     def available(self) -> str | None:
         return extension.reason() or extension.refusal or None
 
-    def unsupported(self, problem: Problem) -> list[str]:
+    def unsupported(self, spec: LayerSpec) -> list[str]:
         reasons = []
         if not extension.available():  # an engine that refuses its variant is chosen, and raises: `auto` hides no error
             reasons.append(extension.reason())
-        if problem.device != "cpu":
-            reasons.append(f"runs on the device cpu, got {problem.device}")
-        if problem.dtype not in DTYPES:
-            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {problem.dtype}")
+        if spec.device != "cpu":
+            reasons.append(f"runs on the device cpu, got {spec.device}")
+        if spec.dtype not in DTYPES:
+            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {spec.dtype}")
         return reasons
 
-    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
+    def forward(self, cell: str, t: LayerInputs, o: LayerOptions, *, train: bool, graph: bool = False) -> Result:
         keeps_c = train and o.recompute  # an LSTM's: the backward makes the gates again, range by range
         y, h_n, *more = self._functions()[0](
-            NUMBERS[cell], *t, o.reverse, o.all_states or keeps_c, train and not o.recompute, 0
+            CELL_IDS[cell], *t, o.reverse, o.all_states or keeps_c, train and not o.recompute, 0
         )
         if cell != "lstm":
-            return Result(Outputs(y, h_n, None, None), tuple(more))
+            return Result(LayerOutputs(y, h_n, None, None), tuple(more))
         c_n, *more = more
         c_all = more.pop(0) if o.all_states or keeps_c else None
         saved = (c_all,) if keeps_c else tuple(more)
-        return Result(Outputs(y, h_n, c_n, c_all if o.all_states else None), saved)
+        return Result(LayerOutputs(y, h_n, c_n, c_all if o.all_states else None), saved)
 
     def single(
         self,
@@ -93,7 +93,7 @@ class CPU(Backend):
         batch_first: bool,
         save: bool,
     ) -> list[Tensor] | None:
-        return self._single(NUMBERS[cell], x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first, save)
+        return self._single(CELL_IDS[cell], x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first, save)
 
     def single_backward(
         self,
@@ -107,7 +107,9 @@ class CPU(Backend):
     ) -> list[Gradient] | None:
         gates, c = saved if len(saved) == 2 else (saved[0] if saved else None, None)
         gy, gh_n, gc_n = grads if len(grads) == 3 else (*grads, None)
-        found = self._single_backward(NUMBERS[cell], *inputs, batch_first, y, gates, c, gy, gh_n, gc_n, asked(needs))
+        found = self._single_backward(
+            CELL_IDS[cell], *inputs, batch_first, y, gates, c, gy, gh_n, gc_n, grad_mask(needs)
+        )
         if found is None or all(needs):
             return found
         given = iter(found)
@@ -128,11 +130,18 @@ class CPU(Backend):
         tensors that are not plain, where the operators are not called."""
         if cell == "lstm":
             return self._lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh)
-        new = self._step(NUMBERS[cell], x, h, w_ih, w_hh, b_ih, b_hh)
+        new = self._step(CELL_IDS[cell], x, h, w_ih, w_hh, b_ih, b_hh)
         return None if new is None else (new, None)
 
     def backward(
-        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+        self,
+        cell: str,
+        t: LayerInputs,
+        o: LayerOptions,
+        y: Tensor,
+        result: Result | None,
+        grads: LayerOutputs,
+        needs: list[bool],
     ) -> list[Gradient]:
         kind = CELLS[cell]
         saved = () if result is None else result.saved
@@ -140,5 +149,5 @@ class CPU(Backend):
             saved = self.forward(cell, t, o, train=True).saved
         gates = saved[0] if kind.saved and not o.recompute else None
         c = saved[-1] if kind.has_c else None
-        found = iter(self._functions()[1](NUMBERS[cell], *t, o.reverse, y, gates, c, *grads, asked(tuple(needs))))
+        found = iter(self._functions()[1](CELL_IDS[cell], *t, o.reverse, y, gates, c, *grads, grad_mask(tuple(needs))))
         return [next(found) if need else None for need in needs]

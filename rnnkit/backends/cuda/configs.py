@@ -7,8 +7,8 @@ step by step.
 
 Another regime is an entry of REGIMES, rows, and csrc/cuda/<regime>.cuh with the macro RNNKIT_<REGIME>; plan, sources,
 parity and the proof then take its rows as they do these. What its launches need beyond that stands nowhere yet:
-`arch::launch` gives no attributes (the size of a cluster, all blocks of a grid resident), and Row has no number of
-blocks that share the units.
+`arch::launch` gives no attributes (the size of a cluster, all blocks of a grid resident), and CompiledKernel has no
+number of blocks that share the units.
 
 Read by setup.py on its own, so it imports nothing of the package.
 """
@@ -34,7 +34,7 @@ TALL = 8
 """Step: more rows than this take the kernel whose tile has 32."""
 
 
-class Row(NamedTuple):
+class CompiledKernel(NamedTuple):
     """One configuration."""
 
     regime: str
@@ -97,22 +97,22 @@ CTA = (
     ("gru_before", ("ieee",), 96, 6, (0, 0)),
 )
 
-ROWS: tuple[Row, ...] = (
+ROWS: tuple[CompiledKernel, ...] = (
     *(
-        Row("cta", cell, kind, units, warps, 8, resident)
+        CompiledKernel("cta", cell, kind, units, warps, 8, resident)
         for cell, kinds, units, warps, resident in CTA
         for kind in kinds
     ),
-    *(Row("step", cell, kind, 0, 8, rows) for cell in GATES for kind in KINDS for rows in (8, 32)),
+    *(CompiledKernel("step", cell, kind, 0, 8, rows) for cell in GATES for kind in KINDS for rows in (8, 32)),
 )
 
 
-def element(row: Row) -> int:
+def element(row: CompiledKernel) -> int:
     """Bytes of an operand."""
     return {"f64": 8, "tf32": 4, "ieee": 4}.get(row.kind, 2)
 
 
-def cta_shared(row: Row, side: int) -> int:
+def cta_shared(row: CompiledKernel, side: int) -> int:
     """h or the gradients of the gates, twice where a step reads what the one before it wrote; weights beyond the
     resident."""
     size, exact = element(row), row.kind == "ieee"
@@ -126,13 +126,13 @@ def cta_shared(row: Row, side: int) -> int:
     return buffers * row.rows * pitch + row.warps * (fragments - row.resident[side]) * (256 if exact else 1024)
 
 
-def step_shared(row: Row, side: int) -> int:
+def step_shared(row: CompiledKernel, side: int) -> int:
     """The sums of every warp."""
     blocks = 1 if side else 2 if row.kernel == "gru_before" else GATES[row.kernel]
     return row.warps * blocks * row.rows * 16 * max(element(row), 4)
 
 
-def smallest(rows: list[Row], hidden: int, proj: int, batch: int) -> Row | str | None:
+def smallest(rows: list[CompiledKernel], hidden: int, proj: int, batch: int) -> CompiledKernel | str | None:
     """The row of fewest units that holds the weights."""
     if proj:
         return "a projection has two products a step"
@@ -140,7 +140,7 @@ def smallest(rows: list[Row], hidden: int, proj: int, batch: int) -> Row | str |
     return next((row for row in rows if hidden <= row.units), None)
 
 
-def tallest(rows: list[Row], hidden: int, proj: int, batch: int) -> Row | None:
+def tallest(rows: list[CompiledKernel], hidden: int, proj: int, batch: int) -> CompiledKernel | None:
     """The row of fewest rows of the batch, beyond TALL of most."""
     rows = sorted(rows, key=lambda row: row.rows)
     return rows[-1 if batch > TALL else 0] if rows else None
@@ -155,13 +155,13 @@ class Regime(NamedTuple):
     """Where the recurrent weights are."""
     why: str
     """What speaks for it."""
-    choose: Callable[[list[Row], int, int, int], Row | str | None]
+    choose: Callable[[list[CompiledKernel], int, int, int], CompiledKernel | str | None]
     """choose(rows, H, P, B): of the rows of a cell and kind that a GPU can hold one; why none; None: all too small."""
-    shared: Callable[[Row, int], int]
+    shared: Callable[[CompiledKernel, int], int]
     """Bytes of shared memory of a block, forward (0) or backward (1), as the sources compute it."""
     asks: tuple[str, str]
     """The same in C++, behind a source."""
-    arguments: Callable[[Row], tuple[int, ...]]
+    arguments: Callable[[CompiledKernel], tuple[int, ...]]
     """What the macro of a source is given behind the row's name, kernel and kind."""
 
 
@@ -191,7 +191,7 @@ REGIMES = {
 """In the order in which `plan` asks; the last has a row for every cell and kind."""
 
 
-def shared_bytes(row: Row, side: int) -> int:
+def shared_bytes(row: CompiledKernel, side: int) -> int:
     """Shared memory of a block, forward (0) or backward (1); a test holds it to what the sources say."""
     return REGIMES[row.regime].shared(row, side)
 
@@ -214,7 +214,7 @@ def too_old(capability: int) -> str | None:
     )
 
 
-def able(capability: int) -> list[Row]:
+def able(capability: int) -> list[CompiledKernel]:
     """The rows whose blocks such a GPU can hold."""
     most = limit(capability)
     rows = [row for row in ROWS if REGIMES[row.regime].oldest <= capability]
@@ -223,7 +223,7 @@ def able(capability: int) -> list[Row]:
 
 def plan(
     cell: str, hidden: int, proj: int, kind: str, batch: int, capability: int, only: str | None = None
-) -> tuple[Row, str]:
+) -> tuple[CompiledKernel, str]:
     """The row that runs a scan, and why.
 
     only: the one regime that may. Raises ValueError where that cannot run it, or the GPU is too old.
@@ -240,7 +240,7 @@ def plan(
             continue
         mine = [row for row in rows if (row.regime, row.kernel, row.kind) == (name, kernel, kind)]
         found = regime.choose(mine, hidden, proj, batch)
-        if isinstance(found, Row):
+        if isinstance(found, CompiledKernel):
             return found, "; ".join(against) or regime.why
         where = f"{regime.place} of sm_{capability} ({limit(capability) // 1024} KiB of shared memory a block)"
         most = max((row.units for row in mine), default=0)
@@ -250,7 +250,7 @@ def plan(
     raise ValueError("; ".join(against))
 
 
-def source(row: Row) -> str:
+def source(row: CompiledKernel) -> str:
     """The whole of the .cu file that compiles a row."""
     arguments = ", ".join(str(v) for v in (row.name, row.kernel, row.kind, *REGIMES[row.regime].arguments(row)))
     return f'#include "{row.regime}.cuh"\n\nRNNKIT_{row.regime.upper()}({arguments})\n'

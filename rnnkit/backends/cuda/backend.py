@@ -1,6 +1,6 @@
 """Backend `cuda`: the kernels of csrc/cuda, for NVIDIA GPUs from compute capability 8.0 on.
 
-It brings the two scans; the products around them are those of products.py. Which kernel runs a scan, cuda_table.py
+It brings the two scans; the products around them are those of scan_backend.py. Which kernel runs a scan, configs.py
 says. A `Machine` is what they run on: this process' GPUs, or a CPU that executes the same sources (tests/cuda/simt).
 """
 
@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cells import CELLS, Cell, compute_dtype
-from ..reference.scan import ScanGradients
-from . import cuda_table, extension, gpu, measured
-from .cuda_table import Row
-from .problem import Options, Outputs, Problem, Tensors
-from .products import KernelBackend, bias_inside
+from ...cells import CELLS, Cell, compute_dtype
+from ...reference.scan import ScanGradients
+from .. import dispatch_times, gpu
+from ..cpu import extension
+from ..scan_backend import ScanBackend, bias_inside
+from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec
+from . import configs
+from .configs import CompiledKernel
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "f64"}
-regimes = gpu.Regimes("RNNKIT_CUDA_REGIME", cuda_table.REGIMES)
+regimes = gpu.Regimes("RNNKIT_CUDA_REGIME", configs.REGIMES)
 
 Run = Callable[[str, str, dict[str, Any]], None]
 """run(kernel, side, fields): `fields` by the names of csrc/cuda/scan.h."""
@@ -91,7 +93,7 @@ def missing(index: int | None = None) -> str | None:
 def _unfit(index: int) -> str | None:
     """What speaks against a GPU and its driver."""
     capability, (toolkit, *chips) = gpu.capability(index), extension.cuda_built
-    old = cuda_table.too_old(capability)
+    old = configs.too_old(capability)
     if old is not None:
         return old
     if not extension.cuda_serves(capability, tuple(chips)):
@@ -110,45 +112,45 @@ def _unfit(index: int) -> str | None:
     )
 
 
-class CUDA(KernelBackend):
+class CUDA(ScanBackend):
     name = "cuda"
     saves_narrow = True
-    overlaps = True
+    concurrent_directions = True
 
     def available(self) -> str | None:
         return regimes.wrong() or gpu.anywhere(missing)
 
-    def unsupported(self, problem: Problem) -> list[str]:
+    def unsupported(self, spec: LayerSpec) -> list[str]:
         reasons = []
-        if problem.device != machine.device:
-            reasons.append(f"runs on the device {machine.device}, got {problem.device}")
+        if spec.device != machine.device:
+            reasons.append(f"runs on the device {machine.device}, got {spec.device}")
             reason = unbuilt()
         else:
-            reason = regimes.wrong() or missing(problem.device_index)
+            reason = regimes.wrong() or missing(spec.device_index)
         if reason is not None:
             reasons.append(reason)
-        if problem.dtype not in (torch.float32, *KINDS):
-            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {problem.dtype}")
-        if problem.hidden_size == 0:
+        if spec.dtype not in (torch.float32, *KINDS):
+            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {spec.dtype}")
+        if spec.hidden_size == 0:
             reasons.append("needs at least one unit, got H=0")
         if regimes.only is not None and not reasons:
             try:
-                _planned(problem)
+                _planned(spec)
             except NotImplementedError as refused:
                 reasons.append(str(refused))
         return reasons
 
-    def reluctant(self, problem: Problem) -> str | None:
+    def auto_exclusion_reason(self, spec: LayerSpec) -> str | None:
         if simulated:
             return "can run it on a CPU that executes its kernels, far slower than any other; runs when named"
-        return measured.untried(self.name, problem)
+        return dispatch_times.unmeasured_reason(self.name, spec)
 
-    def detail(self, problem: Problem) -> str | None:
-        row, why = _planned(problem)
+    def detail(self, spec: LayerSpec) -> str | None:
+        row, why = _planned(spec)
         return f"{row.regime}: {why} ({row.name})"
 
     def scan_forward(
-        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
+        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: LayerInputs, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         n, rows = gx.shape[:2]
         hidden, size = t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1]
@@ -166,7 +168,14 @@ class CUDA(KernelBackend):
         return y, h_n, c_n, c_all, gates
 
     def scan_backward(
-        self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
+        self,
+        cell: Cell,
+        grads: LayerOutputs,
+        y: Tensor,
+        c_all: Tensor | None,
+        gates: Tensor | None,
+        t: LayerInputs,
+        o: LayerOptions,
     ) -> ScanGradients:
         n, rows, size = y.shape
         hidden = t.w_hh.shape[0] // cell.gates
@@ -200,32 +209,35 @@ def kind(dtype: torch.dtype) -> str:
     return "tf32" if allowed == "tf32" else "ieee"
 
 
-def planned(cell: str, hidden: int, proj: int, operands: str, batch: int, capability: int) -> tuple[Row, str]:
+def planned(
+    cell: str, hidden: int, proj: int, operands: str, batch: int, capability: int
+) -> tuple[CompiledKernel, str]:
     """The kernel that runs a scan, and why. Raises NotImplementedError where the regime that is asked for cannot."""
     facts = (cell, hidden, proj, operands, batch, capability)
     if regimes.only is None:
-        return cuda_table.plan(*facts)
+        return configs.plan(*facts)
     try:
-        return cuda_table.plan(*facts, regimes.only)[0], regimes.asks()
+        return configs.plan(*facts, regimes.only)[0], regimes.asks()
     except ValueError as why:
         raise regimes.refused(why) from None
 
 
-def _planned(problem: Problem) -> tuple[Row, str]:
-    sizes = (problem.hidden_size, problem.proj_size, kind(problem.dtype), problem.batch)
-    return planned(problem.cell, *sizes, machine.capability(problem.device_index))
+def _planned(spec: LayerSpec) -> tuple[CompiledKernel, str]:
+    sizes = (spec.hidden_size, spec.proj_size, kind(spec.dtype), spec.batch)
+    return planned(spec.cell, *sizes, machine.capability(spec.device_index))
 
 
-def _row(cell: Cell, t: Tensors) -> Row:
+def _row(cell: Cell, t: LayerInputs) -> CompiledKernel:
     proj = 0 if t.w_hr is None else t.w_hr.shape[0]
     chip = machine.capability(t.x.device.index)
     return planned(cell.name, t.w_hh.shape[0] // cell.gates, proj, kind(t.x.dtype), t.x.shape[1], chip)[0]
 
 
-def _common(cell: Cell, t: Tensors, reverse: bool, t0: int, end: int) -> dict[str, Any]:
+def _common(cell: Cell, t: LayerInputs, reverse: bool, t0: int, end: int) -> dict[str, Any]:
     total = end if t.reset is None else t.reset.shape[0]
     flags = {"t0": t0, "total": total, "reverse": reverse, "relu": cell is CELLS["rnn_relu"]}
-    return flags | {name: _solid(getattr(t, name)) for name in ("lengths", "reset", "h_r", "c_r")}
+    read = {"lengths": t.lengths, "reset": t.reset, "h_r": t.h_reset, "c_r": t.c_reset}
+    return flags | {name: _solid(v) for name, v in read.items()}
 
 
 def _solid(v: Tensor | None) -> Tensor | None:
