@@ -119,7 +119,7 @@ def test_some_of_the_table_compiles(tmp_path: Path) -> None:
 def test_a_spill_is_found(tmp_path: Path) -> None:
     """An LSTM of 128 units on four warps keeps more than its registers hold."""
     code = (
-        "from rnnkit.benchmarks import compile_table as c; from rnnkit.backends.triton import configs\n"
+        "from rnnkit.benchmarks.usage import triton_usage as c; from rnnkit.backends.triton import configs\n"
         "row = configs.CompiledKernel('lstm', 'backward', 128, 128, 'tf32', 16, ('sm_80',), 4, 0)\n"
         "configs.PERSISTENT, configs.KERNELS = (row,), ()\n"
         "raise SystemExit(c.main(['--workers', '1', '--part', '1/1', '--to', 'nowhere']))"
