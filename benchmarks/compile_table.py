@@ -143,7 +143,7 @@ def jobs() -> Iterator[Job]:
     every = itertools.product(scans, sizes, configs.SIDES, kinds, configs.CHIPS)
     for (kernel, cell), ((hidden, proj), some), side, (kind, dtype), chip in every:
         proj = proj if kernel == "lstm_proj" else 0
-        yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, configs.step(some, kind, ""))
+        yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, configs.step_config(some, kind, ""))
 
 
 def forms(job: Job, found: Iterable[Usage]) -> Iterator[Form]:
@@ -338,7 +338,7 @@ def _tried(row: configs.CompiledKernel) -> configs.CompiledKernel:
 
 def _of(row: configs.CompiledKernel, chip: str) -> list[Job]:
     hidden, proj = configs.fullest(row)
-    plan = configs.persistent(row, "")
+    plan = configs.persistent_config(row, "")
     return [
         Job(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan)
         for cell in configs.CELLS_OF[row.kernel]

@@ -235,7 +235,7 @@ def stepping(rows: Sequence[cuda_configs.CompiledKernel]) -> Iterator[Problem]:
 
 def _of_row(row: cuda_configs.CompiledKernel, k: int, variant: Variant) -> Problem:
     kinds = {"bf16": (BF16, False), "fp16": (F16, False), "tf32": (F32, True), "ieee": (F32, False)}
-    names = {kernel: cell for cell, kernel in cuda_configs.CELLS.items()}  # of an RNN the last, relu
+    names = {kernel: cell for cell, kernel in cuda_configs.KERNEL_OF.items()}  # of an RNN the last, relu
     dtype, tf32 = kinds.get(row.kind, (torch.float64, False))
     name = "rnn_tanh" if row.kernel == "rnn" and k % 3 else names[row.kernel]
     return Problem(name, variant, dtype, tf32=tf32, fused=True)
@@ -256,7 +256,7 @@ def kernels_of(problem: Problem, capability: int) -> list[triton_configs.Compile
     if problem.stepwise:
         return []
     facts = (problem.variant.size[3], problem.proj, problem.operands, capability)
-    rows = [triton_configs.find(KINDS[problem.kind].cell, side, *facts) for side in triton_configs.SIDES]
+    rows = [triton_configs.find_kernel(KINDS[problem.kind].cell, side, *facts) for side in triton_configs.SIDES]
     return [row for row in rows if row is not None]
 
 
@@ -266,7 +266,7 @@ def compiled_for(problem: Problem, capability: int) -> cuda_configs.CompiledKern
     kind = "tf32" if problem.tf32 else cuda.KINDS.get(problem.dtype, "ieee")
     rows = rows or problem.variant.size[1]
     only = "step" if problem.stepwise else None
-    return cuda_configs.plan(cell, hidden, problem.proj, kind, rows, capability, only)[0]
+    return cuda_configs.find_kernel(cell, hidden, problem.proj, kind, rows, capability, only)[0]
 
 
 # What a problem is given: values in float64 that its dtype holds exactly.

@@ -171,7 +171,7 @@ def test_a_gpu_that_was_not_compiled_for(machine: Machine) -> None:
 def test_too_old_for_any_plan() -> None:
     for regime in (None, *cuda_configs.REGIMES):
         with pytest.raises(ValueError, match=r"needs compute capability 8.0 or later, got a GPU of 7.5: .*cta, step"):
-            cuda_configs.plan("lstm", 64, 0, "bf16", 8, 75, regime)
+            cuda_configs.find_kernel("lstm", 64, 0, "bf16", 8, 75, regime)
 
 
 @pytest.mark.parametrize(
@@ -208,12 +208,12 @@ def test_too_old_for_any_plan() -> None:
     ],
 )
 def test_what_a_smaller_gpu_is_told(cell: str, hidden: int, kind: str, capability: int, why: str) -> None:
-    row, said = cuda_configs.plan(cell, hidden, 0, kind, 8, capability)
+    row, said = cuda_configs.find_kernel(cell, hidden, 0, kind, 8, capability)
     assert row.regime == "step" and said.startswith(why)
     with pytest.raises(ValueError) as caught:
-        cuda_configs.plan(cell, hidden, 0, kind, 8, capability, "cta")
+        cuda_configs.find_kernel(cell, hidden, 0, kind, 8, capability, "cta")
     assert str(caught.value) == said
-    assert cuda_configs.plan(cell, hidden, 0, kind, 8, capability, "step")[0] == row
+    assert cuda_configs.find_kernel(cell, hidden, 0, kind, 8, capability, "step")[0] == row
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -242,13 +242,13 @@ def test_a_regime_is_an_entry_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     both = cuda_configs.REGIMES
     monkeypatch.setattr(cuda_configs, "REGIMES", {"cta": both["cta"], "cluster": cluster, "step": both["step"]})
     monkeypatch.setattr(cuda_configs, "ROWS", cuda_configs.ROWS + rows)
-    assert cuda_configs.plan("lstm", 160, 0, "bf16", 8, 90)[0].regime == "cta"
-    found, why = cuda_configs.plan("lstm", 161, 0, "bf16", 8, 90)
+    assert cuda_configs.find_kernel("lstm", 160, 0, "bf16", 8, 90)[0].regime == "cta"
+    found, why = cuda_configs.find_kernel("lstm", 161, 0, "bf16", 8, 90)
     assert found == row and why.startswith("on one multiprocessor of sm_90 ") and "a cluster" not in why
-    assert cuda_configs.plan("lstm", 8, 0, "bf16", 8, 90, "cluster") == (row, "of many")
-    assert "; on a cluster of sm_90 (227 KiB" in cuda_configs.plan("lstm", 513, 0, "bf16", 8, 90)[1]
+    assert cuda_configs.find_kernel("lstm", 8, 0, "bf16", 8, 90, "cluster") == (row, "of many")
+    assert "; on a cluster of sm_90 (227 KiB" in cuda_configs.find_kernel("lstm", 513, 0, "bf16", 8, 90)[1]
     assert row in cuda_configs.able(90) and row not in cuda_configs.able(80)
-    found, why = cuda_configs.plan("lstm", 161, 0, "bf16", 8, 80)
+    found, why = cuda_configs.find_kernel("lstm", 161, 0, "bf16", 8, 80)
     assert found.regime == "step" and why.endswith("; cluster needs compute capability 9.0 or later, got 8.0")
     assert (
         cuda_configs.source(row)
@@ -331,7 +331,7 @@ def test_an_unknown_regime(name: str, regimes: str, machine: Machine, monkeypatc
 
 
 def test_what_triton_keeps_with_a_projection() -> None:
-    said = triton_configs.plan("lstm", "forward", 208, 48, "half", 90, 16).reason
+    said = triton_configs.launch_config("lstm", "forward", 208, 48, "half", 90, 16).reason
     assert said.endswith("of H=208 P=48 on chip in half precision on sm_90 (227 KiB of shared memory a block), up to "
                          "128 units fit")  # fmt: skip
 
