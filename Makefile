@@ -10,7 +10,7 @@ export PYTHON TORCH
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := dev,triton,plots,onnx,data
+EXTRAS := dev,triton,plots,onnx,data,docs
 COMPILED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 comma := ,
 HARNESS := $(wildcard tests/backends/harness/*.cpp csrc/cpu/*.cpp)
@@ -21,7 +21,7 @@ CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test variants bench gpu-check triton-compile other-triton cuda-compile lint harness sanitize aarch64 \
+.PHONY: help demo test variants bench gpu-check triton-compile other-triton cuda-compile lint docs harness sanitize aarch64 \
   simt wheel wheel-cuda clean
 
 help: ## say what the verbs do
@@ -59,11 +59,11 @@ gpu-check: ## every backend on this machine's GPU: right, then fast; GPU_CHECK=-
 	$(PYTHON) -m rnnkit gpu-check $(GPU_CHECK)
 
 triton-compile: .venv/installed other-triton ## every Triton kernel for every chip, by two Tritons, without a GPU
-	$(BIN)/python -m rnnkit.benchmarks.compile_table
+	$(BIN)/python -m rnnkit.benchmarks.usage.triton_usage
 
 # COMPILE="--part 1/9": a ninth of it, checked and not written.
 other-triton: build/triton-$(OTHER_TRITON) ## the same by the other Triton alone
-	PYTHONPATH=$< $(BIN)/python -m rnnkit.benchmarks.compile_table $(COMPILE)
+	PYTHONPATH=$< $(BIN)/python -m rnnkit.benchmarks.usage.triton_usage $(COMPILE)
 
 # Beside the environment, not in it: torch is the same, and imports no Triton of its own for this.
 build/triton-%: .venv/installed
@@ -72,13 +72,16 @@ build/triton-%: .venv/installed
 
 # COMPILE="--part 1/4": a quarter of it, checked and not written.
 cuda-compile: .venv/installed ## every CUDA kernel for every chip, by nvcc, without a GPU
-	$(BIN)/python -m rnnkit.benchmarks.cuda_table $(COMPILE)
+	$(BIN)/python -m rnnkit.benchmarks.usage.cuda_usage $(COMPILE)
 
 lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/ci/typecheck.py
 	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/cuda/*.$(e) tests/backends/harness/*.$(e) tests/cuda/simt/*.$(e)))
+
+docs: .venv/installed ## the site with the API reference, into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d build/doctrees . build/docs
 
 harness: build/harness/plain/harness ## the CPU engine against plain loops, without torch
 	$< --problems $(PROBLEMS)

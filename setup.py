@@ -26,10 +26,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11
 NO_NINJA = "without ninja one source is compiled after the other, for hours; `pip install ninja` compiles them at once"
-ELSEWHERE = {
-    "rnnkit.kernels": "kernels",
-    "rnnkit.benchmarks": "benchmarks",
-}  # packages that live beside rnnkit/
+ELSEWHERE = ("kernels", "benchmarks")  # folders beside rnnkit/ whose packages are installed as rnnkit.<folder>
 
 
 def choice(name: str) -> str | None:
@@ -166,7 +163,10 @@ def extension() -> dict[str, Any]:
     }
 
 
-beside = {name: folder for name, folder in ELSEWHERE.items() if (ROOT / folder / "__init__.py").exists()}
+beside = {
+    f"rnnkit.{name}": name.replace(".", "/")
+    for name in find_packages(str(ROOT), include=[pattern for name in ELSEWHERE for pattern in (name, f"{name}.*")])
+}
 setup(
     packages=[*find_packages(str(ROOT), include=["rnnkit", "rnnkit.*"]), *beside],
     package_dir=beside,

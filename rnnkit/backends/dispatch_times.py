@@ -1,8 +1,8 @@
 """What was measured of the backends, as far as `auto` needs it to put them in order.
 
 `dispatch_times.csv` beside this file holds, for each recorded shape of one layer in one direction, the milliseconds of
-every backend that ran it. `python -m rnnkit.benchmarks.choose` writes it from benchmarks/results/, nobody by hand.
-For a spec the nearest recorded shape decides, nearest in log B, log T, log I and log H. All was measured in
+every backend that ran it. `python -m rnnkit.benchmarks.dispatch.fit_dispatch` writes it from benchmarks/results/.
+For a layer the nearest recorded shape decides, nearest in log B, log T, log I and log H. All was measured in
 float32; other dtypes go by the same rows.
 """
 

@@ -102,7 +102,6 @@ def test_the_plan_names_what_there_is() -> None:
         "rnnkit.experiments",
         "rnnkit.benchmarks",
         "rnnkit.cli",
-        "rnnkit.gpu_check",
     }
 
 

@@ -1,6 +1,6 @@
 """The order in which `auto` asks the backends: read from recorded rows, nearest shape first, never under compile.
 
-How the rows come about is in test_benchmarks_report.py.
+How the rows come about is in tests/bench/test_speed_report.py.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from rnnkit.backends.cuda import backend as cuda
 from rnnkit.backends.cuda import configs as cuda_configs
 from rnnkit.backends.triton import backend as triton
 from rnnkit.backends.triton import configs as triton_configs
-from rnnkit.benchmarks import cuda_table as compiled
-from rnnkit.benchmarks import problems
+from rnnkit.benchmarks.gpu_check import parity_cases
+from rnnkit.benchmarks.usage import cuda_usage as compiled
 
 KERNELS = ("cuda", "triton")
 ASK = {name: getattr(gpu, name).__wrapped__ for name in ("present", "capability_of", "amd", "driver")}
@@ -124,8 +124,8 @@ def test_a_problem_says_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     weights = (torch.zeros(12, 3), torch.zeros(12, 4), None, None)
     for x, place in ((torch.zeros(2, 1, 3), ("cpu", None)), (torch.zeros(2, 1, 3).as_subclass(Placed), ("cuda", 3))):
-        t = backends.LayerInputs(x, torch.zeros(1, 4), None, *weights)
-        found = backends.describe("gru", t, backends.LayerOptions(), train=False)
+        t = backends.Tensors(x, torch.zeros(1, 4), None, *weights)
+        found = backends.describe("gru", t, backends.Options(), train=False)
         assert (found.device, found.device_index) == place
 
 
@@ -256,8 +256,8 @@ def test_a_regime_is_an_entry_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert cuda_configs.shared_bytes(row, 1) == 1001
     assert "forward_asks[one + 1]" in compiled.source(row) and "backward_asks[two + 1]" in compiled.source(row)
-    (problem,) = problems.resident(rows)
-    assert not list(problems.stepping(rows)) and problems.compiled_for(problem, 90) == row
+    (problem,) = parity_cases.resident(rows)
+    assert not list(parity_cases.stepping(rows)) and parity_cases.compiled_for(problem, 90) == row
 
 
 # A regime that is named.

@@ -257,7 +257,9 @@ def test_probes_need_a_device() -> None:
         with pytest.raises(RuntimeError, match=r"NVIDIA driver|CUDA GPUs|API call failed"):
             probe("half", 3)
     elif extension.cuda_kernels:
-        with pytest.raises(RuntimeError, match=r"there is no probe half; benchmarks/probes\.py has their names"):
+        with pytest.raises(
+            RuntimeError, match=r"there is no probe half; benchmarks/gpu_check/probes\.py has their names"
+        ):
             probe("half", 3)
     else:
         assert probe("half", 3) == 1.5

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rnnkit.backends.cuda import configs as cuda_configs
-from rnnkit.benchmarks import cuda_table as compiled
-from rnnkit.benchmarks import sources
+from rnnkit.benchmarks.usage import cuda_usage as compiled
+from rnnkit.benchmarks.usage import source_digest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
@@ -84,4 +84,4 @@ def test_a_row_is_part_of_its_digest() -> None:
     ],
 )
 def test_what_counts_in_a_source(one: str, other: str, same: bool) -> None:
-    assert ("".join(sources.pieces(one)) == "".join(sources.pieces(other))) is same
+    assert ("".join(source_digest.pieces(one)) == "".join(source_digest.pieces(other))) is same

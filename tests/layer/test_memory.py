@@ -16,7 +16,7 @@ from torch import nn
 
 import rnnkit
 from rnnkit.backends.cpu import extension
-from rnnkit.benchmarks import timing
+from rnnkit.benchmarks.speed import timing
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.reason())
 

@@ -22,7 +22,7 @@ import rnnkit
 from rnnkit.backends import chunks
 from rnnkit.backends.cpu import extension
 from rnnkit.backends.triton import backend as triton
-from rnnkit.benchmarks import timing
+from rnnkit.benchmarks.speed import timing
 
 RESETS = tuple((t, b) for t, b in ((0, 0), (2, 0), (3, 0), (4, 1), (6, 1), (1, 2), (2, 2), (3, 2), (5, 2), (6, 2)))
 EXTRAS: list[dict[str, Any]] = [

@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import Made
+from made_rows import Made
 from torch import Tensor
 
-from rnnkit import gpu_check
 from rnnkit.backends import BACKENDS, BY_NAME, LayerInputs, LayerOptions, LayerOutputs, Result, select
 from rnnkit.backends.cuda import backend as cuda
 from rnnkit.backends.reference import Reference
 from rnnkit.backends.triton import backend as triton
-from rnnkit.benchmarks import machine, parity, sides, timing
+from rnnkit.benchmarks.gpu_check import main as gpu_check
+from rnnkit.benchmarks.gpu_check import parity
+from rnnkit.benchmarks.speed import implementations, roofline, timing
 
 CALLS: list[str] = []
 
@@ -83,7 +84,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch.cuda of this file's making, on a machine of round figures."""
     CALLS.clear()
     STREAMS[1:], GENERATOR.capturing = [], False
-    real = sides.setup
+    real = implementations.setup
     stand_ins: dict[str, Any] = dict(
         Event=Event, Stream=Stream, CUDAGraph=CUDAGraph, graph=capture, current_stream=lambda: STREAMS[-1],
         set_stream=STREAMS.append, current_device=lambda: 0, default_generators=(GENERATOR,),
@@ -95,8 +96,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, stand_in)
     for backend in (cuda, triton):
         monkeypatch.setattr(backend, "missing", lambda index=None: "no kernel runs on this GPU, which is made up")
-    monkeypatch.setattr(sides, "setup", lambda job, _, *rest: real(job, "cpu", *rest))
-    monkeypatch.setattr(machine, "Machine", Made)
+    monkeypatch.setattr(implementations, "setup", lambda job, _, *rest: real(job, "cpu", *rest))
+    monkeypatch.setattr(roofline, "Machine", Made)
 
 
 def rerun(work: timing.Work) -> timing.Work:

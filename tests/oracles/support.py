@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkit
 from rnnkit.backends import BACKENDS, LayerSpec, record
-from rnnkit.benchmarks.gate import BAND_ULPS, band, error
+from rnnkit.benchmarks.speed.accuracy import BAND_ULPS, band, error
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 """Cells that torch.nn knows."""

@@ -1,9 +1,9 @@
 """The CUDA kernels: a literal table, each row compiled as a source of its own, and which of them runs a scan.
 
 A row is one configuration of one regime for one cell and one kind of operands; it serves any H up to its `units` that
-no smaller row holds. `setup.py` compiles the rows (csrc/cuda/), `python -m rnnkit.benchmarks.cuda_table` proves them
-for every chip: no spill, and within its shared memory (benchmarks/results/cuda-compile.csv). What has no row runs step
-by step.
+no smaller row holds. `setup.py` compiles the rows (csrc/cuda/), `python -m rnnkit.benchmarks.usage.cuda_usage` proves
+them for every chip: no spill, and within its shared memory (benchmarks/results/cuda-compile.csv). What has no row runs
+step by step.
 
 Another regime is an entry of REGIMES, rows, and csrc/cuda/<regime>.cuh with the macro RNNKIT_<REGIME>; choice, sources,
 parity and the proof then take its rows as they do these. What its launches need beyond that stands nowhere yet:

@@ -1,7 +1,7 @@
 """Which regime a scan runs in, and with which tiles: a literal table, decided by compiling ahead of time.
 
 A row stands here when its kernel compiles for its chips without a spill and within their shared memory
-(`python -m rnnkit.benchmarks.compile_table`, whose figures are benchmarks/results/triton-compile.csv). What has no
+(`python -m rnnkit.benchmarks.usage.triton_usage`, whose figures are benchmarks/results/triton-compile.csv). What has no
 row runs step by step. Sizes that are no multiples of 16 have rows of their own, since their kernels read each number
 by itself and take more registers; compiled is the largest problem that a row serves. The direction of time is a number
 at run time, so a row holds for both. It holds for each of VERSIONS too: ptxas and LLVM come with Triton, and another

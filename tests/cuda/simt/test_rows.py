@@ -18,9 +18,9 @@ from torch import Tensor
 
 import rnnkit
 from rnnkit.backends.cuda import configs as cuda_configs
-from rnnkit.benchmarks import parity, problems, ways
-from rnnkit.benchmarks.calls import differing
-from rnnkit.benchmarks.problems import BF16, F16, KINDS, MASKED, Problem, Variant
+from rnnkit.benchmarks.gpu_check import parity, parity_cases, reference_runs
+from rnnkit.benchmarks.gpu_check.bitwise_checks import differing
+from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, KINDS, MASKED, Problem, Variant
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -45,7 +45,7 @@ def problem(cell: str, operands: str, regime: str, variant: Variant) -> Problem:
 CTA = [row for row in cuda_configs.ROWS if row.regime == "cta"]
 STEP = [row for row in cuda_configs.ROWS if row.regime == "step"]
 ROWS = {
-    **{row.name: p for row, p in zip(CTA, problems.resident(cuda_configs.ROWS), strict=True)},
+    **{row.name: p for row, p in zip(CTA, parity_cases.resident(cuda_configs.ROWS), strict=True)},
     **{row.name: of_step(row) for row in STEP},
 }
 assert ROWS.keys() == {row.name for row in cuda_configs.ROWS}
@@ -59,17 +59,18 @@ WAYS = [
 every_way = pytest.mark.parametrize(("cell", "operands", "regime"), WAYS)
 
 
-def computed(problem: Problem, way: ways.Way) -> problems.Values:
+def computed(problem: Problem, way: reference_runs.Way) -> parity_cases.Values:
     """What a way gives for the problem's first numbers, gradients included."""
     with parity.asked(problem):
-        return ways.numbers(way, problem, problems.draw(problem, 0), problem.dtype, "cpu")
+        return reference_runs.numbers(way, problem, parity_cases.draw(problem, 0), problem.dtype, "cpu")
 
 
 def found(problem: Problem) -> None:
     """The backend against float64; float64 itself to a few ulp of accumulation."""
     if problem.dtype == F64:
         compare(
-            computed(problem, ways.named("cuda")), computed(problem, ways.by_pieces if problem.known else ways.by_steps)
+            computed(problem, reference_runs.named("cuda")),
+            computed(problem, reference_runs.by_pieces if problem.known else reference_runs.by_steps),
         )
         return
     findings = parity.Findings()
@@ -82,7 +83,7 @@ def found(problem: Problem) -> None:
 @every_row
 def test_every_row(name: str) -> None:
     of_row = ROWS[name]
-    assert problems.compiled_for(of_row, 90).name == name
+    assert parity_cases.compiled_for(of_row, 90).name == name
     with simt.scheduled(seed=list(ROWS).index(name)):
         found(of_row)
 
@@ -90,10 +91,10 @@ def test_every_row(name: str) -> None:
 @every_row
 def test_twenty_schedules(name: str) -> None:
     """The same bits whatever the order of threads and blocks, all four manners of drawing one among them."""
-    first: problems.Values = {}
+    first: parity_cases.Values = {}
     for seed in SEEDS:
         with simt.scheduled(seed=seed):
-            got = computed(ROWS[name], ways.named("cuda"))
+            got = computed(ROWS[name], reference_runs.named("cuda"))
         first = first or got
         assert differing(got, first) == [], seed
 
