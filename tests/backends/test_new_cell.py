@@ -3,6 +3,7 @@ formulas: a sixth cell that the reference alone has. And what a new cell asks fo
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,3 +89,30 @@ def run(cell: str, like: str, backend: str) -> list[Tensor]:
     x, h, c, weights = draw(like)
     y, h_n, *_ = ops.layer(cell, x, h, c, weights, backend=backend)
     return [y, h_n, *torch.autograd.grad(y.square().sum() + h_n.sum(), (x, *weights))]
+
+
+# What a new cell asks for.
+
+NAMED = re.compile(r"gru_(reset_)?before|Gru(Reset)?Before|family is gru")
+"""The youngest cell, in each language, and its file of Triton kernels."""
+
+
+def test_contributing_lists_every_file_that_names_a_cell() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## A new cell\n")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"`((?:rnnkit|kernels|csrc|benchmarks)/[^` ]+\.\w+)`", section))
+    own = {path for path in listed if "<cell>" in path}
+    assert own == {f"{folder}/<cell>.{kind}" for folder, kind in OWN}
+    assert all((ROOT / path.replace("<cell>", "gru")).is_file() for path in listed)
+    sources = [
+        path
+        for folder in ("rnnkit", "kernels", "csrc", "benchmarks")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".h", ".cpp", ".cuh", ".cu"} and path.is_file()
+    ]
+    named = {str(path.relative_to(ROOT)) for path in sources if NAMED.search(path.read_text(encoding="utf-8"))}
+    assert named - {path.replace("<cell>", "gru") for path in own} == listed - own
+
+
+OWN = (("rnnkit/reference", "py"), ("rnnkit/nn", "py"), ("csrc/cells", "h"), ("kernels", "py"))
+"""Files that a new cell brings."""

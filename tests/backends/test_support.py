@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnnkit.backends import BACKENDS, BY_NAME, Problem
+from rnnkit.backends import BACKENDS, BY_NAME, LayerSpec
 from rnnkit.benchmarks.speed import pages, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ def said(cell: str, device: str, dtype: torch.dtype, options: dict[str, object])
     if "proj_size" in options and cell != "lstm":
         return "no"
     facts: dict[str, object] = {"proj_size": 0, "bias": True, **options}
-    problem = Problem(cell, device, dtype, 20, 4, 16, 16, **facts)  # type: ignore[arg-type]
+    problem = LayerSpec(cell, device, dtype, 20, 4, 16, 16, **facts)  # type: ignore[arg-type]
     able = {backend.name for backend in BACKENDS if not backend.unsupported(problem)}
     assert "reference" in able
     words = [word for word, yes in (("torch", "torch" in able), ("fused", bool(able & set(FUSED)))) if yes]
@@ -96,7 +96,7 @@ def test_a_backend_that_learns_to_refuse_changes_the_table(
     kind = type(BY_NAME["cpu"])
     usual = kind.unsupported
 
-    def refuses(self: object, problem: Problem) -> list[str]:
+    def refuses(self: object, problem: LayerSpec) -> list[str]:
         return [*usual(self, problem), *(["no projection"] if problem.proj_size else [])]  # type: ignore[arg-type]
 
     monkeypatch.setattr(kind, "unsupported", refuses)
