@@ -175,7 +175,7 @@ class Launch(NamedTuple):
 
 
 def launches(job: Job, form: Form = EVERYTHING, make: Callable[..., Tensor] = torch.empty) -> list[Launch]:
-    """The kernels that the scan starts, each kind once. LayerInputs are on `meta`, those that it is given by `make`."""
+    """The kernels that the scan starts, each kind once. Tensors are on `meta`, those that it is given by `make`."""
     from rnnkit.kernels import persistent, step
 
     cell = CELLS[job.cell]

@@ -7,10 +7,12 @@ cached for eager calls.
 
 from __future__ import annotations
 
+import functools
 import threading
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch._C import _get_mkldnn_enabled
 from torch.compiler import is_compiling
 
@@ -108,6 +110,8 @@ def preference(spec: LayerSpec) -> tuple[Backend, ...]:
     if is_compiling() or type(batch) is not int or type(steps) is not int:
         cell = dispatch_times.ALIKE.get(spec.cell, spec.cell)
         return _TYPICAL.get((spec.device, cell, spec.train), BACKENDS)
+    if not _comparable(spec):
+        return BACKENDS
     key = (spec.device, spec.cell, spec.train, batch, steps, spec.input_size, spec.hidden_size)
     order = _orders.get(key)
     if order is None:
@@ -119,8 +123,28 @@ def preference(spec: LayerSpec) -> tuple[Backend, ...]:
     return order
 
 
+def _comparable(spec: LayerSpec) -> bool:
+    """Whether recorded times hold for this dtype. On a CPU they are of float32, which torch hands to oneDNN. Where it
+    does not, torch runs a chain of small operators, two to five times slower than the engine (LSTM, H = 256 to 768, one
+    thread, Zen 4, also held to AVX2): with oneDNN off, in float64 and float16, and in bfloat16 without AVX-512.
+    """
+    if spec.device != "cpu" or spec.cell != "lstm":  # of which torch has no other operator than that chain
+        return True
+    if not _get_mkldnn_enabled():
+        return False
+    return spec.dtype == torch.float32 or (spec.dtype == torch.bfloat16 and _onednn_has_bfloat16())
+
+
+@functools.cache
+def _onednn_has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+
+
 def recorded(spec: LayerSpec) -> dispatch_times.RecordedShape | None:
-    """The recorded shape whose times order the backends for this layer, outside of torch.compile."""
+    """The recorded shape whose times order the backends for this layer, outside of torch.compile. None where no row
+    says anything of it."""
+    if not _comparable(spec):
+        return None
     sizes = (spec.batch, spec.steps, spec.input_size, spec.hidden_size)
     return dispatch_times.nearest(spec.device, spec.cell, spec.train, sizes)
 

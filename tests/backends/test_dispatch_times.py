@@ -139,3 +139,32 @@ def test_every_problem_gets_every_backend() -> None:
     for cell, train in itertools.product(rnnkit.cells.CELLS, (False, True)):
         order = preference(PLAIN._replace(cell=cell, train=train))
         assert sorted(b.name for b in order) == sorted(BY_NAME)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_times_of_onednns_lstm_hold_only_where_onednn_runs_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX-512 torch's LSTM in bfloat16 is a chain of small operators, and so is every float16 and float64 one:
+    a row on which oneDNN beat the engine in float32 says nothing of them."""
+    monkeypatch.setattr(select, "_onednn_has_bfloat16", lambda: native)
+    fast = [(kind, row) for kind, rows in dispatch_times.ROWS.items() for row in rows if kind[1] == "lstm"]
+    (_, _, train), row = next(
+        v for v in fast if v[0][0] == "cpu" and dispatch_times.fastest_first(v[1].ms)[0] == "torch"
+    )
+    spec = PLAIN._replace(
+        cell="lstm",
+        train=train,
+        batch=row.batch,
+        steps=row.steps,
+        input_size=row.input_size,
+        hidden_size=row.hidden_size,
+    )
+
+    def first(dtype: torch.dtype) -> str:
+        return preference(spec._replace(dtype=dtype))[2].name  # behind the two for GPUs
+
+    assert first(torch.float32) == "torch" and select.recorded(spec) == row
+    assert first(torch.bfloat16) == ("torch" if native else "cpu")
+    assert first(torch.float16) == first(torch.float64) == "cpu"
+    assert select.recorded(spec._replace(dtype=torch.float64)) is None
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert first(torch.float32) == "cpu"

@@ -12,6 +12,7 @@ result is then compared with torch's, which is off by as much itself, thrice tha
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import signal
 import subprocess
@@ -349,3 +350,16 @@ def stoppable(command: Sequence[str], environment: dict[str, str]) -> subprocess
         env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+@functools.cache
+def lacks_onednn_lstm(half: torch.dtype) -> bool:
+    """Whether oneDNN has no LSTM in `half` on this processor. torch.nn's raises then where x is float32, and takes its
+    chain of small operators, with their dtypes, where x is in `half`."""
+    try:
+        with torch.autocast("cpu", half):
+            nn.LSTM(2, 3)(torch.zeros(1, 1, 2))
+    except RuntimeError as reason:
+        assert "could not create a primitive descriptor" in str(reason)
+        return True
+    return False
