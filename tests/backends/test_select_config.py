@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from rnnkit.backends import BY_NAME, LayerSpec, gpu
+from rnnkit.backends import BY_NAME, LayerInputs, LayerSpec, gpu
 from rnnkit.backends.cuda import backend as cuda
 from rnnkit.backends.triton import backend as triton
 from rnnkit.cells import CELLS
@@ -59,6 +60,12 @@ def test_a_named_regime_that_cannot_is_a_reason(name: str, regime: str) -> None:
         found = BY_NAME[name].select_config(large)  # type: ignore[attr-defined]
         assert isinstance(found, gpu.Reason) and found.startswith(f"RNNKIT_{name.upper()}_REGIME={regime}: ")
         assert isinstance(BY_NAME[name].select_config(SPEC), gpu.KernelConfig)  # type: ignore[attr-defined]
+        x, h, w_ih, w_hh = (
+            torch.empty(size, device="meta") for size in ((1, 1, 3), (1, 2000), (8000, 3), (8000, 2000))
+        )
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(found)}$"):  # and a scan raises it
+            t = LayerInputs(x.bfloat16(), h, h, w_ih, w_hh, None, None)
+            BY_NAME[name].config(CELLS["lstm"], t, train=False)  # type: ignore[attr-defined]
 
 
 def test_an_unknown_cell_is_a_reason(select: Callable[..., gpu.Reason], monkeypatch: pytest.MonkeyPatch) -> None:
