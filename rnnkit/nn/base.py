@@ -287,7 +287,8 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
 
     def _written(self, input: object, hx: object) -> list[Any]:
         """The weights of a call where there is a list: what was written, and for the others those of this moment."""
-        self._update_flat_weights()
+        if self._flat_weight_refs:  # a program's own: see `_weights_have_changed`
+            self._update_flat_weights()
         held = self._weight_list
         if held is None:
             return self._weights(self._flat_weights_names)

@@ -8,6 +8,7 @@ new at every call, so what is written for it serves one.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -63,9 +64,12 @@ class WeightList:
 
     def read(self, layer: nn.RNNBase, calling: bool = False) -> list[Any]:
         """The list, brought up to date with the weights of this moment. A call uses up what serves one."""
-        if len(self.items) != len(self.own):  # some program is in the middle of filling it
+        names, held = layer._flat_weights_names, layer._parameters
+        if len(self.items) != len(names):  # some program is in the middle of filling it
             return self.items
-        for k, name in enumerate(layer._flat_weights_names):
+        if all(map(operator.is_, self.items, [held.get(name, self) for name in names])):
+            return self.items  # read once and never written to, as most lists
+        for k, name in enumerate(names):
             now = _source(layer, name)
             if self.items[k] is not self.own[k] and (now is None or now is self.sources[k]):
                 if not isinstance(now, property):
