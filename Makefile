@@ -10,7 +10,7 @@ export PYTHON TORCH
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := dev,triton,plots,onnx,data
+EXTRAS := dev,triton,plots,onnx,data,docs
 COMPILED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 comma := ,
 HARNESS := $(wildcard tests/backends/harness/*.cpp csrc/cpu/*.cpp)
@@ -21,7 +21,7 @@ CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test variants bench gpu-check triton-compile other-triton cuda-compile lint harness sanitize aarch64 \
+.PHONY: help demo test variants bench gpu-check triton-compile other-triton cuda-compile lint docs harness sanitize aarch64 \
   simt wheel wheel-cuda clean
 
 help: ## say what the verbs do
@@ -79,6 +79,9 @@ lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/ci/typecheck.py
 	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/cuda/*.$(e) tests/backends/harness/*.$(e) tests/cuda/simt/*.$(e)))
+
+docs: .venv/installed ## the site with the API reference, into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d build/doctrees . build/docs
 
 harness: build/harness/plain/harness ## the CPU engine against plain loops, without torch
 	$< --problems $(PROBLEMS)

@@ -100,7 +100,8 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
         An object whose `str()` is a table and whose `to_dict()` is the same for a program. Nothing is printed.
 
     Raises:
-        What the call itself raises; TypeError where `module` is not one.
+        TypeError: `module` is no module.
+        Exception: what the call itself raises.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"rnnkit.explain takes an nn.Module and its input, got {type(module).__name__}")

@@ -111,8 +111,9 @@ def lstm(
         (h_all [L·D, T, B, N], c_all [L·D, T, B, H]), [L·D, B, T, ·] with batch_first, without B when unbatched.
 
     Raises:
-        ValueError: sizes, ranks, values. TypeError: types, dtypes. NotImplementedError: a named backend that cannot
-            run this problem, with its reasons.
+        ValueError: sizes, ranks, values.
+        TypeError: types, dtypes.
+        NotImplementedError: a named backend that cannot run this layer, with its reasons.
     """
     return stack(
         "lstm",
@@ -184,7 +185,7 @@ def rnn_cell(
     nonlinearity: str = "tanh",
     backend: str = "auto",
 ) -> Tensor:
-    """One step of a vanilla RNN: input [B, I], hx [B, H] or None, weights w_ih, w_hh[, b_ih, b_hh] -> [B, H]."""
+    """One step of a vanilla RNN: input [B, I], hx [B, H] or None, weights w_ih, w_hh and maybe b_ih, b_hh -> [B, H]."""
     return step(rnn_named(nonlinearity), input, hx, weights, backend)
 
 

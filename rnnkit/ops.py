@@ -75,8 +75,9 @@ def layer(
         y [T, B, N] (0 at t >= lengths[b]), h_n [B, N], c_n [B, H] or None, c_all [T, B, H] or None.
 
     Raises:
-        ValueError: sizes, ranks, values. TypeError: types and dtypes. NotImplementedError: a named backend that
-            cannot run this problem, with its reasons.
+        ValueError: sizes, ranks, values.
+        TypeError: types, dtypes.
+        NotImplementedError: a named backend that cannot run this layer, with its reasons.
     """
     plain = override.active is None and all_states is False and recompute is False
     if plain and lengths is None and reset is None and reset_state is None:

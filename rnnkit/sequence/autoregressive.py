@@ -29,7 +29,7 @@ class AutoregressiveModel(SequenceModel):
         vocabulary: V, for tokens [B, T].
         hidden: units of a tanh layer between; None: linear.
 
-    Parameters: `weight` [τ, D, F] or [τ, V + 1, F], the oldest observation first, F being `hidden` or what a
+    The weights are `weight` [τ, D, F] or [τ, V + 1, F], the oldest observation first, F being `hidden` or what a
     distribution's mean or logits need; `bias` [F]; `start` [τ, D] and `log_scale` [D] for reals.
     """
 
@@ -130,7 +130,10 @@ class MarkovModel(AutoregressiveModel):
         and likewise for the first token of a row. With smoothing 0 it is the maximum of the likelihood.
 
         Args:
-            x: tokens [B, T]. lengths: [B]. smoothing: 0 or more, what is added to each count (Laplace: 1).
+            x: tokens [B, T].
+            vocabulary: V, one more than the largest token.
+            lengths: [B].
+            smoothing: 0 or more, what is added to each count (Laplace: 1).
         """
         model = cls(vocabulary=vocabulary)
         if not smoothing >= 0:

@@ -74,7 +74,8 @@ class SequenceModel(nn.Module, ABC):
             a torch.distributions object with batch shape [B, T]; beyond a length it means nothing.
 
         Raises:
-            ValueError: sizes, NaN or inf (says where), tokens outside the vocabulary. TypeError: dtypes.
+            ValueError: sizes, NaN or inf (says where), tokens outside the vocabulary.
+            TypeError: dtypes.
         """
         x, lengths = self._given(x, lengths)
         return self.observations.distribution(self.conditionals(x, lengths))

@@ -34,8 +34,8 @@ class NaiveSequenceModel(SequenceModel):
         vocabulary: V, for tokens [B, T].
         width: E, of a token's embedding.
 
-    Parameters: `weight` [S (S - 1) / 2, E, F], the pairs (t, s) in the order of t; `bias` [S, F]; `log_scale` [S, D]
-    for reals, where E = F = D; `embedding` for tokens, where F = V.
+    The weights are `weight` [S (S - 1) / 2, E, F], the pairs (t, s) in the order of t; `bias` [S, F]; `log_scale`
+    [S, D] for reals, where E = F = D; `embedding` for tokens, where F = V.
     """
 
     def __init__(

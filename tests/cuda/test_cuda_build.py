@@ -349,7 +349,7 @@ def test_a_search_finds_what_fits(most: int, warps: list[int]) -> None:
 
 
 def reach() -> list[str]:
-    """The lines of DESIGN.md on how far the regime cta goes."""
+    """The lines of docs/cuda.md on how far the regime cta goes."""
     chips = ((90, 100, 103), (80,), cuda_table.SMALL)
     cells = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "gru_before": "GRU, reset before"}
     kinds = [kind for kind in cuda_table.KINDS if kind != "f64"]
@@ -366,8 +366,8 @@ def reach() -> list[str]:
 
 
 def test_the_design_says_how_far_cta_goes() -> None:
-    design = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
-    assert "\n".join(reach()) in design, "\n".join(["DESIGN.md has another table than:", *reach()])
+    page = (ROOT / "docs/cuda.md").read_text(encoding="utf-8")
+    assert "\n".join(reach()) in page, "\n".join(["docs/cuda.md has another table than:", *reach()])
 
 
 def test_info_says_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
