@@ -125,8 +125,15 @@ class Recurrent(nn.Module):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, given)
 
     def _raise_torch_error(self, error: Exception, weights: Sequence[Tensor | None], *args: Any) -> None:
-        """Raise what torch raises for these weights and arguments, or else `error`."""
-        self._torch_twin(weights).forward(*args)
+        """Raise what torch raises for these weights and arguments, with the words of `error` added to it, or else
+        `error`."""
+        try:
+            self._torch_twin(weights).forward(*args)
+        except Exception as theirs:
+            if torch.compiler.is_compiling() or str(theirs) == str(error):
+                raise
+            _add_words(theirs, error)
+            raise
         raise error
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -150,6 +157,15 @@ def _tensor_like(input: object, hx: object) -> str | None:
             if not isinstance(each, Tensor) and hasattr(type(each), "__torch_function__"):
                 return type(each).__name__
     return None
+
+
+def _add_words(theirs: Exception, ours: Exception) -> None:
+    """Our sentence below torch's in what a traceback shows; torch's type and text stay."""
+    add_note = getattr(theirs, "add_note", None)
+    if add_note is not None:
+        add_note(f"rnnkit: {ours}")
+    else:  # Python 3.10
+        theirs.__cause__ = ours
 
 
 def as_torch(module: Recurrent) -> nn.Module:
