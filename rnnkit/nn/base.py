@@ -170,7 +170,8 @@ def _add_words(theirs: Exception, ours: Exception) -> None:
 
 def as_torch(module: Recurrent) -> nn.Module:
     """A torch.nn layer that holds the same Parameters, hooks and mode."""
-    twin = module._torch_twin(())
+    weights = () if isinstance(module, nn.RNNBase) else module._weights(CELL_WEIGHTS)
+    twin = module._torch_twin(weights)  # a layer's come below
     for key in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[key] = dict(module.__dict__[key])
     if isinstance(twin, nn.RNNBase):
@@ -233,6 +234,8 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
     def _replicate_for_data_parallel(self) -> RecurrentLayer:
         replica = super(nn.RNNBase, self)._replicate_for_data_parallel()  # RNNBase's own would copy the list
         replica.__dict__.pop("_weight_list", None)
+        if self._flat_weight_refs:  # a program's own `_init_flat_weights` fills the replica's list at its call
+            replica._flat_weights = [None] * len(self._flat_weights_names)
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
@@ -243,6 +246,9 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
         self.__dict__.pop("_weight_list", None)
         self._flat_weight_refs = []
+        fillers = [cls for cls in type(self).__mro__ if "_init_flat_weights" in cls.__dict__]
+        if fillers != [RecurrentLayer, nn.RNNBase]:  # a program's own
+            self._init_flat_weights()
 
     def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
         """How torch calls `forward` while it traces. Its older ONNX exporter fills in keyword-only defaults by place,

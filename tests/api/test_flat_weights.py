@@ -301,6 +301,25 @@ class Written:
         return made
 
     @staticmethod
+    def low_rank_mixed_in(place: Any, name: str) -> nn.Module:
+        """The same by a class between torch's layer and its base."""
+
+        class LowRank(nn.RNNBase):
+            def _init_flat_weights(self) -> None:
+                if hasattr(self, "a"):
+                    weights = [getattr(self, n) for n in self._flat_weights_names]
+                    self._flat_weights = [weights[0], weights[1] + self.a @ self.b, *weights[2:]]
+                    self._flat_weight_refs = [lambda: None] * len(weights)
+                else:
+                    super()._init_flat_weights()
+
+        made = type("Mixed", (getattr(place, name), LowRank), {})(I, H)
+        made.a = nn.Parameter(torch.ones(made.weight_hh_l0.shape[0], 1))
+        made.b = nn.Parameter(torch.ones(1, H))
+        made._init_flat_weights()
+        return made
+
+    @staticmethod
     def copied_forward(place: Any, name: str) -> nn.Module:
         """A forward that goes to torch's operator with the list itself."""
         operator = {"RNN": torch._VF.rnn_tanh, "LSTM": torch._VF.lstm, "GRU": torch._VF.gru}[name]
@@ -316,7 +335,7 @@ class Written:
         return Own(I, H)
 
 
-PROGRAMS = ("subclass", "put_back", "wrapper", "low_rank", "copied_forward")
+PROGRAMS = ("subclass", "put_back", "wrapper", "low_rank", "low_rank_mixed_in", "copied_forward")
 
 
 @pytest.fixture
@@ -354,6 +373,35 @@ def test_programs_train_as_with_torch(name: str, program: str, norm: bool) -> No
     if not (norm and program in ("subclass", "put_back", "wrapper")):
         torch.testing.assert_close(runs[1], runs[0])
     assert runs[1].isfinite().all()
+
+
+@pytest.mark.parametrize("program", ["low_rank", "low_rank_mixed_in"])
+@layers
+def test_copies_of_a_program_that_fills_the_list_itself(name: str, program: str, patched: None) -> None:
+    model = getattr(Written, program)(nn, name)
+    expected = model(x_of())[0]
+    plain = getattr(rnnkit, name)(I, H)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k not in "ab"})
+    assert not torch.allclose(plain(x_of())[0], expected)
+    torch.testing.assert_close(copy.deepcopy(model)(x_of())[0], expected)
+    replica = model._replicate_for_data_parallel()
+    for key, parameter in model.named_parameters():
+        setattr(replica, key, parameter.detach().clone())
+    torch.testing.assert_close(replica(x_of())[0], expected)
+
+
+@layers
+def test_a_replica_has_weights_of_its_own(name: str) -> None:
+    """As torch.nn.DataParallel makes them: a write goes with none."""
+    layer = getattr(rnnkit, name)(I, H)
+    expected = layer(x_of())[0]
+    layer._flat_weights[1] = halved(layer)
+    written = layer(x_of())[0]
+    replica = layer._replicate_for_data_parallel()
+    for key, parameter in layer.named_parameters():
+        setattr(replica, key, parameter.detach().clone())
+    assert torch.equal(replica(x_of())[0], expected)
+    assert torch.equal(layer(x_of())[0], written)
 
 
 @layers
