@@ -90,7 +90,7 @@ def expect_jagged(input: Tensor) -> None:
         )
     if input.dim() != 3 or getattr(input, "_ragged_idx", 1) != 1:
         raise BadValue(f"a nested input must be [B, j, I], ragged in its second dimension, got {list(input.shape)}")
-    if input.lengths() is not None:
+    if input.lengths() is not None:  # type: ignore[attr-defined]
         raise BadValue("a nested input must have no gaps between its rows; pass input.contiguous()")
 
 

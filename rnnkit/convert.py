@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .backends import check_name
+from .bystanders import warn_of_libraries
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .nn.base import OURS, TORCH, Recurrent, RecurrentLayer
 from .nn.flat_weights import init_flat_weights, take_flat_weights
@@ -63,6 +64,8 @@ def convert(module: ModuleType, *, backend: str = "auto", subclasses: bool = Fal
             take_flat_weights(child)
         if backend != "auto":
             child.backend = backend  # type: ignore[assignment]
+    if plan:
+        warn_of_libraries("rnnkit.convert(model)", patched=False)
     if left:
         warnings.warn(
             f"rnnkit.convert left these subclasses of torch's layers alone: {', '.join(left)}; "
@@ -204,6 +207,7 @@ class patch_torch:
             for name, cls in RNNKIT.items():
                 setattr(place, name, cls)
         dynamo.allow_rnn = True
+        warn_of_libraries("rnnkit.patch_torch()", patched=True)
 
     def __enter__(self) -> patch_torch:
         return self

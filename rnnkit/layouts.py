@@ -130,11 +130,11 @@ class JaggedLayout(Layout):
 
     def __init__(self, input: Tensor, batch_first: bool) -> None:
         self.batch_first, self.packed, self.dims = batch_first, False, 3
-        self.offsets: Tensor = input.offsets()
+        self.offsets: Tensor = input.offsets()  # type: ignore[attr-defined]
         values: Tensor = input.values()
-        self.lengths = self.offsets.diff()
-        self.rows = self.lengths.shape[0]
-        self.longest = int(self.lengths.max()) if self.rows else 0
+        lengths = self.offsets.diff()
+        self.lengths, self.rows = lengths, lengths.shape[0]
+        self.shortest, self.longest = _extremes(lengths)
         self.steps = max(self.longest, 1)  # rows may all be empty
         place = torch.arange(values.shape[0], device=values.device)
         row = torch.searchsorted(self.offsets, place, right=True) - 1
@@ -150,18 +150,26 @@ class JaggedLayout(Layout):
         if not (isinstance(reset, Tensor) and reset.is_nested and reset.layout is torch.jagged):
             got = reset.layout if isinstance(reset, Tensor) else type(reset).__name__
             raise TypeError(f"with a nested input, reset must be nested too, of layout torch.jagged, got {got}")
-        if not torch.compiler.is_compiling() and not torch.equal(reset.offsets(), self.offsets):
+        if not torch.compiler.is_compiling() and not torch.equal(reset.offsets(), self.offsets):  # type: ignore[attr-defined]
             raise ValueError("reset must be nested with the input's lengths: its offsets differ")
         return self._pad(_marks(reset.values()))
 
     def output(self, y: Tensor) -> Tensor:
         """[T, B, N] -> [B, j, N] with the input's offsets, so that it meets other tensors that have them."""
         values = self._pack(y)
-        if torch.compiler.is_compiling() or not self.rows:
+        if self.shortest is None:
             return nested_tensor_from_jagged(values, self.offsets)
-        return nested_tensor_from_jagged(
-            values, self.offsets, min_seqlen=int(self.lengths.min()), max_seqlen=self.longest
-        )
+        return nested_tensor_from_jagged(values, self.offsets, min_seqlen=self.shortest, max_seqlen=self.longest)
+
+
+def _extremes(lengths: Tensor) -> tuple[int | None, int]:
+    """The shortest length and the longest, in one look at the device. Compiled code looks for the longest alone."""
+    if not lengths.shape[0]:
+        return None, 0
+    if torch.compiler.is_compiling():
+        return None, int(lengths.max())
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    return shortest, longest
 
 
 def layout_of(input: Tensor | PackedSequence, batch_first: bool) -> Layout:

@@ -18,34 +18,40 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import FunctionMeta
+
+from ..backends import extension
 
 Given = TypeVar("Given", bound=Sequence[Tensor | None] | None)
 _compiling = torch.compiler.is_compiling
-_enter = torch._C._autograd._record_function_with_args_enter  # type: ignore[attr-defined]
-_leave = torch._C._autograd._record_function_with_args_exit  # type: ignore[attr-defined]
+_enter = torch._C._autograd._record_function_with_args_enter
+_leave = torch._C._autograd._record_function_with_args_exit
 
 
 def _any_callbacks() -> Callable[[], bool]:
     """at::hasCallbacks of torch's library: whether anybody records in this thread, also observers that another thread
     or a C++ program has added. torch's question for Python sees profilers of this thread alone; it serves where the
-    library does not export the other."""
-    known: Callable[[], bool] = torch._C._autograd._profiler_enabled  # type: ignore[attr-defined]
+    library does not export the other. The extension asks faster than ctypes does."""
+    known: Callable[[], bool] = torch._C._autograd._profiler_enabled
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         with contextlib.suppress(OSError, AttributeError):  # a file that is no library; a symbol that is not there
             found = ctypes.PyDLL(str(library))._ZN2at12hasCallbacksEv
             found.argtypes, found.restype = [], ctypes.c_bool
-            return found
+            if not hasattr(extension.direct, "recording"):  # not built, or by older sources
+                return found
+            extension.direct.bind_recording(ctypes.cast(found, ctypes.c_void_p).value)
+            return extension.direct.recording
     return known
 
 
 recording = _any_callbacks()
-"""Whether somebody records what torch runs. Asked once by a call without gradients: some 60 ns."""
+"""Whether somebody records what torch runs. Asked once by a call without gradients: some 40 ns by the extension."""
 
 
 @functools.cache
 def named(function: type[Function], cell: str) -> type[Function]:
     """The autograd function under the name of the cell."""
-    return type(function)(f"rnnkit::{cell}", (function,), {"__module__": function.__module__})
+    return FunctionMeta(f"rnnkit::{cell}", (function,), {"__module__": function.__module__})  # type: ignore[return-value]
 
 
 class _Row(Function):

@@ -57,7 +57,7 @@ def single(
         if train:
             return apply((cell, known, _FORWARD, batch_first), x, h_0, c_0, *four)
         if recording():
-            run = functools.partial(known.single, cell, x, h_0, c_0, *four, batch_first, False)
+            run = functools.partial(known.single, cell, x, h_0, c_0, *four, batch_first, False)  # type: ignore[call-arg]
             return as_row(cell, run, (x, h_0, c_0, *four))
         return known.single(cell, x, h_0, c_0, *four, batch_first, False)  # type: ignore[call-arg]
     except (RuntimeError, AttributeError, IndexError):

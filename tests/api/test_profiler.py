@@ -65,11 +65,11 @@ def test_a_layer(name: str, backend: str, batch_first: bool) -> None:
             (row,) = rows(lambda: module(x))
         assert row.name == f"rnnkit::{cell}"
         assert [len(module.weight_hh_l0), H] in row.input_shapes
-        assert [T, B, I] in row.input_shapes or batch_first and [B, T, I] in row.input_shapes
+        assert [T, B, I] in row.input_shapes or (batch_first and [B, T, I] in row.input_shapes)
         forward, backward = rows(lambda: train(module, x))
         assert (forward.name, backward.name) == (f"rnnkit::{cell}", f"rnnkit::{cell}Backward")
         assert [len(module.weight_hh_l0), H] in forward.input_shapes
-        assert [T, B, I] in forward.input_shapes or batch_first and [B, T, I] in forward.input_shapes
+        assert [T, B, I] in forward.input_shapes or (batch_first and [B, T, I] in forward.input_shapes)
         assert any(len(shape) == 3 and shape[-1] == H for shape in backward.input_shapes)
 
 

@@ -21,8 +21,8 @@ MODULES = {
 }
 # Floors from the ground up; a module imports from floors below its own, and from its own where FRIENDS says so.
 FLOORS: list[tuple[str, ...]] = [
-    ("rnnkit.cells", "rnnkit.masks", "rnnkit.backends.problem", "rnnkit.backends.extension"),
-    ("rnnkit.autocast", "rnnkit.layer.streams"),
+    ("rnnkit.cells", "rnnkit.masks", "rnnkit.bystanders", "rnnkit.backends.problem", "rnnkit.backends.extension"),
+    ("rnnkit.autocast", "rnnkit.layer.profiler", "rnnkit.layer.streams"),
     ("rnnkit.reference", "rnnkit.kernels"),
     ("rnnkit.backends.ranges",),
     ("rnnkit.backends.products",),
