@@ -242,6 +242,7 @@ def test_without_a_write_weights_are_read_at_every_call(name: str) -> None:
     assert len(held) == 4
 
 
+@layers
 def test_a_replica_has_weights_of_its_own(name: str) -> None:
     """As torch.nn.DataParallel makes them: a write goes with none."""
     layer = getattr(rnnkit, name)(I, H)

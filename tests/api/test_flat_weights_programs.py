@@ -175,7 +175,6 @@ def test_copies_of_a_program_that_fills_the_list_itself(name: str, program: str,
     torch.testing.assert_close(replica(x_of())[0], expected)
 
 
-@layers
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("patch", [False, True])
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
