@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .autocast import autocasting
-from .backends import Options, Tensors
+from .backends import LayerInputs, LayerOptions
 from .cells import CELLS, Cell
 
 
@@ -236,8 +236,8 @@ def layer(
     reverse: bool = False,
     all_states: bool = False,
     recompute: bool = False,
-) -> tuple[Tensors, Options]:
-    """The arguments of `ops.layer`, checked. Missing initial states stay None; `Tensors.filled` makes them zeros."""
+) -> tuple[LayerInputs, LayerOptions]:
+    """The arguments of `ops.layer`, checked. Initial states that are missing stay None."""
     kind = cell_named(cell)
     expect_bool(reverse, "reverse")
     expect_bool(all_states, "all_states")
@@ -270,8 +270,8 @@ def layer(
     if reset is not None:
         reset = reset_of(reset, steps, rows, x.device)
     _same(x, _NAMES, (w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_r, c_r))
-    t = Tensors(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r)  # type: ignore[arg-type]
-    return t, Options(reverse, all_states, recompute)
+    t = LayerInputs(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r)  # type: ignore[arg-type]
+    return t, LayerOptions(reverse, all_states, recompute)
 
 
 _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0", "reset_state", "reset_state[1]")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, ops
-from .backends import Options
+from .backends import LayerOptions
 from .cells import CELLS
 from .layer import streams
 from .layouts import layout_of
@@ -322,7 +322,7 @@ def stack(
 
     def both(k: int, x: Tensor) -> tuple[Layer, ...]:
         if streams.on_gpu(x):
-            given, how = (h_0, c_0, h_r, c_r), Options(True, return_all_states, recompute)
+            given, how = (h_0, c_0, h_r, c_r), LayerOptions(True, return_all_states, recompute)
             last = pieces[2 * k + 1]
             if ops.overlaps(cell, x, last, *given, lengths=lengths, reset=reset_mask, options=how, backend=backend):
                 side = streams.side_stream_of(x)

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .autocast import autocasting, layer_dtypes, no_autocast
-from .backends import REFERENCE, Options, Outputs, Tensors, choose, describe, resolve
+from .backends import REFERENCE, LayerInputs, LayerOptions, LayerOutputs, describe, select_backend
 from .cells import CELLS
 from .layer import override, streams
 from .layer.autograd import any_requires_grad, direct
@@ -110,7 +110,7 @@ def overlaps(
     *states: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
-    options: Options,
+    options: LayerOptions,
     backend: str,
 ) -> bool:
     """Whether a layer's reverse direction with these weights may run on another stream than its forward one.
@@ -127,29 +127,29 @@ def overlaps(
         return False
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
-    t = Tensors(
+    t = LayerInputs(
         x, *states[:2], w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None, lengths, reset, *states[2:]
     )
-    problem = describe(cell, t, options, train=_grad() and any_requires_grad(t))
+    spec = describe(cell, t, options, train=_grad() and any_requires_grad(t))
     if autocasting(x.device.type):
-        problem = problem._replace(dtype=layer_dtypes(cell, t, fused=True)[0])
+        spec = spec._replace(dtype=layer_dtypes(cell, t, fused=True)[0])
     try:
-        return choose(backend, problem, quiet=True).overlaps
+        return select_backend(backend, spec, report=False).concurrent_directions
     except (NotImplementedError, ValueError):
         return False
 
 
 def _layer(
-    cell: str, t: Tensors, o: Options, backend: str, *, fused: bool
+    cell: str, t: LayerInputs, o: LayerOptions, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if override.active is not None:
-        t = t.filled(CELLS[cell].has_c)
+        t = t.with_zero_states(CELLS[cell].has_c)
         return annotated(cell, functools.partial(override.active, cell, t, o), t)
     if _plain_eager(*t) and not t.x.is_meta and not _autocast():
         train = _grad() and any_requires_grad(t)
-        chosen = choose(backend, describe(cell, t, o, train=train))
+        chosen = select_backend(backend, describe(cell, t, o, train=train))
         return direct(cell, chosen, t, o, train)
-    t = t.filled(CELLS[cell].has_c)
+    t = t.with_zero_states(CELLS[cell].has_c)
     if not autocasting(t.x.device.type):
         return _run(cell, t, o, backend)
     dtype, shown = layer_dtypes(cell, t, fused=fused)
@@ -157,10 +157,12 @@ def _layer(
     return y.to(shown), h_n.to(shown), c_n, c_all
 
 
-def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _run(
+    cell: str, t: LayerInputs, o: LayerOptions, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Where the call is not plain, or was not before autocast had its way."""
     train = _grad() and any_requires_grad(t)
-    chosen = resolve(backend, describe(cell, t, o, train=train))
+    chosen = select_backend(backend, describe(cell, t, o, train=train), cache=False)
     compiling = torch.compiler.is_compiling()
     onnx = compiling and torch.onnx.is_in_onnx_export()
     if compiling and not onnx:
@@ -173,7 +175,7 @@ def _run(cell: str, t: Tensors, o: Options, backend: str) -> tuple[Tensor, Tenso
     return _opaque(cell, chosen.name, t, o, train)
 
 
-def _opaque(cell: str, backend: str, t: Tensors, o: Options, train: bool) -> Outputs:
+def _opaque(cell: str, backend: str, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
     y, h_n, c_n, c_all, _, _ = torch.ops.rnnkit.layer_forward(cell, backend, *o, *t, train)
     has_c_n, has_c_all = states_of(cell, o)
-    return Outputs(y, h_n, c_n if has_c_n else None, c_all if has_c_all else None)
+    return LayerOutputs(y, h_n, c_n if has_c_n else None, c_all if has_c_all else None)

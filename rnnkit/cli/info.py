@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import BACKENDS, extension, triton
+from ..backends import BACKENDS
+from ..backends.cpu import extension
+from ..backends.triton import backend as triton
 
 NO_TRITON = "not installed: pip install rnnkit[triton]"
 

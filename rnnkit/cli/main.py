@@ -10,8 +10,9 @@ import argparse
 from types import ModuleType
 from typing import NoReturn
 
-from .. import demo, experiments, gpu_check
-from ..benchmarks import run as bench
+from .. import demo, experiments
+from ..benchmarks.gpu_check import main as gpu_check
+from ..benchmarks.speed import run as bench
 from . import info
 
 COMMANDS: dict[str, ModuleType] = {

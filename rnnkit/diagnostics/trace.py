@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends import Options, Outputs, Tensors
+from ..backends import LayerInputs, LayerOptions, LayerOutputs
 from ..backends.reference import Reference
 from ..cells import CELLS, Cell
 from ..convert import convert, revert
@@ -90,7 +90,7 @@ def recorded(module: nn.Module) -> Iterator[dict[str, Trace]]:
         times = 1 if isinstance(m, nn.RNNCellBase) else 1 + sum(key.partition(" ")[0] == prefix for key in found)
         now[:] = [m, 0, times]
 
-    def run(cell: str, t: Tensors, o: Options) -> Outputs:
+    def run(cell: str, t: LayerInputs, o: LayerOptions) -> LayerOutputs:
         m, count, times = now
         outputs = recorder.forward(cell, t, o._replace(recompute=False), train=False).outputs
         if m is None:  # a layer by rnnkit.functional has no name

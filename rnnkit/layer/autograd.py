@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import Backend, Options, Outputs, Result, Tensors
+from ..backends import Backend, LayerInputs, LayerOptions, LayerOutputs, Result
 from ..cells import CELLS
 from . import streams
 from .custom_ops import run_backward, run_forward, second_backward
@@ -24,7 +24,7 @@ _modes, _transforming = checks.dispatch_modes, checks.transforming
 _batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
 _grad = torch.is_grad_enabled
 _MISSING = (None,) * 4  # what is left out at the end of four weights or four outputs
-_BARE = 7  # what the simplest layer has of `Tensors`: x to b_hh
+_BARE = 7  # what the simplest layer has of `LayerInputs`: x to b_hh
 _NOTHING = torch.empty(0)
 
 
@@ -33,17 +33,17 @@ def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
     return any(v is not None and v.requires_grad for v in tensors)
 
 
-def direct(cell: str, backend: Backend, t: Tensors, o: Options, train: bool) -> Outputs:
+def direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
     """The backend itself on plain tensors, below an autograd function when a gradient is wanted."""
-    if not backend.takes_none_states:
-        t = t.filled(CELLS[cell].has_c)
+    if not backend.validates_inputs:
+        t = t.with_zero_states(CELLS[cell].has_c)
     if not train:
         if recording():
-            return Outputs(*as_row(cell, lambda: backend.forward(cell, t, o, train=False).outputs, t))
+            return LayerOutputs(*as_row(cell, lambda: backend.forward(cell, t, o, train=False).outputs, t))
         return backend.forward(cell, t, o, train=False).outputs
     bare = t.w_hr is None and t.lengths is None and t.reset is None
     found = apply((cell, backend, o, None), *(t[:_BARE] if bare else t))
-    return Outputs(*found, *_MISSING[len(found) :])
+    return LayerOutputs(*found, *_MISSING[len(found) :])
 
 
 def apply(how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -51,12 +51,12 @@ def apply(how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return named(LayerFunction, how[0]).apply(how, *tensors)
 
 
-How = tuple[str, Backend, Options, bool | None]
+How = tuple[str, Backend, LayerOptions, bool | None]
 """Cell, backend, options; whether a `single` is batch first, None for any other layer."""
 
 
 class LayerFunction(torch.autograd.Function):
-    """A backend's forward and backward as one node of torch's graph. Takes `Tensors`, without trailing Nones."""
+    """A backend's forward and backward as one node of torch's graph. Takes `LayerInputs`, without trailing Nones."""
 
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -64,7 +64,7 @@ class LayerFunction(torch.autograd.Function):
         cell, backend, o, batch_first = how
         graph = None
         if batch_first is None:
-            outputs, saved, graph = backend.forward(cell, Tensors(*tensors), o, train=True, graph=True)  # type: ignore[arg-type]
+            outputs, saved, graph = backend.forward(cell, LayerInputs(*tensors), o, train=True, graph=True)  # type: ignore[arg-type]
             given = outputs[: 2 if outputs.c_n is None else 3 if outputs.c_all is None else 4]
         else:
             given, saved = _run_single(how, tensors)
@@ -112,10 +112,10 @@ class LayerFunction(torch.autograd.Function):
             found = backend.single_backward(cell, inputs, batch_first, kept[0], kept[1:], grads, needs)
             if found is not None:
                 return (None, *found)
-        t, given = _as_layer(batch_first, Tensors(*inputs), Outputs(*grads, *_MISSING[len(grads) :]))  # type: ignore[arg-type]
+        t, given = _as_layer(batch_first, LayerInputs(*inputs), LayerOutputs(*grads, *_MISSING[len(grads) :]))  # type: ignore[arg-type]
         wanted = [*needs, *(False,) * (len(t) - count)]
         if through_graph:
-            found = second_backward(cell, t.filled(CELLS[cell].has_c), o, given, wanted)
+            found = second_backward(cell, t.with_zero_states(CELLS[cell].has_c), o, given, wanted)
         else:
             y, result = kept[0] if kept else t.x, Result(given, kept[1:], ctx.graph)
             if batch_first is True:
@@ -137,7 +137,7 @@ def _run_single(how: How, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tenso
     return tuple(made[:outputs]), tuple(made[outputs:])
 
 
-def _as_layer(batch_first: bool | None, t: Tensors, grads: Outputs) -> tuple[Tensors, Outputs]:
+def _as_layer(batch_first: bool | None, t: LayerInputs, grads: LayerOutputs) -> tuple[LayerInputs, LayerOutputs]:
     """Inputs and gradients of a `single` in the layouts of a layer. Any other's as they are."""
     if batch_first is None:
         return t, grads
@@ -145,7 +145,7 @@ def _as_layer(batch_first: bool | None, t: Tensors, grads: Outputs) -> tuple[Ten
     x, gy = t.x, grads.y
     if batch_first:
         x, gy = x.transpose(0, 1), None if gy is None else gy.transpose(0, 1)
-    return t._replace(x=x, h_0=states[0], c_0=states[1]), Outputs(gy, states[2], states[3], None)  # type: ignore[arg-type]
+    return t._replace(x=x, h_0=states[0], c_0=states[1]), LayerOutputs(gy, states[2], states[3], None)  # type: ignore[arg-type]
 
 
 def _as_single(batch_first: bool | None, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..autocast import no_autocast
-from ..backends import BY_NAME, REFERENCE, Options, Outputs, Result, Tensors
-from ..backends.products import Gradient
+from ..backends import BY_NAME, REFERENCE, LayerInputs, LayerOptions, LayerOutputs, Result
+from ..backends.base import Gradient
 from ..cells import CELLS, compute_dtype
 
 _ARGUMENTS = (
@@ -37,21 +37,30 @@ _LIBRARY.define(
 )
 
 
-def run_forward(backend: str, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool) -> Result:
+def run_forward(backend: str, cell: str, t: LayerInputs, o: LayerOptions, *, train: bool, graph: bool) -> Result:
     """A backend's forward, directly."""
     with no_autocast(t.x.device.type):
         return BY_NAME[backend].forward(cell, t, o, train=train, graph=graph)
 
 
 def run_backward(
-    backend: str, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+    backend: str,
+    cell: str,
+    t: LayerInputs,
+    o: LayerOptions,
+    y: Tensor,
+    result: Result | None,
+    grads: LayerOutputs,
+    needs: list[bool],
 ) -> list[Gradient]:
     """A backend's backward, directly."""
     with no_autocast(t.x.device.type):
         return BY_NAME[backend].backward(cell, t, o, y, result, grads, needs)
 
 
-def second_backward(cell: str, t: Tensors, o: Options, grads: Outputs, needs: list[bool]) -> list[Gradient]:
+def second_backward(
+    cell: str, t: LayerInputs, o: LayerOptions, grads: LayerOutputs, needs: list[bool]
+) -> list[Gradient]:
     """The same gradients as a function that torch can differentiate again: the reference's formulas on live inputs."""
     o = o._replace(recompute=False)  # the gates are needed right away
     with no_autocast(t.x.device.type):
@@ -72,8 +81,8 @@ def _forward(
     cell: str, backend: str, reverse: bool, all_states: bool, recompute: bool, *rest: Tensor | bool | None
 ) -> _Six:
     *tensors, train = rest
-    t = Tensors(*tensors)  # type: ignore[arg-type]
-    options = Options(reverse, all_states, recompute)
+    t = LayerInputs(*tensors)  # type: ignore[arg-type]
+    options = LayerOptions(reverse, all_states, recompute)
     outputs, saved, _ = run_forward(backend, cell, t, options, train=bool(train), graph=False)
     gates, cells = _split(cell, recompute, saved)
     if train and returns_y_copy(cell, backend):
@@ -100,17 +109,17 @@ def _backward(
     *rest: Tensor | list[bool] | None,
 ) -> list[Tensor]:
     tensors, (needs, y, gates, cells), grads = rest[:12], rest[12:16], rest[16:]
-    t = Tensors(*tensors)  # type: ignore[arg-type]
+    t = LayerInputs(*tensors)  # type: ignore[arg-type]
     kept = zip((gates, cells), saves_gates_and_c(cell, backend, recompute), strict=True)
     saved = tuple(v for v, is_kept in kept if is_kept)
     found = run_backward(
         backend,
         cell,
         t,
-        Options(reverse, all_states, recompute),
+        LayerOptions(reverse, all_states, recompute),
         y,  # type: ignore[arg-type]
-        Result(Outputs(y, t.h_0, None, None), saved),  # type: ignore[arg-type]
-        Outputs(*grads),  # type: ignore[arg-type]
+        Result(LayerOutputs(y, t.h_0, None, None), saved),  # type: ignore[arg-type]
+        LayerOutputs(*grads),  # type: ignore[arg-type]
         needs,  # type: ignore[arg-type]
     )
     given: list[Tensor] = []
@@ -141,7 +150,7 @@ def _fake_forward(
     cell: str, backend: str, reverse: bool, all_states: bool, recompute: bool, *rest: Tensor | bool | None
 ) -> _Six:
     *tensors, train = rest
-    t = Tensors(*tensors)  # type: ignore[arg-type]
+    t = LayerInputs(*tensors)  # type: ignore[arg-type]
     kind = CELLS[cell]
     steps, rows = t.x.shape[0], t.x.shape[1]
     hidden = t.w_hh.shape[0] // kind.gates
@@ -179,17 +188,17 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
     else:
         y = output[5] if returns_y_copy(cell, backend) else output[0]
     ctx.save_for_backward(*tensors, y, output[4], output[5])
-    ctx.how = (cell, backend, Options(reverse, all_states, recompute))  # type: ignore[attr-defined]
+    ctx.how = (cell, backend, LayerOptions(reverse, all_states, recompute))  # type: ignore[attr-defined]
     ctx.set_materialize_grads(False)
 
 
 def _derivative(ctx: torch.autograd.function.FunctionCtx, *grads: Gradient) -> tuple:
     cell, backend, o = ctx.how  # type: ignore[attr-defined]
     *tensors, y, gates, cells = ctx.saved_tensors  # type: ignore[attr-defined]
-    t = Tensors(*tensors)
+    t = LayerInputs(*tensors)
     needs = list(ctx.needs_input_grad[5:17])  # type: ignore[attr-defined]
     has_c_n, has_c_all = states_of(cell, o)
-    given = Outputs(grads[0], grads[1], grads[2] if has_c_n else None, grads[3] if has_c_all else None)  # type: ignore[arg-type]
+    given = LayerOutputs(grads[0], grads[1], grads[2] if has_c_n else None, grads[3] if has_c_all else None)  # type: ignore[arg-type]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         every = second_backward(cell, t, o, given, needs)
     else:
@@ -198,7 +207,7 @@ def _derivative(ctx: torch.autograd.function.FunctionCtx, *grads: Gradient) -> t
     return (None,) * 5 + tuple(every) + (None,)
 
 
-def states_of(cell: str, o: Options) -> tuple[bool, bool]:
+def states_of(cell: str, o: LayerOptions) -> tuple[bool, bool]:
     """Whether there is a c_n, and a c_all."""
     has_c = CELLS[cell].has_c
     return has_c, has_c and o.all_states

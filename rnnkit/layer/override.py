@@ -6,9 +6,9 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-from ..backends import Options, Outputs, Tensors
+from ..backends import LayerInputs, LayerOptions, LayerOutputs
 
-Run = Callable[[str, Tensors, Options], Outputs]
+Run = Callable[[str, LayerInputs, LayerOptions], LayerOutputs]
 active: Run | None = None
 _changing = threading.RLock()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionMeta
 
-from ..backends import extension
+from ..backends.cpu import extension
 
 Given = TypeVar("Given", bound=Sequence[Tensor | None] | None)
 _compiling = torch.compiler.is_compiling
@@ -37,10 +37,11 @@ def _any_callbacks() -> Callable[[], bool]:
         with contextlib.suppress(OSError, AttributeError):  # a file that is no library; a symbol that is not there
             found = ctypes.PyDLL(str(library))._ZN2at12hasCallbacksEv
             found.argtypes, found.restype = [], ctypes.c_bool
-            if not hasattr(extension.direct, "recording"):  # not built, or by older sources
+            direct: Any = extension.direct
+            if not hasattr(direct, "recording"):  # not built, or by older sources
                 return found
-            extension.direct.bind_recording(ctypes.cast(found, ctypes.c_void_p).value)
-            return extension.direct.recording
+            direct.bind_recording(ctypes.cast(found, ctypes.c_void_p).value)
+            return direct.recording
     return known
 
 

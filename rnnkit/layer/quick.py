@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import Backend, Options, Outputs, Tensors, choose, describe, recall
+from ..backends import Backend, LayerInputs, LayerOptions, LayerOutputs, cached_backend, describe, select_backend
 from . import override
 from .autograd import any_requires_grad, apply, direct
 from .profiler import as_row, recording
@@ -21,7 +21,7 @@ from .profiler import as_row, recording
 _plain_eager, _function_modes = checks.is_plain_eager, checks.function_modes
 _grad = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled  # for any type of device
-_FORWARD, _REVERSE = Options(), Options(reverse=True)
+_FORWARD, _REVERSE = LayerOptions(), LayerOptions(reverse=True)
 
 
 def single(
@@ -49,7 +49,7 @@ def single(
             return None
         train = _grad() and any_requires_grad((*four, x, h_0, c_0))
         facts = (cell, "cpu", x.dtype, steps, rows, features, four[1].shape[1], 0, four[2] is not None)
-        known = recall(backend, (*facts, False, False, False, *_FORWARD, train, None))
+        known = cached_backend(backend, (*facts, False, False, False, *_FORWARD, train, None))
         if known is None:  # a call goes the same way whether there was one like it: a checkpoint runs it twice
             known = _chosen_for_single(cell, x, h_0, c_0, weights, batch_first, backend, train)
         if known is None or not known.singles:
@@ -80,9 +80,9 @@ def _chosen_for_single(
     h, c = (None if v is None else v[0] for v in (h_0, c_0))
     try:
         t, options = checks.layer(cell, x.transpose(0, 1) if batch_first else x, h, c, weights)
-        problem = describe(cell, t, options, train=train)
-        known = choose(backend, problem, quiet=True)
-        return choose(backend, problem) if known.singles else known  # recorded once, here or on the ordinary way
+        spec = describe(cell, t, options, train=train)
+        known = select_backend(backend, spec, report=False)
+        return select_backend(backend, spec) if known.singles else known  # recorded once, here or on the ordinary way
     except (checks.BadInput, ValueError, TypeError, NotImplementedError):
         return None
 
@@ -100,7 +100,7 @@ def quick_step(
         if _grad() and any_requires_grad((x, h, c, *four)):
             return None
         facts = (cell, "cpu", x.dtype, 1, *x.shape, four[1].shape[1], 0, four[2] is not None)
-        known = recall(backend, (*facts, False, False, False, *_FORWARD, False, None))
+        known = cached_backend(backend, (*facts, False, False, False, *_FORWARD, False, None))
         if known is None or type(known).step is Backend.step:
             return None
         if recording():
@@ -121,15 +121,15 @@ def _four(weights: Sequence[Tensor]) -> Sequence[Any] | None:
 
 def quick_layer(
     cell: str, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], reverse: bool, backend: str
-) -> Outputs | None:
+) -> LayerOutputs | None:
     """`layer` without lengths, resets and options the quick way; None where there is none."""
     o = _REVERSE if reverse is True else _FORWARD
     found = _quick(cell, x, h_0, c_0, weights, o, backend) if o.reverse is reverse else None
-    if found is None or not found[0].takes_none_states:
+    if found is None or not found[0].validates_inputs:
         return None
     known, train, four = found
     try:
-        return direct(cell, known, Tensors(x, h_0, c_0, *four), o, train)  # type: ignore[arg-type]
+        return direct(cell, known, LayerInputs(x, h_0, c_0, *four), o, train)  # type: ignore[arg-type]
     except RuntimeError:
         return None
 
@@ -140,7 +140,7 @@ def _quick(
     h: Tensor | None,
     c: Tensor | None,
     weights: Sequence[Tensor],
-    o: Options,
+    o: LayerOptions,
     backend: str,
 ) -> tuple[Backend, bool, Sequence[Tensor | None]] | None:
     """The backend that an earlier call with the same facts came to, whether a gradient is wanted, and w_ih, w_hh, b_ih,
@@ -154,8 +154,8 @@ def _quick(
     if w_hh.dim() != 2 or (c is not None and cell != "lstm"):
         return None
     train = _grad() and any_requires_grad((x, h, c, *weights))
-    known = recall(
-        backend,  # and what `Problem` holds
+    known = cached_backend(
+        backend,  # and what `LayerSpec` holds
         (cell, "cpu", x.dtype, *x.shape, w_hh.shape[1], 0, four is weights, False, False, False, *o, train, None),
     )
     return None if known is None else (known, train, four)

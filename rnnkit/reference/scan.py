@@ -45,7 +45,7 @@ def forward(
 ) -> tuple[Tensor, State, Tensor | None, Tensor | None]:
     """States after each step of the range [t0, t0 + n), and what its backward needs.
 
-    gx: [n, B, G·H] as `rnnkit.backends.products.project` makes it. start: the state before the first step that is
+    gx: [n, B, G·H] as `rnnkit.backends.scan_backend.project` makes it. start: the state before the first step that is
     processed (the last in time, in reverse). Returns y [n, B, N], the final state, c_all [n, B, H] or None, gates
     [n, B, S·H] or None.
     """
@@ -90,14 +90,14 @@ def _masked(state: State, where: Tensor) -> State:
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of a whole scan. dgx, dgh: [T, B, G·H]; dh_0, dh_r: [B, N]; dc_0, dc_r: [B, H]; dp: [T, B, P]."""
+    """Gradients of a scan. dgx, dgh: [T, B, G·H]; dh_0, dh_reset: [B, N]; dc_0, dc_reset: [B, H]; dp: [T, B, P]."""
 
     dgx: Tensor
     dgh: Tensor
     dh_0: Tensor
     dc_0: Tensor | None
-    dh_r: Tensor | None
-    dc_r: Tensor | None
+    dh_reset: Tensor | None
+    dc_reset: Tensor | None
     dp: Tensor | None
     """With a projection: the whole gradient of the projected state, for the gradient of W_hr."""
 
@@ -133,8 +133,8 @@ def backward(
 
     dh = torch.zeros_like(start.h) if gh_n is None else gh_n
     dc = None if start.c is None else (torch.zeros_like(start.c) if gc_n is None else gc_n)
-    dh_r = None if resets is None else torch.zeros_like(start.h)
-    dc_r = None if resets is None or start.c is None else torch.zeros_like(start.c)
+    dh_reset = None if resets is None else torch.zeros_like(start.h)
+    dc_reset = None if resets is None or start.c is None else torch.zeros_like(start.c)
     dgx: list[Tensor] = [y] * steps
     dgh: list[Tensor] = [y] * steps
     dp: list[Tensor] = [y] * steps
@@ -159,11 +159,11 @@ def backward(
         else:
             dh = torch.where(valid[t], g.dh, dh)
             dc = None if g.dc is None or dc is None else torch.where(valid[t], g.dc, dc)
-        if resets is not None and dh_r is not None:
-            dh_r = dh_r + dh.masked_fill(~resets[t], 0)
+        if resets is not None and dh_reset is not None:
+            dh_reset = dh_reset + dh.masked_fill(~resets[t], 0)
             dh = dh.masked_fill(resets[t], 0)
-            if dc is not None and dc_r is not None:
-                dc_r = dc_r + dc.masked_fill(~resets[t], 0)
+            if dc is not None and dc_reset is not None:
+                dc_reset = dc_reset + dc.masked_fill(~resets[t], 0)
                 dc = dc.masked_fill(resets[t], 0)
     width = y.new_zeros((y.shape[1], w.w_hh.shape[0]))
     return ScanGradients(
@@ -171,7 +171,7 @@ def backward(
         _stack(dgh, width),
         dh,
         dc,
-        dh_r,
-        dc_r,
+        dh_reset,
+        dc_reset,
         None if w.w_hr is None else _stack(dp, start.h),
     )

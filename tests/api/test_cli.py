@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from rnnkit import __version__
-from rnnkit.backends import BACKENDS, extension, triton
+from rnnkit.backends import BACKENDS
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.triton import backend as triton
 from rnnkit.cli import info
 from rnnkit.cli import main as cli
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from rnnkit import masks, ops, use_backend
-from rnnkit.backends import BY_NAME, REFERENCE, Result, products
+from rnnkit.backends import BY_NAME, REFERENCE, Result, scan_backend
 from rnnkit.backends import torch as torch_backend
 from rnnkit.layer import custom_ops
 from rnnkit.reference import STEPS
@@ -142,14 +142,14 @@ WEIGHTS = ("x", "h_0", "c_0", "w_ih", "w_hh", "b_ih", "b_hh")
 @pytest.mark.parametrize("lost", WEIGHTS)
 def test_a_gradient_lost(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of each argument is looked at, the initial states among them."""
-    right = products.weight_gradients
+    right = scan_backend.weight_gradients
     place = ("x", "h_0", "c_0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr").index(lost)
 
     def without(*args: Any) -> list[Tensor | None]:
         found = right(*args)
         return [g if k != place or g is None else torch.zeros_like(g) for k, g in enumerate(found)]
 
-    monkeypatch.setattr(products, "weight_gradients", without)
+    monkeypatch.setattr(scan_backend, "weight_gradients", without)
     found = checked("lstm")
     assert found and len({text.split(" is off")[0] for text in found}) == 1
 
@@ -189,12 +189,12 @@ def red(complaint: str) -> Any:
 
 def losing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The products forget one gradient, where there is one."""
-    right, at = products.weight_gradients, PLACES.index(place)
+    right, at = scan_backend.weight_gradients, PLACES.index(place)
 
     def without(*args: Any) -> list[Tensor | None]:
         return [torch.zeros_like(g) if k == at and g is not None else g for k, g in enumerate(right(*args))]
 
-    monkeypatch.setattr(products, "weight_gradients", without)
+    monkeypatch.setattr(scan_backend, "weight_gradients", without)
 
 
 PLACES = (*WEIGHTS, "w_hr", "lengths", "reset", "h_r", "c_r")

@@ -55,7 +55,7 @@ def before(a: Clock, b: Clock) -> bool:
 class Noting(Fused):
     """The reference, which notes what it does: (forward or backward, direction, moment)."""
 
-    overlaps = True
+    concurrent_directions = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def test_the_numbers_are_the_same(how: dict[str, Any], noting: Noting, monkeypat
 
     at_once = numbers()
     assert [where for _, where, _ in noting.noted][:2] == ["reverse", "forward"]
-    monkeypatch.setattr(noting, "overlaps", False)
+    monkeypatch.setattr(noting, "concurrent_directions", False)
     noting.noted.clear()
     one_by_one = numbers()
     assert [where for _, where, _ in noting.noted][:2] == ["forward", "reverse"]

@@ -17,8 +17,8 @@ import test_rows
 from sequences import F32, Case, check
 from simt import run as simt
 
-from rnnkit.backends import cuda
-from rnnkit.benchmarks.problems import MASKED, Variant
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.benchmarks.gpu_check.parity_cases import MASKED, Variant
 
 SOURCE = Path(__file__).resolve().parents[3] / "csrc"
 

@@ -15,7 +15,7 @@ import pytest
 from sequences import F32, KINDS, Case, check
 
 import rnnkit.kernels
-from rnnkit.backends import triton
+from rnnkit.backends.triton import backend as triton
 
 SOURCE = Path(rnnkit.kernels.__path__[0])
 
@@ -69,9 +69,9 @@ KERNELS = [  # a missing reset, one at the wrong step, a row that lives one step
     ("product.product_back", "j < length", "j <= length", "gru", "step"),
     ("product.is_idle_row", "return busy == 0", "return busy >= 0", "gru", "step"),
     ("shared.is_idle", "axis=1) == 0", "axis=1) >= 0", "lstm", "persistent"),
-    ("shared.entered", *RESET, "lstm", "persistent"),
-    ("shared.entered", "before >= length", "before > length", "gru", "persistent"),
-    ("shared.place", "j + reverse", "j + (1 - reverse)", "rnn_tanh", "persistent"),
+    ("shared.previous_state", *RESET, "lstm", "persistent"),
+    ("shared.previous_state", "before >= length", "before > length", "gru", "persistent"),
+    ("shared.time_index", "j + reverse", "j + (1 - reverse)", "rnn_tanh", "persistent"),
     ("shared.is_cut", "t + reverse", "t", "gru", "persistent"),
     ("product.carry", "t + 1 - 2 * reverse", "t + 1", "gru", "step"),
     ("shared.dot", "acc + tl.dot", "tl.dot", "gru", "persistent"),
@@ -98,10 +98,10 @@ def compare(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the package that the next scan imports; `table` stays, the backend holds it."""
+    """A copy of the package that the next scan imports."""
     copy = tmp_path / "kernels"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in [name for name in sys.modules if name.startswith("rnnkit.kernels.") and not name.endswith(".table")]:
+    for name in [name for name in sys.modules if name.startswith("rnnkit.kernels.")]:
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(rnnkit.kernels, name.rpartition(".")[2])
     monkeypatch.setattr(rnnkit.kernels, "__path__", [str(copy)])
