@@ -1,4 +1,4 @@
-"""Which rows live at which step, and where their state is cut: lengths and resets as boolean tensors.
+"""Which steps a row has, and before which its state is replaced: lengths and resets as boolean tensors.
 
 Shapes: T steps, B rows. `lengths` is [B], `reset` [T, B] bool. Used by the reference scan and by the products
 around every kernel; kernels themselves compare indices instead.
