@@ -178,6 +178,25 @@ PyObject* bind(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return Py_None;
 }
 
+// at::hasCallbacks: whether anybody records what torch runs. Python finds its address in torch's library;
+// from here the question takes a tenth of what ctypes takes for it.
+bool (*has_callbacks)() = nullptr;
+
+PyObject* bind_recording(PyObject*, PyObject* address) {
+  void* found = PyLong_AsVoidPtr(address);
+  if (found == nullptr) {
+    if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_ValueError, "rnnkit: the address must not be 0");
+    return nullptr;
+  }
+  has_callbacks = reinterpret_cast<bool (*)()>(found);
+  Py_IncRef(Py_None);
+  return Py_None;
+}
+
+PyObject* recording(PyObject*, PyObject*) {
+  return PyBool_FromLong(has_callbacks != nullptr && has_callbacks() ? 1 : 0);
+}
+
 template <class F>
 PyCFunction function(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(f));
@@ -185,6 +204,8 @@ PyCFunction function(F f) {
 
 PyMethodDef methods[] = {
     {"bind", function(&bind), METH_FASTCALL, "What the functions need of torch."},
+    {"bind_recording", &bind_recording, METH_O, "The address of at::hasCallbacks, for `recording`."},
+    {"recording", &recording, METH_NOARGS, "Whether anybody records what torch runs."},
     {"layer_forward", function(&method<0, &cpu_layer_forward>), METH_FASTCALL, "rnnkit::cpu_layer_forward"},
     {"layer_backward", function(&method<1, &cpu_layer_backward>), METH_FASTCALL,
      "rnnkit::cpu_layer_backward"},

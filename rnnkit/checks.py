@@ -74,8 +74,24 @@ def expect_tensor(v: object, name: str, form: str) -> None:
 
 
 def expect_dense(v: Tensor, name: str, kind: type[Exception] = TypeError) -> None:
+    if v.is_nested:
+        way = "pass it to a layer as its input, or pad it, torch.nested.to_padded_tensor, and pass lengths"
+        raise kind(f"{name} must be a dense tensor, got a nested one; {way}")
     if v.layout is not torch.strided:
         raise kind(f"{name} must be a dense tensor, got {v.layout}; pass {name}.to_dense()")
+
+
+def expect_jagged(input: Tensor) -> None:
+    """Of nested tensors [B, j, I] of layout torch.jagged, without gaps between the rows."""
+    if input.layout is not torch.jagged:
+        raise BadType(
+            f"a nested input must be of layout torch.jagged, got {input.layout}; pass "
+            "torch.nested.as_nested_tensor(list(input.unbind()), layout=torch.jagged)"
+        )
+    if input.dim() != 3 or getattr(input, "_ragged_idx", 1) != 1:
+        raise BadValue(f"a nested input must be [B, j, I], ragged in its second dimension, got {list(input.shape)}")
+    if input.lengths() is not None:  # type: ignore[attr-defined]
+        raise BadValue("a nested input must have no gaps between its rows; pass input.contiguous()")
 
 
 def expect_bool(v: object, name: str) -> None:
@@ -85,8 +101,15 @@ def expect_bool(v: object, name: str) -> None:
 
 def expect_rows(x: object) -> None:
     expect_tensor(x, "x", "[B, I]")
+    expect_dense_rows(x)  # type: ignore[arg-type]
     if x.dim() != 2:  # type: ignore[attr-defined]
         raise BadValue(f"x must be [B, I], got {x.dim()} dimensions: {shape(x)}")  # type: ignore[attr-defined,arg-type]
+
+
+def expect_dense_rows(x: Tensor) -> None:
+    """A cell makes one step."""
+    if x.is_nested:
+        raise BadType("a cell takes one step of dense rows [B, I], got a nested tensor; pass it to a layer")
 
 
 def expect_shape(v: object, name: str, form: str, wanted: tuple[int, ...], kind: type[Exception] = BadValue) -> None:
@@ -360,6 +383,8 @@ def weights_before_dropout(cell: str, x: Tensor, pieces: Sequence[Sequence[Tenso
 
 def cell_rows(input: object, hx: object, name: str) -> tuple[Tensor, object]:
     """A cell's unbatched input [I] and state with a batch dimension of 1. A batched input does not come here."""
+    if isinstance(input, Tensor):
+        expect_dense_rows(input)
     if not isinstance(input, Tensor) or input.dim() != 1:
         got = f"{input.dim()} dimensions" if isinstance(input, Tensor) else type(input).__name__
         raise BadValue(f"{name}: input must be a tensor [B, I] or [I], got {got}")

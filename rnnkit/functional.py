@@ -18,7 +18,7 @@ from . import checks, ops
 from .backends import LayerOptions
 from .cells import CELLS
 from .layer import streams
-from .layouts import Layout
+from .layouts import layout_of
 
 State = Tensor | tuple[Tensor, Tensor]
 Layer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -88,18 +88,20 @@ def lstm(
     else H.
 
     Args:
-        input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+        input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, a PackedSequence, or a nested tensor [B, j, I]
+            of layout torch.jagged, with batch_first or without: a ragged batch that brings its lengths.
         hx: (h_0 [L·D, B, N], c_0 [L·D, B, H]), without B when unbatched; zeros where None.
         weights: as torch.nn's `_flat_weights`: for each layer and direction w_ih [4H, I or D·N], w_hh [4H, N],
             then b_ih, b_hh [4H] or neither, then w_hr [P, H] with a projection.
         dropout: probability with which each output of every layer but the last is zeroed, when `training`.
         lengths: [B] integers in [0, T], any order; row b is processed for its first lengths[b] steps, its output
             is 0 beyond, its final state is that after its last valid step. 0-d or [1] when unbatched. Values are
-            checked on the CPU in eager mode; elsewhere they are clamped. Not with a PackedSequence.
+            checked on the CPU in eager mode; elsewhere they are clamped. Not with a PackedSequence or a nested
+            tensor.
         reset: 0 and 1 in the input's leading layout, [T, B] or [B, T] or [T] (a trailing 1 is accepted), or a
-            PackedSequence with the input's batch_sizes. Where 1, the row's state is replaced before the step; in
-            the backward direction the cut lies between the same two steps. This is `episode_starts` in recurrent
-            PPO and `is_init` in TorchRL.
+            PackedSequence with the input's batch_sizes, or nested with its offsets. Where 1, the row's state is
+            replaced before the step; in the backward direction the cut lies between the same two steps. This is
+            `episode_starts` in recurrent PPO and `is_init` in TorchRL.
         reset_state: what a reset puts in place, in hx's form; zeros where None.
         return_all_states: also return every layer's states after every step.
         backend: a backend's name, or `auto`.
@@ -107,8 +109,9 @@ def lstm(
             gates of each again: least memory, for about a forward more of work.
 
     Returns:
-        output [T, B, D·N] in the input's layout; (h_n [L·D, B, N], c_n [L·D, B, H]); and with return_all_states
-        (h_all [L·D, T, B, N], c_all [L·D, T, B, H]), [L·D, B, T, ·] with batch_first, without B when unbatched.
+        output [T, B, D·N] in the input's layout (nested: with the input's offsets);
+        (h_n [L·D, B, N], c_n [L·D, B, H]); and with return_all_states (h_all [L·D, T, B, N], c_all [L·D, T, B, H]),
+        [L·D, B, T, ·] with batch_first, without B when unbatched.
 
     Raises:
         ValueError: sizes, ranks, values.
@@ -258,7 +261,10 @@ def stack(
     checks.probability(dropout)
     pieces = checks.stack(cell, weights, num_layers, directions, proj_size)
     packed = type(input) is not Tensor and isinstance(input, PackedSequence)
-    data: Tensor = input.data if packed else input  # type: ignore[assignment]
+    nested = not packed and isinstance(input, Tensor) and input.is_nested
+    if nested:
+        checks.expect_jagged(input)  # type: ignore[arg-type]
+    data: Tensor = input.data if packed else input.values() if nested else input  # type: ignore[union-attr,assignment]
     if not isinstance(data, Tensor):
         checks.expect_tensor(data, "input", "[T, B, I]")
     dims = data.dim()
@@ -266,8 +272,8 @@ def stack(
         expected = "2 dimensions of data in a PackedSequence" if packed else "2 or 3 dimensions"
         raise checks.BadValue(f"input must have {expected}, got {dims}: {list(data.shape)}")
 
-    layout = Layout(input, batch_first)
-    sizes = (layout.dims, packed, data.shape[-1], layout.steps, layout.rows)
+    layout = layout_of(input, batch_first)
+    sizes = (layout.dims, packed or nested, data.shape[-1], layout.steps, layout.rows)
     h_0, c_0 = checks.states_of(kind, hx, "hx")
     checks.sequence(cell, *sizes, (h_0, c_0), weights, num_layers, directions, proj_size)
     h_r = c_r = None
@@ -277,8 +283,9 @@ def stack(
         h_r, c_r = checks.states_of(kind, reset_state, "reset_state")
         checks.sequence(cell, *sizes, (h_r, c_r), weights, num_layers, directions, proj_size, "reset_state")
     if lengths is not None:
-        if packed:
-            raise ValueError("lengths must be None with a PackedSequence, which brings its own")
+        if packed or nested:
+            kind_of_input = "PackedSequence" if packed else "nested tensor"
+            raise ValueError(f"lengths must be None with a {kind_of_input}, which brings its own")
         if layout.dims == 2 and isinstance(lengths, Tensor) and lengths.dim() == 0:
             lengths = lengths[None]
     reset_mask = None if reset is None else layout.reset_mask(reset)

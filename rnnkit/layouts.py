@@ -1,13 +1,15 @@
 """The layouts in which a sequence may come, and the way to time-major and back.
 
-Time-major [T, B, I], batch_first [B, T, I], unbatched [T, I], and PackedSequence. Inside, everything is time-major;
-a packed sequence becomes a padded one with lengths, its rows in the packed (sorted) order.
+Time-major [T, B, I], batch_first [B, T, I], unbatched [T, I], PackedSequence, and nested tensors [B, j, I] of layout
+torch.jagged. Inside, everything is time-major; a packed sequence and a nested tensor become a padded one with lengths,
+the rows of a packed one in the packed (sorted) order.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nested import nested_tensor_from_jagged
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
@@ -65,10 +67,7 @@ class Layout:
             known = [order for order in orders if order is not None]
             if len(known) == 1 or (len(known) == 2 and not torch.equal(*known)):
                 raise ValueError("reset must be packed in the input's order of rows: its sorted_indices differ")
-            data = reset.data
-            if data.dtype != torch.bool and not data.is_complex():
-                data = data.float()  # it holds 0 and 1, and unlike float8 and uint16 every operator knows it
-            return self._pad(data.squeeze(-1) if data.dim() == 2 and data.shape[-1] == 1 else data)
+            return self._pad(_marks(reset.data))
         if not isinstance(reset, Tensor):
             raise TypeError(f"reset must be a tensor of 0 and 1 in the input's layout, got {type(reset).__name__}")
         lead = 1 if self.dims == 2 else 2
@@ -120,3 +119,68 @@ class Layout:
         if self.packed and self.source.unsorted_indices is not None:
             states = states.index_select(2, self.source.unsorted_indices)
         return states.transpose(1, 2) if self.batch_first else states
+
+
+class JaggedLayout(Layout):
+    """A nested tensor [B, j, I] of layout torch.jagged: values [sum of lengths, I] and offsets [B + 1].
+
+    Its ragged dimension says which one is time, so `batch_first` concerns the layout of `all_states` alone, as with a
+    PackedSequence. The longest row is looked up, which waits for a GPU.
+    """
+
+    def __init__(self, input: Tensor, batch_first: bool) -> None:
+        self.batch_first, self.packed, self.dims = batch_first, False, 3
+        self.offsets: Tensor = input.offsets()  # type: ignore[attr-defined]
+        values: Tensor = input.values()
+        lengths = self.offsets.diff()
+        self.lengths, self.rows = lengths, lengths.shape[0]
+        self.shortest, self.longest = _extremes(lengths)
+        self.steps = max(self.longest, 1)  # rows may all be empty
+        place = torch.arange(values.shape[0], device=values.device)
+        row = torch.searchsorted(self.offsets, place, right=True) - 1
+        self.index = (place - self.offsets[row]) * self.rows + row
+        self.x = self._pad(values)
+
+    def dropout(self, y: Tensor, p: float) -> Tensor:
+        """Drawn over the values, as for a PackedSequence."""
+        return self._pad(F.dropout(self._pack(y), p))
+
+    def reset_mask(self, reset: Tensor | PackedSequence) -> Tensor:
+        """`reset`, nested as the input is, [B, j] or [B, j, 1], as [T, B]."""
+        if not (isinstance(reset, Tensor) and reset.is_nested and reset.layout is torch.jagged):
+            got = reset.layout if isinstance(reset, Tensor) else type(reset).__name__
+            raise TypeError(f"with a nested input, reset must be nested too, of layout torch.jagged, got {got}")
+        if not torch.compiler.is_compiling() and not torch.equal(reset.offsets(), self.offsets):  # type: ignore[attr-defined]
+            raise ValueError("reset must be nested with the input's lengths: its offsets differ")
+        return self._pad(_marks(reset.values()))
+
+    def output(self, y: Tensor) -> Tensor:
+        """[T, B, N] -> [B, j, N] with the input's offsets, so that it meets other tensors that have them."""
+        values = self._pack(y)
+        if self.shortest is None:
+            return nested_tensor_from_jagged(values, self.offsets)
+        return nested_tensor_from_jagged(values, self.offsets, min_seqlen=self.shortest, max_seqlen=self.longest)
+
+
+def _extremes(lengths: Tensor) -> tuple[int | None, int]:
+    """The shortest length and the longest, in one look at the device. Compiled code looks for the longest alone."""
+    if not lengths.shape[0]:
+        return None, 0
+    if torch.compiler.is_compiling():
+        return None, int(lengths.max())
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    return shortest, longest
+
+
+def layout_of(input: Tensor | PackedSequence, batch_first: bool) -> Layout:
+    """How `input` is laid out."""
+    nested = isinstance(input, Tensor) and input.is_nested
+    return JaggedLayout(input, batch_first) if nested else Layout(input, batch_first)  # type: ignore[arg-type]
+
+
+def _marks(data: Tensor) -> Tensor:
+    """The values of a ragged `reset`, [sum of lengths] or [sum of lengths, 1], in a dtype that every operator knows,
+    unlike float8 and uint16. They hold 0 and 1."""
+    if data.dtype != torch.bool and not data.is_complex():
+        data = data.float()
+    return data.squeeze(-1) if data.dim() == 2 and data.shape[-1] == 1 else data

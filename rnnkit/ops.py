@@ -8,6 +8,7 @@ itself, below an autograd function when a gradient is wanted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,7 @@ from .layer import override, streams
 from .layer.autograd import any_requires_grad, direct
 from .layer.custom_ops import states_of
 from .layer.override import override_layer
+from .layer.profiler import annotated
 from .layer.quick import quick_layer, quick_step, single
 
 __all__ = ["computed_by", "layer", "overlaps", "override_layer", "single", "step"]
@@ -141,7 +143,8 @@ def _layer(
     cell: str, t: LayerInputs, o: LayerOptions, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if override.active is not None:
-        return override.active(cell, t.with_zero_states(CELLS[cell].has_c), o)
+        t = t.with_zero_states(CELLS[cell].has_c)
+        return annotated(cell, functools.partial(override.active, cell, t, o), t)
     if _plain_eager(*t) and not t.x.is_meta and not _autocast():
         train = _grad() and any_requires_grad(t)
         chosen = select_backend(backend, describe(cell, t, o, train=train))
@@ -166,7 +169,7 @@ def _run(
         return _opaque(cell, chosen.name, t, o, train)
     with no_autocast(t.x.device.type):
         if onnx or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0:
-            return REFERENCE.forward(cell, t, o, train=False).outputs
+            return annotated(cell, lambda: REFERENCE.forward(cell, t, o, train=False).outputs, t)
         if _plain_eager(*t) and not t.x.is_meta:
             return direct(cell, chosen, t, o, train)
     return _opaque(cell, chosen.name, t, o, train)

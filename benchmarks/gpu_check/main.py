@@ -179,7 +179,7 @@ def driver() -> str:
 
 
 def capability() -> int | None:
-    """Of the GPU, as kernels/triton_configs.py numbers them; None where no kernel of that table runs on it."""
+    """Of the GPU, as rnnkit/backends/triton/configs.py numbers them; None where no kernel of that table runs on it."""
     return triton.capability() if triton.missing() is None else None
 
 

@@ -239,7 +239,7 @@ def stepping(rows: Sequence[cuda_configs.CompiledKernel]) -> Iterator[ParityCase
 
 def _of_row(row: cuda_configs.CompiledKernel, k: int, variant: Variant) -> ParityCase:
     kinds = {"bf16": (BF16, False), "fp16": (F16, False), "tf32": (F32, True), "ieee": (F32, False)}
-    names = {kernel: cell for cell, kernel in cuda_configs.CELLS.items()}  # of an RNN the last, relu
+    names = {kernel: cell for cell, kernel in cuda_configs.KERNEL_OF.items()}  # of an RNN the last, relu
     dtype, tf32 = kinds.get(row.kind, (torch.float64, False))
     name = "rnn_tanh" if row.kernel == "rnn" and k % 3 else names[row.kernel]
     return ParityCase(name, variant, dtype, tf32=tf32, fused=True)
@@ -260,7 +260,7 @@ def kernels_of(case: ParityCase, capability: int) -> list[triton_configs.Compile
     if case.stepwise:
         return []
     facts = (case.variant.size[3], case.proj, case.operands, capability)
-    rows = [triton_configs.find(KINDS[case.kind].cell, side, *facts) for side in triton_configs.SIDES]
+    rows = [triton_configs.find_kernel(KINDS[case.kind].cell, side, *facts) for side in triton_configs.SIDES]
     return [row for row in rows if row is not None]
 
 
@@ -270,7 +270,7 @@ def compiled_for(case: ParityCase, capability: int) -> cuda_configs.CompiledKern
     kind = "tf32" if case.tf32 else cuda.KINDS.get(case.dtype, "ieee")
     rows = rows or case.variant.size[1]
     only = "step" if case.stepwise else None
-    return cuda_configs.plan(cell, hidden, case.proj, kind, rows, capability, only)[0]
+    return cuda_configs.find_kernel(cell, hidden, case.proj, kind, rows, capability, only)[0]
 
 
 # What a case is given: values in float64 that its dtype holds exactly.

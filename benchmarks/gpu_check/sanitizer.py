@@ -154,8 +154,8 @@ def _blocks(text: str) -> Iterator[tuple[str, list[str]]]:
 def culprits(report: str) -> set[tuple[str, str]]:
     """The kinds of layer and precisions that a kernel serves, by its name; all where it does not tell."""
     words = report.split()
-    cells = [cell for cell, kernel in cuda_configs.CELLS.items() if kernel in words]
-    kinds = {kind for kind, facts in KINDS.items() if facts.cell in (cells or cuda_configs.CELLS)}
+    cells = [cell for cell, kernel in cuda_configs.KERNEL_OF.items() if kernel in words]
+    kinds = {kind for kind, facts in KINDS.items() if facts.cell in (cells or cuda_configs.KERNEL_OF)}
     precisions = {PRECISIONS[word] for word in words if word in PRECISIONS} or set(PRECISIONS.values())
     return {(kind, precision) for kind in kinds for precision in precisions}
 

@@ -285,7 +285,7 @@ def _resident(row: BenchRow) -> bool:
 def _fits(cell: str, hidden: int) -> bool:
     if cell not in ("LSTM", "GRU"):
         return False
-    row, _ = cuda_configs.plan(cell.lower(), hidden, 0, "bf16", 1, HOPPER)
+    row, _ = cuda_configs.find_kernel(cell.lower(), hidden, 0, "bf16", 1, HOPPER)
     return row.regime == "cta"
 
 

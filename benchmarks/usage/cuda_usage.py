@@ -8,6 +8,7 @@ A row of the result holds registers a thread, bytes that spilled, and shared mem
 kernel, and what its configuration asks for when it is launched. A row of the table may be too large for a chip that has
 less than others; its line says so, and it does not run there. Last comes a digest of what was compiled
 (source_digest.py).
+Exit code 1 where a kernel spills, needs more shared memory than any chip has, or does not compile.
 """
 
 from __future__ import annotations

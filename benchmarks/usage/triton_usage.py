@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for every chip ahead of time, without a GPU, and says what each takes.
 
     python -m rnnkit.benchmarks.usage.triton_usage [--part K/N] [--workers N] [--to FILE]   checks, writes the whole
-    python -m rnnkit.benchmarks.usage.triton_usage --search KERNEL    finds the rows of the table for one kernel
+    python -m rnnkit.benchmarks.usage.triton_usage --search KERNEL    finds the rows of the table for a kernel
 
 Every row of rnnkit/backends/triton/configs.py is compiled for each of its chips, and the step regime's kernels in each
 of its tiles for all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset,
@@ -143,7 +143,7 @@ def jobs() -> Iterator[TritonBuildJob]:
     every = itertools.product(scans, sizes, configs.SIDES, kinds, configs.CHIPS)
     for (kernel, cell), ((hidden, proj), some), side, (kind, dtype), chip in every:
         proj = proj if kernel == "lstm_proj" else 0
-        yield TritonBuildJob(kernel, cell, side, dtype, kind, chip, hidden, proj, configs.step(some, kind, ""))
+        yield TritonBuildJob(kernel, cell, side, dtype, kind, chip, hidden, proj, configs.step_config(some, kind, ""))
 
 
 def forms(job: TritonBuildJob, found: Iterable[Usage]) -> Iterator[Form]:
@@ -340,7 +340,7 @@ def _tried(row: configs.CompiledKernel) -> configs.CompiledKernel:
 
 def _of(row: configs.CompiledKernel, chip: str) -> list[TritonBuildJob]:
     hidden, proj = configs.fullest(row)
-    plan = configs.persistent(row, "")
+    plan = configs.persistent_config(row, "")
     return [
         TritonBuildJob(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan)
         for cell in configs.CELLS_OF[row.kernel]

@@ -18,6 +18,7 @@ from ..backends import Backend, LayerInputs, LayerOptions, LayerOutputs, Result
 from ..cells import CELLS
 from . import streams
 from .custom_ops import run_backward, run_forward, second_backward
+from .profiler import as_row, named, recording
 
 _modes, _transforming = checks.dispatch_modes, checks.transforming
 _batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
@@ -37,10 +38,17 @@ def direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: 
     if not backend.validates_inputs:
         t = t.with_zero_states(CELLS[cell].has_c)
     if not train:
+        if recording():
+            return LayerOutputs(*as_row(cell, lambda: backend.forward(cell, t, o, train=False).outputs, t))
         return backend.forward(cell, t, o, train=False).outputs
     bare = t.w_hr is None and t.lengths is None and t.reset is None
-    found: tuple[Tensor, ...] = LayerFunction.apply((cell, backend, o, None), *(t[:_BARE] if bare else t))
+    found = apply((cell, backend, o, None), *(t[:_BARE] if bare else t))
     return LayerOutputs(*found, *_MISSING[len(found) :])
+
+
+def apply(how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """`LayerFunction` on these tensors, under the cell's name for torch's profilers."""
+    return named(LayerFunction, how[0]).apply(how, *tensors)
 
 
 How = tuple[str, Backend, LayerOptions, bool | None]

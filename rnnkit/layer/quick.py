@@ -5,6 +5,7 @@ What it refuses, by a RuntimeError, goes the ordinary way over `checks`, which s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from .. import checks
 from ..backends import Backend, LayerInputs, LayerOptions, LayerOutputs, cached_backend, describe, select_backend
 from . import override
-from .autograd import LayerFunction, any_requires_grad, direct
+from .autograd import any_requires_grad, apply, direct
+from .profiler import as_row, recording
 
 _plain_eager, _function_modes = checks.is_plain_eager, checks.function_modes
 _grad = torch.is_grad_enabled
@@ -53,7 +55,10 @@ def single(
         if known is None or not known.singles:
             return None
         if train:
-            return LayerFunction.apply((cell, known, _FORWARD, batch_first), x, h_0, c_0, *four)
+            return apply((cell, known, _FORWARD, batch_first), x, h_0, c_0, *four)
+        if recording():
+            run = functools.partial(known.single, cell, x, h_0, c_0, *four, batch_first, False)  # type: ignore[call-arg]
+            return as_row(cell, run, (x, h_0, c_0, *four))
         return known.single(cell, x, h_0, c_0, *four, batch_first, False)  # type: ignore[call-arg]
     except (RuntimeError, AttributeError, IndexError):
         return None
@@ -96,7 +101,11 @@ def quick_step(
             return None
         facts = (cell, "cpu", x.dtype, 1, *x.shape, four[1].shape[1], 0, four[2] is not None)
         known = cached_backend(backend, (*facts, False, False, False, *_FORWARD, False, None))
-        return None if known is None else known.step(cell, x, h, c, *four)
+        if known is None or type(known).step is Backend.step:
+            return None
+        if recording():
+            return as_row(cell, functools.partial(known.step, cell, x, h, c, *four), (x, h, c, *four))
+        return known.step(cell, x, h, c, *four)
     except (RuntimeError, AttributeError, IndexError):
         return None
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch.fx.experimental import _config as shapes
 
 import rnnkit
 from rnnkit.backends import BY_NAME
@@ -174,6 +175,34 @@ def test_a_single_step_has_a_graph_of_its_own() -> None:
         how = (torch.randn(steps, 4, I), torch.tensor([steps, 1, 0, 1]))
         close(compiled(*how), run(*how))
         assert compilations(run) == expected
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["no_grad", "train"])
+@pytest.mark.parametrize("order", [(4, 6, 9, 1), (1, 4, 6, 9), (4, 1, 6, 9)], ids=str)
+def test_graphs_of_four_lengths_with_a_single_step_among_them(order: tuple[int, ...], train: bool) -> None:
+    """torch.compile settles at the graph's inputs what a size is, before a layer sees them: the first is a constant,
+    the second makes it a symbol of 2 or more, and 1 is a constant of its own. So by itself three graphs, but two where
+    the size is marked or 1 came first; by torch's setting for backed sizes 1 is like any other."""
+    module = rnnkit.GRU(I, H)
+
+    def run(x: Tensor, lengths: Tensor) -> Any:
+        return module(x, lengths=lengths)
+
+    def graphs(mark: bool, oblivious: bool) -> int:
+        torch._dynamo.reset()
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        with torch.set_grad_enabled(train), shapes.patch(backed_size_oblivious=oblivious):
+            for steps in order:
+                how = (torch.randn(steps, 4, I), torch.tensor([steps, 1, 0, 1]))
+                if mark:
+                    torch._dynamo.mark_dynamic(how[0], 0)
+                close(compiled(*how), run(*how))
+        return compilations(run)
+
+    assert graphs(mark=False, oblivious=False) == (2 if order[0] == 1 else 3)
+    assert graphs(mark=True, oblivious=False) == 2
+    assert graphs(mark=False, oblivious=True) == 2
+    assert graphs(mark=True, oblivious=True) == 1
 
 
 def test_one_compilation_where_T_is_said_to_be_dynamic() -> None:

@@ -7,8 +7,10 @@ compare. The others must say what was got and what was expected.
 from __future__ import annotations
 
 import copy
+import traceback
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -319,6 +321,58 @@ def test_the_exception_is_torchs(call: Mistake) -> None:
     theirs, ours = raised(call, nn), raised(call, rnnkit)
     assert type(ours) is type(theirs)
     assert str(ours) == str(theirs)
+
+
+# What our check says of such a mistake, wherever torch's words name no argument or no way out.
+SENTENCES: dict[str, tuple[Mistake, str]] = {
+    "a state that is no pair": (lambda p: p.LSTM(I, H)(x, state), "hx must be a pair (h, c) for lstm, got Tensor"),
+    "c of another dtype": (lambda p: p.LSTM(I, H)(x, (state, state.double())), "x is torch.float32 and c_0 torch.fl"),
+    "half a pair": (lambda p: p.LSTM(I, H)(x, (state, None)), "hx[1] must be a tensor, got NoneType"),
+    "a pair for one": (lambda p: p.GRU(I, H)(x, (state, state)), "hx must be one tensor for gru, got tuple"),
+    "a list": (lambda p: p.RNN(I, H)([1.0]), "input must be a tensor [T, B, I], got list"),
+    "a sparse input": (lambda p: p.GRU(I, H)(x.to_sparse()), "x must be a dense tensor"),
+    "another device": (lambda p: p.GRU(I, H)(x.to("meta")), "x is on meta and w_ih on cpu; move one of them"),
+    "cell: text": (lambda p: p.GRUCell(I, H)("text"), "input must be a tensor [B, I] or [I], got str"),
+    "cell: no pair": (lambda p: p.LSTMCell(I, H)(x[0], state[0]), "hx must be a pair (h, c) for lstm, got Tensor"),
+    "cell: dtype": (lambda p: p.RNNCell(I, H)(x[0].long()), "x must be of a floating dtype, got torch.int64"),
+}
+
+
+@pytest.mark.parametrize("call, sentence", SENTENCES.values(), ids=SENTENCES)
+def test_our_sentence_is_added_to_torchs_exception(call: Mistake, sentence: str) -> None:
+    theirs, ours = raised(call, nn), raised(call, rnnkit)
+    assert type(ours) is type(theirs) and str(ours) == str(theirs)
+    added = getattr(ours, "__notes__", None) or [str(ours.__cause__)]
+    assert len(added) == 1 and sentence in added[0]
+    assert sentence in "".join(traceback.format_exception(ours))
+
+
+@pytest.mark.parametrize("call", [call for name, call in CALLING.items() if name != "missing input"])
+def test_every_mistake_in_a_call_has_our_sentence(call: Mistake) -> None:
+    error = raised(call, rnnkit)
+    assert getattr(error, "__notes__", None) or error.__cause__ is not None
+
+
+@pytest.mark.parametrize("module, input", [(rnnkit.GRU(I, H), x[..., :2]), (rnnkit.GRUCell(I, H), x[0, :, :2])])
+def test_our_sentence_is_the_cause_on_an_older_python(
+    monkeypatch: pytest.MonkeyPatch, module: nn.Module, input: Tensor
+) -> None:
+    class Older(RuntimeError):
+        """As Python 3.10 has them: an exception without notes."""
+
+        add_note = None
+
+    def twin(self: nn.Module, weights: Any) -> Any:
+        def forward(*_: Any) -> None:
+            raise Older("torch's words")
+
+        return SimpleNamespace(forward=forward)
+
+    monkeypatch.setattr(type(module), "_torch_twin", twin)
+    with pytest.raises(Older, match="torch's words") as caught:
+        module(input)
+    assert isinstance(caught.value.__cause__, ValueError) and "= 3 features" in str(caught.value.__cause__)
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_the_warning_is_torchs() -> None:

@@ -24,6 +24,7 @@ FLOORS: list[tuple[str, ...]] = [
     (
         "rnnkit.cells",
         "rnnkit.masks",
+        "rnnkit.bystanders",
         "rnnkit.backends.spec",
         "rnnkit.backends.cpu.extension",
         "rnnkit.backends.cuda.configs",
@@ -36,7 +37,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("rnnkit.backends.scan_backend", "rnnkit.backends.dispatch_times", "rnnkit.backends.gpu"),
     tuple(f"rnnkit.backends.{name}" for name in ("reference", "torch", "cpu", "cuda", "triton")),
     ("rnnkit.backends",),
-    ("rnnkit.layer.custom_ops", "rnnkit.layer.override", "rnnkit.checks", "rnnkit.layouts"),
+    ("rnnkit.layer.custom_ops", "rnnkit.layer.override", "rnnkit.layer.profiler", "rnnkit.checks", "rnnkit.layouts"),
     ("rnnkit.layer.autograd",),
     ("rnnkit.layer",),
     ("rnnkit.ops",),

@@ -48,7 +48,7 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
     from rnnkit.benchmarks.usage.triton_usage import launches, specialized
 
     def facts(hidden: int, chip: str, rows: int) -> tuple[dict[str, str], dict[str, list[str]]]:
-        plan = configs.step(configs.STEP[0], "half", "")
+        plan = configs.step_config(configs.STEP[0], "half", "")
         job = triton_usage.TritonBuildJob("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, plan)
         form = triton_usage.Form(rows=rows)
         (launch,) = [launch for launch in launches(job, form) if launch.function == "product.product"]
