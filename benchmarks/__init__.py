@@ -1,1 +1,1 @@
-"""Benchmarks: every backend against torch.nn and its peers, correctness first, all sides in turn in one process."""
+"""Speed and correctness, measured: commands in speed/ and gpu_check/, scripts in usage/ and dispatch/, records."""

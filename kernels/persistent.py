@@ -11,7 +11,8 @@ from ..backends.spec import LayerInputs, LayerOutputs
 from ..backends.triton.configs import LaunchConfig, tile
 from ..cells import Cell
 from ..reference.scan import ScanGradients
-from . import gru, lstm, rnn
+from . import gru, lstm
+from .families import FAMILIES
 from .launch import Launch, contiguous_aligned, empty_grads, empty_outputs, operands, start, tiles, total_steps
 
 
@@ -30,6 +31,7 @@ def forward(
     run: Launch = start,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, h_n, c_n, c_all, gates of the steps [t0, t0 + n), as `ScanBackend.scan_forward` says."""
+    family = FAMILIES[cell.name]
     n, rows = gx.shape[:2]
     o = operands(cell, t, b_hn)
     y, c_all, gates = empty_outputs(cell, gx, o, save)
@@ -50,7 +52,7 @@ def forward(
         "B": rows,
         **_shape(o.hidden, reverse, config),
     }
-    if cell.has_c:
+    if family is lstm:
         arguments |= {
             "w_hr": o.w_hr,
             "c_0": contiguous_aligned(c),
@@ -60,12 +62,12 @@ def forward(
             "gates": gates,
         }
         arguments |= {"N": o.size, "BLOCK_N": tile(o.size)}
-    elif cell.saved:
+    elif family is gru:
         arguments |= {"b_hn": o.b_hn, "gates": gates, "AFTER": cell.reset_after}
     else:
         arguments |= {"RELU": cell.name == "rnn_relu"}
     if rows:
-        run(_file(cell).forward, (tiles(rows, config.block_b),), config, **arguments)
+        run(family.forward, (tiles(rows, config.block_b),), config, **arguments)
     return y, h_n, c_n, c_all, gates
 
 
@@ -83,6 +85,7 @@ def backward(
     run: Launch = start,
 ) -> ScanGradients:
     """The gradients of the scan over all T."""
+    family = FAMILIES[cell.name]
     n, rows = y.shape[:2]
     o, c_all, gates = operands(cell, t, b_hn), contiguous_aligned(c_all), contiguous_aligned(gates)
     found = empty_grads(cell, y, o, t.h_0.dtype)
@@ -100,7 +103,7 @@ def backward(
         "B": rows,
         **_shape(o.hidden, reverse, config),
     }
-    if cell.has_c:
+    if family is lstm:
         arguments |= {"gc_n": gc_n, "gc_all": gc_all, "c_all": c_all, "gates": gates, "w_hr": o.w_hr}
         arguments |= {
             "c_0": contiguous_aligned(t.c_0),
@@ -110,7 +113,7 @@ def backward(
             "dc_reset": found.dc_reset,
         }
         arguments |= {"N": o.size, "BLOCK_N": tile(o.size)}
-    elif cell.saved:
+    elif family is gru:
         arguments |= {
             "y": contiguous_aligned(y),
             "gates": gates,
@@ -121,12 +124,8 @@ def backward(
     else:
         arguments |= {"y": contiguous_aligned(y), "RELU": cell.name == "rnn_relu"}
     if rows:
-        run(_file(cell).backward, (tiles(rows, config.block_b),), config, **arguments)
+        run(family.backward, (tiles(rows, config.block_b),), config, **arguments)
     return found
-
-
-def _file(cell: Cell) -> Any:
-    return lstm if cell.has_c else gru if cell.saved else rnn
 
 
 def _shape(hidden: int, reverse: bool, config: LaunchConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..backends.triton.configs import ROWS, LaunchConfig
 from ..cells import Cell
 from ..reference.scan import ScanGradients
 from . import gru, lstm, product, rnn
+from .families import FAMILIES
 from .launch import (
     ALIGNED,
     Launch,
@@ -110,6 +111,7 @@ def forward(
     run: Launch = start,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, h_n, c_n, c_all, gates of the steps [t0, t0 + n), as `ScanBackend.scan_forward` says."""
+    family = FAMILIES[cell.name]
     n, rows = gx.shape[:2]
     o = operands(cell, t, b_hn)
     scan = Scan(o, rows, reverse, config, run)
@@ -130,9 +132,9 @@ def forward(
             scan.product(rh, o.w_hh[inside:], buffer[:, inside:])
         else:
             scan.product(now, o.w_hh, buffer)
-        if cell.has_c:
+        if family is lstm:
             scan.cell(lstm.forward_step, c=now_c, c_reset=o.c_reset, c_all=c_all, m=m, k=k, **state)
-        elif cell.saved:
+        elif family is gru:
             scan.cell(gru.forward_step, b_hn=o.b_hn, AFTER=cell.reset_after, k=k, **state)
         else:
             scan.cell(rnn.forward_step, RELU=cell.name == "rnn_relu", k=k, **state)
@@ -157,6 +159,7 @@ def backward(
     run: Launch = start,
 ) -> ScanGradients:
     """The gradients of the scan over all T."""
+    family = FAMILIES[cell.name]
     n, rows = y.shape[:2]
     o, c_all, gates, c_0 = (
         operands(cell, t, b_hn),
@@ -173,7 +176,7 @@ def backward(
             v.zero_()
     guarded = o.lengths is not None or o.reset is not None
     idle = torch.empty(rows, dtype=torch.int32, device=y.device) if guarded else None
-    direct = torch.empty_like(dh) if cell.saved and not cell.has_c else None
+    direct = torch.empty_like(dh) if family is gru else None
     state = {
         "gy": gy,
         "y": contiguous_aligned(y),
@@ -188,7 +191,7 @@ def backward(
     inside = 2 * o.hidden
     multiplied = inside if cell.reset_before else o.w_hh.shape[0]  # the rows of W_hh by which h itself was multiplied
     for k in range(n if rows else 0):
-        if cell.has_c:
+        if family is lstm:
             arrived = dm = None
             if o.w_hr is not None:
                 arrived, dm = torch.empty_like(dh), dh.new_empty((rows, o.hidden))
@@ -199,7 +202,7 @@ def backward(
             more |= {"c_0": c_0, "c_reset": o.c_reset, "dc_reset": found.dc_reset, "N": o.size}
             scan.cell(lstm.backward_step, dh=dh, k=k, **state, **more)
             dc = following
-        elif cell.saved:
+        elif family is gru:
             drh = None
             if cell.reset_before:
                 drh = dh.new_empty((rows, o.hidden))

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from .backends import check_name
 from .bystanders import warn_of_libraries
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from .nn.base import OURS, TORCH, Recurrent
+from .nn.base import OURS, TORCH, Recurrent, RecurrentLayer
+from .nn.flat_weights import init_flat_weights, take_flat_weights
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 RNNKIT: dict[str, type[Recurrent]] = {cls.TORCH_NAME: cls for cls in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
@@ -59,7 +60,8 @@ def convert(module: ModuleType, *, backend: str = "auto", subclasses: bool = Fal
                 left.append(f"{name or '(itself)'} ({type(child).__module__}.{type(child).__qualname__})")
     for child, cls in plan:
         child.__class__ = cls
-        child.__dict__.pop("_flat_weights", None)  # ours are read at every call
+        if isinstance(child, RecurrentLayer):
+            take_flat_weights(child)
         if backend != "auto":
             child.backend = backend  # type: ignore[assignment]
     if plan:
@@ -103,11 +105,12 @@ def revert(module: ModuleType) -> ModuleType:
     if stuck:
         raise ValueError(f"rnnkit.revert changed nothing, since torch cannot express: {'; '.join(stuck)}")
     for child, cls in plan:
+        written = child.__dict__.get("_weight_list")
         for key in OURS:
             child.__dict__.pop(key, None)
         child.__class__ = cls
         if isinstance(child, nn.RNNBase):
-            child._init_flat_weights()
+            init_flat_weights(child, written)
     return module
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..speed.implementations import first_line
 from ..speed.timing import aside, graph
-from .parity_cases import Given, Problem, Values, draw
-from .reference_runs import Ready, results_of, upstream
+from .parity_cases import CaseInputs, ParityCase, Values, draw
+from .reference_runs import PreparedLayer, results_of, upstream
 
 COMPILER = "inductor"
 OTHER = 99  # the seed of inputs that a graph was not captured with
@@ -38,8 +38,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 class Call:
     """A layer on a device, its leaves, and gradients for its results. Every call reads the same memory."""
 
-    def __init__(self, backend: str, problem: Problem, given: Given, device: str, dtype: torch.dtype) -> None:
-        self.ready = Ready(backend, problem, given, device, dtype)
+    def __init__(self, backend: str, case: ParityCase, given: CaseInputs, device: str, dtype: torch.dtype) -> None:
+        self.ready = PreparedLayer(backend, case, given, device, dtype)
         self.run: Callable[..., Any] = self.ready.layer
         self.leaves, weights = given.to(dtype, device)
         self.weights: Values = dict(self.ready.layer.named_parameters())
@@ -60,7 +60,7 @@ class Call:
         gradients = {f"gradient of {name}": v for name, v in zip(every, found, strict=True)}
         return {**{name: v.detach() for name, v in results.items()}, **gradients}
 
-    def fill(self, given: Given) -> None:
+    def fill(self, given: CaseInputs) -> None:
         """Other values, in the same memory."""
         self._copy(self.leaves, given.leaves)
         self._copy(self.weights, given.weights)
@@ -68,7 +68,7 @@ class Call:
             if mine is not None and other is not None:
                 mine.copy_(other)
 
-    def put(self, leaves: Values) -> None:
+    def set_leaves(self, leaves: Values) -> None:
         """Other leaves, in the same memory."""
         self._copy(self.leaves, leaves)
 
@@ -82,40 +82,40 @@ class Call:
             v.copy_(other[name])
 
 
-def complaints(backend: str, problem: Problem, given: Given, device: str) -> Iterator[str]:
+def complaints(backend: str, case: ParityCase, given: CaseInputs, device: str) -> Iterator[str]:
     """What each kind of call gives that a plain one does not."""
     for how, check in CHECKS.items():
-        if problem.stepwise and how in OUTSIDE:
+        if case.stepwise and how in OUTSIDE:
             continue
         try:
-            for what in check(Call(backend, problem, given, device, problem.dtype), given):
+            for what in check(Call(backend, case, given, device, case.dtype), given):
                 yield f"{how}: {what} has other bits than in a plain call"
         except Exception as raised:  # compilers have errors of their own
             yield f"{how}: raised {first_line(raised)}"
 
 
-def in_a_graph(call: Call, given: Given) -> list[str]:
+def in_a_graph(call: Call, given: CaseInputs) -> list[str]:
     """Captured forward, then forward and backward; replayed with other inputs, lengths and resets."""
     found = []
     for work in (call.forward, call.both):
         call.fill(given)
         kept = _Kept(work)
         replay = graph(kept)
-        call.fill(draw(call.ready.problem, OTHER))
+        call.fill(draw(call.ready.case, OTHER))
         replay()
         found += differing(kept.results, work())
     return found
 
 
-def on_another_stream(call: Call, given: Given) -> list[str]:
+def on_another_stream(call: Call, given: CaseInputs) -> list[str]:
     """Behind work of that stream which the host does not wait for: what is launched elsewhere reads what was there."""
     halves = {name: v.detach() / 2 for name, v in call.leaves.items()}
-    call.fill(Given(halves, given.weights, given.lengths, given.resets))
+    call.fill(CaseInputs(halves, given.weights, given.lengths, given.resets))
     wanted = call.both()
     call.fill(given)
 
     def work() -> Values:
-        call.put(halves)
+        call.set_leaves(halves)
         return call.both()
 
     return differing(aside(work, call.leaves["x"].device), wanted)
@@ -132,7 +132,7 @@ class _Kept:
         self.results = self.work()
 
 
-def compiled(call: Call, given: Given) -> list[str]:
+def compiled(call: Call, given: CaseInputs) -> list[str]:
     """By torch.compile, whole: the operator is the same, so are the bits."""
     wanted = (call.forward(), call.both())
     torch.compiler.reset()
@@ -140,14 +140,14 @@ def compiled(call: Call, given: Given) -> list[str]:
     return [what for work, v in zip((call.forward, call.both), wanted, strict=True) for what in differing(work(), v)]
 
 
-def under_autocast(call: Call, given: Given) -> list[str]:
+def under_autocast(call: Call, given: CaseInputs) -> list[str]:
     """A float32 layer, whose numbers the narrow dtype holds, gives what a layer of that dtype gives."""
-    problem, device = call.ready.problem, call.leaves["x"].device.type
-    if device == "cpu" and not problem.kind.startswith("rnn_"):  # there torch lets the state's dtype decide
+    case, device = call.ready.case, call.leaves["x"].device.type
+    if device == "cpu" and not case.kind.startswith("rnn_"):  # there torch lets the state's dtype decide
         return []
-    wide = Call(call.ready.backend, problem, given, device, torch.float32)
+    wide = Call(call.ready.backend, case, given, device, torch.float32)
     plain = call.both()
-    with torch.autocast(device, problem.dtype):
+    with torch.autocast(device, case.dtype):
         wide.arriving = call.arriving
         got = wide.both()
     for name, v in plain.items():  # gradients come in the dtype of what they are gradients of
@@ -156,16 +156,16 @@ def under_autocast(call: Call, given: Given) -> list[str]:
     return differing(got, plain)
 
 
-def among_others(call: Call, given: Given) -> list[str]:
+def among_others(call: Call, given: CaseInputs) -> list[str]:
     """Rows keep their results and gradients where those beside them turn into NaN."""
     keep = torch.arange(call.leaves["x"].shape[1]) % KEPT == 0
     rows = {name: v[:, keep] for name, v in call.both().items() if "_l0" not in name}
     spoilt = {name: torch.where(keep[:, None], v, torch.nan) for name, v in given.leaves.items()}
-    call.fill(Given(spoilt, given.weights, given.lengths, given.resets))
+    call.fill(CaseInputs(spoilt, given.weights, given.lengths, given.resets))
     return differing({name: v[:, keep] for name, v in call.both().items() if name in rows}, rows)
 
 
-CHECKS: dict[str, Callable[[Call, Given], list[str]]] = {
+CHECKS: dict[str, Callable[[Call, CaseInputs], list[str]]] = {
     "among other rows": among_others,
     "on another stream": on_another_stream,
     "in a CUDA graph": in_a_graph,

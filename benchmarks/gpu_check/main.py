@@ -7,8 +7,8 @@ autocast. Then probes: what the device takes for the things that kernels are mad
 cuDNN, those cases first by which the fused backends are judged, each result checked before it is timed; a backend is
 not timed in the cells and dtypes in which something was found. At the end the targets, each met, missed or not
 measured. It needs Python and torch alone, nothing is downloaded, nothing is built: without compiled CUDA kernels
-backend cuda is not examined, which is said with the command that builds them (`make gpu-check` does both). NOT
-EXAMINED in capitals makes the exit code 1: what there was no time for, or what torch itself fails in. Rows go into
+backend cuda is not examined, which is said with the command that builds them (`make gpu-check` does both). Skipped
+checks print NOT EXAMINED, for want of time or since torch itself fails; the exit code is then 1. Rows go into
 benchmarks/results/ of the clone, or into the folder that --out names; Ctrl-C keeps what there is.
 """
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=run.seconds, metavar="S", help=f"all in all; default: {LIMIT:g}, quick {QUICK:g}"
     )
-    parser.add_argument("--seconds", type=run.seconds, metavar="S", help="for each side of a row, as in `bench`")
+    parser.add_argument("--seconds", type=run.seconds, metavar="S", help="for each that is timed, as in `bench`")
     parser.add_argument("--backend", type=run.names, action="extend", default=[], metavar="B", help="default: all")
     parser.add_argument("--dtype", type=run.names, action="extend", default=[], metavar="D",
                         help=f"of the benchmark: {', '.join(DTYPES)}; default: bfloat16,float32")  # fmt: skip
@@ -179,7 +179,7 @@ def driver() -> str:
 
 
 def capability() -> int | None:
-    """Of the GPU, as kernels/triton_configs.py numbers them; None where no kernel of that table runs on it."""
+    """Of the GPU, as rnnkit/backends/triton/configs.py numbers them; None where no kernel of that table runs on it."""
     return triton.capability() if triton.missing() is None else None
 
 
@@ -271,10 +271,10 @@ def judged(found: list[rows.BenchRow], findings: parity.Findings) -> list[str]:
             f"{v.mark:<6} {v.implementation} by {v.launch}: {v.group}, {v.mode}, {v.dtype}, against {v.against}, "
             f"{v.cases} cases: mean {v.mean:.2f}, worst {v.worst:.2f} at {v.worst_case}; wanted: {v.wanted}"
         )
-    for name, launch, asked in targets.every(found):
-        if not asked.figure:
-            what = f"{asked.group}, {asked.mode}, {asked.dtype}, against {asked.against}"
-            lines.append(f"not measured: {name} by {launch}: {what}; wanted: {asked.wanted}")
+    for name, launch, target in targets.all_targets(found):
+        if not target.figure:
+            what = f"{target.group}, {target.mode}, {target.dtype}, against {target.against}"
+            lines.append(f"not measured: {name} by {launch}: {what}; wanted: {target.wanted}")
     for name in targets.FUSED:
         left, taken = targets.behind(found, name)
         for some, what in ((left, "auto leaves it to another"), (taken, "auto takes it all the same")):

@@ -19,11 +19,11 @@ from ..speed.implementations import first_line
 from ..speed.targets import FUSED
 from . import parity
 from .bitwise_checks import CHECKS, Call, differing
-from .parity import Findings, asked
-from .parity_cases import BF16, CALLS, Problem, draw
+from .parity import Findings, precision_and_regime
+from .parity_cases import BF16, CALLS, ParityCase, draw
 
 EVERY = [
-    Problem(kind, replace(CALLS, both=True), BF16, stepwise=by) for by in (False, True) for kind in ("lstm", "gru")
+    ParityCase(kind, replace(CALLS, both=True), BF16, stepwise=by) for by in (False, True) for kind in ("lstm", "gru")
 ]
 ROUNDS = 3
 MISSING = {"cuda": cuda.missing, "triton": triton.missing}
@@ -41,13 +41,13 @@ def examine(findings: Findings, backends: Sequence[str]) -> list[str]:
         if findings.ended:
             break
     served = {name: [f"cuda:{k}" for k in range(count) if MISSING[name](k) is None] for name in fused}
-    for problem, name in ((problem, name) for problem in EVERY for name in fused if not findings.ended):
+    for case, name in ((case, name) for case in EVERY for name in fused if not findings.ended):
         try:
-            with asked(problem):
-                for complaint in _complaints(name, problem, served[name]) if len(served[name]) > 1 else ():
-                    findings.blame(name, problem, complaint)
+            with precision_and_regime(case):
+                for complaint in _complaints(name, case, served[name]) if len(served[name]) > 1 else ():
+                    findings.blame(name, case, complaint)
         except Exception as raised:  # compilers of kernels have errors of their own
-            findings.blame(name, problem, f"raised {first_line(raised)}, on {len(served[name])} GPUs in turn")
+            findings.blame(name, case, f"raised {first_line(raised)}, on {len(served[name])} GPUs in turn")
     found = f"{len(findings.wrong) - wrong} findings"
     lines = [f"devices    {len(EVERY)} problems on each further GPU while cuda:0 is current, and in turn: {found}"]
     few = {name: len(devices) for name, devices in served.items() if len(devices) < 2}
@@ -56,9 +56,9 @@ def examine(findings: Findings, backends: Sequence[str]) -> list[str]:
     ]
 
 
-def _complaints(name: str, problem: Problem, devices: Sequence[str]) -> Iterator[str]:
-    before, given = torch.cuda.current_device(), draw(problem, 0)
-    calls = [Call(name, problem, given, device, problem.dtype) for device in devices]
+def _complaints(name: str, case: ParityCase, devices: Sequence[str]) -> Iterator[str]:
+    before, given = torch.cuda.current_device(), draw(case, 0)
+    calls = [Call(name, case, given, device, case.dtype) for device in devices]
     alone = [call.both() for call in calls]
     rounds = [[call.both() for call in calls] for _ in range(ROUNDS)]
     for found in rounds:

@@ -2,7 +2,7 @@
 
 It stands here and not among the tests, since it has to run where there is a GPU and maybe neither pytest nor
 hypothesis; it needs torch alone. The budget is the project's (speed/accuracy.py): at most twice the error that
-torch.nn makes at that dtype on that device, or the reference where torch has no such problem (reference_runs.py), and a
+torch.nn makes at that dtype on that device, or the reference where torch has no such case (reference_runs.py), and a
 rounding band. TF32 is held to twice what cutting a product's operands to its 10 bits costs. The truth is float64 on the
 CPU, where the tests have it, or for very long sequences on the device. A fused backend must give the same bits twice.
 New memory is filled with NaN, and so is the padding.
@@ -31,7 +31,7 @@ from ..speed.implementations import first_line
 from ..speed.targets import FUSED
 from . import bitwise_checks
 from .bitwise_checks import differing
-from .parity_cases import Problem, Values, compiled_for, draw, kernels_of
+from .parity_cases import ParityCase, Values, compiled_for, draw, kernels_of
 from .reference_runs import by_pieces, by_steps, by_tf32, named, numbers
 
 
@@ -43,31 +43,31 @@ class Findings:
     culprits: set[tuple[str, str, str]] = field(default_factory=set)
     """The backend, kind of layer and precision that something is wrong with."""
     ran: dict[tuple[str, str], int] = field(default_factory=dict)
-    """How many problems a backend has run, in a precision."""
+    """How many cases a backend has run, in a precision."""
     worst: dict[tuple[str, str], tuple[float, str]] = field(default_factory=dict)
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
-    """backend -> reason -> problems that it cannot run for it"""
+    """backend -> reason -> cases that it cannot run for it"""
     ended: bool = False
     """Whether the device failed before the end."""
     left: int = 0
-    """Problems for which there was no time."""
+    """Cases for which there was no time."""
     unwatched: int = 0
     """Kernels that a check of compute-sanitizer was to watch, and did not."""
     without: list[str] = field(default_factory=list)
-    """Problems that nothing is held against: the device's memory is too small for them."""
+    """Cases that nothing is held against: the device's memory is too small for them."""
     failing: list[str] = field(default_factory=list)
-    """Problems in which torch itself fails."""
+    """Cases in which torch itself fails."""
     kernels: set[triton_configs.CompiledKernel | cuda_configs.CompiledKernel] = field(default_factory=set)
     """Of the kernels in the tables those that ran: Triton's persistent ones, and CUDA's."""
 
-    def blame(self, backend: str, problem: Problem, what: str) -> None:
+    def blame(self, backend: str, case: ParityCase, what: str) -> None:
         """Put a failure down."""
-        self.culprits.add((backend, problem.kind, problem.precision))
-        self.wrong.append(f"{backend}: {what}, in {problem}")
+        self.culprits.add((backend, case.kind, case.precision))
+        self.wrong.append(f"{backend}: {what}, in {case}")
 
-    def stumbled(self, problem: Problem, error: Exception) -> None:
+    def stumbled(self, case: ParityCase, error: Exception) -> None:
         """Put down an error of the examination itself, or of what all backends stand on."""
-        self.wrong.append(f"{first_line(error)}, where this is examined: {problem}")
+        self.wrong.append(f"{first_line(error)}, where this is examined: {case}")
 
     def add(self, other: Findings) -> None:
         """Take over what somebody else found."""
@@ -104,26 +104,26 @@ class Findings:
 def examine(
     findings: Findings,
     device: str,
-    every: Sequence[Problem],
+    every: Sequence[ParityCase],
     backends: Sequence[str] = NAMES,
     tell: Callable[[int, str], None] | None = None,
     seconds: float = float("inf"),
 ) -> None:
-    """Run the problems on every backend that can, and on `auto`, and put down what is found.
+    """Run the cases on every backend that can, and on `auto`, and put down what is found.
 
-    `tell` hears how many are done, and which. Begins no problem after so many seconds. Ends early where the device
+    `tell` hears how many are done, and which. Begins no case after so many seconds. Ends early where the device
     fails: a kernel that wrote where it must not leaves one that nothing runs on.
     """
     begin = time.monotonic()
     with _strict():
-        for done, problem in enumerate(every, 1):
+        for done, case in enumerate(every, 1):
             if time.monotonic() - begin > seconds:
                 findings.left = len(every) - done + 1
                 return
             try:
-                _examine(findings, device, problem, backends)
+                _examine(findings, device, case, backends)
             except RuntimeError as error:
-                line = f"{problem}: {first_line(error)}"
+                line = f"{case}: {first_line(error)}"
                 if works(device):
                     findings.failing.append(line)
                 else:
@@ -131,12 +131,12 @@ def examine(
                     findings.wrong.append(f"torch fails, and the examination ends, in {line}")
                     return
             except Exception as error:  # a Triton that cannot be imported, say
-                findings.stumbled(problem, error)
-            if problem.memory and device == "cuda":  # else torch keeps it from those that come after
+                findings.stumbled(case, error)
+            if case.memory and device == "cuda":  # else torch keeps it from those that come after
                 gc.collect()
                 torch.cuda.empty_cache()
             if tell is not None:
-                tell(done, str(problem))
+                tell(done, str(case))
 
 
 def works(device: str) -> bool:
@@ -153,54 +153,54 @@ def memory(device: str) -> float:
     return torch.cuda.mem_get_info()[0] if device == "cuda" else float("inf")
 
 
-def _examine(findings: Findings, device: str, problem: Problem, backends: Sequence[str]) -> None:
-    able = _able(findings, device, problem, backends)
+def _examine(findings: Findings, device: str, case: ParityCase, backends: Sequence[str]) -> None:
+    able = _able(findings, device, case, backends)
     if not able:
         return
-    if problem.memory > (free := memory(device)):
-        findings.without.append(f"{problem} needs {problem.memory / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
+    if case.memory > (free := memory(device)):
+        findings.without.append(f"{case} needs {case.memory / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
         return
-    drawn = [draw(problem, seed) for seed in range(problem.samples)]
-    way = by_pieces if problem.known else by_steps
-    there = device if problem.long else "cpu"
-    truth = _pooled([numbers(way, problem, given, torch.float64, there) for given in drawn])
-    if problem.tf32:
-        yardstick = _pooled([numbers(by_tf32, problem, given, problem.dtype, "cpu") for given in drawn])
+    drawn = [draw(case, seed) for seed in range(case.samples)]
+    runner = by_pieces if case.known else by_steps
+    there = device if case.long else "cpu"
+    truth = _pooled([numbers(runner, case, given, torch.float64, there) for given in drawn])
+    if case.tf32:
+        yardstick = _pooled([numbers(by_tf32, case, given, case.dtype, "cpu") for given in drawn])
     else:
-        yardstick = _pooled([numbers(way, problem, given, problem.dtype, device) for given in drawn])
+        yardstick = _pooled([numbers(runner, case, given, case.dtype, device) for given in drawn])
     for name in able:
-        key = (name, problem.precision)
+        key = (name, case.precision)
         findings.ran[key] = findings.ran.get(key, 0) + 1
         try:
-            with record() as choices, asked(problem):
-                samples = [numbers(named(name), problem, given, problem.dtype, device) for given in drawn]
-                again = numbers(named(name), problem, drawn[0], problem.dtype, device) if name in FUSED else samples[0]
+            with record() as choices, precision_and_regime(case):
+                samples = [numbers(named(name), case, given, case.dtype, device) for given in drawn]
+                again = numbers(named(name), case, drawn[0], case.dtype, device) if name in FUSED else samples[0]
         except Exception as raised:  # compilers of kernels have errors of their own
-            findings.blame(name, problem, f"raised {first_line(raised)}")
+            findings.blame(name, case, f"raised {first_line(raised)}")
             continue
         others = {chosen for _, _, chosen in choices} - {name}
         if others and name != "auto":
-            findings.blame(name, problem, f"was named, and {', '.join(sorted(others))} ran")
+            findings.blame(name, case, f"was named, and {', '.join(sorted(others))} ran")
         for what in differing(again, samples[0]):
-            findings.blame(name, problem, f"{what} has other bits the second time")
-        findings.kernels |= _kernels(name, problem)
-        _judge(findings, key, problem, _pooled(samples), truth, yardstick)
-        if problem.calls:
-            with asked(problem):
-                for complaint in bitwise_checks.complaints(name, problem, drawn[0], device):
-                    findings.blame(name, problem, complaint)
+            findings.blame(name, case, f"{what} has other bits the second time")
+        findings.kernels |= _kernels(name, case)
+        _judge(findings, key, case, _pooled(samples), truth, yardstick)
+        if case.calls:
+            with precision_and_regime(case):
+                for complaint in bitwise_checks.complaints(name, case, drawn[0], device):
+                    findings.blame(name, case, complaint)
 
 
-def _able(findings: Findings, device: str, problem: Problem, backends: Sequence[str]) -> list[str]:
+def _able(findings: Findings, device: str, case: ParityCase, backends: Sequence[str]) -> list[str]:
     """The backends that can run it; why others cannot is put down. Asked of few steps and rows of it."""
-    asked = [name for name in backends if name in FUSED or not problem.fused]
-    steps, rows, features, hidden = problem.variant.size
+    asked = [name for name in backends if name in FUSED or not case.fused]
+    steps, rows, features, hidden = case.variant.size
     size = (min(steps, 2), min(rows, 2), features, hidden)
-    short = replace(problem, variant=replace(problem.variant, size=size, many=0))
+    short = replace(case, variant=replace(case.variant, size=size, many=0))
     given = draw(short, 0)
     with record() as met:
-        named("reference")(short, given, *given.to(problem.dtype, device))
-    facts = [fact._replace(steps=steps, batch=problem.variant.many or rows) for fact, _, _ in met]
+        named("reference")(short, given, *given.to(case.dtype, device))
+    facts = [fact._replace(steps=steps, batch=case.variant.many or rows) for fact, _, _ in met]
     for backend in BACKENDS:
         reasons = dict.fromkeys(reason for fact in facts for reason in backend.unsupported(fact))
         if reasons and backend.name in asked:
@@ -211,45 +211,45 @@ def _able(findings: Findings, device: str, problem: Problem, backends: Sequence[
     return asked
 
 
-def _kernels(name: str, problem: Problem) -> set[triton_configs.CompiledKernel | cuda_configs.CompiledKernel]:
-    """Of a table's kernels those by which a backend has just run a problem."""
+def _kernels(name: str, case: ParityCase) -> set[triton_configs.CompiledKernel | cuda_configs.CompiledKernel]:
+    """Of a table's kernels those by which a backend has just run a case."""
     if name == "triton" and triton.missing() is None:
-        return set(kernels_of(problem, triton.chip()))
+        return set(kernels_of(case, triton.chip()))
     if name == "cuda" and cuda.missing() is None:
-        return {compiled_for(problem, cuda.machine.capability(None))}
+        return {compiled_for(case, cuda.machine.capability(None))}
     return set()
 
 
 def _judge(
-    findings: Findings, key: tuple[str, str], problem: Problem, got: Values, truth: Values, yardstick: Values
+    findings: Findings, key: tuple[str, str], case: ParityCase, got: Values, truth: Values, yardstick: Values
 ) -> None:
     """Each number against what it may be off by."""
     name = key[0]
     if got.keys() != truth.keys():
-        findings.blame(name, problem, f"gives {', '.join(got)}, expected {', '.join(truth)}")
+        findings.blame(name, case, f"gives {', '.join(got)}, expected {', '.join(truth)}")
         return
     for what, v in got.items():
-        if v.dtype != problem.dtype:
-            findings.blame(name, problem, f"{what} is {v.dtype}, expected {problem.dtype}")
+        if v.dtype != case.dtype:
+            findings.blame(name, case, f"{what} is {v.dtype}, expected {case.dtype}")
         off = error(v, truth[what])
-        allowed = 2 * error(yardstick[what], truth[what]) + band(truth[what], problem.dtype)
+        allowed = 2 * error(yardstick[what], truth[what]) + band(truth[what], case.dtype)
         if not off <= allowed:
-            findings.blame(name, problem, f"{what} is off by {off:.3g}, allowed {allowed:.3g}")
+            findings.blame(name, case, f"{what} is off by {off:.3g}, allowed {allowed:.3g}")
         share = off / allowed if allowed else float(off > 0)
         if share > findings.worst.get(key, (-1.0, ""))[0]:
-            findings.worst[key] = (share, f"{what}, {problem}")
+            findings.worst[key] = (share, f"{what}, {case}")
 
 
 @contextlib.contextmanager
-def asked(problem: Problem) -> Iterator[None]:
-    """What a problem asks of kernels: TF32 or none, a regime."""
+def precision_and_regime(case: ParityCase) -> Iterator[None]:
+    """What a case asks of kernels: TF32 or none, a regime."""
     rnn: Any = torch.backends.cudnn.rnn
     before = rnn.fp32_precision
     try:
-        if problem.tf32:
+        if case.tf32:
             rnn.fp32_precision = "tf32"
         with contextlib.ExitStack() as regimes:
-            if problem.stepwise:
+            if case.stepwise:
                 regimes.enter_context(triton.regimes.alone("step"))
                 regimes.enter_context(cuda.regimes.alone("step"))
             yield
@@ -258,7 +258,7 @@ def asked(problem: Problem) -> Iterator[None]:
 
 
 def _pooled(samples: list[Values]) -> Values:
-    """Several runs of a problem as one."""
+    """Several runs of a case as one."""
     if len(samples) == 1:
         return samples[0]
     return {name: torch.cat([sample[name].flatten() for sample in samples]) for name in samples[0]}

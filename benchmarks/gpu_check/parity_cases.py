@@ -70,7 +70,7 @@ class Variant:
     proj: int = 3
     """P, of kinds with a projection."""
     many: int = 0
-    """Rows in all where there are more than the problem's: rnnkit is given those as the first and last of them."""
+    """Rows in all where there are more than the case's: rnnkit is given those as the first and last of them."""
 
     def __str__(self) -> str:
         words = [f"{name} {n}" for name, n in zip("TBIH", self.size, strict=True)]
@@ -82,7 +82,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Problem:
+class ParityCase:
     """A kind of layer in one variant and dtype."""
 
     kind: str
@@ -177,34 +177,38 @@ BEYOND_31 = Variant((64, 32, 1, 256), many=131_200)  # T·B·H is 2^31 + 2 Mi el
 
 def select(
     quick: bool = False, capability: int | None = None, compiled: Sequence[cuda_configs.CompiledKernel] = ()
-) -> list[Problem]:
+) -> list[ParityCase]:
     """What is examined, in the order in which it matters where time is short.
 
     capability: of the GPU whose persistent Triton kernels are to be examined, as triton/configs.py numbers them; None:
     of none. compiled: the CUDA kernels that are to be examined.
     """
-    whole = [Problem(kind, EVERYTHING, dtype) for dtype in (BF16, F32) for kind in KINDS]
-    steps = [Problem(kind, EVERYTHING, BF16, stepwise=True, fused=True) for kind in KINDS]
-    calls = [Problem(kind, CALLS, BF16, stepwise=by, calls=True, fused=True) for by in (False, True) for kind in KINDS]
+    whole = [ParityCase(kind, EVERYTHING, dtype) for dtype in (BF16, F32) for kind in KINDS]
+    steps = [ParityCase(kind, EVERYTHING, BF16, stepwise=True, fused=True) for kind in KINDS]
+    calls = [
+        ParityCase(kind, CALLS, BF16, stepwise=by, calls=True, fused=True) for by in (False, True) for kind in KINDS
+    ]
     both = replace(CALLS, both=True)  # on two streams at once
-    calls += [Problem("lstm", both, BF16, stepwise=by, calls=True, fused=True) for by in (False, True)]
+    calls += [ParityCase("lstm", both, BF16, stepwise=by, calls=True, fused=True) for by in (False, True)]
     if quick:
         return [*whole, *steps, *(p for p in calls if p.kind == "lstm")]
     exact = [
-        Problem(kind, EVERYTHING, F32, tf32=tf32, stepwise=True, fused=True) for tf32 in (True, False) for kind in KINDS
+        ParityCase(kind, EVERYTHING, F32, tf32=tf32, stepwise=True, fused=True)
+        for tf32 in (True, False)
+        for kind in KINDS
     ]
     rows = [] if capability is None else list(persistent(capability))
     rows += [*resident(compiled), *stepping(compiled)]
-    half = [Problem(kind, EVERYTHING, F16) for kind in KINDS]
-    some = [Problem(kind, variant, dtype) for variant in QUICK for dtype in (BF16, F32) for kind in KINDS]
-    rest = [Problem(kind, variant, dtype) for variant in PLAIN for dtype in (BF16, F32) for kind in KINDS]
-    far = [Problem("rnn_tanh", BEYOND_31, BF16, stepwise=by, fused=True) for by in (False, True)]
-    far += [Problem(kind, BEYOND_16, BF16, fused=True) for kind in ("lstm", "gru", "rnn_tanh")]
+    half = [ParityCase(kind, EVERYTHING, F16) for kind in KINDS]
+    some = [ParityCase(kind, variant, dtype) for variant in QUICK for dtype in (BF16, F32) for kind in KINDS]
+    rest = [ParityCase(kind, variant, dtype) for variant in PLAIN for dtype in (BF16, F32) for kind in KINDS]
+    far = [ParityCase("rnn_tanh", BEYOND_31, BF16, stepwise=by, fused=True) for by in (False, True)]
+    far += [ParityCase(kind, BEYOND_16, BF16, fused=True) for kind in ("lstm", "gru", "rnn_tanh")]
     every = [*whole, *steps, *calls, *exact, *rows, *around(), *far, *half, *some, *rest]
     return [p for p in every if p.kind != "rnn_relu" or p.variant.bias]  # see `_relu`
 
 
-def persistent(capability: int) -> Iterator[Problem]:
+def persistent(capability: int) -> Iterator[ParityCase]:
     """Everything in both directions, for each persistent kernel: the largest that it serves, three tiles of rows."""
     kinds = {"half": (BF16, False), "tf32": (F32, True), "ieee": (F32, False)}
     every = dict.fromkeys(
@@ -214,10 +218,10 @@ def persistent(capability: int) -> Iterator[Problem]:
         dtype, tf32 = kinds[kind]
         variant = Variant((4, 33, 5, hidden), both=True, all_states=True, proj=proj, **MASKED)
         name = kernel if kernel in KINDS else triton_configs.CELLS_OF[kernel][0]
-        yield Problem(name, variant, dtype, tf32=tf32, fused=True)
+        yield ParityCase(name, variant, dtype, tf32=tf32, fused=True)
 
 
-def resident(rows: Sequence[cuda_configs.CompiledKernel]) -> Iterator[Problem]:
+def resident(rows: Sequence[cuda_configs.CompiledKernel]) -> Iterator[ParityCase]:
     """Everything in both directions, for each CUDA kernel that keeps its weights where it computes: its units all
     taken, or, in turn, all but one; two blocks of rows."""
     for k, row in enumerate(row for row in rows if row.units):
@@ -225,7 +229,7 @@ def resident(rows: Sequence[cuda_configs.CompiledKernel]) -> Iterator[Problem]:
         yield _of_row(row, k, variant)
 
 
-def stepping(rows: Sequence[cuda_configs.CompiledKernel]) -> Iterator[Problem]:
+def stepping(rows: Sequence[cuda_configs.CompiledKernel]) -> Iterator[ParityCase]:
     """The same for each CUDA kernel that goes step by step: two blocks of units, of rows or, where a row serves few of
     them, one."""
     for k, row in enumerate(row for row in rows if not row.units):
@@ -233,47 +237,47 @@ def stepping(rows: Sequence[cuda_configs.CompiledKernel]) -> Iterator[Problem]:
         yield replace(_of_row(row, k, Variant(size, both=True, all_states=True, **MASKED)), stepwise=True)
 
 
-def _of_row(row: cuda_configs.CompiledKernel, k: int, variant: Variant) -> Problem:
+def _of_row(row: cuda_configs.CompiledKernel, k: int, variant: Variant) -> ParityCase:
     kinds = {"bf16": (BF16, False), "fp16": (F16, False), "tf32": (F32, True), "ieee": (F32, False)}
-    names = {kernel: cell for cell, kernel in cuda_configs.CELLS.items()}  # of an RNN the last, relu
+    names = {kernel: cell for cell, kernel in cuda_configs.KERNEL_OF.items()}  # of an RNN the last, relu
     dtype, tf32 = kinds.get(row.kind, (torch.float64, False))
     name = "rnn_tanh" if row.kernel == "rnn" and k % 3 else names[row.kernel]
-    return Problem(name, variant, dtype, tf32=tf32, fused=True)
+    return ParityCase(name, variant, dtype, tf32=tf32, fused=True)
 
 
-def around() -> Iterator[Problem]:
+def around() -> Iterator[ParityCase]:
     """Sizes around each tile, the batch just off a tile of rows or large; the precisions take turns."""
     precisions = ((BF16, False), (F32, False), (F16, False), (F32, True))
     for (k, hidden), (n, kind) in itertools.product(enumerate(AROUND), enumerate(KINDS)):
         dtype, tf32 = precisions[(k + k // 4 + n) % 4]
         rows = (15, 100, 33)[(k + n) % 3]
         variant = Variant((3, rows, 7, hidden), proj=min(hidden - 1, 33), **MASKED)
-        yield Problem(kind, variant, dtype, tf32=tf32, fused=True)
+        yield ParityCase(kind, variant, dtype, tf32=tf32, fused=True)
 
 
-def kernels_of(problem: Problem, capability: int) -> list[triton_configs.CompiledKernel]:
-    """The persistent kernels that a problem runs by."""
-    if problem.stepwise:
+def kernels_of(case: ParityCase, capability: int) -> list[triton_configs.CompiledKernel]:
+    """The persistent kernels that a case runs by."""
+    if case.stepwise:
         return []
-    facts = (problem.variant.size[3], problem.proj, problem.operands, capability)
-    rows = [triton_configs.find(KINDS[problem.kind].cell, side, *facts) for side in triton_configs.SIDES]
+    facts = (case.variant.size[3], case.proj, case.operands, capability)
+    rows = [triton_configs.find_kernel(KINDS[case.kind].cell, side, *facts) for side in triton_configs.SIDES]
     return [row for row in rows if row is not None]
 
 
-def compiled_for(problem: Problem, capability: int) -> cuda_configs.CompiledKernel:
-    """The CUDA kernel that a problem runs by."""
-    cell, hidden, rows = KINDS[problem.kind].cell, problem.variant.size[3], problem.variant.many
-    kind = "tf32" if problem.tf32 else cuda.KINDS.get(problem.dtype, "ieee")
-    rows = rows or problem.variant.size[1]
-    only = "step" if problem.stepwise else None
-    return cuda_configs.plan(cell, hidden, problem.proj, kind, rows, capability, only)[0]
+def compiled_for(case: ParityCase, capability: int) -> cuda_configs.CompiledKernel:
+    """The CUDA kernel that a case runs by."""
+    cell, hidden, rows = KINDS[case.kind].cell, case.variant.size[3], case.variant.many
+    kind = "tf32" if case.tf32 else cuda.KINDS.get(case.dtype, "ieee")
+    rows = rows or case.variant.size[1]
+    only = "step" if case.stepwise else None
+    return cuda_configs.find_kernel(cell, hidden, case.proj, kind, rows, capability, only)[0]
 
 
-# What a problem is given: values in float64 that its dtype holds exactly.
+# What a case is given: values in float64 that its dtype holds exactly.
 
 
 @dataclass
-class Given:
+class CaseInputs:
     """x [T, B, I]; h_0, c_0 and h_r, c_r [L·D, B, ·]; weights under torch's names; lengths [B], resets [T, B]."""
 
     leaves: Values
@@ -294,28 +298,28 @@ class Given:
         return first, second
 
 
-def draw(problem: Problem, seed: int) -> Given:
+def draw(case: ParityCase, seed: int) -> CaseInputs:
     """Random numbers. Row 0 has all its steps, the last row none where there are several."""
-    variant, kind, g = problem.variant, KINDS[problem.kind], torch.Generator().manual_seed(seed)
+    variant, kind, g = case.variant, KINDS[case.kind], torch.Generator().manual_seed(seed)
     steps, rows, features, hidden = variant.size
 
     def uniform(*shape: int) -> Tensor:
-        return (torch.rand(shape, generator=g) * 2 - 1).to(problem.dtype).double()
+        return (torch.rand(shape, generator=g) * 2 - 1).to(case.dtype).double()
 
     count = variant.layers * (2 if variant.both else 1)
     leaves = {"x": uniform(steps, rows, features)}
     for suffix in ["0"] * variant.hx + ["r"] * variant.reset_state:
-        for name, size in zip(kind.states, (problem.output_size, hidden), strict=False):
+        for name, size in zip(kind.states, (case.output_size, hidden), strict=False):
             leaves[f"{name}_{suffix}"] = uniform(count, rows, size)
     weights = {}
-    for name, p in build(problem, rnnkit).named_parameters():
-        scale = _relu(name, p.shape) if problem.kind == "rnn_relu" else hidden**-0.5
+    for name, p in build(case, rnnkit).named_parameters():
+        scale = _relu(name, p.shape) if case.kind == "rnn_relu" else hidden**-0.5
         v = uniform(*p.shape)
-        if problem.kind == "rnn_relu" and name.startswith("bias"):
+        if case.kind == "rnn_relu" and name.startswith("bias"):
             sign = torch.ones(hidden)
             sign[::3] = -1
             v = (1.75 + v / 8) * sign
-        weights[name] = (v * scale).to(problem.dtype).double()
+        weights[name] = (v * scale).to(case.dtype).double()
     lengths = resets = None
     if variant.lengths:
         lengths = torch.randint(1, steps + 1, (rows,), generator=g)
@@ -324,7 +328,7 @@ def draw(problem: Problem, seed: int) -> Given:
             lengths[-1] = 0
     if variant.resets:
         resets = torch.rand(steps, rows, generator=g) < 0.3
-    return Given(leaves, weights, lengths, resets)
+    return CaseInputs(leaves, weights, lengths, resets)
 
 
 def _relu(name: str, shape: torch.Size) -> float:
@@ -339,10 +343,10 @@ def _relu(name: str, shape: torch.Size) -> float:
     return most / shape[1]
 
 
-def build(problem: Problem, library: Any, **more: Any) -> nn.Module:
+def build(case: ParityCase, library: Any, **more: Any) -> nn.Module:
     """The layer, of rnnkit or of torch.nn."""
-    variant, kind = problem.variant, KINDS[problem.kind]
+    variant, kind = case.variant, KINDS[case.kind]
     _, _, features, hidden = variant.size
     how = dict(num_layers=variant.layers, bias=variant.bias, bidirectional=variant.both, **kind.options)
-    how |= {"proj_size": problem.proj} if problem.proj else {}
+    how |= {"proj_size": case.proj} if case.proj else {}
     return getattr(library, kind.layer)(features, hidden, **how, **more)

@@ -24,9 +24,9 @@ from rnnkit.backends.cuda import backend as cuda
 from ..speed import machine, timing
 from ..speed.implementations import first_line
 from ..speed.rows import PROBES, RESULTS
-from ..usage.kernel_usage import of, put, take
+from ..usage.kernel_usage import from_columns, read_csv, write_csv
 from .parity import works
-from .timed_process import Child
+from .timed_process import TimedProcess
 
 REPEATS = 9  # readings
 LAUNCHES = 1000  # of an empty kernel in a reading
@@ -146,7 +146,7 @@ def examine(seconds: float, out: Path, record: bool) -> list[str]:
         return [f"left out: {why}"]
     path, end = out / "probes.csv", time.monotonic() + seconds
     path.unlink(missing_ok=True)
-    child = Child(
+    child = TimedProcess(
         "rnnkit.benchmarks.gpu_check.probes",
         ["--to", str(path), "--seconds", f"{seconds - GRACE:.0f}"],
         out / "probes.txt",
@@ -168,7 +168,7 @@ def file_name() -> str:
 
 def read(path: Path) -> list[ProbeReading]:
     """A record. Raises BadInput where a file is none of ours."""
-    return [of(ProbeReading, row) for row in take(path, ProbeReading._fields)]
+    return [from_columns(ProbeReading, row) for row in read_csv(path, ProbeReading._fields)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(row.line(), flush=True)
         found.append(row)
         if options.to is not None:  # whole each time: what comes after may end the process
-            put(
+            write_csv(
                 options.to,
                 ProbeReading._fields,
                 ([f"{v:.5g}" if isinstance(v, float) else v for v in row] for row in found),

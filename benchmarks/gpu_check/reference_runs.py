@@ -1,7 +1,7 @@
-"""The ways to run a problem of parity_cases.py: rnnkit by a backend, torch.nn, the reference step by step.
+"""Runs a case of parity_cases.py: by a backend of rnnkit, by torch.nn, by the reference step by step.
 
 What torch.nn does not know by itself it is helped to: every piece between two resets becomes a row of its own. Where
-it has no such problem (a GRU that resets before the product, all cell states), the reference serves, called step by
+it has no such case (a GRU that resets before the product, all cell states), the reference serves, called step by
 step, so that its state is rounded at each step. TF32 is the reference too, with the operands of its recurrent products
 cut by hand, as a GPU cuts them; torch's own layers use it for all their products, or for none.
 """
@@ -24,20 +24,20 @@ from rnnkit.backends.scan_backend import bias_inside, project
 from rnnkit.cells import CELLS
 from rnnkit.reference import STEPS, State, Weights
 
-from .parity_cases import KINDS, Given, Problem, Values, build
+from .parity_cases import KINDS, CaseInputs, ParityCase, Values, build
 
 # Each takes leaves and weights and gives y [T, B, D·N], h_n, c_n [L·D, B, ·], and all states.
 
-Way = Callable[[Problem, Given, Values, Values], Values]
+Runner = Callable[[ParityCase, CaseInputs, Values, Values], Values]
 
 
-class Ready:
+class PreparedLayer:
     """rnnkit's layer by a backend, with NaN in the padding, made once: a call of it copies nothing from the host."""
 
-    def __init__(self, backend: str, problem: Problem, given: Given, device: Any, dtype: torch.dtype) -> None:
-        variant = problem.variant
-        self.backend, self.problem = backend, problem
-        self.layer = build(problem, rnnkit, backend=backend, recompute=variant.recompute, device=device, dtype=dtype)
+    def __init__(self, backend: str, case: ParityCase, given: CaseInputs, device: Any, dtype: torch.dtype) -> None:
+        variant = case.variant
+        self.backend, self.case = backend, case
+        self.layer = build(case, rnnkit, backend=backend, recompute=variant.recompute, device=device, dtype=dtype)
         self.lengths = None if given.lengths is None else given.lengths.to(device)
         self.extras: dict[str, Any] = {"lengths": self.lengths, "return_all_states": variant.all_states}
         self.extras["reset"] = None if given.resets is None else given.resets.to(device)
@@ -65,16 +65,16 @@ def results_of(given: Any) -> Values:
     return results
 
 
-def named(backend: str) -> Way:
-    """rnnkit's layer by a backend; where the variant asks for many rows, with the problem's as the first and last."""
+def named(backend: str) -> Runner:
+    """rnnkit's layer by a backend; where the variant asks for many rows, with the case's as the first and last."""
 
-    def run(problem: Problem, given: Given, leaves: Values, weights: Values) -> Values:
-        x, many = leaves["x"], problem.variant.many
+    def run(case: ParityCase, given: CaseInputs, leaves: Values, weights: Values) -> Values:
+        x, many = leaves["x"], case.variant.many
         if not many:
-            return Ready(backend, problem, given, x.device, x.dtype)(leaves, weights)
+            return PreparedLayer(backend, case, given, x.device, x.dtype)(leaves, weights)
         lengths = None if given.lengths is None else _spread(given.lengths, 0, many)
         resets = None if given.resets is None else _spread(given.resets, 1, many)
-        ready = Ready(backend, problem, Given({}, {}, lengths, resets), x.device, x.dtype)
+        ready = PreparedLayer(backend, case, CaseInputs({}, {}, lengths, resets), x.device, x.dtype)
         results = ready({name: _spread(v, 1, many) for name, v in leaves.items()}, weights)
         rows = x.shape[1]
         ends = (slice(rows // 2), slice(many - (rows - rows // 2), many))
@@ -97,10 +97,10 @@ def _states(leaves: Values, suffix: str) -> Any:
     return None if not parts else parts[0] if len(parts) == 1 else tuple(parts)
 
 
-def by_pieces(problem: Problem, given: Given, leaves: Values, weights: Values) -> Values:
+def by_pieces(case: ParityCase, given: CaseInputs, leaves: Values, weights: Values) -> Values:
     """torch.nn's layer; with lengths or resets every piece between two resets is a row of its own, all packed."""
-    x, variant = leaves["x"], problem.variant
-    layer = build(problem, nn, device=x.device, dtype=x.dtype)
+    x, variant = leaves["x"], case.variant
+    layer = build(case, nn, device=x.device, dtype=x.dtype)
 
     def call(*arguments: Any) -> tuple[Any, list[Tensor]]:
         y, last = torch.func.functional_call(layer, weights, arguments)
@@ -126,7 +126,7 @@ def by_pieces(problem: Problem, given: Given, leaves: Values, weights: Values) -
     order = ([forward, backward] if variant.both else [forward]) * variant.layers
     from_0, to_n = (torch.tensor([pair[which] for pair in order], device=x.device) for which in (0, 1))
     starts, befores = [], []
-    for name, size in zip(KINDS[problem.kind].states, (problem.output_size, variant.size[3]), strict=False):
+    for name, size in zip(KINDS[case.kind].states, (case.output_size, variant.size[3]), strict=False):
         none = x.new_zeros(len(order), x.shape[1], size)
         befores.append(leaves.get(f"{name}_0", none))
         starts.append(torch.where(from_0[..., None], befores[-1][:, rows], leaves.get(f"{name}_r", none)[:, rows]))
@@ -150,11 +150,13 @@ def advance(cell: str, x: Tensor, h: Tensor, c: Tensor | None, w: Values) -> tup
     return h_n, c_n
 
 
-def by_steps(problem: Problem, given: Given, leaves: Values, weights: Values, advance: Advance = advance) -> Values:
+def by_steps(
+    case: ParityCase, given: CaseInputs, leaves: Values, weights: Values, advance: Advance = advance
+) -> Values:
     """The reference called for one step after the other, lengths and resets by `where`."""
-    x, variant, kind = leaves["x"], problem.variant, KINDS[problem.kind]
+    x, variant, kind = leaves["x"], case.variant, KINDS[case.kind]
     steps, rows = x.shape[:2]
-    sizes = (problem.output_size, variant.size[3])[: len(kind.states)]
+    sizes = (case.output_size, variant.size[3])[: len(kind.states)]
     valid = torch.tensor(given.valid, device=x.device)[:, None]
     resets = None if given.resets is None else given.resets.to(x.device)
     finals: list[Any] = []
@@ -190,13 +192,13 @@ def by_steps(problem: Problem, given: Given, leaves: Values, weights: Values, ad
     return results
 
 
-def by_tf32(problem: Problem, given: Given, leaves: Values, weights: Values) -> Values:
+def by_tf32(case: ParityCase, given: CaseInputs, leaves: Values, weights: Values) -> Values:
     """The same with its recurrent products in TF32: their operands keep 10 of float32's 23 bits after the point.
 
     A GPU's matrix units read no others. A kernel that rounds to them is off by half as much, so what this gives is off
     by as much as TF32 may be: 2^-10 of every operand.
     """
-    return by_steps(problem, given, leaves, weights, _advance_in_tf32)
+    return by_steps(case, given, leaves, weights, _advance_in_tf32)
 
 
 def _advance_in_tf32(cell: str, x: Tensor, h: Tensor, c: Tensor | None, w: Values) -> tuple[Tensor, Tensor | None]:
@@ -236,12 +238,12 @@ def cut(v: Tensor) -> Tensor:
     return (v.view(torch.int32) >> LOST << LOST).view(torch.float32)
 
 
-def numbers(way: Way, problem: Problem, given: Given, dtype: torch.dtype, device: str) -> Values:
-    """What a way gives, on the CPU: the results, those without gradients too, and the gradient of everything."""
+def numbers(runner: Runner, case: ParityCase, given: CaseInputs, dtype: torch.dtype, device: str) -> Values:
+    """What a runner gives, on the CPU: the results, those without gradients too, and the gradient of everything."""
     leaves, weights = given.to(dtype, device)
     with torch.no_grad():
-        alone = way(problem, given, leaves, weights)
-    results, every = way(problem, given, leaves, weights), {**leaves, **weights}
+        alone = runner(case, given, leaves, weights)
+    results, every = runner(case, given, leaves, weights), {**leaves, **weights}
     found = torch.autograd.grad(
         list(results.values()), list(every.values()), upstream(results), allow_unused=True, materialize_grads=True
     )

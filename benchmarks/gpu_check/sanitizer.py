@@ -24,10 +24,10 @@ from rnnkit.backends.cuda import backend as cuda
 from rnnkit.backends.cuda import configs as cuda_configs
 
 from ..usage import cuda_usage
-from .parity import Findings, asked
-from .parity_cases import KINDS, Problem, compiled_for, draw, resident, stepping
+from .parity import Findings, precision_and_regime
+from .parity_cases import KINDS, ParityCase, compiled_for, draw, resident, stepping
 from .reference_runs import named, numbers
-from .timed_process import Child
+from .timed_process import TimedProcess
 
 KERNELS = "rnnkit"  # in the names of our kernels, mangled or not; others are not looked at
 PADDING = "512"  # bytes behind a tensor that are nobody's
@@ -38,7 +38,7 @@ CHECKS = {
 }
 FOUND = 77  # the exit code where the tool has reported something
 LEAST = 40.0  # seconds: below that torch has started under the tool, and little more
-GRACE = 25.0  # seconds of it for the program's start, which its own clock does not see, and for its last problem
+GRACE = 25.0  # seconds of it for the program's start, which its own clock does not see, and for its last case
 WANTED = "compute-sanitizer is not here: it comes with CUDA's toolkit, or by pip install nvidia-cuda-sanitizer-api"
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "tf32": "tf32", "ieee": "float32", "f64": "float64"}
 
@@ -71,14 +71,14 @@ def examine(findings: Findings, seconds: float, out: Path) -> list[str]:
             watched = [str(found), "--tool", check, "--kernel-name", f"kernel_substring={KERNELS}", *more]
             watched += ["--error-exitcode", str(FOUND), "--show-backtrace", "no", "--destroy-on-device-error", "kernel"]
             said, alone = out / f"{check}.txt", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            children[check] = Child("rnnkit.benchmarks.gpu_check.sanitizer", budget, said, watched, alone)
+            children[check] = TimedProcess("rnnkit.benchmarks.gpu_check.sanitizer", budget, said, watched, alone)
         return [line for check, child in children.items() for line in _judge(findings, check, child.wait(end), child)]
     finally:
         for child in children.values():
             child.stop()
 
 
-def _judge(findings: Findings, check: str, code: int | None, child: Child) -> list[str]:
+def _judge(findings: Findings, check: str, code: int | None, child: TimedProcess) -> list[str]:
     """What became of a check, and what it did not watch; what it found is put down."""
     text = child.text()
     ours, others = reports(text)
@@ -154,8 +154,8 @@ def _blocks(text: str) -> Iterator[tuple[str, list[str]]]:
 def culprits(report: str) -> set[tuple[str, str]]:
     """The kinds of layer and precisions that a kernel serves, by its name; all where it does not tell."""
     words = report.split()
-    cells = [cell for cell, kernel in cuda_configs.CELLS.items() if kernel in words]
-    kinds = {kind for kind, facts in KINDS.items() if facts.cell in (cells or cuda_configs.CELLS)}
+    cells = [cell for cell, kernel in cuda_configs.KERNEL_OF.items() if kernel in words]
+    kinds = {kind for kind, facts in KINDS.items() if facts.cell in (cells or cuda_configs.KERNEL_OF)}
     precisions = {PRECISIONS[word] for word in words if word in PRECISIONS} or set(PRECISIONS.values())
     return {(kind, precision) for kind in kinds for precision in precisions}
 
@@ -166,7 +166,7 @@ ORDER, BEGUN, ENDED = "kernels, in this order: {}", "problem {} of {}: {}", "all
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the problems, one after the other, as long as there is time."""
+    """Run the cases, one after the other, as long as there is time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), metavar="S", help="begin none after; default: all"
@@ -174,23 +174,23 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     begin, capability = time.monotonic(), cuda.machine.capability(None)
     every = small(capability)
-    print(ORDER.format(" ".join(compiled_for(problem, capability).name for problem in every)), flush=True)
-    for done, problem in enumerate(every, 1):
+    print(ORDER.format(" ".join(compiled_for(case, capability).name for case in every)), flush=True)
+    for done, case in enumerate(every, 1):
         if time.monotonic() - begin > options.seconds:
             break
-        print(BEGUN.format(done, len(every), problem), flush=True)
-        with asked(problem):
-            numbers(named("cuda"), problem, draw(problem, 0), problem.dtype, cuda.machine.device)
+        print(BEGUN.format(done, len(every), case), flush=True)
+        with precision_and_regime(case):
+            numbers(named("cuda"), case, draw(case, 0), case.dtype, cuda.machine.device)
     print(ENDED, flush=True)
     return 0
 
 
-def small(capability: int) -> list[Problem]:
-    """A problem for each kernel, in an order in which any part of them has all regimes, cells and kinds."""
+def small(capability: int) -> list[ParityCase]:
+    """A case for each kernel, in an order in which any part of them has all regimes, cells and kinds."""
     rows = cuda_configs.able(capability)
     every = [*resident(rows), *stepping(rows)]
     stride = 7  # no divisor of the number of kinds, of a cell's rows or of a regime's
-    return [problem for k in range(stride) for problem in every[k::stride]]
+    return [case for k in range(stride) for case in every[k::stride]]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import rnnkit
 
 
-class Child:
+class TimedProcess:
     """`python -m module arguments`, begun. before: a command that runs it; more: of the environment."""
 
     def __init__(

@@ -1,8 +1,8 @@
 """Parity in several processes at once: nearly all of its time is compilers of kernels and Python between launches.
 
-A device's minutes are few, and its host has many cores. Each process takes the next problem, in the order in which
+A device's minutes are few, and its host has many cores. Each process takes the next case, in the order in which
 they matter, and hands back what it found. It starts afresh (a CUDA context does not survive a fork). One that ends by
-itself (a compiler that crashes takes its process with it) or comes to no end is said with the problem that it had; the
+itself (a compiler that crashes takes its process with it) or comes to no end is said with the case that it had; the
 rest goes on where the device still runs.
 """
 
@@ -23,17 +23,17 @@ import torch
 
 from ..speed.targets import FUSED
 from .parity import Findings, examine, works
-from .parity_cases import Problem
+from .parity_cases import ParityCase
 
 MOST = 8  # processes: each has a context on the device, and they take turns on it
-EACH = 4  # problems for each at least: it starts for some seconds
-GRACE = 60.0  # seconds, for problems that are under way when time is up: a kernel that hangs is one that fails
+EACH = 4  # cases for each at least: it starts for some seconds
+GRACE = 60.0  # seconds, for cases that are under way when time is up: a kernel that hangs is one that fails
 PATIENCE = 5.0  # seconds, for a process that was told to end
 
 
-def size(problems: int) -> int:
-    """How many processes serve so many problems on this machine."""
-    return max(1, min(MOST, (os.cpu_count() or 1) // 2, problems // EACH))
+def size(cases: int) -> int:
+    """How many processes serve so many cases on this machine."""
+    return max(1, min(MOST, (os.cpu_count() or 1) // 2, cases // EACH))
 
 
 def count(value: str) -> int:
@@ -46,7 +46,7 @@ def count(value: str) -> int:
 def work(
     findings: Findings,
     device: str,
-    every: Sequence[Problem],
+    every: Sequence[ParityCase],
     backends: Sequence[str],
     tell: Callable[[int, str], None],
     seconds: float,
@@ -55,82 +55,80 @@ def work(
     """As `parity.examine`, in so many processes."""
     end, done, waves = time.monotonic() + seconds, itertools.count(1), _waves(every)
 
-    def say(problem: Problem) -> None:
-        tell(next(done), str(problem))
+    def say(case: ParityCase) -> None:
+        tell(next(done), str(case))
 
     while waves and not findings.ended:
         wave = waves.pop(0)
         lost, late = _wave(findings, device, wave, tuple(backends), say, end, min(workers, len(wave)))
-        broke = [(problem, "ended its process") for problem in lost if len(wave) == 1]
-        slow = [(problem, f"did not end within {GRACE:g} s after time was up") for problem in late]
-        for problem, what in broke + slow:
-            say(problem)
+        broke = [(case, "ended its process") for case in lost if len(wave) == 1]
+        slow = [(case, f"did not end within {GRACE:g} s after time was up") for case in late]
+        for case, what in broke + slow:
+            say(case)
             for name in [name for name in backends if name in FUSED] or backends:  # who else has kernels to compile
-                findings.blame(name, problem, what)
+                findings.blame(name, case, what)
         if (lost or late) and not works(device):
             findings.wrong.append(f"the device fails, and the examination ends, in or near {(lost + late)[0]}")
             findings.ended = True
         elif lost and not broke:  # whichever of the first had begun is found by itself
-            waves = [*([problem] for problem in lost[:workers]), *([lost[workers:]] if lost[workers:] else []), *waves]
+            waves = [*([case] for case in lost[:workers]), *([lost[workers:]] if lost[workers:] else []), *waves]
         if time.monotonic() > end and not findings.ended:
             findings.left += sum(map(len, waves))
             return
 
 
-def _waves(every: Sequence[Problem]) -> list[list[Problem]]:
-    """What is examined at once: a large problem has the device's memory for itself, and its process ends with it."""
-    waves: list[list[Problem]] = []
-    for large, some in itertools.groupby(every, lambda problem: problem.memory > 0):
+def _waves(every: Sequence[ParityCase]) -> list[list[ParityCase]]:
+    """What is examined at once: a large case has the device's memory for itself, and its process ends with it."""
+    waves: list[list[ParityCase]] = []
+    for large, some in itertools.groupby(every, lambda case: case.memory > 0):
         wave = list(some)
-        waves += [[problem] for problem in wave] if large else [wave]
+        waves += [[case] for case in wave] if large else [wave]
     return waves
 
 
 def _wave(
     findings: Findings,
     device: str,
-    every: Sequence[Problem],
+    every: Sequence[ParityCase],
     backends: tuple[str, ...],
-    say: Callable[[Problem], None],
+    say: Callable[[ParityCase], None],
     end: float,
     workers: int,
-) -> tuple[list[Problem], list[Problem]]:
-    """The problems that were lost with a process, first those that had begun, and those that came to no end."""
+) -> tuple[list[ParityCase], list[ParityCase]]:
+    """The cases that were lost with a process, first those that had begun, and those that came to no end."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
-    lost: list[Problem] = []
+    lost: list[ParityCase] = []
     try:
-        waiting = {pool.submit(_one, device, problem, backends): problem for problem in every}
+        waiting = {pool.submit(_one, device, case, backends): case for case in every}
         while waiting:
             ready, _ = wait(waiting, max(end - time.monotonic(), 0.0), FIRST_COMPLETED)
             if not ready:
                 break
             for future in [future for future in waiting if future in ready]:
-                problem = waiting.pop(future)
-                if not _take(findings, future, problem):
-                    lost.append(problem)
+                case = waiting.pop(future)
+                if not _take(findings, future, case):
+                    lost.append(case)
                     continue
-                say(problem)
+                say(case)
                 if findings.ended:
                     return lost, []
-        begun = {future: problem for future, problem in waiting.items() if not future.cancel()}
+        begun = {future: case for future, case in waiting.items() if not future.cancel()}
         findings.left += len(waiting) - len(begun)
         ended, _ = wait(begun, GRACE)
-        lost += [
-            problem for future, problem in begun.items() if future in ended and not _take(findings, future, problem)
-        ]
-        return lost, [problem for future, problem in begun.items() if future not in ended]
+        lost += [case for future, case in begun.items() if future in ended and not _take(findings, future, case)]
+        return lost, [case for future, case in begun.items() if future not in ended]
     finally:
         _stop(pool)
 
 
-def _take(findings: Findings, future: Future[Findings], problem: Problem) -> bool:
+def _take(findings: Findings, future: Future[Findings], case: ParityCase) -> bool:
     """Whether there was something to take: not where the process ended by itself."""
     try:
         findings.add(future.result())
     except BrokenProcessPool:
         return False
     except Exception as error:  # of the examination, not of what it examines: the rest goes on
-        findings.stumbled(problem, error)
+        findings.stumbled(case, error)
     return True
 
 
@@ -151,7 +149,7 @@ def _start() -> None:
     torch.set_num_threads(1)
 
 
-def _one(device: str, problem: Problem, backends: tuple[str, ...]) -> Findings:
+def _one(device: str, case: ParityCase, backends: tuple[str, ...]) -> Findings:
     findings = Findings()
-    examine(findings, device, [problem], backends)
+    examine(findings, device, [case], backends)
     return findings

@@ -1,6 +1,6 @@
 """What is measured: one literal table of cases, and the choice among them that the command line asks for.
 
-A case is a problem's sizes and what is done with it. Its group says why it is here: `grid` the shapes by which a
+A case is the sizes of a layer and what is done with it. Its group says why it is here: `grid` the shapes by which a
 release is judged, `field` those that other projects publish, `sweep` lines along T, B and H for the pictures, `scan`
 the recurrence alone (I = 1 leaves no input projection), `step` one step of a cell, `resets` and `lengths` what torch
 does by splitting and packing.
@@ -24,7 +24,7 @@ class BadInput(ValueError):
 
 @dataclass(frozen=True)
 class BenchCase:
-    """One problem: B rows, T steps, I inputs, H hidden units."""
+    """One layer and its input: B rows, T steps, I inputs, H hidden units."""
 
     group: str
     batch: int

@@ -29,7 +29,7 @@ from rnnkit.backends import BY_NAME, REFERENCE, LayerInputs, LayerOptions, recor
 from .bench_cases import GATES, BadInput, BenchJob
 
 TORCH, ORT, COMPILE, WITHOUT = "torch.nn", "onnxruntime", "torch.compile", "without"
-SPLIT, CELLS, PACKED = "torch.nn, split", "torch.nn, cells", "torch.nn, packed"
+SPLIT, STEPWISE, PACKED = "torch.nn, split", "torch.nn, cells", "torch.nn, packed"
 NAMES = ("auto", *BY_NAME)
 COMPILED_STEPS = 32  # torch.compile unrolls the reference's loop: a minute of compiling soon after
 
@@ -38,7 +38,7 @@ Run = Callable[[Any, Tensor], tuple[Tensor, ...]]
 
 @dataclass
 class Implementation:
-    """One way to do the job."""
+    """What does the job: of rnnkit or a peer."""
 
     name: str
     module: Any
@@ -240,7 +240,7 @@ def _peers(job: BenchJob, theirs: nn.Module, device: str) -> tuple[Run, list[Imp
             lambda m, x: _flat(m(x, reset=reset)),
             [
                 Implementation(SPLIT, theirs, lambda m, x: _split(m, x, reset), on_host=True),
-                Implementation(CELLS, cell, lambda m, x: _by_steps(m, x, reset)),
+                Implementation(STEPWISE, cell, lambda m, x: _by_steps(m, x, reset)),
             ],
         )
     if case.group == "lengths":

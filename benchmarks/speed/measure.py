@@ -26,6 +26,7 @@ Pair = tuple[Implementation, Implementation]
 Works = dict[int, timing.Work]
 """What is timed, by the id of its implementation."""
 Say = Callable[[str], object]
+"""Hears a line for a person."""
 
 
 @dataclass
@@ -56,7 +57,9 @@ class Measurement:
         check = AccuracyCheck(job, made)
         for line in _drop_wrong(made, check):
             wrong(f"{job.name}: {line}")
-        for line in (*_drop_peers(made, check), *made.unable):
+        for line in made.unable:
+            note(f"{job.name}: {line}")
+        for line in _drop_peers(made, check):
             note(f"{job.name}: {line}")
         del check
         pairs = _pairs(made)

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from . import picture, report, targets
 from .bench_cases import CELLS, MODES, BadInput
-from .implementations import CELLS as STEPWISE
-from .implementations import ORT, PACKED, SPLIT, TORCH
+from .implementations import ORT, PACKED, SPLIT, STEPWISE, TORCH
 from .rows import RESULTS, BenchRow, read, recorded
 
 README, PERFORMANCE = "README.md", "docs/performance.md"

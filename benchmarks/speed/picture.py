@@ -12,8 +12,7 @@ from html import escape
 from typing import NamedTuple
 
 from .bench_cases import CELLS, MODES
-from .implementations import CELLS as STEPWISE
-from .implementations import PACKED, SPLIT, TORCH
+from .implementations import PACKED, SPLIT, STEPWISE, TORCH
 from .rows import BenchRow
 from .timing import geometric_mean
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from . import targets, timing
 from .bench_cases import CELLS, MODES, BadInput
-from .implementations import CELLS as STEPWISE
-from .implementations import ORT, PACKED, SPLIT, TORCH, WITHOUT
+from .implementations import ORT, PACKED, SPLIT, STEPWISE, TORCH, WITHOUT
 from .rows import BenchRow, read
 from .targets import Verdict
 

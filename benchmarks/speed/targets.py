@@ -20,8 +20,7 @@ from rnnkit.backends.dispatch_times import TIE
 
 from ..dispatch import fit_dispatch
 from .bench_cases import CELLS, MODES, TABLE, BenchCase
-from .implementations import CELLS as STEPWISE
-from .implementations import COMPILE, NAMES, ORT, TORCH, WITHOUT
+from .implementations import COMPILE, NAMES, ORT, STEPWISE, TORCH, WITHOUT
 from .rows import BenchRow
 from .timing import geometric_mean
 
@@ -165,7 +164,7 @@ def judge(rows: Sequence[BenchRow]) -> list[Verdict]:
     return verdicts + fused([row for row in rows if row.device != "cpu"])
 
 
-class Asked(NamedTuple):
+class Target(NamedTuple):
     """One target of a fused backend: what is judged, by which figures, what they must come to."""
 
     group: str
@@ -185,76 +184,76 @@ class Asked(NamedTuple):
 
 def fused(rows: Sequence[BenchRow]) -> list[Verdict]:
     """The verdicts on the fused backends of a GPU, by call and by graph; none on what was not measured."""
-    return [_verdict(name, launch, asked) for name, launch, asked in every(rows) if asked.figure]
+    return [_verdict(name, launch, target) for name, launch, target in all_targets(rows) if target.figure]
 
 
-def every(rows: Sequence[BenchRow]) -> list[tuple[str, str, Asked]]:
+def all_targets(rows: Sequence[BenchRow]) -> list[tuple[str, str, Target]]:
     """All targets of the fused backends that have a row, measured or not: backend, launch, target."""
     found = []
     for name, goal in FUSED.items():
         for launch in ("call", "graph"):
             own = [row for row in rows if (row.implementation, row.launch) == (name, launch)]
             if own:
-                found += [(name, launch, asked) for asked in _asked(goal, name, launch, own, rows)]
+                found += [(name, launch, target) for target in _targets_of(goal, name, launch, own, rows)]
     return found
 
 
-def _asked(goal: Fused, name: str, launch: str, own: list[BenchRow], rows: Sequence[BenchRow]) -> Iterator[Asked]:
+def _targets_of(goal: Fused, name: str, launch: str, own: list[BenchRow], rows: Sequence[BenchRow]) -> Iterator[Target]:
     narrow = [row for row in own if row.dtype == "bfloat16"]
     best = [row for row in narrow if row.mode == "training"]
     field = {row: row.ratio_p50 for row in best if (row.group, row.against) == FIELD}
     small = {row: ratio for row, ratio in field.items() if row.H <= SMALL}
     trained, whole = ("training", "bfloat16"), _trained("field", SMALL)
-    yield Asked(f"field, H <= {SMALL}", *trained, TORCH, small, f"mean >= {goal.mean:g}", goal.mean, 0.0, whole)
+    yield Target(f"field, H <= {SMALL}", *trained, TORCH, small, f"mean >= {goal.mean:g}", goal.mean, 0.0, whole)
     loops = {_job(row): row.ms for row in rows if row.implementation == LOOP}
     looped = {row: loops[_job(row)] / row.ms for row in own if _job(row) in loops}
     looped |= {row: row.ratio_p50 for row in own if row.against == STEPWISE}
     loop, jobs = "a loop of torch operators", len({_job(row) for row in own})
-    yield Asked("all", "all", "all", loop, looped, "each >= 1", 0.0, 1.0, jobs)
+    yield Target("all", "all", "all", loop, looped, "each >= 1", 0.0, 1.0, jobs)
     for group in goal.free:
         without = {row: row.ratio_p50 for row in best if (row.group, row.against) == (group, WITHOUT)}
-        yield Asked(group, *trained, WITHOUT, without, "at most 5 % slower than without", 0.0, EXTRA, _trained(group))
+        yield Target(group, *trained, WITHOUT, without, "at most 5 % slower than without", 0.0, EXTRA, _trained(group))
     if goal.step is not None:
         steps = {row: goal.step * row.T / (1e3 * row.ms) for row in narrow if row.against == TORCH and _resident(row)}
         least = f"{goal.step:g} µs a step"
         whole = sum(_fits(cell, case.hidden) for case in TABLE if case.group == "scan" for cell in case.cells)
-        yield Asked("scan, where cta fits", "inference", "bfloat16", least, steps, "each >= 1", 0.0, 1.0, whole)
+        yield Target("scan, where cta fits", "inference", "bfloat16", least, steps, "each >= 1", 0.0, 1.0, whole)
     if launch == "graph":  # as by call: what is left is no matter of it
         return
     if goal.nowhere:
         taken = {row: row.ratio_p50 if by == name else 1.0 for row, by in choices(own, rows).items()}
         wanted, whole = f"each >= {1 / TIE:.2f}, less is noise", sum(len(c.cells) * len(c.modes) for c in _plain())
-        yield Asked("plain, as auto", "all", "all", TORCH, taken, wanted, 0.0, 1 / TIE, whole * len(JUDGED))
+        yield Target("plain, as auto", "all", "all", TORCH, taken, wanted, 0.0, 1 / TIE, whole * len(JUDGED))
     memory = {row: row.against_peak_mib / row.peak_mib for row in field if row.peak_mib and row.against_peak_mib}
     again = {row: row.against_peak_mib / row.recompute_mib for row in memory if row.recompute_mib}  # type: ignore[operator]
     whole = _trained("field")
     if goal.memory:
-        yield Asked("memory, field", *trained, TORCH, memory, "each >= 1", 0.0, 1.0, whole)
-    yield Asked("memory, field, recompute", *trained, TORCH, again, "each >= 2", 0.0, 2.0, whole)
+        yield Target("memory, field", *trained, TORCH, memory, "each >= 1", 0.0, 1.0, whole)
+    yield Target("memory, field, recompute", *trained, TORCH, again, "each >= 2", 0.0, 2.0, whole)
 
 
-def _verdict(name: str, launch: str, asked: Asked) -> Verdict:
-    figure = asked.figure
+def _verdict(name: str, launch: str, target: Target) -> Verdict:
+    figure = target.figure
     count, mean = len({_job(row) for row in figure}), geometric_mean(figure.values())
     worst = min(figure, key=lambda row: figure[row])
-    enough = mean >= asked.least if count >= asked.whole else None
+    enough = mean >= target.least if count >= target.whole else None
     return Verdict(
-        group=asked.group,
+        group=target.group,
         cell="all",
-        mode=asked.mode,
+        mode=target.mode,
         threads=1,
         implementation=name,
-        against=asked.against,
+        against=target.against,
         cases=count,
         mean=mean,
         worst=figure[worst],
         worst_case=f"{worst.cell} {worst.case}",
         share=geometric_mean(row.share for row in figure),
-        wanted=asked.wanted,
-        met=False if figure[worst] < asked.floor else enough,
+        wanted=target.wanted,
+        met=False if figure[worst] < target.floor else enough,
         launch=launch,
-        dtype=asked.dtype,
-        shapes=asked.whole,
+        dtype=target.dtype,
+        shapes=target.whole,
     )
 
 
@@ -286,7 +285,7 @@ def _resident(row: BenchRow) -> bool:
 def _fits(cell: str, hidden: int) -> bool:
     if cell not in ("LSTM", "GRU"):
         return False
-    row, _ = cuda_configs.plan(cell.lower(), hidden, 0, "bf16", 1, HOPPER)
+    row, _ = cuda_configs.find_kernel(cell.lower(), hidden, 0, "bf16", 1, HOPPER)
     return row.regime == "cta"
 
 

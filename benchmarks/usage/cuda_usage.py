@@ -8,6 +8,7 @@ A row of the result holds registers a thread, bytes that spilled, and shared mem
 kernel, and what its configuration asks for when it is launched. A row of the table may be too large for a chip that has
 less than others; its line says so, and it does not run there. Last comes a digest of what was compiled
 (source_digest.py).
+Exit code 1 where a kernel spills, needs more shared memory than any chip has, or does not compile.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import NamedTuple
 from rnnkit.backends.cuda import configs
 
 from ..speed.rows import CUDA_COMPILED
-from .kernel_usage import Usage, number, of, part, put, take
+from .kernel_usage import Usage, find_number, from_columns, part_option, read_csv, write_csv
 from .source_digest import digest
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
@@ -39,7 +40,7 @@ WITHOUT = ("each",)  # kernels that are launched without shared memory
 MOST_KEPT = 28  # fragments in registers: each takes 8 of a thread's 255
 
 
-class Job(NamedTuple):
+class CudaBuildJob(NamedTuple):
     """One source to compile for one chip."""
 
     row: configs.CompiledKernel
@@ -50,7 +51,7 @@ class Job(NamedTuple):
         return f"{self.row.name} {self.chip}"
 
 
-class Name(NamedTuple):
+class CudaKernelName(NamedTuple):
     """A function of a row on a chip, and the side of the scan that launches it."""
 
     nvcc: str
@@ -66,10 +67,10 @@ class Name(NamedTuple):
     function: str
 
 
-class Line(NamedTuple):
+class CudaRecord(NamedTuple):
     """A row of the result."""
 
-    name: Name
+    name: CudaKernelName
     usage: Usage
     source: str
     """A digest of all that was compiled, and of how."""
@@ -96,14 +97,14 @@ class Line(NamedTuple):
 
 Found = tuple[str, str, Usage]
 """Side, function, and what it takes."""
-COLUMNS = (*Name._fields, *Usage._fields, "limit", "fits", "source")
+COLUMNS = (*CudaKernelName._fields, *Usage._fields, "limit", "fits", "source")
 
 
-def jobs() -> Iterator[Job]:
+def jobs() -> Iterator[CudaBuildJob]:
     """Everything that the table stands for."""
     for row in configs.ROWS:
         for chip in configs.CHIPS:
-            yield Job(row, chip)
+            yield CudaBuildJob(row, chip)
 
 
 def source(row: configs.CompiledKernel) -> str:
@@ -115,7 +116,7 @@ def source(row: configs.CompiledKernel) -> str:
     return "\n".join([configs.source(row), "namespace rnnkit::cuda {", *arrays, "}", ""])
 
 
-def build(job: Job, nvcc: ModuleType, home: Path, version: str) -> list[Line] | str:
+def build(job: CudaBuildJob, nvcc: ModuleType, home: Path, version: str) -> list[CudaRecord] | str:
     """Compile a row; what went wrong where it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         text, cubin = Path(folder, f"{job.row.name}.cu"), Path(folder, "cubin")
@@ -130,12 +131,12 @@ def build(job: Job, nvcc: ModuleType, home: Path, version: str) -> list[Line] | 
     return lines(job, version, found, asked)
 
 
-def flags(job: Job, nvcc: ModuleType) -> list[str]:
+def flags(job: CudaBuildJob, nvcc: ModuleType) -> list[str]:
     """What nvcc is told of a job, as setup.py tells it."""
     return [*nvcc.FLAGS, nvcc.gencode(job.chip)]
 
 
-def digest_of(job: Job) -> str:
+def digest_of(job: CudaBuildJob) -> str:
     """What decides a job's figures, beside the compiler. Raises ValueError where there is no clone."""
     nvcc = compiler()
     if nvcc is None:
@@ -143,7 +144,7 @@ def digest_of(job: Job) -> str:
     return digest(source(job.row), SOURCES, flags(job, nvcc))
 
 
-def lines(job: Job, version: str, found: Iterable[Found], asked: dict[str, int]) -> list[Line]:
+def lines(job: CudaBuildJob, version: str, found: Iterable[Found], asked: dict[str, int]) -> list[CudaRecord]:
     """What is known of a row's functions, of several instantiations of one the most of each."""
     row, most = job.row, dict[tuple[str, str], Usage]()
     for side, function, usage in found:
@@ -153,20 +154,20 @@ def lines(job: Job, version: str, found: Iterable[Found], asked: dict[str, int])
     facts = (version, row.name, row.regime, row.kernel, row.kind, row.units, row.warps, row.rows, job.chip)
     compiled = digest_of(job)
     order = sorted(most, key=lambda name: (SIDES.index(name[0]), name[1]))
-    return [Line(Name(*facts, *name), most[name], compiled) for name in order]
+    return [CudaRecord(CudaKernelName(*facts, *name), most[name], compiled) for name in order]
 
 
 def said(text: str) -> Iterator[Found]:
     """Each kernel and what ptxas -v says of it; shared memory is what the kernel itself declares."""
     for block in text.split("Compiling entry function ")[1:]:
-        spilled = max(number(rf"(\d+) bytes spill {what}", block) for what in ("stores", "loads"))
+        spilled = max(find_number(rf"(\d+) bytes spill {what}", block) for what in ("stores", "loads"))
         static = re.search(r"(\d+) bytes smem", block)
         name = block.partition("\n")[0]
         side = next(side for side in SIDES if side in name.lower())
         yield (
             side,
             function(name),
-            Usage(number(r"Used (\d+) registers", block), spilled, int(static[1]) if static else 0),
+            Usage(find_number(r"Used (\d+) registers", block), spilled, int(static[1]) if static else 0),
         )
 
 
@@ -191,7 +192,7 @@ def sizes(cubin: Path) -> dict[str, int]:
 
 
 def search(
-    row: configs.CompiledKernel, compile: Callable[[Job], list[Line] | str], chip: str
+    row: configs.CompiledKernel, compile: Callable[[CudaBuildJob], list[CudaRecord] | str], chip: str
 ) -> Iterator[configs.CompiledKernel]:
     """For each number of warps the row with most fragments of weights in registers, on either side, that spills
     nothing and leaves shared memory within the chip's; no row where there is none.
@@ -214,7 +215,7 @@ def search(
         while any(low[side] < high[side] for side in sides):
             middle = [max((low[side] + high[side] + 1) // 2, 0) for side in sides]
             tried = row._replace(warps=warps, resident=(middle[0], middle[1]))
-            found = compile(Job(tried, chip))
+            found = compile(CudaBuildJob(tried, chip))
             for side in sides:
                 good = not isinstance(found, str) and not any(
                     line.usage.spilled for line in found if line.name.side == SIDES[side]
@@ -241,7 +242,9 @@ def compiler() -> ModuleType | None:
 def main(arguments: list[str] | None = None) -> int:
     """Compile, say what was found, write; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th job from the K-th on")
+    parser.add_argument(
+        "--part", type=part_option, default=(1, 1), metavar="K/N", help="every N-th job from the K-th on"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="at a time (%(default)s)")
     parser.add_argument("--to", type=Path, default=CUDA_COMPILED, metavar="FILE", help="of the whole; %(default)s")
     parser.add_argument("--search", metavar="ROW", help="try other warps and residents for a row, write nothing")
@@ -266,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     if named:
         return 0
     mine = list(jobs())[options.part[0] - 1 :: options.part[1]]
-    found: list[Line] = []
+    found: list[CudaRecord] = []
     wrong: list[str] = []
     with ThreadPoolExecutor(options.workers) as pool:
         results = pool.map(lambda job: build(job, nvcc, home, version), mine)
@@ -290,15 +293,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def write(path: Path, every: Iterable[Line]) -> None:
+def write(path: Path, every: Iterable[CudaRecord]) -> None:
     """The result."""
     facts = ((*line.name, *line.usage, line.limit, "yes" if line.fits else "no", line.source) for line in every)
-    put(path, COLUMNS, facts)
+    write_csv(path, COLUMNS, facts)
 
 
-def read(path: Path) -> list[Line]:
+def read(path: Path) -> list[CudaRecord]:
     """What a result says; nothing where there is none yet. Raises BadInput where a file is none of ours."""
-    return [Line(of(Name, row), of(Usage, row), row["source"]) for row in take(path, COLUMNS)]
+    return [
+        CudaRecord(from_columns(CudaKernelName, row), from_columns(Usage, row), row["source"])
+        for row in read_csv(path, COLUMNS)
+    ]
 
 
 if __name__ == "__main__":

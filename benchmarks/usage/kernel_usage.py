@@ -20,7 +20,7 @@ class Usage(NamedTuple):
     shared: int
 
 
-def part(text: str) -> tuple[int, int]:
+def part_option(text: str) -> tuple[int, int]:
     """K/N with 1 ≤ K ≤ N."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
@@ -28,7 +28,7 @@ def part(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def number(pattern: str, text: str) -> int:
+def find_number(pattern: str, text: str) -> int:
     """What a tool says; an error where it says nothing, so that a spill is never overlooked."""
     found = re.search(pattern, text)
     if found is None:
@@ -36,7 +36,7 @@ def number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def put(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Write a record, its folder too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -45,7 +45,7 @@ def put(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> No
         writer.writerows(rows)
 
 
-def take(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
+def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """The rows of a record; none where there is none yet. Raises BadInput where a file is none of ours."""
     if not path.exists():
         return []
@@ -56,7 +56,7 @@ def take(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
         return list(rows)
 
 
-def of(kind: Any, row: dict[str, str]) -> Any:
+def from_columns(kind: Any, row: dict[str, str]) -> Any:
     """A NamedTuple of this kind from the columns that bear the names of its fields."""
     types = get_type_hints(kind)
     return kind(**{name: types[name](row[name]) for name in kind._fields})

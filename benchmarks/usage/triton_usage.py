@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for every chip ahead of time, without a GPU, and says what each takes.
 
     python -m rnnkit.benchmarks.usage.triton_usage [--part K/N] [--workers N] [--to FILE]   checks, writes the whole
-    python -m rnnkit.benchmarks.usage.triton_usage --search KERNEL    finds the rows of the table for one kernel
+    python -m rnnkit.benchmarks.usage.triton_usage --search KERNEL    finds the rows of the table for a kernel
 
 Every row of rnnkit/backends/triton/configs.py is compiled for each of its chips, and the step regime's kernels in each
 of its tiles for all of them, by the launches that a scan makes, with everything on: lengths, resets, states at a reset,
@@ -38,7 +38,7 @@ from rnnkit.backends.triton import configs
 from rnnkit.cells import CELLS
 
 from ..speed.rows import COMPILED
-from .kernel_usage import Usage, number, of, part, put, take
+from .kernel_usage import Usage, find_number, from_columns, part_option, read_csv, write_csv
 
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -74,7 +74,7 @@ FORMS = (
 )
 
 
-class Job(NamedTuple):
+class TritonBuildJob(NamedTuple):
     """One scan to compile for one chip."""
 
     kernel: str
@@ -88,7 +88,7 @@ class Job(NamedTuple):
     plan: configs.LaunchConfig
 
 
-class Name(NamedTuple):
+class TritonKernelName(NamedTuple):
     """One compiled kernel. What every cell's scan may launch, a product of the step regime, names no scan, and in the
     place of H stands what all its sizes are multiples of."""
 
@@ -110,10 +110,10 @@ class Name(NamedTuple):
     stages: int
 
 
-class Line(NamedTuple):
+class TritonRecord(NamedTuple):
     """A row of the result."""
 
-    name: Name
+    name: TritonKernelName
     usage: Usage
 
     @property
@@ -132,7 +132,7 @@ class Line(NamedTuple):
         return None
 
 
-def jobs() -> Iterator[Job]:
+def jobs() -> Iterator[TritonBuildJob]:
     """Everything that the table stands for."""
     for row in configs.PERSISTENT:
         for chip in row.chips:
@@ -143,10 +143,10 @@ def jobs() -> Iterator[Job]:
     every = itertools.product(scans, sizes, configs.SIDES, kinds, configs.CHIPS)
     for (kernel, cell), ((hidden, proj), some), side, (kind, dtype), chip in every:
         proj = proj if kernel == "lstm_proj" else 0
-        yield Job(kernel, cell, side, dtype, kind, chip, hidden, proj, configs.step(some, kind, ""))
+        yield TritonBuildJob(kernel, cell, side, dtype, kind, chip, hidden, proj, configs.step_config(some, kind, ""))
 
 
-def forms(job: Job, found: Iterable[Usage]) -> Iterator[Form]:
+def forms(job: TritonBuildJob, found: Iterable[Usage]) -> Iterator[Form]:
     """Those that are compiled besides everything on, which takes `found`."""
     amd = job.chip.startswith("gfx")
     most = min(2048 // job.plan.warps, 512 if amd else 255)  # registers a thread can have
@@ -174,7 +174,7 @@ class Launch(NamedTuple):
         return configs.MULTIPLES[terms.do_not_specialize]
 
 
-def launches(job: Job, form: Form = EVERYTHING, make: Callable[..., Tensor] = torch.empty) -> list[Launch]:
+def launches(job: TritonBuildJob, form: Form = EVERYTHING, make: Callable[..., Tensor] = torch.empty) -> list[Launch]:
     """The kernels that the scan starts, each kind once. Tensors are on `meta`, those that it is given by `make`."""
     from rnnkit.kernels import persistent, step
 
@@ -222,24 +222,26 @@ def _sort(value: Any) -> str:
     return f"{value.dtype} {value.data_ptr()}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def named(job: Job, launch: Launch, triton: str) -> Name:
+def named(job: TritonBuildJob, launch: Launch, triton: str) -> TritonKernelName:
     """What the result calls a launch that Triton of this version compiles."""
     shape, plan = launch.arguments, launch.plan
     scan = (job.kernel, job.cell, job.side, launch.function, job.hidden, job.proj)
     if launch.function in PRODUCTS:
         scan = ("", "", "", launch.function, launch.multiple, 0)
     tile = (shape["BLOCK_B"], shape.get("BLOCK_H") or shape["BLOCK_N"], plan.warps, plan.stages)
-    return Name(triton, job.plan.regime, *scan, job.dtype, job.kind, job.chip, *tile)
+    return TritonKernelName(triton, job.plan.regime, *scan, job.dtype, job.kind, job.chip, *tile)
 
 
-def build(job: Job) -> list[Line] | str:
+def build(job: TritonBuildJob) -> list[TritonRecord] | str:
     """Compile the kernels of a job; what went wrong where one does not compile."""
     import triton
 
-    def lines(form: Form) -> list[Line]:
+    def lines(form: Form) -> list[TritonRecord]:
         found = launches(job, form)
         taken = [_usage(launch.kernel, job.chip, *specialized(launch, job.chip)) for launch in found]
-        return [Line(named(job, one, triton.__version__), usage) for one, usage in zip(found, taken, strict=True)]
+        return [
+            TritonRecord(named(job, one, triton.__version__), usage) for one, usage in zip(found, taken, strict=True)
+        ]
 
     try:
         found = lines(EVERYTHING)
@@ -296,13 +298,13 @@ def nvidia_usage(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return number(r"REG:(\d+)", said), number(r"STACK:(\d+)", said)
+    return find_number(r"REG:(\d+)", said), find_number(r"STACK:(\d+)", said)
 
 
 def amd_usage(text: str) -> tuple[int, int]:
     """Registers a thread, and bytes of stack. A scalar register that is kept in a lane of a vector register is counted
     with those and never meets memory, though LLVM says of it that it spilled."""
-    return number(r"\.vgpr_count:\s+(\d+)", text), number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    return find_number(r"\.vgpr_count:\s+(\d+)", text), find_number(r"\.private_segment_fixed_size:\s+(\d+)", text)
 
 
 def search(kernel: str) -> Iterator[configs.CompiledKernel]:
@@ -336,11 +338,11 @@ def _tried(row: configs.CompiledKernel) -> configs.CompiledKernel:
     return row
 
 
-def _of(row: configs.CompiledKernel, chip: str) -> list[Job]:
+def _of(row: configs.CompiledKernel, chip: str) -> list[TritonBuildJob]:
     hidden, proj = configs.fullest(row)
-    plan = configs.persistent(row, "")
+    plan = configs.persistent_config(row, "")
     return [
-        Job(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan)
+        TritonBuildJob(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan)
         for cell in configs.CELLS_OF[row.kernel]
         for dtype in DTYPES[row.kind]
     ]
@@ -349,7 +351,9 @@ def _of(row: configs.CompiledKernel, chip: str) -> list[Job]:
 def main(arguments: list[str] | None = None) -> int:
     """Compile, say what was found, write; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th job from the K-th on")
+    parser.add_argument(
+        "--part", type=part_option, default=(1, 1), metavar="K/N", help="every N-th job from the K-th on"
+    )
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (%(default)s)")
     parser.add_argument("--to", type=Path, default=COMPILED, metavar="FILE", help="of the whole; default: %(default)s")
     parser.add_argument("--search", choices=configs.KERNELS, help="print rows of the table, write nothing")
@@ -367,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     every = list(jobs())
     mine = every[options.part[0] - 1 :: options.part[1]]
-    lines: list[Line] = []
+    lines: list[TritonRecord] = []
     wrong: list[str] = []
     start = time.monotonic()
     with ProcessPoolExecutor(options.workers) as pool:
@@ -390,27 +394,29 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-COLUMNS = (*Name._fields, *Usage._fields, "limit")
+COLUMNS = (*TritonKernelName._fields, *Usage._fields, "limit")
 
 
-def merged(before: Iterable[Line], lines: Iterable[Line]) -> list[Line]:
+def merged(before: Iterable[TritonRecord], lines: Iterable[TritonRecord]) -> list[TritonRecord]:
     """What other Tritons said before, and `lines`: of several that bear one name the most of each."""
-    found: dict[Name, Usage] = {}
+    found: dict[TritonKernelName, Usage] = {}
     for name, usage in lines:
         found[name] = Usage(*map(max, usage, found.get(name, usage)))
     mine = {name.triton for name in found}
-    return [*(line for line in before if line.name.triton not in mine), *itertools.starmap(Line, found.items())]
+    return [*(line for line in before if line.name.triton not in mine), *itertools.starmap(TritonRecord, found.items())]
 
 
-def write(path: Path, lines: Iterable[Line]) -> None:
+def write(path: Path, lines: Iterable[TritonRecord]) -> None:
     """The result, older Tritons first."""
     ordered = sorted(lines, key=lambda line: [int(v) for v in re.findall(r"\d+", line.name.triton)])
-    put(path, COLUMNS, ((*line.name, *line.usage, line.limit) for line in ordered))
+    write_csv(path, COLUMNS, ((*line.name, *line.usage, line.limit) for line in ordered))
 
 
-def read(path: Path) -> list[Line]:
+def read(path: Path) -> list[TritonRecord]:
     """What a result says; nothing where there is none yet. Raises BadInput where a file is none of ours."""
-    return [Line(of(Name, row), of(Usage, row)) for row in take(path, COLUMNS)]
+    return [
+        TritonRecord(from_columns(TritonKernelName, row), from_columns(Usage, row)) for row in read_csv(path, COLUMNS)
+    ]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,11 @@ from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 Gradient = Tensor | None
 
 
+def no_kernel(cell: str) -> str:
+    """The reason of a backend that does not know a cell."""
+    return f"has no kernel for the cell {cell!r}"
+
+
 class Backend:
     """One way to run a layer. Knows plain tensors; nothing of autograd, stacks, packing or layouts."""
 

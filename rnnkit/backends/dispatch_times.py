@@ -2,7 +2,7 @@
 
 `dispatch_times.csv` beside this file holds, for each recorded shape of one layer in one direction, the milliseconds of
 every backend that ran it. `python -m rnnkit.benchmarks.dispatch.fit_dispatch` writes it from benchmarks/results/.
-For a problem the nearest recorded shape decides, nearest in log B, log T, log I and log H. All was measured in
+For a layer the nearest recorded shape decides, nearest in log B, log T, log I and log H. All was measured in
 float32; for which other dtypes it holds, select.py says.
 """
 

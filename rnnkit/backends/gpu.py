@@ -1,4 +1,5 @@
-"""What the kernel backends ask of this machine's GPUs, each question once, and how they take a regime by its name.
+"""What backends `cuda` and `triton` share: what they ask of this machine's GPUs, each question once, how they take a
+regime by its name, and the form of the answer to which kernels run a layer.
 
 A process that was forked from one that used CUDA may ask nothing. So nothing here is called for tensors on a CPU.
 """
@@ -10,9 +11,15 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from typing import ParamSpec, TypeVar
+from typing import ClassVar, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
+
+from ..cells import Cell
+from . import dispatch_times
+from .base import no_kernel
+from .scan_backend import ScanBackend
+from .spec import LayerInputs, LayerOptions, LayerSpec, describe
 
 Asked = ParamSpec("Asked")
 Answer = TypeVar("Answer")
@@ -73,6 +80,39 @@ def anywhere(missing: Callable[[int | None], str | None]) -> str | None:
     return None if None in reasons else reasons[0]
 
 
+class Reason(str):
+    """Why no kernel of a backend runs a layer."""
+
+
+class ScanConfig(Protocol):
+    """How one scan runs, as far as both backends' tables say it alike."""
+
+    @property
+    def regime(self) -> str: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+Config = TypeVar("Config", bound=ScanConfig, covariant=True)
+
+
+class KernelConfig(Generic[Config]):
+    """The kernels that run a layer's scans. `str()` says which and why, for `explain`."""
+
+    def __init__(self, forward: Config, backward: Config | None) -> None:
+        self.forward = forward
+        self.backward = backward
+        """None where no gradient follows."""
+
+    def __str__(self) -> str:
+        sides = {"forward": self.forward, "backward": self.backward}
+        said = {side: f"{c.regime}: {c.reason}" for side, c in sides.items() if c is not None}
+        if len(set(said.values())) == 1:
+            return said["forward"]
+        return "; ".join(f"{side} {text}" for side, text in said.items())
+
+
 class Regimes:
     """The regimes of a backend, and `only`: the one that may run its scans, whatever its table says; None: any. An
     environment variable names it, or `alone` does for a block."""
@@ -94,10 +134,10 @@ class Regimes:
         """Why a scan runs as it does."""
         return f"{self.variable}={self.only} asks for it"
 
-    def refused(self, why: object) -> NotImplementedError:
-        """What is raised where the regime that was asked for by name cannot run a scan."""
+    def refused(self, why: object) -> Reason:
+        """Why the regime that was asked for by name cannot run a scan."""
         others = ", ".join(name for name in self.names if name != self.only)
-        return NotImplementedError(f"{self.variable}={self.only}: {why}. Unset it, or name {others}")
+        return Reason(f"{self.variable}={self.only}: {why}. Unset it, or name {others}")
 
     @contextlib.contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -107,3 +147,74 @@ class Regimes:
             yield
         finally:
             self.only = before
+
+
+class GPUBackend(ScanBackend, Generic[Config]):
+    """A backend whose scans are kernels for GPUs, chosen from a table of its own."""
+
+    saves_narrow = True
+    concurrent_directions = True
+    regimes: Regimes
+    cells: Collection[str]
+    """Those that it has kernels for."""
+    dtypes: ClassVar[dict[torch.dtype, str]]
+    """Those that it computes in, with their names in words."""
+
+    def runs_on(self) -> tuple[str, str]:
+        """The type of device, and "runs" or how else it runs there."""
+        raise NotImplementedError(self.name)
+
+    def unbuilt(self) -> str | None:
+        """Why no kernel can run in this process, whatever its GPUs. Asks no GPU."""
+        raise NotImplementedError(self.name)
+
+    def missing(self, index: int | None) -> str | None:
+        """Why no kernel can run on the GPU of this index, None: on the current one."""
+        raise NotImplementedError(self.name)
+
+    def select_config(self, spec: LayerSpec) -> KernelConfig[Config] | Reason:
+        """The kernels of the table that run a layer, or why none does."""
+        raise NotImplementedError(self.name)
+
+    def config(self, cell: Cell, t: LayerInputs, *, train: bool) -> KernelConfig[Config]:
+        """The same for tensors. Raises NotImplementedError with the reason."""
+        found = self.select_config(describe(cell.name, t, LayerOptions(), train=train))
+        if isinstance(found, Reason):
+            raise NotImplementedError(found)
+        return found
+
+    def available(self) -> str | None:
+        return self.regimes.wrong() or anywhere(self.missing)
+
+    def unsupported(self, spec: LayerSpec) -> list[str]:
+        reasons = []
+        device, how = self.runs_on()
+        if spec.device != device:
+            reasons.append(f"{how} on the device {device}, got {spec.device}")
+            reason = self.unbuilt()
+        else:
+            reason = self.regimes.wrong() or self.missing(spec.device_index)
+        if reason is not None:
+            reasons.append(reason)
+        if spec.cell not in self.cells:
+            reasons.append(no_kernel(spec.cell))
+        if spec.dtype not in self.dtypes:
+            *names, last = self.dtypes.values()
+            reasons.append(f"computes in {', '.join(names)} and {last}, got {spec.dtype}")
+        if spec.hidden_size == 0:
+            reasons.append("needs at least one unit, got H=0")
+        if self.regimes.only is not None and not reasons:  # else a regime takes any size: B is not looked at
+            found = self.select_config(spec)
+            if isinstance(found, Reason):
+                reasons.append(found)
+        return reasons
+
+    def slowly(self) -> str | None:
+        """Why what runs here is too slow for `auto`; None where it is a GPU."""
+        raise NotImplementedError(self.name)
+
+    def auto_exclusion_reason(self, spec: LayerSpec) -> str | None:
+        return self.slowly() or dispatch_times.unmeasured_reason(self.name, spec)
+
+    def detail(self, spec: LayerSpec) -> str | None:
+        return str(self.select_config(spec))

@@ -62,6 +62,10 @@ class LayerOutputs(NamedTuple):
     c_all: Tensor | None  # [T, B, H], LSTM with all_states
 
 
+TORCH_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+"""The cells that torch.nn has layers of; its operators in torch._VF bear the same names."""
+
+
 class Result(NamedTuple):
     """Outputs, and what the backward of the same backend wants kept."""
 
@@ -100,7 +104,7 @@ class LayerSpec(NamedTuple):
             ("lengths", self.lengths),
             ("reset", self.reset),
             ("all cell states", self.all_states and self.cell == "lstm"),
-            ("the reset gate before the product", self.cell == "gru_reset_before"),
+            (f"the cell {self.cell!r}", self.cell not in TORCH_CELLS),
             ("recompute", self.recompute),
         )
         return [name for name, wanted in asked if wanted]

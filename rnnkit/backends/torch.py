@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from .base import Backend, Gradient
-from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
+from .spec import TORCH_CELLS, LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
+
+OPERATORS = {cell: getattr(torch._VF, cell) for cell in TORCH_CELLS}
 
 
 def _call(cell: str, t: LayerInputs, reverse: bool, train: bool) -> LayerOutputs:
-    run = getattr(torch._VF, cell)  # of the same names
     weights = [w for w in (t.w_ih, t.w_hh, t.b_ih, t.b_hh, t.w_hr) if w is not None]
     h_0 = t.h_0[None]
     hx = h_0 if t.c_0 is None else (h_0, t.c_0[None])
     x = t.x.flip(0) if reverse else t.x
-    y, *last = run(x, hx, weights, t.b_ih is not None, 1, 0.0, train, False, False)
+    y, *last = OPERATORS[cell](x, hx, weights, t.b_ih is not None, 1, 0.0, train, False, False)
     return LayerOutputs(y.flip(0) if reverse else y, last[0][0], last[1][0] if len(last) > 1 else None, None)
 
 

@@ -1,16 +1,19 @@
 """What the layers and the cells share: parameters that pass for torch.nn's, and calls that end in `functional`.
 
 Layers derive from `nn.RNNBase` and cells from `nn.RNNCellBase`, so initialisation, names, `state_dict`, pickling
-and printing are torch's own. Nothing is cached: weights are read at every call. Where torch itself has to take
-over (tracing, ONNX export, scripting, the words of an exception that a program may expect), a torch layer that
-holds the same parameters does; `as_torch` makes it.
+and printing are torch's own. Weights are read at every call, unless a program wrote others to `_flat_weights`. Where
+torch itself has to take over (tracing, ONNX export, scripting, inputs with a `__torch_function__` of their own, the
+words of an exception that a program may expect), a torch layer that holds the same parameters does; `as_torch` makes
+it.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,14 +22,40 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks, functional
 from ..backends import check_name
+from .flat_weights import WeightList, init_flat_weights
 
 # torch's classes as they were before `patch_torch` put ours in their place.
 TORCH: dict[str, type[nn.Module]] = {
     name: getattr(torch_rnn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 }
-OURS = ("backend", "recompute", "reset_after")
+OURS = ("backend", "recompute", "reset_after", "_weight_list")
 KEYWORDS = ("lengths", "reset", "reset_state", "return_all_states")
 CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def answered_by_torch(name: str) -> Callable[[Init], Init]:
+    """For the `__init__` of torch's layer `name`: its parameters are what a reader, `inspect` and type checkers see;
+    arguments that do not fit them are answered by torch's own `__init__`, which has `*args`."""
+
+    def decorate(init: Init) -> Init:
+        signature = inspect.signature(init)
+
+        @functools.wraps(init)
+        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            if name != "LSTM" and "proj_size" in kwargs:
+                raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+            try:
+                signature.bind(self, *args, **kwargs)
+            except TypeError:
+                TORCH[name](*args, **{k: v for k, v in kwargs.items() if k not in OURS})
+                raise
+            init(self, *args, **kwargs)
+
+        return __init__  # type: ignore[return-value]
+
+    return decorate
 
 
 class Recurrent(nn.Module):
@@ -53,8 +82,8 @@ class Recurrent(nn.Module):
             extra += f", backend={self.backend!r}"
         return extra
 
-    def _torch_twin(self) -> nn.Module:
-        """A torch layer that computes with this one's weights of this moment, for one call."""
+    def _torch_twin(self, weights: Sequence[Tensor | None]) -> nn.Module:
+        """A torch layer that computes with these weights, for one call."""
         twin = TORCH[self.TORCH_NAME].__new__(TORCH[self.TORCH_NAME])
         twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in OURS})
         return twin
@@ -67,13 +96,23 @@ class Recurrent(nn.Module):
         except KeyError:
             return [getattr(self, name, None) for name in names]
 
-    def _through_torch(self, weight: Tensor | None, *plain: object) -> bool:
-        """Whether this call goes to torch's own operator: so that a trace or an ONNX graph is the one it makes, and for
-        torch's per-sample gradients, whose ExpandedWeight knows the operators of torch's layers alone."""
+    def _through_torch(self, weight: Tensor | None, input: object, hx: object, **extras: object) -> bool:
+        """Whether this call goes to torch's own operator: so that a trace or an ONNX graph is the one it makes; for
+        torch's per-sample gradients, whose ExpandedWeight knows the operators of torch's layers alone; and for objects
+        that are no tensors, whose `__torch_function__` is given that operator."""
+        foreign = _tensor_like(input, hx)
         onnx = torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
-        if not (onnx or torch.jit.is_tracing() or type(weight).__name__ == "ExpandedWeight"):
+        if not (foreign or onnx or torch.jit.is_tracing() or type(weight).__name__ == "ExpandedWeight"):
             return False
-        return self._like_torch() and not any(value is not None and value is not False for value in plain)
+        beyond = [key for key, value in extras.items() if value is not None and value is not False]
+        if not self._like_torch():
+            beyond.append("reset_after=False")
+        if foreign and beyond:
+            raise TypeError(
+                f"{foreign} is no torch.Tensor: its __torch_function__ is given torch's own operator, which has no "
+                f"{', no '.join(beyond)}; pass tensors"
+            )
+        return not beyond
 
     def _fx_node(self, *args: Any, **kwargs: Any) -> fx.Proxy | None:
         """One node for this module in a graph that torch.fx traces, as for torch's layers; None outside of tracing."""
@@ -85,10 +124,11 @@ class Recurrent(nn.Module):
         tracer: Any = proxy.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, given)
 
-    def _raise_torch_error(self, error: Exception, *args: Any) -> None:
-        """Raise what torch raises for these arguments, with the words of `error` added to it, or else `error`."""
+    def _raise_torch_error(self, error: Exception, weights: Sequence[Tensor | None], *args: Any) -> None:
+        """Raise what torch raises for these weights and arguments, with the words of `error` added to it, or else
+        `error`."""
         try:
-            self._torch_twin().forward(*args)
+            self._torch_twin(weights).forward(*args)
         except Exception as theirs:
             if torch.compiler.is_compiling() or str(theirs) == str(error):
                 raise
@@ -110,6 +150,15 @@ class Recurrent(nn.Module):
         return as_torch(self)
 
 
+def _tensor_like(input: object, hx: object) -> str | None:
+    """The type's name of what is no tensor and yet has a `__torch_function__`."""
+    for v in (input, hx):
+        for each in v if isinstance(v, tuple | list) else (v,):
+            if not isinstance(each, Tensor) and hasattr(type(each), "__torch_function__"):
+                return type(each).__name__
+    return None
+
+
 def _add_words(theirs: Exception, ours: Exception) -> None:
     """Our sentence below torch's in what a traceback shows; torch's type and text stay."""
     add_note = getattr(theirs, "add_note", None)
@@ -121,11 +170,12 @@ def _add_words(theirs: Exception, ours: Exception) -> None:
 
 def as_torch(module: Recurrent) -> nn.Module:
     """A torch.nn layer that holds the same Parameters, hooks and mode."""
-    twin = module._torch_twin()
+    weights = () if isinstance(module, nn.RNNBase) else module._weights(CELL_WEIGHTS)
+    twin = module._torch_twin(weights)  # a layer's come below
     for key in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[key] = dict(module.__dict__[key])
     if isinstance(twin, nn.RNNBase):
-        twin._init_flat_weights()
+        init_flat_weights(twin, module.__dict__.get("_weight_list"))
     return twin
 
 
@@ -133,6 +183,7 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
     """What RNN, LSTM and GRU share."""
 
     recompute = False
+    _weight_list: WeightList | None = None  # what `_flat_weights` gave out or was set to, once a program has asked
 
     def _set_up(self, backend: str, recompute: bool) -> None:
         self._set_backend(backend)
@@ -141,22 +192,63 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
             self.recompute = True
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        """The weights of this moment, in torch's order."""
-        return self._weights(self._flat_weights_names)
+    def _flat_weights(self) -> list[Any]:
+        """The weights of this moment, in torch's order, in a list that may be written to."""
+        held = self._weight_list
+        if held is None:
+            self.__dict__["_weight_list"] = held = WeightList.of(self)
+            return held.items
+        return held.read(self)
 
     @_flat_weights.setter
-    def _flat_weights(self, value: list[Tensor | None]) -> None:
-        """torch writes what the names mean already. Nothing is cached, so another tensor would be lost."""
-        current = self._flat_weights
-        if len(value) != len(current) or any(a is not b for a, b in zip(value, current, strict=True)):
-            raise AttributeError(
-                "rnnkit reads its weights at every call and keeps no _flat_weights to write to; set the attribute "
-                f"instead, such as layer.{self._flat_weights_names[1]} = ..."
-            )
+    def _flat_weights(self, value: Iterable[Any]) -> None:
+        self.__dict__["_weight_list"] = WeightList.replaced(self, value, self._weight_list)
+
+    def __setattr__(self, attr: str, value: Any) -> None:
+        super(nn.RNNBase, self).__setattr__(attr, value)  # RNNBase's own would read the list
+        held = self.__dict__.get("_weight_list")  # not by the class, which may be what was set
+        if held is not None and attr in self._flat_weights_names:
+            held.set(self._flat_weights_names.index(attr), value)
+
+    def _init_flat_weights(self) -> None:
+        """Forget what was written: torch does so after each move. No weight is computed for it."""
+        inherited = super()._init_flat_weights
+        if inherited.__func__ is not nn.RNNBase._init_flat_weights:  # type: ignore[attr-defined]
+            return inherited()  # of a class between ours and torch's
+        self.__dict__.pop("_weight_list", None)
+        self.flatten_parameters()
+        return None
+
+    def _weights_have_changed(self) -> bool:
+        """torch's question. Its references are empty here, unless a program fills them."""
+        filled = len(self._flat_weight_refs) == len(self._flat_weights_names)
+        return filled and super()._weights_have_changed()
+
+    def flatten_parameters(self) -> None:
+        """Lay the Parameters out as cuDNN likes them. What is computed is new at every call, so no layout lasts."""
+        held = self._weight_list
+        if all(name in self._parameters for name in self._flat_weights_names) and (held is None or not held.written()):
+            super().flatten_parameters()
+            self.__dict__["_weight_list"] = held
+
+    def _replicate_for_data_parallel(self) -> RecurrentLayer:
+        replica = super(nn.RNNBase, self)._replicate_for_data_parallel()  # RNNBase's own would copy the list
+        replica.__dict__.pop("_weight_list", None)
+        if self._flat_weight_refs:  # a program's own `_init_flat_weights` fills the replica's list at its call
+            replica._flat_weights = [None] * len(self._flat_weights_names)
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        """torch's, without looking at the weights: a copy begins with nothing written."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_flat_weight_refs", "_weight_list")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
+        self.__dict__.pop("_weight_list", None)
+        self._flat_weight_refs = []
+        fillers = [cls for cls in type(self).__mro__ if "_init_flat_weights" in cls.__dict__]
+        if fillers != [RecurrentLayer, nn.RNNBase]:  # a program's own
+            self._init_flat_weights()
 
     def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
         """How torch calls `forward` while it traces. Its older ONNX exporter fills in keyword-only defaults by place,
@@ -166,9 +258,9 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
             named["return_all_states"] = named["return_all_states"].tolist()
         return super()._slow_forward(*input[:2], **named, **kwargs)
 
-    def _torch_twin(self) -> nn.Module:
-        twin = super()._torch_twin()
-        twin.__dict__["_flat_weights"] = list(self._flat_weights)
+    def _torch_twin(self, weights: Sequence[Tensor | None]) -> nn.Module:
+        twin = super()._torch_twin(weights)
+        twin.__dict__["_flat_weights"] = weights
         twin.__dict__["_flat_weight_refs"] = [None] * len(self._flat_weights_names)
         return twin
 
@@ -182,7 +274,7 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
         reset_state: Any,
         return_all_states: bool,
     ) -> Any:
-        weights = self._weights(self._flat_weights_names)
+        weights = self._weights(self._flat_weights_names) if self._weight_list is None else self._written(input, hx)
         bare = lengths is None and reset is None and reset_state is None and return_all_states is False
         states = hx if type(hx) is tuple else (hx,)
         if not (bare and checks.is_plain_eager(input, weights[0], *states)):
@@ -190,8 +282,8 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
             node = self._fx_node(input, hx, **extras, return_all_states=return_all_states)
             if node is not None:
                 return node
-            if self._through_torch(weights[0], *extras.values(), return_all_states):
-                return self._torch_twin().forward(input, hx)
+            if self._through_torch(weights[0], input, hx, **extras, return_all_states=return_all_states):
+                return self._torch_twin(weights).forward(input, hx)
         try:
             return functional.stack(
                 cell,
@@ -213,16 +305,29 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
             )
         except checks.BadInput as mistake:
             error = mistake
-        return self._raise_torch_error(error, input, hx)
+        return self._raise_torch_error(error, weights, input, hx)
+
+    def _written(self, input: object, hx: object) -> list[Any]:
+        """The weights of a call where there is a list: what was written, and for the others those of this moment."""
+        if self._flat_weight_refs:  # a program's own: see `_weights_have_changed`
+            self._update_flat_weights()
+        held = self._weight_list
+        if held is None:
+            return self._weights(self._flat_weights_names)
+        weights, names = list(held.read(self, calling=True)), self._flat_weights_names
+        if len(weights) != len(names):
+            wanted = f"{len(names)} items, {', '.join(names)}"
+            error = checks.BadValue(f"_flat_weights must have {wanted}; got {len(weights)}")
+            self._raise_torch_error(error, weights, input, hx)
+        return weights
 
 
 class RecurrentCell(Recurrent, nn.RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share."""
 
-    def _torch_twin(self) -> nn.Module:
-        twin = super()._torch_twin()
-        for name in CELL_WEIGHTS:  # also those that a parametrization computes
-            twin.__dict__[name] = getattr(self, name)
+    def _torch_twin(self, weights: Sequence[Tensor | None]) -> nn.Module:
+        twin = super()._torch_twin(weights)
+        twin.__dict__.update(zip(CELL_WEIGHTS, weights, strict=False))
         return twin
 
     def _run(self, cell: str, input: Tensor, hx: Any) -> Any:
@@ -232,16 +337,15 @@ class RecurrentCell(Recurrent, nn.RNNCellBase):
             node = self._fx_node(input, hx)
             if node is not None:
                 return node
-            if self._through_torch(weights[0]):
-                return self._torch_twin().forward(input, hx)
-        if weights[2] is None or weights[3] is None:
-            del weights[2:]
+            if self._through_torch(weights[0], input, hx):
+                return self._torch_twin(weights).forward(input, hx)
+        given: Any = weights[:2] if weights[2] is None or weights[3] is None else weights
         try:
             if isinstance(input, Tensor) and input.dim() == 2:
-                return functional.step(cell, input, hx, weights, self.backend)  # type: ignore[arg-type]
+                return functional.step(cell, input, hx, given, self.backend)
             rows, state = checks.cell_rows(input, hx, self.TORCH_NAME)
-            new = functional.step(cell, rows, state, weights, self.backend)  # type: ignore[arg-type]
+            new = functional.step(cell, rows, state, given, self.backend)
             return tuple(v.squeeze(0) for v in new) if isinstance(new, tuple) else new.squeeze(0)
         except checks.BadInput as mistake:
             error = mistake
-        return self._raise_torch_error(error, input, hx)
+        return self._raise_torch_error(error, weights, input, hx)

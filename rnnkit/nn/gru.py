@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks, functional
-from .base import RecurrentCell, RecurrentLayer
+from .base import RecurrentCell, RecurrentLayer, answered_by_torch
 
 
 class GRU(RecurrentLayer):
@@ -32,6 +32,7 @@ class GRU(RecurrentLayer):
         batch_first: input and output are [B, T, ·] instead of [T, B, ·]; states are not concerned.
         dropout: probability with which each output of every layer but the last is zeroed in training.
         bidirectional: a second set of weights runs from the end.
+        proj_size: 0; torch's layers have it in this place, and refuse it by name, as only an LSTM has a projection.
         device, dtype: of the parameters.
         reset_after: where the reset gate acts, see above.
         backend: ``'auto'`` or a backend's name; a named one runs or raises with its reasons.
@@ -52,7 +53,7 @@ class GRU(RecurrentLayer):
 
     TORCH_NAME = "GRU"
 
-    @overload
+    @answered_by_torch("GRU")
     def __init__(
         self,
         input_size: int,
@@ -62,25 +63,16 @@ class GRU(RecurrentLayer):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
         backend: str = "auto",
         recompute: bool = False,
-    ) -> None: ...
-
-    @overload
-    def __init__(
-        self, *args: Any, reset_after: bool = True, backend: str = "auto", recompute: bool = False, **kwargs: Any
-    ) -> None: ...
-
-    def __init__(
-        self, *args: Any, reset_after: bool = True, backend: str = "auto", recompute: bool = False, **kwargs: Any
     ) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
+        tail = bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        super().__init__("GRU", input_size, hidden_size, num_layers, *tail)
         self._set_up(backend, recompute)
         checks.expect_bool(reset_after, "reset_after")
         if not reset_after:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .base import TORCH, RecurrentCell, RecurrentLayer
+from .base import TORCH, RecurrentCell, RecurrentLayer, answered_by_torch
 
 
 class LSTM(RecurrentLayer):
@@ -52,7 +52,7 @@ class LSTM(RecurrentLayer):
 
     TORCH_NAME = "LSTM"
 
-    @overload
+    @answered_by_torch("LSTM")
     def __init__(
         self,
         input_size: int,
@@ -68,13 +68,9 @@ class LSTM(RecurrentLayer):
         *,
         backend: str = "auto",
         recompute: bool = False,
-    ) -> None: ...
-
-    @overload
-    def __init__(self, *args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any) -> None: ...
-
-    def __init__(self, *args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+    ) -> None:
+        tail = bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        super().__init__("LSTM", input_size, hidden_size, num_layers, *tail)
         self._set_up(backend, recompute)
 
     # torch.nn.LSTM has these beside RNNBase; they read nothing that we do not have.

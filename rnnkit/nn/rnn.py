@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
-from .base import TORCH, RecurrentCell, RecurrentLayer
+from .base import TORCH, RecurrentCell, RecurrentLayer, answered_by_torch
 
 
 class RNN(RecurrentLayer):
@@ -27,6 +27,7 @@ class RNN(RecurrentLayer):
         batch_first: input and output are [B, T, ·] instead of [T, B, ·]; states are not concerned.
         dropout: probability with which each output of every layer but the last is zeroed in training.
         bidirectional: a second set of weights runs from the end.
+        proj_size: 0; torch's layers have it in this place, and refuse it by name, as only an LSTM has a projection.
         device, dtype: of the parameters.
         backend: ``'auto'`` or a backend's name; a named one runs or raises with its reasons.
         recompute: least memory: forward and backward go in short ranges of time, and hold no gradient of
@@ -46,7 +47,7 @@ class RNN(RecurrentLayer):
     TORCH_NAME = "RNN"
     nonlinearity: str
 
-    @overload
+    @answered_by_torch("RNN")
     def __init__(
         self,
         input_size: int,
@@ -57,28 +58,19 @@ class RNN(RecurrentLayer):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
         recompute: bool = False,
-    ) -> None: ...
-
-    @overload
-    def __init__(self, *args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any) -> None: ...
-
-    def __init__(self, *args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if len(args) > 3:
-            nonlinearity = args[3]
-            args = args[:3] + args[4:]
-        else:
-            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+    ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        mode = f"RNN_{nonlinearity.upper()}"
+        tail = bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        super().__init__(mode, input_size, hidden_size, num_layers, *tail)
         self._set_up(backend, recompute)
 
     def forward(

@@ -362,7 +362,7 @@ def test_our_sentence_is_the_cause_on_an_older_python(
 
         add_note = None
 
-    def twin(self: nn.Module) -> Any:
+    def twin(self: nn.Module, weights: Any) -> Any:
         def forward(*_: Any) -> None:
             raise Older("torch's words")
 

@@ -40,7 +40,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pretend(monkeypatch)
     real, switches = parity.examine, (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
-    few = [parity_cases.Problem(kind, SMALL, F32) for kind in ("lstm", "gru")]
+    few = [parity_cases.ParityCase(kind, SMALL, F32) for kind in ("lstm", "gru")]
     cases = [BenchCase("field", 3, 4, 5, 6), BenchCase("resets", 3, 4, 5, 6, resets=0.2), BenchCase("grid", 3, 4, 5, 6)]
     jobs = [BenchJob(case, "GRU", "training", dtype) for dtype in ("float32", "bfloat16") for case in reversed(cases)]
     monkeypatch.setattr(parity, "examine", lambda findings, _, *rest: real(findings, "cpu", *rest))
@@ -243,9 +243,9 @@ FAULTS = {
 def test_parity_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, FAULTS[fault])
     findings = parity.Findings()
-    every = [parity_cases.Problem(kind, replace(SMALL, both=True), F32) for kind in ("rnn_tanh", "gru_reset_before")]
+    every = [parity_cases.ParityCase(kind, replace(SMALL, both=True), F32) for kind in ("rnn_tanh", "gru_reset_before")]
     parity.examine(findings, "cpu", every, NAMES)
-    assert findings.culprits == {("triton", problem.kind, "float32") for problem in every}
+    assert findings.culprits == {("triton", case.kind, "float32") for case in every}
     assert all("triton: " in line for line in findings.wrong)
     assert any("rnn_tanh" in line for line in findings.wrong) and any("gru_res" in line for line in findings.wrong)
 
@@ -322,7 +322,7 @@ def test_another_backend_than_the_named_one(monkeypatch: pytest.MonkeyPatch) -> 
     put(monkeypatch, Fused())
     BY_NAME["triton"].name = "reference"  # type: ignore[misc]
     findings = parity.Findings()
-    parity.examine(findings, "cpu", [parity_cases.Problem("gru", SMALL, F32)], ("triton",))
+    parity.examine(findings, "cpu", [parity_cases.ParityCase("gru", SMALL, F32)], ("triton",))
     assert any("was named, and reference ran" in line for line in findings.wrong)
 
 

@@ -25,14 +25,14 @@ from rnnkit.backends.triton import backend as triton
 from rnnkit.backends.triton import configs as triton_configs
 from rnnkit.benchmarks.gpu_check import bitwise_checks, parity, parity_cases, reference_runs, worker_pool
 from rnnkit.benchmarks.gpu_check import main as gpu_check
-from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, F32, KINDS, Problem, Variant, kernels_of, select
+from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, F32, KINDS, ParityCase, Variant, kernels_of, select
 from rnnkit.benchmarks.speed.targets import FUSED
 
 SMALL = Variant((4, 7, 2, 5), lengths=True, resets=True, reset_state=True)
-TF32 = Problem("lstm", replace(SMALL, both=True), F32, tf32=True, fused=True)
+TF32 = ParityCase("lstm", replace(SMALL, both=True), F32, tf32=True, fused=True)
 
 
-def examined(*every: Problem, backend: Fused | None = None, patch: pytest.MonkeyPatch) -> parity.Findings:
+def examined(*every: ParityCase, backend: Fused | None = None, patch: pytest.MonkeyPatch) -> parity.Findings:
     """What is found on the CPU, with this backend in the place of `triton`."""
     put(patch, backend or Fused())
     patch.setattr(bitwise_checks, "graph", rerun)
@@ -47,7 +47,7 @@ def examined(*every: Problem, backend: Fused | None = None, patch: pytest.Monkey
 
 @pytest.mark.parametrize("capability", [80, 86, 90, 100, triton_configs.AMD])
 def test_every_persistent_kernel_is_met_with_everything_on(capability: int) -> None:
-    def everything(p: Problem) -> bool:
+    def everything(p: ParityCase) -> bool:
         v = p.variant
         return (
             v.lengths and v.resets and v.reset_state and v.all_states and v.both and v.size[1] > 2 * triton_configs.ROWS
@@ -101,8 +101,8 @@ def test_a_problem_is_run_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for tf32, stepwise in itertools.product((False, True), repeat=2):
         seen.clear()
-        problem = replace(TF32, tf32=tf32, stepwise=stepwise)
-        assert examined(problem, backend=Fused(before=look), patch=monkeypatch).wrong == []
+        case = replace(TF32, tf32=tf32, stepwise=stepwise)
+        assert examined(case, backend=Fused(before=look), patch=monkeypatch).wrong == []
         assert set(seen) == {("step" if stepwise else None, "tf32" if tf32 else "ieee")}
     assert triton.regimes.only is None and rnn.fp32_precision == before
 
@@ -112,7 +112,7 @@ def test_a_problem_is_run_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("what", "named"), [("after", "y"), ("gradients", "gradient of x")])
 def test_other_bits_the_second_time(what: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = examined(Problem("gru", SMALL, F32), backend=Restless(what), patch=monkeypatch)
+    found = examined(ParityCase("gru", SMALL, F32), backend=Restless(what), patch=monkeypatch)
     assert any(f"triton: {named} has other bits the second time, in gru" in line for line in found.wrong), found.wrong
     assert found.culprits == {("triton", "gru", "float32")}
 
@@ -128,28 +128,28 @@ def test_tf32_is_held_to_ten_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     every = [replace(TF32, kind=kind) for kind in KINDS]
     found = examined(*every, backend=narrowed(10), patch=monkeypatch)
     assert found.wrong == [] and 0.1 < found.worst["triton", "tf32"][0] <= 1
-    for kind, problem in zip(KINDS, every, strict=True):
-        found = examined(problem, backend=narrowed(7), patch=monkeypatch)
+    for kind, case in zip(KINDS, every, strict=True):
+        found = examined(case, backend=narrowed(7), patch=monkeypatch)
         assert any("is off by" in line and f"in {kind} in tf32" in line for line in found.wrong), "bfloat16's bits"
-        exact = replace(problem, tf32=False)
+        exact = replace(case, tf32=False)
         found = examined(exact, backend=narrowed(10), patch=monkeypatch)
         assert any(f"in {kind} in float32" in line for line in found.wrong), "float32 is not TF32"
 
 
 def test_what_tf32_costs_is_what_its_bits_cost() -> None:
     """One step from h_0 by hand: the baseline loses what cut operands lose, and its gradient likewise."""
-    problem = Problem("rnn_tanh", Variant((1, 3, 2, 5)), F32, tf32=True)
-    given = parity_cases.draw(problem, 0)
+    case = ParityCase("rnn_tanh", Variant((1, 3, 2, 5)), F32, tf32=True)
+    given = parity_cases.draw(case, 0)
     leaves, weights = given.to(F32, "cpu")
     v = {**leaves, **weights}
     h = reference_runs.cut(v["h_0"][0].detach())
     inside = leaves["x"][0] @ v["weight_ih_l0"].T + v["bias_ih_l0"] + v["bias_hh_l0"]
     wanted = torch.tanh(inside + h @ reference_runs.cut(v["weight_hh_l0"].detach()).T)
-    got = reference_runs.by_tf32(problem, given, leaves, weights)["y"][0]
+    got = reference_runs.by_tf32(case, given, leaves, weights)["y"][0]
     assert (
         (got - wanted).abs().max()
         < 1e-6
-        < (got - reference_runs.by_steps(problem, given, leaves, weights)["y"][0]).abs().max()
+        < (got - reference_runs.by_steps(case, given, leaves, weights)["y"][0]).abs().max()
     )
     da = 1 - wanted.detach() ** 2
     back = torch.autograd.grad(got.sum(), leaves["h_0"])[0][0]
@@ -178,7 +178,7 @@ def refuses(work: Callable[[], object]) -> Callable[[], object]:
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
-CALLED = Problem("rnn_tanh", replace(SMALL, size=(4, 20, 2, 5)), BF16, calls=True, fused=True)
+CALLED = ParityCase("rnn_tanh", replace(SMALL, size=(4, 20, 2, 5)), BF16, calls=True, fused=True)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_an_autocast_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 # Large things.
 
 
-MANY = Problem("lstm", replace(SMALL, many=103), F32, fused=True)
+MANY = ParityCase("lstm", replace(SMALL, many=103), F32, fused=True)
 
 
 def test_rows_among_many_are_those_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,9 +264,9 @@ def test_the_truth_of_long_ones_is_made_on_the_device(monkeypatch: pytest.Monkey
     asked: list[tuple[torch.dtype, str]] = []
     real = parity.numbers
 
-    def look(way: Any, problem: Problem, given: Any, dtype: torch.dtype, device: str) -> Any:
+    def look(runner: Any, case: ParityCase, given: Any, dtype: torch.dtype, device: str) -> Any:
         asked.append((dtype, device))
-        return real(way, problem, given, dtype, "cpu")
+        return real(runner, case, given, dtype, "cpu")
 
     monkeypatch.setattr(parity, "numbers", look)
     monkeypatch.setattr(parity_cases, "LONG", 3)
@@ -274,7 +274,7 @@ def test_the_truth_of_long_ones_is_made_on_the_device(monkeypatch: pytest.Monkey
     monkeypatch.setattr(parity, "memory", lambda device: 0.0)
     findings = parity.Findings()
     with torch.device("cpu"):
-        parity._examine(findings, "cpu:0", Problem("gru", Variant((4, 30, 2, 5)), F16), ("triton",))
+        parity._examine(findings, "cpu:0", ParityCase("gru", Variant((4, 30, 2, 5)), F16), ("triton",))
     assert asked[0] == (torch.float64, "cpu:0") and findings.wrong == []
     assert {p.variant.size[0] for p in select(False) if p.variant.size[0] > 1000} == {70_000}
 
@@ -282,28 +282,28 @@ def test_the_truth_of_long_ones_is_made_on_the_device(monkeypatch: pytest.Monkey
 # Several processes.
 
 
-class Deadly(Problem):
+class Deadly(ParityCase):
     """Ends the process that takes it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os._exit, (3,)
 
 
-class Endless(Problem):
+class Endless(ParityCase):
     """Never comes back."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return time.sleep, (1000,)
 
 
-def crewed(every: list[Problem], seconds: float = 600.0) -> tuple[parity.Findings, list[int]]:
+def crewed(every: list[ParityCase], seconds: float = 600.0) -> tuple[parity.Findings, list[int]]:
     findings, told = parity.Findings(), []
     worker_pool.work(findings, "cpu", every, ("reference", "triton"), lambda done, what: told.append(done), seconds, 2)
     return findings, told
 
 
 def test_several_processes_find_what_one_finds() -> None:
-    every = [Problem(kind, SMALL, F32) for kind in ("lstm", "gru")] + [TF32]
+    every = [ParityCase(kind, SMALL, F32) for kind in ("lstm", "gru")] + [TF32]
     findings, told = crewed(every)
     alone = parity.Findings()
     parity.examine(alone, "cpu", every, ("reference", "triton"))
@@ -316,11 +316,11 @@ def test_several_processes_find_what_one_finds() -> None:
 
 
 def test_what_several_found_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    every = [Problem("lstm", SMALL, F32), Problem("gru", SMALL, F32), replace(TF32, kind="gru"), MANY]
+    every = [ParityCase("lstm", SMALL, F32), ParityCase("gru", SMALL, F32), replace(TF32, kind="gru"), MANY]
     wrong = Fused(after=lambda v: v._replace(y=v.y * 1.01))
     whole, parts = examined(*every, backend=wrong, patch=monkeypatch), parity.Findings(skipped={"cpu": {"why": 1}})
-    for problem in every:
-        parts.add(examined(problem, backend=wrong, patch=monkeypatch))
+    for case in every:
+        parts.add(examined(case, backend=wrong, patch=monkeypatch))
     other = parity.Findings(left=1, ended=True, without=["a"], failing=["b"], skipped={"cpu": {"why": 2}})
     parts.add(other)
     assert parts.wrong == whole.wrong != [] and parts.culprits == whole.culprits
@@ -336,11 +336,11 @@ def test_an_error_of_the_examination_is_said_and_the_rest_goes_on(monkeypatch: p
     assert worker_pool._take(found, future, next(iter(parity_cases.persistent(90))))
     assert found.wrong[0].startswith("ValueError: no such thing, where this is examined: ") and not found.ended
 
-    def broken(problem: Problem) -> list[str]:
+    def broken(case: ParityCase) -> list[str]:
         raise ImportError("libtriton.so: cannot open")
 
     monkeypatch.setattr(BY_NAME["triton"], "unsupported", broken)
-    every, told = [Problem("gru", SMALL, F32), Problem("lstm", SMALL, F32)], []
+    every, told = [ParityCase("gru", SMALL, F32), ParityCase("lstm", SMALL, F32)], []
     parity.examine(found, "cpu", every, ("reference", "triton"), lambda done, what: told.append(done))
     assert told == [1, 2] and not found.ended
     assert [line.partition(" (")[0] for line in found.wrong[1:]] == [
@@ -350,7 +350,7 @@ def test_an_error_of_the_examination_is_said_and_the_rest_goes_on(monkeypatch: p
 
 def test_a_process_that_ends_is_said_and_the_rest_goes_on() -> None:
     """Which of those that had begun it was is found out; a compiler that crashes is no device that fails."""
-    every = [Deadly("lstm", SMALL, F32), *(Problem(kind, SMALL, F32) for kind in ("gru", "rnn_tanh", "lstm"))]
+    every = [Deadly("lstm", SMALL, F32), *(ParityCase(kind, SMALL, F32) for kind in ("gru", "rnn_tanh", "lstm"))]
     findings, told = crewed(every)
     assert not findings.ended and len(told) == 4 and findings.ran["reference", "float32"] == 3
     (line,) = findings.wrong
@@ -360,7 +360,7 @@ def test_a_process_that_ends_is_said_and_the_rest_goes_on() -> None:
 
 def test_a_device_that_fails_with_a_process_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_pool, "works", lambda device: False)
-    findings, _ = crewed([Deadly("lstm", SMALL, F32), Problem("gru", SMALL, F32)])
+    findings, _ = crewed([Deadly("lstm", SMALL, F32), ParityCase("gru", SMALL, F32)])
     assert findings.ended and len(findings.wrong) == 1
     assert findings.wrong[0].startswith("the device fails, and the examination ends, in or near lstm in float32")
 
@@ -384,9 +384,11 @@ def test_what_hangs_is_said_and_nobody_is_left(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_large_problem_has_the_device_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[Problem]] = []
+    seen: list[list[ParityCase]] = []
 
-    def wave(findings: parity.Findings, device: str, every: list[Problem], *rest: Any) -> tuple[list[Any], list[Any]]:
+    def wave(
+        findings: parity.Findings, device: str, every: list[ParityCase], *rest: Any
+    ) -> tuple[list[Any], list[Any]]:
         seen.append(every)
         return [], []
 
@@ -396,7 +398,7 @@ def test_a_large_problem_has_the_device_for_itself(monkeypatch: pytest.MonkeyPat
     assert [p for some in seen for p in some] == every and len(seen) < 10
     assert all(len(some) == 1 for some in seen if any(p.memory for p in some))
     freed: list[str] = []
-    monkeypatch.setattr(parity, "_examine", lambda findings, device, problem, backends: None)
+    monkeypatch.setattr(parity, "_examine", lambda findings, device, case, backends: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("all"))
     parity.examine(parity.Findings(), "cuda", every)
     assert len(freed) == sum(p.memory > 0 for p in every) > 0
@@ -404,7 +406,7 @@ def test_a_large_problem_has_the_device_for_itself(monkeypatch: pytest.MonkeyPat
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert [worker_pool.size(problems) for problems in (1, 8, 300)] == [1, 2, 8]
+    assert [worker_pool.size(cases) for cases in (1, 8, 300)] == [1, 2, 8]
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert worker_pool.size(300) == 1
     assert worker_pool.count("12") == 12
@@ -419,7 +421,7 @@ def test_the_kernels_that_ran_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(triton, "chip", lambda index=None: 90)
     monkeypatch.setattr(triton, "capability", lambda index=None: 90)
     findings = parity.Findings()
-    row = Problem("lstm_proj", Variant((2, 3, 2, 64), proj=48), BF16, fused=True)
+    row = ParityCase("lstm_proj", Variant((2, 3, 2, 64), proj=48), BF16, fused=True)
     parity.examine(findings, "cpu", [row, replace(row, stepwise=True)], ("triton",))
     assert {r[:5] for r in findings.kernels} == {("lstm_proj", side, 64, 64, "half") for side in triton_configs.SIDES}
     (line,) = gpu_check.kernels(findings)
@@ -427,7 +429,7 @@ def test_the_kernels_that_ran_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cuda, "missing", lambda: None)
     monkeypatch.setattr(cuda, "machine", cuda.machine._replace(capability=lambda index: 90))
     put(monkeypatch, Fused(), "cuda")
-    small = Problem("gru", Variant((2, 3, 2, 64)), F16, fused=True)
+    small = ParityCase("gru", Variant((2, 3, 2, 64)), F16, fused=True)
     parity.examine(findings, "cpu", [small, replace(small, stepwise=True), replace(small, kind="lstm")], ("cuda",))
     _, line = gpu_check.kernels(findings)
     assert line == f"cuda       3 of {len(cuda_configs.able(90))} kernels that a GPU of 9.0 can hold ran"

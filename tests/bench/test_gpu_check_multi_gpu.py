@@ -14,10 +14,10 @@ import torch
 from fake_cuda import Fused, Restless, put
 
 from rnnkit.benchmarks.gpu_check import bitwise_checks, multi_gpu, parity, parity_cases
-from rnnkit.benchmarks.gpu_check.parity_cases import BF16, Problem, Variant
+from rnnkit.benchmarks.gpu_check.parity_cases import BF16, ParityCase, Variant
 from rnnkit.benchmarks.speed import timing
 
-CALLED = Problem("rnn_tanh", Variant((4, 20, 2, 5), lengths=True, resets=True), BF16, calls=True, fused=True)
+CALLED = ParityCase("rnn_tanh", Variant((4, 20, 2, 5), lengths=True, resets=True), BF16, calls=True, fused=True)
 
 
 def test_a_launch_on_a_stream_that_is_not_current(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,7 @@ def test_a_launch_on_a_stream_that_is_not_current(monkeypatch: pytest.MonkeyPatc
     def early(work: Callable[[], Any], device: torch.device) -> Any:
         """The launches come before the copy that the stream was given first."""
         with monkeypatch.context() as patch:
-            patch.setattr(bitwise_checks.Call, "put", lambda self, leaves: None)
+            patch.setattr(bitwise_checks.Call, "set_leaves", lambda self, leaves: None)
             return work()
 
     monkeypatch.setattr(bitwise_checks, "aside", early)
@@ -83,7 +83,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         multi_gpu,
         "Call",
-        lambda name, problem, given, device, dtype: bitwise_checks.Call(name, problem, given, "cpu", dtype),
+        lambda name, case, given, device, dtype: bitwise_checks.Call(name, case, given, "cpu", dtype),
     )
     return met
 

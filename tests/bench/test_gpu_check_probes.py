@@ -61,10 +61,10 @@ def test_they_compile_without_a_spill(chip: str, tmp_path: Path) -> None:
     done = subprocess.run([*command, "-c", SOURCES / "probes.cu", "-o", tmp_path / "o"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     blocks = done.stderr.split("Compiling entry function ")[1:]
-    spills = [kernel_usage.number(r"(\d+) bytes spill stores", block) for block in blocks]
+    spills = [kernel_usage.find_number(r"(\d+) bytes spill stores", block) for block in blocks]
     assert len(blocks) == (SOURCE + WGMMA).count("__global__") + 6 and not any(spills), "six are there twice"
     products = [block for block in blocks if "wgmma" in block.partition(" for ")[0]]
-    used = [kernel_usage.number(r"Used (\d+) registers", block) > 16 for block in products]
+    used = [kernel_usage.find_number(r"Used (\d+) registers", block) > 16 for block in products]
     assert used == [chip == "sm_90a"] * 2, "elsewhere they are empty"
 
 
@@ -137,7 +137,7 @@ def test_without_a_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert probes.main([]) == 3 and "finds no CUDA device" in capsys.readouterr().err
 
 
-class Made(timed_process.Child):
+class Made(timed_process.TimedProcess):
     """A process that is a shell's."""
 
     script = "exit 0"
@@ -163,7 +163,7 @@ def test_a_process_of_its_own(
     out, results = tmp_path / "out", tmp_path / "results"
     out.mkdir(), results.mkdir()
     monkeypatch.setattr(Made, "script", script)
-    monkeypatch.setattr(probes, "Child", Made)
+    monkeypatch.setattr(probes, "TimedProcess", Made)
     monkeypatch.setattr(probes, "RESULTS", results)
     monkeypatch.setattr(probes, "LEAST", 0.0)
     begin = time.monotonic()

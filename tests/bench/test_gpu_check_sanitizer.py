@@ -229,12 +229,12 @@ def test_the_program_runs_as_long_as_there_is_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(sanitizer, "numbers", lambda way, problem, given, dtype, device: ran.append((problem, device)))
+    monkeypatch.setattr(sanitizer, "numbers", lambda runner, case, given, dtype, device: ran.append((case, device)))
     monkeypatch.setattr(sanitizer, "small", lambda capability: few)
     few = list(parity_cases.stepping(cuda_configs.ROWS))[:3]
     monkeypatch.setattr(cuda, "machine", cuda.machine._replace(capability=lambda index: 90))
     assert sanitizer.main([]) == 0
-    assert [problem for problem, _ in ran] == few and {device for _, device in ran} == {"cuda"}
+    assert [case for case, _ in ran] == few and {device for _, device in ran} == {"cuda"}
     said = capsys.readouterr().out
     order = f"kernels, in this order: {' '.join(parity_cases.compiled_for(p, 90).name for p in few)}\n"
     assert (
@@ -246,5 +246,5 @@ def test_the_program_runs_as_long_as_there_is_time(
 
 
 def test_a_child_finds_what_its_parent_found(tmp_path: Path) -> None:
-    begun = timed_process.Child("rnnkit.benchmarks.gpu_check.sanitizer", ["--help"], tmp_path / "said")
+    begun = timed_process.TimedProcess("rnnkit.benchmarks.gpu_check.sanitizer", ["--help"], tmp_path / "said")
     assert begun.wait(time.monotonic() + 100) == 0 and "compute-sanitizer over the CUDA kernels" in begun.text()

@@ -146,7 +146,8 @@ def test_nowhere_below_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_target_has_its_line() -> None:
     """One that nothing was measured for too."""
     asked = {
-        ("cuda", launch, target.group) for _, launch, target in targets.every([of("cuda"), of("cuda", launch="graph")])
+        ("cuda", launch, target.group)
+        for _, launch, target in targets.all_targets([of("cuda"), of("cuda", launch="graph")])
     }
     lines = gpu_check.judged([of("cuda")], parity.Findings())
     said = [line for line in lines if " cuda by call: " in line]

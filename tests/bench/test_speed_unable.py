@@ -28,12 +28,12 @@ def raising(*_: Any) -> Any:
     raise RuntimeError(f"{NONE}\nand more")
 
 
-def products(*able: str) -> Callable[[str], Iterator[tuple[str, Callable[..., object]]]]:
+def products(*able: str) -> Callable[..., Iterator[tuple[str, Callable[[], object]]]]:
     """Two ways to multiply, of which those that are named run."""
 
-    def some(_: str) -> Iterator[tuple[str, Callable[..., object]]]:
+    def some(*operands: torch.Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
         for name in ("linear", "oneDNN"):
-            yield name, torch.nn.functional.linear if name in able else raising
+            yield name, (lambda: torch.nn.functional.linear(*operands)) if name in able else raising
 
     return some
 
@@ -56,6 +56,15 @@ def test_a_product_that_the_processor_lacks_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(roofline, "_products", products())
     with pytest.raises(roofline.NoProduct, match=rf"torch has no product here: linear in float32: {NONE}; oneDNN in"):
         roofline.Machine("cpu", 0.001)
+
+
+def test_the_limit_of_a_narrow_dtype_counts_wide_products() -> None:
+    """A processor that cannot multiply narrow numbers widens them, as the engine does."""
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    *_, (name, product) = roofline._products(x, x, torch.ones(2, dtype=torch.bfloat16))
+    found = product()
+    assert "float32" in name and isinstance(found, torch.Tensor) and found.dtype == torch.float32
+    assert all("float32" not in name for name, _ in roofline._products(x.float(), x.float(), torch.ones(2)))
 
 
 def test_a_dtype_without_a_product_is_left_out(
@@ -86,9 +95,11 @@ def test_a_peer_that_cannot_run_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    refuse(monkeypatch, implementations.CELLS)
+    refuse(monkeypatch, implementations.STEPWISE)
     assert bench("--case", "resets/64x64x32x128", "--cell", "gru", "--mode", "inference", "--backend", "reference") == 0
-    line = f"resets 64x64x32x128 GRU inference: {implementations.CELLS} cannot run here and is left out: RuntimeError: "
+    line = (
+        f"resets 64x64x32x128 GRU inference: {implementations.STEPWISE} cannot run here and is left out: RuntimeError: "
+    )
     assert f"{line}{NONE}\n" in capsys.readouterr().out and line in (tmp_path / "report.md").read_text()
     assert {r.against for r in rows.read(tmp_path / "rows.csv")} == {implementations.SPLIT, "without"}
 

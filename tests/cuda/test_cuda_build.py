@@ -261,7 +261,7 @@ def test_what_ptxas_says() -> None:
     ]
     row = next(row for row in cuda_configs.ROWS if row.regime == "step")
     sizes = {"forward_asks": 101, "backward_asks": 201}
-    each, step = compiled.lines(compiled.Job(row, "sm_80"), "13.0", found, sizes)
+    each, step = compiled.lines(compiled.CudaBuildJob(row, "sm_80"), "13.0", found, sizes)
     assert (step.name.side, step.name.function, step.usage) == ("backward", "step", Usage(40, 8, 216))
     assert step.wrong == "spills 8 bytes" and step.fits
     assert (each.name.side, each.name.function, each.usage) == ("forward", "each", Usage(12, 0, 0))
@@ -274,9 +274,9 @@ def test_too_much_shared_memory() -> None:
     row = cuda_configs.ROWS[0]
     small, large = cuda_configs.CHIPS["sm_80"], cuda_configs.CHIPS["sm_90a"]
 
-    def line(chip: str, bytes: int) -> compiled.Line:
+    def line(chip: str, bytes: int) -> compiled.CudaRecord:
         found = [("forward", "cta_forward", Usage(9, 0, 0))]
-        return compiled.lines(compiled.Job(row, chip), "13.0", found, {"forward_asks": bytes + 1})[0]
+        return compiled.lines(compiled.CudaBuildJob(row, chip), "13.0", found, {"forward_asks": bytes + 1})[0]
 
     assert line("sm_80", small).fits and not line("sm_80", small + 1).fits
     assert line("sm_80", small + 1).wrong is None, "it runs on other chips"
@@ -302,18 +302,18 @@ def test_a_row_compiles(tmp_path: Path) -> None:
     """One of each regime, by the command's own way."""
     for name in ("cta_rnn_bf16_64", "step_rnn_bf16_8"):
         row = next(row for row in cuda_configs.ROWS if row.name == name)
-        lines = compiled.build(compiled.Job(row, "sm_80"), nvcc, HOME, "13.0")
+        lines = compiled.build(compiled.CudaBuildJob(row, "sm_80"), nvcc, HOME, "13.0")
         assert not isinstance(lines, str), lines
         assert {line.name.side for line in lines} == set(compiled.SIDES)
         assert all(line.wrong is None and 0 < line.usage.registers <= 255 for line in lines)
         broken = row._replace(kernel="none")
-        assert "none" in str(compiled.build(compiled.Job(broken, "sm_80"), nvcc, HOME, "13.0"))
+        assert "none" in str(compiled.build(compiled.CudaBuildJob(broken, "sm_80"), nvcc, HOME, "13.0"))
 
 
 def test_a_part_is_checked_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
-    def build(job: compiled.Job, *_: Any) -> list[compiled.Line]:
+    def build(job: compiled.CudaBuildJob, *_: Any) -> list[compiled.CudaRecord]:
         made.append(job.name)
         return compiled.lines(job, "13.0", [("forward", "cta_forward", Usage(9, 8 * (job.chip == spills), 0))], {})
 
@@ -337,7 +337,7 @@ def test_a_search_finds_what_fits(most: int, warps: list[int]) -> None:
     row = cuda_configs.CompiledKernel("cta", "gru", "bf16", 224, 14, 8)
     tried: list[cuda_configs.CompiledKernel] = []
 
-    def compile(job: compiled.Job) -> list[compiled.Line]:
+    def compile(job: compiled.CudaBuildJob) -> list[compiled.CudaRecord]:
         tried.append(job.row)
         found = [(side, f"cta_{side}", Usage(9, 4 * (kept > most), 0)) for side, kept in zip(SIDES, job.row.resident)]
         return compiled.lines(job, "13.0", found, {})

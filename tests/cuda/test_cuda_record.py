@@ -18,7 +18,7 @@ def digests(monkeypatch: pytest.MonkeyPatch, csrc: Path) -> dict[str, str]:
     """A job of each regime as it is compiled from these sources."""
     monkeypatch.setattr(compiled, "SOURCES", csrc / "cuda")
     rows = {row.regime: row for row in cuda_configs.ROWS}
-    return {regime: compiled.digest_of(compiled.Job(row, "sm_80")) for regime, row in rows.items()}
+    return {regime: compiled.digest_of(compiled.CudaBuildJob(row, "sm_80")) for regime, row in rows.items()}
 
 
 def test_the_record_is_of_these_sources() -> None:
@@ -65,7 +65,7 @@ def test_what_makes_a_record_old(
 def test_a_row_is_part_of_its_digest() -> None:
     row = next(row for row in cuda_configs.ROWS if row.resident != (0, 0))
     other = row._replace(resident=(row.resident[0], row.resident[1] - 1))
-    every = {compiled.digest_of(compiled.Job(r, chip)) for r in (row, other) for chip in cuda_configs.CHIPS}
+    every = {compiled.digest_of(compiled.CudaBuildJob(r, chip)) for r in (row, other) for chip in cuda_configs.CHIPS}
     assert len(every) == 2 * len(cuda_configs.CHIPS)
 
 

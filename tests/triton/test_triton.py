@@ -234,7 +234,7 @@ def test_every_problem_has_a_plan(cell: str, capability: int) -> None:
     for kind in triton_configs.KINDS:
         for side in triton_configs.SIDES:
             sizes = (16, 32, 1, 33, 64, 100, 257, 4096)
-            plans = [triton_configs.plan(cell, side, hidden, 0, kind, capability, 16) for hidden in sizes]
+            plans = [triton_configs.launch_config(cell, side, hidden, 0, kind, capability, 16) for hidden in sizes]
             assert plans[0].regime == plans[1].regime == "persistent"
             assert plans[2].regime == "persistent" or kind == "ieee" or capability == triton_configs.AMD
             assert plans[-1].regime == plans[-2].regime == "step"
@@ -248,12 +248,12 @@ def test_a_chip_runs_every_row_that_names_it() -> None:
     assert all(
         row.shared <= triton_configs.SMALL_SHARED for k in triton_configs.SMALL for row in triton_configs.rows_of(k)
     )
-    assert triton_configs.find("lstm", "forward", 128, 0, "half", triton_configs.AMD) is not None
+    assert triton_configs.find_kernel("lstm", "forward", 128, 0, "half", triton_configs.AMD) is not None
 
 
 def test_chips_with_little_shared_memory() -> None:
-    assert triton_configs.plan("lstm", "forward", 128, 0, "half", 80, 16).regime == "persistent"
-    assert triton_configs.plan("lstm", "forward", 128, 0, "half", 86, 16).regime == "step"
+    assert triton_configs.launch_config("lstm", "forward", 128, 0, "half", 80, 16).regime == "persistent"
+    assert triton_configs.launch_config("lstm", "forward", 128, 0, "half", 86, 16).regime == "step"
     assert triton_configs.chip_of(121) == ("sm_100", 99 * 1024) and triton_configs.chip_of(103)[0] == "sm_100"
 
 
@@ -276,7 +276,7 @@ def test_chips_with_little_shared_memory() -> None:
 def test_tiles_of_a_step(cell: str, side: str, hidden: int, rows: int, expected: tuple[int, int]) -> None:
     """Tall for many rows, so that W_hh is read seldom; small where a GPU would stand idle otherwise."""
     for kind in triton_configs.KINDS:
-        plan = triton_configs.plan(cell, side, hidden, 0, kind, 90, rows)
+        plan = triton_configs.launch_config(cell, side, hidden, 0, kind, 90, rows)
         assert (plan.regime, plan.block_b, plan.block_n) == ("step", *expected)
 
 
@@ -312,7 +312,7 @@ def scan(
         some(proj, hidden) if proj else None,
     )  # fmt: skip
     module: Any = persistent if regime == "persistent" else step
-    plan = triton_configs.step(tile, "tf32", "")
+    plan = triton_configs.step_config(tile, "tf32", "")
     both = Launches(), Launches()
     gx = some(steps, batch, kind.gates * hidden)
     y, h_n, c_n, c_all, gates = module.forward(
@@ -402,8 +402,8 @@ def test_sizes_that_are_not_aligned_have_kernels_of_their_own() -> None:
         hidden, proj = triton_configs.fullest(row)
         cell, capability = triton_configs.CELLS_OF[row.kernel][0], 100 if "sm_100" in row.chips else 90
         if {"sm_90", "sm_100"} & set(row.chips):
-            assert triton_configs.find(cell, row.side, hidden, proj, row.kind, capability) == row
+            assert triton_configs.find_kernel(cell, row.side, hidden, proj, row.kind, capability) == row
     for hidden, multiple in ((48, 16), (47, 1), (40, 1), (64, 16), (1, 1), (16, 16)):
-        assert triton_configs.find("gru", "forward", hidden, 0, "half", 90).multiple == multiple  # type: ignore[union-attr]
+        assert triton_configs.find_kernel("gru", "forward", hidden, 0, "half", 90).multiple == multiple  # type: ignore[union-attr]
     for hidden, proj, multiple in ((64, 48, 16), (64, 47, 1), (63, 48, 1)):
-        assert triton_configs.find("lstm", "forward", hidden, proj, "half", 90).multiple == multiple  # type: ignore[union-attr]
+        assert triton_configs.find_kernel("lstm", "forward", hidden, proj, "half", 90).multiple == multiple  # type: ignore[union-attr]

@@ -48,8 +48,8 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
     from rnnkit.benchmarks.usage.triton_usage import launches, specialized
 
     def facts(hidden: int, chip: str, rows: int) -> tuple[dict[str, str], dict[str, list[str]]]:
-        plan = configs.step(configs.STEP[0], "half", "")
-        job = triton_usage.Job("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, plan)
+        plan = configs.step_config(configs.STEP[0], "half", "")
+        job = triton_usage.TritonBuildJob("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, plan)
         form = triton_usage.Form(rows=rows)
         (launch,) = [launch for launch in launches(job, form) if launch.function == "product.product"]
         types, constants, known, _ = specialized(launch, chip)
@@ -72,12 +72,12 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
 def test_no_launch_is_of_another_kind_than_the_record(kernel: str) -> None:
     """Whatever H, P and B are, and wherever in memory a tensor begins, Triton knows of the arguments what it knew when
     the table was compiled. (Constants but sizes are compared by the record's names.)"""
-    from rnnkit.benchmarks.usage.triton_usage import EVERYTHING, Form, Job, jobs, launches, specialized
+    from rnnkit.benchmarks.usage.triton_usage import EVERYTHING, Form, TritonBuildJob, jobs, launches, specialized
 
     def unaligned(sizes: tuple[int, ...], **how: Any) -> Tensor:
         return torch.empty(torch.Size(sizes).numel() + 1, **how)[1:].view(sizes)
 
-    def kinds(job: Job, form: Form = EVERYTHING, make: Any = torch.empty) -> set[Any]:
+    def kinds(job: TritonBuildJob, form: Form = EVERYTHING, make: Any = torch.empty) -> set[Any]:
         return {(launch.kernel, specialized(launch, job.chip)[0::2]) for launch in launches(job, form, make)}
 
     mine = [job for job in jobs() if job.kernel == kernel and job.chip == "sm_90" and job.dtype in ("bf16", "fp32")]
@@ -119,7 +119,7 @@ def test_some_of_the_table_compiles(tmp_path: Path) -> None:
 def test_a_spill_is_found(tmp_path: Path) -> None:
     """An LSTM of 128 units on four warps keeps more than its registers hold."""
     code = (
-        "from rnnkit.benchmarks import compile_table as c; from rnnkit.backends.triton import configs\n"
+        "from rnnkit.benchmarks.usage import triton_usage as c; from rnnkit.backends.triton import configs\n"
         "row = configs.CompiledKernel('lstm', 'backward', 128, 128, 'tf32', 16, ('sm_80',), 4, 0)\n"
         "configs.PERSISTENT, configs.KERNELS = (row,), ()\n"
         "raise SystemExit(c.main(['--workers', '1', '--part', '1/1', '--to', 'nowhere']))"

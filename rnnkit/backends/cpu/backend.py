@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...cells import CELLS
-from ..base import Backend, Gradient
+from ..base import Backend, Gradient, no_kernel
 from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 from . import extension
 
@@ -64,6 +64,8 @@ class CPU(Backend):
             reasons.append(extension.reason())
         if spec.device != "cpu":
             reasons.append(f"runs on the device cpu, got {spec.device}")
+        if spec.cell not in CELL_IDS:
+            reasons.append(no_kernel(spec.cell))
         if spec.dtype not in DTYPES:
             reasons.append(f"computes in float32, float64, bfloat16 and float16, got {spec.dtype}")
         return reasons

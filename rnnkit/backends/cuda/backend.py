@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...cells import CELLS, Cell, compute_dtype
 from ...reference.scan import ScanGradients
-from .. import dispatch_times, gpu
+from .. import gpu
+from ..base import no_kernel
 from ..cpu import extension
-from ..scan_backend import ScanBackend, bias_inside
+from ..scan_backend import bias_inside
 from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec
 from . import configs
-from .configs import CompiledKernel
+from .configs import LaunchConfig
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "f64"}
 regimes = gpu.Regimes("RNNKIT_CUDA_REGIME", configs.REGIMES)
@@ -112,42 +113,44 @@ def _unfit(index: int) -> str | None:
     )
 
 
-class CUDA(ScanBackend):
+class CUDA(gpu.GPUBackend[LaunchConfig]):
     name = "cuda"
-    saves_narrow = True
-    concurrent_directions = True
+    regimes = regimes
+    cells = configs.KERNEL_OF
+    dtypes: ClassVar = {
+        torch.float32: "float32",
+        torch.float64: "float64",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
 
-    def available(self) -> str | None:
-        return regimes.wrong() or gpu.anywhere(missing)
+    def runs_on(self) -> tuple[str, str]:
+        return machine.device, "runs"
 
-    def unsupported(self, spec: LayerSpec) -> list[str]:
-        reasons = []
-        if spec.device != machine.device:
-            reasons.append(f"runs on the device {machine.device}, got {spec.device}")
-            reason = unbuilt()
-        else:
-            reason = regimes.wrong() or missing(spec.device_index)
-        if reason is not None:
-            reasons.append(reason)
-        if spec.dtype not in (torch.float32, *KINDS):
-            reasons.append(f"computes in float32, float64, bfloat16 and float16, got {spec.dtype}")
-        if spec.hidden_size == 0:
-            reasons.append("needs at least one unit, got H=0")
-        if regimes.only is not None and not reasons:
-            try:
-                _planned(spec)
-            except NotImplementedError as refused:
-                reasons.append(str(refused))
-        return reasons
+    def unbuilt(self) -> str | None:
+        return unbuilt()
 
-    def auto_exclusion_reason(self, spec: LayerSpec) -> str | None:
+    def missing(self, index: int | None) -> str | None:
+        return missing(index)
+
+    def slowly(self) -> str | None:
         if simulated:
             return "can run it on a CPU that executes its kernels, far slower than any other; runs when named"
-        return dispatch_times.unmeasured_reason(self.name, spec)
+        return None
 
-    def detail(self, spec: LayerSpec) -> str | None:
-        row, why = _planned(spec)
-        return f"{row.regime}: {why} ({row.name})"
+    def select_config(self, spec: LayerSpec) -> gpu.KernelConfig[LaunchConfig] | gpu.Reason:
+        """One kernel of the table has both scans."""
+        if spec.cell not in configs.KERNEL_OF:
+            return gpu.Reason(no_kernel(spec.cell))
+        sizes = (spec.hidden_size, spec.proj_size, kind(spec.dtype), spec.batch)
+        try:
+            kernel, why = configs.find_kernel(
+                spec.cell, *sizes, machine.capability(spec.device_index), only=regimes.only
+            )
+        except ValueError as error:
+            return gpu.Reason(error) if regimes.only is None else regimes.refused(error)
+        launch = LaunchConfig(kernel, f"{why if regimes.only is None else regimes.asks()} ({kernel.name})")
+        return gpu.KernelConfig(launch, launch if spec.train else None)
 
     def scan_forward(
         self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: LayerInputs, *, t0: int, reverse: bool, save: bool
@@ -160,11 +163,12 @@ class CUDA(ScanBackend):
         c_all = gx.new_empty((n, rows, hidden)) if cell.has_c and save else None
         gates = gx.new_empty((n, rows, cell.saved * hidden)) if cell.saved and save else None
         fields = _common(cell, t, reverse, t0, t0 + n)
-        fields |= {"gx": gx.contiguous(), "w_hh": t.w_hh.contiguous(), "w_hr": _solid(t.w_hr)}
-        fields |= {"b_hn": _solid(bias_inside(cell, t)), "h_0": h.contiguous(), "c_0": _solid(c)}
+        fields |= {"gx": gx.contiguous(), "w_hh": t.w_hh.contiguous(), "w_hr": contiguous(t.w_hr)}
+        fields |= {"b_hn": contiguous(bias_inside(cell, t)), "h_0": h.contiguous(), "c_0": contiguous(c)}
         fields |= {"y": y, "h_n": h_n, "c_n": c_n, "c_all": c_all, "gates": gates, "n": n, "B": rows}
         if rows:
-            machine.run(_row(cell, t).name, "forward", {**fields, "H": hidden, "N": size})
+            kernel = self.config(cell, t, train=False).forward.kernel
+            machine.run(kernel.name, "forward", {**fields, "H": hidden, "N": size})
         return y, h_n, c_n, c_all, gates
 
     def scan_backward(
@@ -191,12 +195,13 @@ class CUDA(ScanBackend):
             dc_r = y.new_empty((rows, hidden), dtype=wide) if cell.has_c else None
         fields = _common(cell, t, o.reverse, 0, n)
         fields |= {"w_t": t.w_hh.t().contiguous(), "w_hr_t": None if t.w_hr is None else t.w_hr.t().contiguous()}
-        fields |= {"h_0": t.h_0.contiguous(), "c_0": _solid(t.c_0), "y": y.contiguous()}
-        fields |= {"c_all": _solid(c_all), "gates": _solid(gates)}
-        fields |= dict(zip(GIVEN, (_solid(g) for g in grads), strict=True))
+        fields |= {"h_0": t.h_0.contiguous(), "c_0": contiguous(t.c_0), "y": y.contiguous()}
+        fields |= {"c_all": contiguous(c_all), "gates": contiguous(gates)}
+        fields |= dict(zip(GIVEN, (contiguous(g) for g in grads), strict=True))
         fields |= {"dgx": dgx, "dgh": dgh, "dp": dp, "dh_0": dh_0, "dc_0": dc_0, "dh_r": dh_r, "dc_r": dc_r}
         if rows:
-            machine.run(_row(cell, t).name, "backward", {**fields, "n": n, "B": rows, "H": hidden, "N": size})
+            kernel = self.config(cell, t, train=False).forward.kernel  # of both scans
+            machine.run(kernel.name, "backward", {**fields, "n": n, "B": rows, "H": hidden, "N": size})
         dh_r, dc_r = (None if v is None else v.to(t.h_0.dtype) for v in (dh_r, dc_r))
         return ScanGradients(dgx, dgh, dh_0, dc_0, dh_r, dc_r, dp)
 
@@ -209,37 +214,13 @@ def kind(dtype: torch.dtype) -> str:
     return "tf32" if allowed == "tf32" else "ieee"
 
 
-def planned(
-    cell: str, hidden: int, proj: int, operands: str, batch: int, capability: int
-) -> tuple[CompiledKernel, str]:
-    """The kernel that runs a scan, and why. Raises NotImplementedError where the regime that is asked for cannot."""
-    facts = (cell, hidden, proj, operands, batch, capability)
-    if regimes.only is None:
-        return configs.plan(*facts)
-    try:
-        return configs.plan(*facts, regimes.only)[0], regimes.asks()
-    except ValueError as why:
-        raise regimes.refused(why) from None
-
-
-def _planned(spec: LayerSpec) -> tuple[CompiledKernel, str]:
-    sizes = (spec.hidden_size, spec.proj_size, kind(spec.dtype), spec.batch)
-    return planned(spec.cell, *sizes, machine.capability(spec.device_index))
-
-
-def _row(cell: Cell, t: LayerInputs) -> CompiledKernel:
-    proj = 0 if t.w_hr is None else t.w_hr.shape[0]
-    chip = machine.capability(t.x.device.index)
-    return planned(cell.name, t.w_hh.shape[0] // cell.gates, proj, kind(t.x.dtype), t.x.shape[1], chip)[0]
-
-
 def _common(cell: Cell, t: LayerInputs, reverse: bool, t0: int, end: int) -> dict[str, Any]:
     total = end if t.reset is None else t.reset.shape[0]
     flags = {"t0": t0, "total": total, "reverse": reverse, "relu": cell is CELLS["rnn_relu"]}
     read = {"lengths": t.lengths, "reset": t.reset, "h_r": t.h_reset, "c_r": t.c_reset}
-    return flags | {name: _solid(v) for name, v in read.items()}
+    return flags | {name: contiguous(v) for name, v in read.items()}
 
 
-def _solid(v: Tensor | None) -> Tensor | None:
+def contiguous(v: Tensor | None) -> Tensor | None:
     """Contiguous: an expanded gradient is written out."""
     return None if v is None else v.contiguous()

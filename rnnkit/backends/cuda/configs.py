@@ -5,7 +5,7 @@ no smaller row holds. `setup.py` compiles the rows (csrc/cuda/), `python -m rnnk
 them for every chip: no spill, and within its shared memory (benchmarks/results/cuda-compile.csv). What has no row runs
 step by step.
 
-Another regime is an entry of REGIMES, rows, and csrc/cuda/<regime>.cuh with the macro RNNKIT_<REGIME>; plan, sources,
+Another regime is an entry of REGIMES, rows, and csrc/cuda/<regime>.cuh with the macro RNNKIT_<REGIME>; choice, sources,
 parity and the proof then take its rows as they do these. What its launches need beyond that stands nowhere yet:
 `arch::launch` gives no attributes (the size of a cluster, all blocks of a grid resident), and CompiledKernel has no
 number of blocks that share the units.
@@ -24,7 +24,7 @@ SMALL = (86, 89, 120, 121)
 """Capabilities with 99 KiB a block."""
 SMALL_SHARED = 99 * 1024
 
-CELLS = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm": "lstm", "gru": "gru", "gru_reset_before": "gru_before"}
+KERNEL_OF = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm": "lstm", "gru": "gru", "gru_reset_before": "gru_before"}
 """The kernel of each cell."""
 GATES = {"rnn": 1, "lstm": 4, "gru": 3, "gru_before": 3}
 KINDS = {"bf16": "bfloat16", "fp16": "float16", "tf32": "TF32", "ieee": "exact float32", "f64": "float64"}
@@ -54,6 +54,17 @@ class CompiledKernel(NamedTuple):
     def name(self) -> str:
         size = self.units or self.rows
         return f"{self.regime}_{self.kernel}_{self.kind}_{size}"
+
+
+class LaunchConfig(NamedTuple):
+    """How one scan runs."""
+
+    kernel: CompiledKernel
+    reason: str
+
+    @property
+    def regime(self) -> str:
+        return self.kernel.regime
 
 
 CTA = (
@@ -151,7 +162,7 @@ class Regime(NamedTuple):
 
     oldest: int
     """The least compute capability, as 90 for 9.0."""
-    place: str
+    weights_in: str
     """Where the recurrent weights are."""
     why: str
     """What speaks for it."""
@@ -168,7 +179,7 @@ class Regime(NamedTuple):
 REGIMES = {
     "cta": Regime(
         oldest=80,
-        place="one multiprocessor",
+        weights_in="one multiprocessor",
         why="the recurrent weights stay on one multiprocessor for the whole sequence",
         choose=smallest,
         shared=cta_shared,
@@ -177,7 +188,7 @@ REGIMES = {
     ),
     "step": Regime(
         oldest=80,
-        place="memory",
+        weights_in="memory",
         why="it takes any size",
         choose=tallest,
         shared=step_shared,
@@ -188,7 +199,7 @@ REGIMES = {
         arguments=lambda row: (row.warps, row.rows // 8),
     ),
 }
-"""In the order in which `plan` asks; the last has a row for every cell and kind."""
+"""In the order in which `find_kernel` asks; the last has a row for every cell and kind."""
 
 
 def shared_bytes(row: CompiledKernel, side: int) -> int:
@@ -221,7 +232,7 @@ def able(capability: int) -> list[CompiledKernel]:
     return [row for row in rows if max(shared_bytes(row, 0), shared_bytes(row, 1)) <= most]
 
 
-def plan(
+def find_kernel(
     cell: str, hidden: int, proj: int, kind: str, batch: int, capability: int, only: str | None = None
 ) -> tuple[CompiledKernel, str]:
     """The row that runs a scan, and why.
@@ -231,7 +242,7 @@ def plan(
     old = too_old(capability)
     if old is not None:
         raise ValueError(old)
-    kernel, rows, against = CELLS[cell], able(capability), []
+    kernel, rows, against = KERNEL_OF[cell], able(capability), []
     for name, regime in REGIMES.items():
         if only not in (None, name):
             continue
@@ -242,7 +253,7 @@ def plan(
         found = regime.choose(mine, hidden, proj, batch)
         if isinstance(found, CompiledKernel):
             return found, "; ".join(against) or regime.why
-        where = f"{regime.place} of sm_{capability} ({limit(capability) // 1024} KiB of shared memory a block)"
+        where = f"{regime.weights_in} of sm_{capability} ({limit(capability) // 1024} KiB of shared memory a block)"
         most = max((row.units for row in mine), default=0)
         none = f"no weights of {cell} in {KINDS[kind]} fit on {where}"
         some = f"on {where} fit up to {most} units of {cell} in {KINDS[kind]}, got H={hidden}"

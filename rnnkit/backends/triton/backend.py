@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...cells import Cell
 from ...reference.scan import ScanGradients
-from .. import dispatch_times, gpu
-from ..scan_backend import ScanBackend, bias_inside
+from .. import gpu
+from ..base import no_kernel
+from ..scan_backend import bias_inside
 from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec
 from . import configs
 from .configs import LaunchConfig
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 regimes = gpu.Regimes("RNNKIT_TRITON_REGIME", ("persistent", "step"))
 
 
@@ -95,51 +95,49 @@ def _unfit(index: int) -> str | None:
     return None
 
 
-class Triton(ScanBackend):
+class Triton(gpu.GPUBackend[LaunchConfig]):
     name = "triton"
-    saves_narrow = True
-    concurrent_directions = True
+    regimes = regimes
+    cells = configs.KERNEL_OF
+    dtypes: ClassVar = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-    def available(self) -> str | None:
-        return regimes.wrong() or gpu.anywhere(missing)
+    def runs_on(self) -> tuple[str, str]:
+        return ("cpu", "in Triton's interpreter runs") if interpreted() else ("cuda", "runs")
 
-    def unsupported(self, spec: LayerSpec) -> list[str]:
-        reasons = []
-        device = "cpu" if interpreted() else "cuda"
-        if spec.device != device:
-            how = "in Triton's interpreter runs" if interpreted() else "runs"
-            reasons.append(f"{how} on the device {device}, got {spec.device}")
-            reason = uninstalled()
-        else:
-            reason = regimes.wrong() or missing(spec.device_index)
-        if reason is not None:
-            reasons.append(reason)
-        if spec.dtype not in DTYPES:
-            reasons.append(f"computes in float32, bfloat16 and float16, got {spec.dtype}")
-        if spec.hidden_size == 0:
-            reasons.append("needs at least one unit, got H=0")
-        if regimes.only is not None and not reasons:
-            try:
-                _plans(spec)
-            except NotImplementedError as refused:
-                reasons.append(str(refused))
-        return reasons
+    def unbuilt(self) -> str | None:
+        return uninstalled()
 
-    def auto_exclusion_reason(self, spec: LayerSpec) -> str | None:
+    def missing(self, index: int | None) -> str | None:
+        return missing(index)
+
+    def slowly(self) -> str | None:
         if interpreted():
             return "can run it in Triton's interpreter, far slower than any other; runs when named"
-        return dispatch_times.unmeasured_reason(self.name, spec)
+        return None
 
-    def detail(self, spec: LayerSpec) -> str | None:
-        plans = _plans(spec)
-        if len({(config.regime, config.reason) for config in plans.values()}) == 1:
-            return f"{plans['forward'].regime}: {plans['forward'].reason}"
-        return "; ".join(f"{side} {config.regime}: {config.reason}" for side, config in plans.items())
+    def select_config(self, spec: LayerSpec) -> gpu.KernelConfig[LaunchConfig] | gpu.Reason:
+        """A kernel of the table for each scan, or the step regime, which takes any size."""
+        if spec.cell not in configs.KERNEL_OF:
+            return gpu.Reason(no_kernel(spec.cell))
+        launches: list[LaunchConfig] = []
+        for side in configs.SIDES[: 1 + spec.train]:
+            sizes = (spec.cell, side, spec.hidden_size, spec.proj_size)
+            if regimes.only == "step":
+                tile = configs.step_tile(*sizes, spec.batch)
+                launches.append(configs.step_config(tile, kind(spec.dtype), regimes.asks()))
+                continue
+            found = configs.launch_config(*sizes, kind(spec.dtype), chip(spec.device_index), spec.batch)
+            if regimes.only is not None:
+                if found.regime != regimes.only:
+                    return regimes.refused(f"{side}: {found.reason}")
+                found = found._replace(reason=regimes.asks())
+            launches.append(found)
+        return gpu.KernelConfig(launches[0], launches[1] if spec.train else None)
 
     def scan_forward(
         self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: LayerInputs, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        config = _plan(cell, "forward", t)
+        config = self.config(cell, t, train=False).forward
         with on_device_of(gx):
             return _regime(config).forward(
                 cell, gx, h, c, t, bias_inside(cell, t), t0=t0, reverse=reverse, save=save, config=config
@@ -155,7 +153,8 @@ class Triton(ScanBackend):
         t: LayerInputs,
         o: LayerOptions,
     ) -> ScanGradients:
-        config = _plan(cell, "backward", t)
+        config = self.config(cell, t, train=True).backward
+        assert config is not None
         with on_device_of(y):
             return _regime(config).backward(
                 cell, grads, y, c_all, gates, t, bias_inside(cell, t), reverse=o.reverse, config=config
@@ -174,31 +173,6 @@ def kind(dtype: torch.dtype) -> str:
 def on_device_of(v: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(v.device) if v.is_cuda else contextlib.nullcontext()
-
-
-def _plans(spec: LayerSpec) -> dict[str, LaunchConfig]:
-    """How each side of a layer runs."""
-    facts = (spec.hidden_size, spec.proj_size, kind(spec.dtype), chip(spec.device_index), spec.batch)
-    sides = ("forward", "backward")[: 1 + spec.train]
-    return {side: _planned(spec.cell, side, *facts) for side in sides}
-
-
-def _plan(cell: Cell, side: str, t: LayerInputs) -> LaunchConfig:
-    hidden = t.w_hh.shape[0] // cell.gates
-    proj = 0 if t.w_hr is None else t.w_hr.shape[0]
-    return _planned(cell.name, side, hidden, proj, kind(t.x.dtype), chip(t.x.device.index), t.x.shape[1])
-
-
-def _planned(cell: str, side: str, hidden: int, proj: int, operands: str, capability: int, rows: int) -> LaunchConfig:
-    """Raises NotImplementedError where the regime that is asked for cannot."""
-    if regimes.only == "step":
-        return configs.stepwise(cell, side, hidden, proj, operands, rows, regimes.asks())
-    config = configs.plan(cell, side, hidden, proj, operands, capability, rows)
-    if regimes.only is None:
-        return config
-    if config.regime != regimes.only:
-        raise regimes.refused(f"{side}: {config.reason}")
-    return config._replace(reason=regimes.asks())
 
 
 def _regime(config: LaunchConfig) -> Any:

@@ -15,6 +15,7 @@ Nothing is searched at a first call; times on a device may change the rows one d
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from ...cells import CELLS
@@ -40,12 +41,10 @@ AMD = 0
 """In the place of a compute capability: GPUs of AMD's."""
 
 KERNELS = ("rnn", "lstm", "lstm_proj", "gru", "gru_reset_before")
+KERNEL_OF = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm": "lstm", "gru": "gru", "gru_reset_before": "gru_reset_before"}
+"""The kernel of each cell; with a projection, that kernel's own form."""
 CELLS_OF = {
-    "rnn": ("rnn_tanh", "rnn_relu"),
-    "lstm": ("lstm",),
-    "lstm_proj": ("lstm",),
-    "gru": ("gru",),
-    "gru_reset_before": ("gru_reset_before",),
+    kernel: tuple(cell for cell, own in KERNEL_OF.items() if own == kernel.removesuffix("_proj")) for kernel in KERNELS
 }
 SIDES = ("forward", "backward")
 TILES = (32, 64, 128, 256)
@@ -295,11 +294,11 @@ PERSISTENT: tuple[CompiledKernel, ...] = (
 )
 
 
-def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int, rows: int) -> LaunchConfig:
+def launch_config(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int, rows: int) -> LaunchConfig:
     """How a scan of B = rows, H = hidden, P = proj runs on a device of this capability (90 for 9.0), or AMD."""
-    row = find(cell, side, hidden, proj, kind, capability)
+    row = find_kernel(cell, side, hidden, proj, kind, capability)
     if row is not None:
-        return persistent(row, "the recurrent weights stay on chip for the whole sequence")
+        return persistent_config(row, "the recurrent weights stay on chip for the whole sequence")
     operands = {"half": "half precision", "tf32": "TF32", "ieee": "exact float32"}[kind]
     size = f"H={hidden}" + (f" P={proj}" if proj else "")
     most = largest(cell, side, hidden, proj, kind, capability)
@@ -307,13 +306,19 @@ def plan(cell: str, side: str, hidden: int, proj: int, kind: str, capability: in
     fit = f"{some}up to {most} units fit" if most else f"{some}none fit"
     chip = device_description(capability)
     reason = f"no kernel keeps the recurrent weights of {size} on chip in {operands} on {chip}, {fit}"
-    return stepwise(cell, side, hidden, proj, kind, rows, reason)
+    return step_config(step_tile(cell, side, hidden, proj, rows), kind, reason)
 
 
-def find(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> CompiledKernel | None:
+def find_kernel(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> CompiledKernel | None:
     """The persistent kernel that a scan runs by, None where there is none."""
     wanted = (kernel_of(cell, proj), side, tile(hidden), tile(proj or hidden), kind, multiple_of(hidden, proj))
-    return next((row for row in rows_of(capability) if row[:6] == wanted), None)
+    return _by_facts(capability).get(wanted)
+
+
+@functools.cache
+def _by_facts(capability: int) -> dict[tuple, CompiledKernel]:
+    """The rows that such a device can run, by all that decides: a scan asks at every launch."""
+    return {row[:6]: row for row in rows_of(capability)}
 
 
 def largest(cell: str, side: str, hidden: int, proj: int, kind: str, capability: int) -> int:
@@ -332,7 +337,7 @@ def multiple_of(hidden: int, proj: int) -> int:
 
 def kernel_of(cell: str, proj: int) -> str:
     """Of KERNELS the one that runs a cell."""
-    return "lstm_proj" if proj else "rnn" if cell.startswith("rnn_") else cell
+    return f"{KERNEL_OF[cell]}_proj" if proj else KERNEL_OF[cell]
 
 
 def device_description(capability: int) -> str:
@@ -371,15 +376,15 @@ def chip_of(capability: int) -> tuple[str, int]:
     return chip, SMALL_SHARED if capability in SMALL else SHARED[chip]
 
 
-def persistent(row: CompiledKernel, reason: str) -> LaunchConfig:
+def persistent_config(row: CompiledKernel, reason: str) -> LaunchConfig:
     """How a scan runs by a row."""
     return LaunchConfig(
         "persistent", ROWS, 0, 0, row.warps, 1, min(255, 2048 // row.warps), precision(row.kind), reason
     )
 
 
-def stepwise(cell: str, side: str, hidden: int, proj: int, kind: str, rows: int, reason: str) -> LaunchConfig:
-    """The step regime, for any size. Of STEP the largest tile that is no more than half empty and leaves
+def step_tile(cell: str, side: str, hidden: int, proj: int, rows: int) -> Tile:
+    """The tile of the step regime, for any size. Of STEP the largest that is no more than half empty and leaves
     PROGRAMS programs to the product with W_hh."""
     columns = CELLS[cell].gates * hidden if side == "forward" else proj or hidden
     chosen, *larger = STEP if multiple_of(hidden, proj) == MULTIPLES[0] else UNALIGNED_STEP
@@ -387,10 +392,10 @@ def stepwise(cell: str, side: str, hidden: int, proj: int, kind: str, rows: int,
         programs = -(-rows // some.rows) * -(-columns // some.units)
         if some.rows < max(2 * rows, ROWS + 1) and programs >= PROGRAMS:
             chosen = some
-    return step(chosen, kind, reason)
+    return chosen
 
 
-def step(some: Tile, kind: str, reason: str) -> LaunchConfig:
+def step_config(some: Tile, kind: str, reason: str) -> LaunchConfig:
     """How a scan runs by a tile. A tall one of 64 terms spills, or takes more shared memory than gfx942 has."""
     block_k, stages = 64 if kind == "half" and some.rows == ROWS else 32, 1 if kind == "ieee" else 3
     return LaunchConfig("step", some.rows, some.units, block_k, some.warps, stages, 255, precision(kind), reason)

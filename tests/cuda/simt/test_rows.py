@@ -20,7 +20,7 @@ import rnnkit
 from rnnkit.backends.cuda import configs as cuda_configs
 from rnnkit.benchmarks.gpu_check import parity, parity_cases, reference_runs
 from rnnkit.benchmarks.gpu_check.bitwise_checks import differing
-from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, KINDS, MASKED, Problem, Variant
+from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, KINDS, MASKED, ParityCase, Variant
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -29,17 +29,17 @@ CELLS = {"rnn": "rnn_relu", "lstm": "lstm_proj", "gru": "gru", "gru_before": "gr
 SEEDS = range(20)
 
 
-def of_step(row: cuda_configs.CompiledKernel) -> Problem:
+def of_step(row: cuda_configs.CompiledKernel) -> ParityCase:
     """Two blocks of units and of rows; of a row that serves few of them, one of rows that it does not fill."""
     few = row.rows <= cuda_configs.TALL
     size = (3, row.rows + (-1 if few else 3), 3, 19 if few else 40)
     variant = Variant(size, both=True, all_states=True, proj=9, **MASKED)
-    return problem(CELLS[row.kernel], row.kind, "step", variant)
+    return case(CELLS[row.kernel], row.kind, "step", variant)
 
 
-def problem(cell: str, operands: str, regime: str, variant: Variant) -> Problem:
-    """A problem of the CUDA kernels alone."""
-    return Problem(cell, variant, OPERANDS[operands], tf32=operands == "tf32", stepwise=regime == "step", fused=True)
+def case(cell: str, operands: str, regime: str, variant: Variant) -> ParityCase:
+    """A case of the CUDA kernels alone."""
+    return ParityCase(cell, variant, OPERANDS[operands], tf32=operands == "tf32", stepwise=regime == "step", fused=True)
 
 
 CTA = [row for row in cuda_configs.ROWS if row.regime == "cta"]
@@ -59,22 +59,22 @@ WAYS = [
 every_way = pytest.mark.parametrize(("cell", "operands", "regime"), WAYS)
 
 
-def computed(problem: Problem, way: reference_runs.Way) -> parity_cases.Values:
-    """What a way gives for the problem's first numbers, gradients included."""
-    with parity.asked(problem):
-        return reference_runs.numbers(way, problem, parity_cases.draw(problem, 0), problem.dtype, "cpu")
+def computed(case: ParityCase, runner: reference_runs.Runner) -> parity_cases.Values:
+    """What a way gives for the case's first numbers, gradients included."""
+    with parity.precision_and_regime(case):
+        return reference_runs.numbers(runner, case, parity_cases.draw(case, 0), case.dtype, "cpu")
 
 
-def found(problem: Problem) -> None:
+def found(case: ParityCase) -> None:
     """The backend against float64; float64 itself to a few ulp of accumulation."""
-    if problem.dtype == F64:
+    if case.dtype == F64:
         compare(
-            computed(problem, reference_runs.named("cuda")),
-            computed(problem, reference_runs.by_pieces if problem.known else reference_runs.by_steps),
+            computed(case, reference_runs.named("cuda")),
+            computed(case, reference_runs.by_pieces if case.known else reference_runs.by_steps),
         )
         return
     findings = parity.Findings()
-    parity.examine(findings, "cpu", [problem], ("cuda",))
+    parity.examine(findings, "cpu", [case], ("cuda",))
     complaints = [*findings.wrong, *findings.failing]
     assert not complaints, "; ".join(complaints)
     assert sum(findings.ran.values()) == 1
@@ -104,14 +104,14 @@ def test_twenty_schedules(name: str) -> None:
     "size", [(1, 1, 2, 5), (1, 9, 2, 18), (3, 1, 2, 18), (2, 7, 2, 33), (2, 9, 2, 5)], ids=lambda s: f"T{s[0]}B{s[1]}"
 )
 def test_one_step_and_odd_batches(cell: str, operands: str, regime: str, size: tuple[int, int, int, int]) -> None:
-    found(problem(cell, operands, regime, Variant(size, both=True, all_states=True, **MASKED)))
+    found(case(cell, operands, regime, Variant(size, both=True, all_states=True, **MASKED)))
 
 
 @pytest.mark.parametrize("hidden", [290, 304])
-@pytest.mark.parametrize(("cell", "operands"), [way[:2] for way in WAYS if way[2] == "step"])
+@pytest.mark.parametrize(("cell", "operands"), [runner[:2] for runner in WAYS if runner[2] == "step"])
 def test_step_by_step_in_several_rounds(cell: str, operands: str, hidden: int) -> None:
     """More terms than a block's warps take in one round; rows of weights that are read 16 bytes at a time, or not."""
-    found(problem(cell, operands, "step", Variant((2, 3, 2, hidden), proj=280, resets=True)))
+    found(case(cell, operands, "step", Variant((2, 3, 2, hidden), proj=280, resets=True)))
 
 
 Rounding = Callable[[Tensor], Tensor]
@@ -137,7 +137,7 @@ ROUNDED: dict[str, tuple[Rounding, Rounding]] = {
 }
 
 
-@pytest.mark.parametrize(("operands", "regime"), dict.fromkeys(way[1:] for way in WAYS))
+@pytest.mark.parametrize(("operands", "regime"), dict.fromkeys(runner[1:] for runner in WAYS))
 @pytest.mark.parametrize("hidden", [40, 128])
 def test_every_number_is_rounded_once(operands: str, regime: str, hidden: int) -> None:
     """An RNN whose recurrent weights are a permutation with signs and sizes: each sum has one term, which is exact, so
@@ -158,7 +158,7 @@ def test_every_number_is_rounded_once(operands: str, regime: str, hidden: int) -
         layer.weight_ih_l0.copy_(torch.eye(hidden))
         layer.weight_hh_l0.copy_(w_hh)
     leaves = [x.requires_grad_(), h_0.requires_grad_()]
-    with parity.asked(problem("rnn_relu", operands, regime, Variant())):
+    with parity.precision_and_regime(case("rnn_relu", operands, regime, Variant())):
         y, _ = layer(*leaves)
         dx, dh_0 = torch.autograd.grad(y, leaves, gy)
 

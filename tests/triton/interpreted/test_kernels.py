@@ -63,7 +63,7 @@ def test_tall_tiles(kind: str, rows: int, tile: int, monkeypatch: pytest.MonkeyP
     """Those of many rows by many units, here at few units; with a projection to 3, which is not aligned, 32 rows."""
     monkeypatch.setattr(triton.regimes, "only", "step")
     monkeypatch.setattr(triton_configs, "PROGRAMS", 1)
-    assert triton_configs.stepwise("gru", "forward", 16, 0, "ieee", rows, "").block_b == tile
+    assert triton_configs.step_tile("gru", "forward", 16, 0, rows).rows == tile
     lengths = tuple(1 + b % 3 for b in range(rows))
     check(
         Case(kind, bidirectional=True, steps=3, rows=rows, hidden=16, lengths=lengths, resets=((1, 0), (2, rows - 1))),
