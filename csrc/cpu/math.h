@@ -1,6 +1,6 @@
 // exp, sigmoid and tanh on vectors, and the arithmetic that csrc/cells asks for. Below 3 ulp of float32 over
-// the whole range, subnormal results and saturation included (tests/backends/harness --exhaustive measures every
-// float32), and below 4 ulp of float64; NaN stays NaN. Included once per variant, inside its namespace.
+// the whole range, subnormal results and saturation included (tests/backends/harness --exhaustive measures
+// every float32), and below 4 ulp of float64; NaN stays NaN. Included once per variant, inside its namespace.
 //
 // Method: x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) - 1 = r + r² q(r), so that nothing cancels near 0.
 

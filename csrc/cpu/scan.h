@@ -1,4 +1,4 @@
-// The recurrence of every cell over time on plain pointers: what csrc/ops.cpp and the harness call. No torch.
+// The recurrence of every cell over time on plain pointers: what csrc/layer and the harness call. No torch.
 // Each processor variant (avx512.cpp, avx2.cpp, baseline.cpp) compiles the same templates into an Engine.
 //
 // Shapes: T steps in all, n of them in a range, B rows, H units, P projected units (0: none), N = P or H the

@@ -11,11 +11,11 @@ namespace {
 // clang-format off
 #include "simd.h"
 #include "math.h"
-#include "steps.h"
-#include "product.h"
+#include "partition.h"
+#include "panels.h"
 #include "forward.h"
 #include "backward.h"
-#include "large.h"
+#include "gemm.h"
 // clang-format on
 
 template <class Use>

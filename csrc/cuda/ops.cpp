@@ -9,7 +9,7 @@
 
 #include <string_view>
 
-#include "../tensors.h"
+#include "../layer/tensors.h"
 #include "probes.h"
 #include "scan.h"
 

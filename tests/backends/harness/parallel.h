@@ -4,7 +4,7 @@
 
 #include <thread>
 
-#include "../../csrc/cpu/scan.h"
+#include "../../../csrc/cpu/scan.h"
 
 namespace harness {
 

@@ -1,11 +1,11 @@
-// The operators of ops.cpp as functions, for direct.cpp to call as well. What they take and give is said in
-// layer.h.
+// The operators of schemas.cpp as functions, for python_module.cpp to call as well. What they take and give
+// is in layer.h.
 
 #pragma once
 
 #include <tuple>
 
-#include "layer.h"
+#include "../layer/layer.h"
 
 namespace rnnkit {
 

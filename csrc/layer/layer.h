@@ -1,4 +1,4 @@
-// One layer in one direction over all T on the CPU: what ops.cpp registers. Shapes as in
+// One layer in one direction over all T on the CPU: what torch/schemas.cpp registers. Shapes as in
 // rnnkit/backends/problem.py.
 
 #pragma once

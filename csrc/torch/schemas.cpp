@@ -2,7 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "operators.h"
+#include "schemas.h"
 
 namespace rnnkit {
 namespace {

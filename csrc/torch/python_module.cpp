@@ -14,7 +14,7 @@
 #include <tuple>
 #include <utility>
 
-#include "operators.h"
+#include "schemas.h"
 
 namespace rnnkit {
 namespace {
@@ -189,7 +189,7 @@ PyMethodDef methods[] = {
     {"layer_backward", function(&method<1, &cpu_layer_backward>), METH_FASTCALL,
      "rnnkit::cpu_layer_backward"},
     {"single", function(&method<-1, &cpu_single>), METH_FASTCALL,
-     "cpu_single of csrc/operators.h; None where an argument is no plain tensor"},
+     "cpu_single of csrc/torch/schemas.h; None where an argument is no plain tensor"},
     {"single_backward", function(&method<-1, &cpu_single_backward>), METH_FASTCALL,
      "Its gradients, likewise"},
     {"step", function(&method<-1, &cpu_step>), METH_FASTCALL, "rnnkit::cpu_step, likewise"},

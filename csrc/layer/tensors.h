@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/scan.h"
+#include "../cpu/scan.h"
 
 namespace rnnkit {
 
@@ -128,7 +128,7 @@ Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type);
 Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
             int64_t offset);
 
-// The large products around a scan; products.cpp.
+// The large products around a scan; gemm.cpp.
 
 // Whether torch's product is taken for M rows of K times a matrix like w, with N outputs.
 bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K);
