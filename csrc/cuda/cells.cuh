@@ -55,14 +55,14 @@ struct gru {
   // s[2] has b_hn in it.
   template <class M, class T>
   RNNKIT_DEVICE static T forward(bool, const T (&x)[3], const T (&s)[3], T h, T&, T (&saved)[4]) {
-    const auto v = GruAfter::step<M>(x[0] + s[0], x[1] + s[1], x[2], s[2], h);
+    const auto v = GruResetAfter::step<M>(x[0] + s[0], x[1] + s[1], x[2], s[2], h);
     saved[0] = v.r, saved[1] = v.z, saved[2] = v.n, saved[3] = s[2];
     return v.h;
   }
   template <class M, class T>
   RNNKIT_DEVICE static void backward(bool, T d, T&, const T (&saved)[4], T before, T, T (&dx)[3], T (&ds)[3],
                                      T& direct) {
-    const auto v = GruAfter::step_vjp<M>(d, saved[0], saved[1], saved[2], saved[3], before);
+    const auto v = GruResetAfter::step_vjp<M>(d, saved[0], saved[1], saved[2], saved[3], before);
     dx[0] = ds[0] = v.r, dx[1] = ds[1] = v.z, dx[2] = v.n, ds[2] = v.hn;
     direct = v.h_before;
   }
@@ -80,17 +80,17 @@ struct gru_before {
   }
   template <class M, class T>
   RNNKIT_DEVICE static T forward_state(const T (&x)[3], T s, T h, T (&saved)[3]) {
-    saved[2] = GruBefore::candidate<M>(x[2] + s);
+    saved[2] = GruResetBefore::candidate<M>(x[2] + s);
     return gru_state<M>(saved[1], saved[2], h);
   }
   template <class M, class T>
   RNNKIT_DEVICE static T backward_state(T d, const T (&saved)[3], T before) {
-    return GruBefore::step_vjp<M>(d, saved[1], saved[2], before).n;
+    return GruResetBefore::step_vjp<M>(d, saved[1], saved[2], before).n;
   }
   template <class M, class T>
   RNNKIT_DEVICE static void backward_gates(T d, T drh, const T (&saved)[3], T before, T (&dx)[2], T& direct) {
-    const auto v = GruBefore::step_vjp<M>(d, saved[1], saved[2], before);
-    const auto r = GruBefore::reset_vjp<M>(drh, saved[0], before);
+    const auto v = GruResetBefore::step_vjp<M>(d, saved[1], saved[2], before);
+    const auto r = GruResetBefore::reset_vjp<M>(drh, saved[0], before);
     dx[0] = r.r, dx[1] = v.z;
     direct = v.h_before + r.h_before;
   }

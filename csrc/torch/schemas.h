@@ -13,7 +13,7 @@ std::vector<Tensor> cpu_layer_forward(int64_t cell, Tensor x, OptionalTensor h_0
                                       Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
                                       OptionalTensor w_hr, OptionalTensor lengths, OptionalTensor reset,
                                       OptionalTensor h_r, OptionalTensor c_r, bool reverse, bool all_states,
-                                      bool save, int64_t chunk);
+                                      bool save, int64_t chunk_steps);
 
 std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
                                        Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
