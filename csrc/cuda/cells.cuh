@@ -1,6 +1,6 @@
 // The cells as the kernels of every regime see them: how many gates, what is saved, and the gate math of
 // csrc/cells on arrays of gates, forward and backward next to one another. And time: which step is processed
-// when, which rows live, where a state is replaced.
+// when, which steps are valid, where a state is replaced.
 //
 // x: gx of the step; s: the recurrent sums; K blocks are saved. `before` is the state before the step that a
 // derivative needs (c of an LSTM, h of a GRU), `after` the one after it (c of an LSTM, y of an RNN).
@@ -70,7 +70,7 @@ struct gru {
 
 // Two products in a step: gates r and z by h, then n by r h; backward dn first, then the others by what W_hn
 // makes of it.
-struct gru_before {
+struct gru_reset_before {
   static constexpr int G = 3, K = 3;
   static constexpr bool has_c = false, two_products = true, from_h = true;
 
@@ -98,8 +98,8 @@ struct gru_before {
 
 }  // namespace cell
 
-// Where in time the k-th step that is processed stands, of the forward or of the backward.
-RNNKIT_DEVICE int64_t place(const Sequence& s, int64_t k, bool backward) {
+// The index in time of the k-th step that is processed, of the forward or of the backward.
+RNNKIT_DEVICE int64_t time_index(const Sequence& s, int64_t k, bool backward) {
   return s.reverse != backward ? s.n - 1 - k : k;
 }
 
@@ -111,13 +111,13 @@ RNNKIT_DEVICE int64_t length_of(const Sequence& s, int64_t row) {
 
 // Whether the state is replaced before step t. Backwards in time a reset at t + 1 lies there, between t and t
 // + 1.
-RNNKIT_DEVICE bool is_cut(const Sequence& s, int64_t t, int64_t row, int64_t length) {
+RNNKIT_DEVICE bool resets_before(const Sequence& s, int64_t t, int64_t row, int64_t length) {
   const int64_t at = t + (s.reverse ? 1 : 0);
   return s.reset != nullptr && at < length && s.reset[at * s.B + row];
 }
 
 // The step before t as it was processed, -1 where t was a row's first.
-RNNKIT_DEVICE int64_t step_before(const Sequence& s, int64_t t, int64_t length) {
+RNNKIT_DEVICE int64_t previous_time(const Sequence& s, int64_t t, int64_t length) {
   const int64_t at = s.reverse ? t + 1 : t - 1;
   return at < length ? at : -1;
 }
