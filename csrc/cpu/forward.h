@@ -11,7 +11,7 @@ class TypedForwardScan final : public ForwardScan {
 
  public:
   TypedForwardScan(const Forward& f, int64_t T)
-      : f_(f), l_(f.layer), H_(l_.H), N_(l_.P ? l_.P : l_.H), G_(gates_of(l_.cell)) {
+      : f_(f), l_(f.layer), H_(l_.H), N_(l_.P ? l_.P : l_.H), G_(gates_of(l_.cell)), K_(saved_of(l_.cell)) {
     const bool pack = T > 1;
     const S* w = static_cast<const S*>(l_.w_hh);
     if (l_.cell == Cell::gru_reset_before) {
@@ -110,7 +110,7 @@ class TypedForwardScan final : public ForwardScan {
       std::copy_n(h_[now].row(b) + n0, n, h_[now ^ 1].row(b) + n0);
       if (r_.c_all != nullptr) std::fill_n(static_cast<S*>(r_.c_all) + at * H_ + h0, h, S{});
       if (r_.gates == nullptr) continue;
-      for (int64_t g = 0; g < saved_of(l_.cell); ++g) {
+      for (int64_t g = 0; g < K_; ++g) {
         std::fill_n(static_cast<A*>(r_.gates) + at * r_.gates_stride + g * H_ + h0, h, A(0));
       }
       if (r_.c_kept != nullptr) std::fill_n(static_cast<A*>(r_.c_kept) + at * H_ + h0, h, A(0));
@@ -184,7 +184,7 @@ class TypedForwardScan final : public ForwardScan {
     }
     __builtin_prefetch(static_cast<S*>(r_.y) + at * N_ + j, 1);
     if (r_.gates == nullptr) return;
-    for (int64_t g = 0; g < saved_of(l_.cell); ++g) {
+    for (int64_t g = 0; g < K_; ++g) {
       __builtin_prefetch(static_cast<A*>(r_.gates) + at * r_.gates_stride + g * H_ + j, 1);
     }
     if (r_.c_kept != nullptr) __builtin_prefetch(static_cast<A*>(r_.c_kept) + at * H_ + j, 1);
@@ -286,7 +286,7 @@ class TypedForwardScan final : public ForwardScan {
 
   const Forward f_;
   const Layer l_;
-  const int64_t H_, N_, G_;
+  const int64_t H_, N_, G_, K_;  // K: blocks of H that are saved
   ForwardChunk r_{};
   GemmWeights<S> first_weights_, second_weights_;
   GemmWeights<S> first_input_weights_, second_input_weights_;  // those that multiply x, where the scan does

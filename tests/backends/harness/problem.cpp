@@ -162,8 +162,8 @@ Problem with_rows(const Problem& p, const std::vector<int64_t>& rows) {
 
 std::string describe(const Problem& p) {
   std::ostringstream out;
-  out << rnnkit::cell_names[static_cast<int>(p.cell)] << " " << format(p.dtype).name << " T=" << p.T << " B=" << p.B
-      << " H=" << p.H << " P=" << p.P << " seed=" << p.seed;
+  out << rnnkit::cell_names[static_cast<int>(p.cell)] << " " << format(p.dtype).name << " T=" << p.T
+      << " B=" << p.B << " H=" << p.H << " P=" << p.P << " seed=" << p.seed;
   const std::pair<bool, const char*> flags[] = {{p.reverse, "reverse"},
                                                 {p.bias, "bias"},
                                                 {p.has_lengths, "lengths"},
