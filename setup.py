@@ -7,7 +7,7 @@ printed and rnnkit is installed without it. Two variables of the environment dec
     RNNKIT_CUDA        unset or 0: for the CPU only; 1: with the CUDA kernels, and a failed build is an error
 
 With the kernels a third says what for: RNNKIT_CUDA_ARCH, `native` or some of the chips of
-rnnkit/backends/cuda_table.py; unset: all of them, and PTX for later ones.
+rnnkit/backends/cuda/configs.py; unset: all of them, and PTX for later ones.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11
 NO_NINJA = "without ninja one source is compiled after the other, for hours; `pip install ninja` compiles them at once"
-ELSEWHERE = {
-    "rnnkit.kernels": "kernels",
-    "rnnkit.benchmarks": "benchmarks",
-}  # packages that live beside rnnkit/
+ELSEWHERE = ("kernels", "benchmarks")  # folders beside rnnkit/ whose packages are installed as rnnkit.<folder>
 
 
 def choice(name: str) -> str | None:
@@ -167,7 +164,10 @@ def extension() -> dict[str, Any]:
     }
 
 
-beside = {name: folder for name, folder in ELSEWHERE.items() if (ROOT / folder / "__init__.py").exists()}
+beside = {
+    f"rnnkit.{name}": name.replace(".", "/")
+    for name in find_packages(str(ROOT), include=[pattern for name in ELSEWHERE for pattern in (name, f"{name}.*")])
+}
 setup(
     packages=[*find_packages(str(ROOT), include=["rnnkit", "rnnkit.*"]), *beside],
     package_dir=beside,

@@ -16,20 +16,20 @@ import triton.language as tl
 from .product import carry, is_idle_row, units
 from .shared import (
     dot,
-    entered,
     is_cut,
     is_idle,
     keep,
     length_of,
     load,
     matrix,
-    nothing,
-    place,
+    previous_state,
     replaced,
     rows,
     sigmoid,
     store,
     tanh,
+    time_index,
+    zero_accumulator,
 )
 
 
@@ -105,7 +105,7 @@ def load_bias(b_hn, unit, inside):
 
 
 @triton.jit(do_not_specialize=["n", "t0", "total", "reverse", "B"])
-def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, total, reverse, B, AFTER: tl.constexpr,
+def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_reset, y, h_n, gates, n, t0, total, reverse, B, AFTER: tl.constexpr,
             H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     SAVED: tl.constexpr = 4 * H if AFTER else 3 * H
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
@@ -116,14 +116,14 @@ def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, tota
     bias = load_bias(b_hn, unit, inside)
     h = load(h_0, row, unit, H, valid)
     for k in tl.range(0, n):
-        j = place(k, n, reverse)
+        j = time_index(k, n, reverse)
         at = j * B + row
         t = t0 + j
         live = (t < length)[:, None] & inside[None, :]
         xr, xz, xn = load3(gx, at, unit, H, 3 * H, live)
         if reset is not None:
-            h = replaced(h, h_r, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
-        zero = nothing(h, BLOCK_H)
+            h = replaced(h, h_reset, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
+        zero = zero_accumulator(h, BLOCK_H)
         ar, az = xr + dot(h, wr, zero, PRECISION), xz + dot(h, wz, zero, PRECISION)
         if AFTER:
             hn = dot(h, wn, zero, PRECISION) + bias
@@ -140,7 +140,7 @@ def forward(gx, w_hh, b_hn, h_0, lengths, reset, h_r, y, h_n, gates, n, t0, tota
 
 
 @triton.jit(do_not_specialize=["n", "reverse", "B"])
-def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0, dh_r, n, reverse, B,
+def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_reset, dgx, dgh, dh_0, dh_reset, n, reverse, B,
              AFTER: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
              BLOCK_H: tl.constexpr):  # fmt: skip
     """dgh is None where it is dgx."""
@@ -153,13 +153,13 @@ def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0,
     dh = load(gh_n, row, unit, H, valid)
     to_r = tl.zeros_like(dh)
     for k in tl.range(0, n):
-        t = place(k, n, 1 - reverse)
+        t = time_index(k, n, 1 - reverse)
         at = t * B + row
         live = (t < length)[:, None] & inside[None, :]
         r, z, c = load3(gates, at, unit, H, SAVED, live)
-        h = entered(y, h_0, h_r, reset, t, row, unit, H, length, B, inside, reverse)
+        h = previous_state(y, h_0, h_reset, reset, t, row, unit, H, length, B, inside, reverse)
         d = tl.where(live, dh + load(gy, at, unit, H, live), 0.0)
-        zero = nothing(d, BLOCK_H)
+        zero = zero_accumulator(d, BLOCK_H)
         if AFTER:
             hn = load(gates, at, unit + 3 * H, SAVED, live)
             dr, dz, dn, dhn, direct = after_step_vjp(d, h, r, z, c, hn)
@@ -192,7 +192,7 @@ def backward(gy, gh_n, y, gates, w_hh, h_0, lengths, reset, h_r, dgx, dgh, dh_0,
             to_r += tl.where(cut, dh, 0.0)
             dh = tl.where(cut, 0.0, dh)
     store(dh_0, row, unit, H, valid, dh)
-    store(dh_r, row, unit, H, valid, to_r)
+    store(dh_reset, row, unit, H, valid, to_r)
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
@@ -200,12 +200,12 @@ def reset_step(gx, gh, h, rh, k, n, reverse, B, H: tl.constexpr, BLOCK_B: tl.con
     """rh [B, H] = r ⊙ h of the original form, from the first blocks of gh [B, 3H]."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     valid = (row < B)[:, None] & (unit < H)[None, :]
-    ar = load(gx, place(k, n, reverse) * B + row, unit, 3 * H, valid) + load(gh, row, unit, 3 * H, valid)
+    ar = load(gx, time_index(k, n, reverse) * B + row, unit, 3 * H, valid) + load(gh, row, unit, 3 * H, valid)
     store(rh, row, unit, H, valid, sigmoid(ar) * load(h, row, unit, H, valid))
 
 
 @triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
-def forward_step(gx, gh, b_hn, h, lengths, reset, h_r, y, gates, k, n, t0, total, reverse, B, AFTER: tl.constexpr,
+def forward_step(gx, gh, b_hn, h, lengths, reset, h_reset, y, gates, k, n, t0, total, reverse, B, AFTER: tl.constexpr,
                  H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """gh [B, 3H] = h W_hhᵀ, its n block (r ⊙ h) W_hnᵀ unless AFTER; h becomes the next step's."""
     SAVED: tl.constexpr = 4 * H if AFTER else 3 * H
@@ -213,7 +213,7 @@ def forward_step(gx, gh, b_hn, h, lengths, reset, h_r, y, gates, k, n, t0, total
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
     length = length_of(lengths, row, total, B)
-    j = place(k, n, reverse)
+    j = time_index(k, n, reverse)
     at = j * B + row
     live = (t0 + j < length)[:, None] & inside[None, :]
     xr, xz, xn = load3(gx, at, unit, H, 3 * H, live)
@@ -228,7 +228,7 @@ def forward_step(gx, gh, b_hn, h, lengths, reset, h_r, y, gates, k, n, t0, total
         new, z, c = before_step(xz + hz, xn + hn, before)
     store3(gates, at, unit, H, SAVED, valid, r, z, c)
     store(y, at, unit, H, valid, tl.where(live, new, 0.0))
-    carry(h, new, h_r, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
+    carry(h, new, h_reset, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
@@ -237,7 +237,7 @@ def candidate_back(gy, dh, gates, lengths, reset, dgx, k, n, reverse, B, H: tl.c
     """The n block of dgx of the original form, for the product that makes drh of it."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     inside = unit < H
-    t = place(k, n, 1 - reverse)
+    t = time_index(k, n, 1 - reverse)
     at = t * B + row
     lives = t < length_of(lengths, row, n, B)
     live = lives[:, None] & inside[None, :]
@@ -250,7 +250,7 @@ def candidate_back(gy, dh, gates, lengths, reset, dgx, k, n, reverse, B, H: tl.c
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
-def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_r, dgx, dgh, direct, idle, k, n, reverse, B,
+def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_reset, dgx, dgh, direct, idle, k, n, reverse, B,
                   AFTER: tl.constexpr, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """dgx and, AFTER, dgh at the step's time; direct [B, H], what reaches h beside the products. Unless AFTER, dgx has
     its n block and drh [B, H] is that block times W_hn."""
@@ -259,12 +259,12 @@ def backward_step(gy, dh, drh, y, gates, h_0, lengths, reset, h_r, dgx, dgh, dir
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
     length = length_of(lengths, row, n, B)
-    t = place(k, n, 1 - reverse)
+    t = time_index(k, n, 1 - reverse)
     at = t * B + row
     lives = t < length
     live = lives[:, None] & inside[None, :]
     r, z, c = load3(gates, at, unit, H, SAVED, live)
-    h = entered(y, h_0, h_r, reset, t, row, unit, H, length, B, inside, reverse)
+    h = previous_state(y, h_0, h_reset, reset, t, row, unit, H, length, B, inside, reverse)
     d = load(dh, row, unit, H, live) + load(gy, at, unit, H, live)
     if AFTER:
         hn = load(gates, at, unit + 3 * H, SAVED, live)

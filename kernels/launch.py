@@ -12,25 +12,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.problem import Tensors
+from ..backends.spec import LayerInputs
+from ..backends.triton.configs import LaunchConfig
 from ..cells import Cell
-from .table import Plan
+from ..reference.scan import ScanGradients
 
 ALIGNED = 16
 """Of what Triton looks for multiples: in bytes of an address, and of a number."""
 Launch = Callable[..., None]
-"""run(kernel, grid, plan, **arguments)"""
+"""run(kernel, grid, config, **arguments)"""
 
 
-def start(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> None:
+def start(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments: Any) -> None:
     """Run a kernel on its tensors' device, on the current stream. Never waits."""
-    kernel[grid](**arguments, **options(plan, amd=torch.version.hip is not None))
+    kernel[grid](**arguments, **options(config, amd=torch.version.hip is not None))
 
 
-def options(plan: Plan, *, amd: bool) -> dict[str, Any]:
+def options(config: LaunchConfig, *, amd: bool) -> dict[str, Any]:
     """What the compiler is asked for."""
-    asked = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
-    return asked if amd else {**asked, "maxnreg": plan.registers}
+    asked = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    return asked if amd else {**asked, "maxnreg": config.registers}
 
 
 class Operands(NamedTuple):
@@ -41,20 +42,22 @@ class Operands(NamedTuple):
     w_hr: Tensor | None  # [N, H]
     lengths: Tensor | None  # [B]
     reset: Tensor | None  # [T, B]
-    h_r: Tensor | None  # [B, N]
-    c_r: Tensor | None  # [B, H]
+    h_reset: Tensor | None  # [B, N]
+    c_reset: Tensor | None  # [B, H]
     hidden: int
     size: int
     """N"""
 
 
-def operands(cell: Cell, t: Tensors, b_hn: Tensor | None) -> Operands:
-    w_hh, b_hn, w_hr, lengths, reset, h_r, c_r = map(solid, (t.w_hh, b_hn, t.w_hr, t.lengths, t.reset, t.h_r, t.c_r))
+def operands(cell: Cell, t: LayerInputs, b_hn: Tensor | None) -> Operands:
+    w_hh, b_hn, w_hr, lengths, reset, h_reset, c_reset = map(
+        contiguous_aligned, (t.w_hh, b_hn, t.w_hr, t.lengths, t.reset, t.h_reset, t.c_reset)
+    )
     hidden, size = t.w_hh.shape[0] // cell.gates, t.w_hh.shape[1]
-    return Operands(w_hh, b_hn, w_hr, lengths, reset, h_r, c_r, hidden, size)  # type: ignore[arg-type]
+    return Operands(w_hh, b_hn, w_hr, lengths, reset, h_reset, c_reset, hidden, size)  # type: ignore[arg-type]
 
 
-def solid(v: Tensor | None) -> Tensor | None:
+def contiguous_aligned(v: Tensor | None) -> Tensor | None:
     """Contiguous: an expanded gradient is written out. And aligned: of a part of another tensor that is not a copy is
     made, or Triton would compile a kernel for each such operand, which nobody has seen before."""
     v = None if v is None else v.contiguous()
@@ -78,7 +81,7 @@ class Saved(NamedTuple):
     gates: Tensor | None
 
 
-def room(cell: Cell, gx: Tensor, o: Operands, save: bool) -> Saved:
+def empty_outputs(cell: Cell, gx: Tensor, o: Operands, save: bool) -> Saved:
     n, rows = gx.shape[:2]
     return Saved(
         gx.new_empty((n, rows, o.size)),
@@ -87,25 +90,13 @@ def room(cell: Cell, gx: Tensor, o: Operands, save: bool) -> Saved:
     )
 
 
-class Found(NamedTuple):
-    """The gradients of a scan, in the order and shapes of rnnkit.reference.scan.ScanGradients."""
-
-    dgx: Tensor
-    dgh: Tensor
-    dh_0: Tensor
-    dc_0: Tensor | None
-    dh_r: Tensor | None
-    dc_r: Tensor | None
-    dp: Tensor | None
-
-
-def room_back(cell: Cell, y: Tensor, o: Operands, dtype: torch.dtype) -> Found:
+def empty_grads(cell: Cell, y: Tensor, o: Operands, dtype: torch.dtype) -> ScanGradients:
     """`dtype`: that of the gradients of states."""
     n, rows, size = y.shape
     dgx = y.new_empty((n, rows, o.w_hh.shape[0]))
     state, cells = y.new_empty((rows, size), dtype=dtype), y.new_empty((rows, o.hidden), dtype=dtype)
     cut = o.reset is not None
-    return Found(
+    return ScanGradients(
         dgx,
         torch.empty_like(dgx) if cell.reset_after else dgx,
         state,

@@ -15,20 +15,20 @@ import triton.language as tl
 from .product import carry, is_idle_row, units
 from .shared import (
     dot,
-    entered,
     is_cut,
     is_idle,
     keep,
     length_of,
     load,
     matrix,
-    nothing,
-    place,
+    previous_state,
     replaced,
     rows,
     sigmoid,
     store,
     tanh,
+    time_index,
+    zero_accumulator,
 )
 
 
@@ -78,9 +78,9 @@ def store4(p, row, unit, H: tl.constexpr, mask, v1, v2, v3, v4):
 
 
 @triton.jit(do_not_specialize=["n", "t0", "total", "reverse", "B"])
-def forward(gx, w_hh, w_hr, h_0, c_0, lengths, reset, h_r, c_r, y, h_n, c_n, c_all, gates, n, t0, total, reverse, B,
-            H: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-            BLOCK_N: tl.constexpr):  # fmt: skip
+def forward(gx, w_hh, w_hr, h_0, c_0, lengths, reset, h_reset, c_reset, y, h_n, c_n, c_all, gates, n, t0, total,
+            reverse, B, H: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
+            BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     row, unit, out = rows(BLOCK_B), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     inside, shown = unit < H, out < N
     valid, valid_h = (row < B)[:, None] & inside[None, :], (row < B)[:, None] & shown[None, :]
@@ -90,15 +90,15 @@ def forward(gx, w_hh, w_hr, h_0, c_0, lengths, reset, h_r, c_r, y, h_n, c_n, c_a
         wr = matrix(w_hr, unit, out, 1, H, H, N)
     h, c = load(h_0, row, out, N, valid_h), load(c_0, row, unit, H, valid)
     for k in tl.range(0, n):
-        j = place(k, n, reverse)
+        j = time_index(k, n, reverse)
         t = t0 + j
         lives = (t < length)[:, None]
         live = lives & inside[None, :]
         xi, xf, xg, xo = load4(gx, j * B + row, unit, H, live)
         if reset is not None:
             at = is_cut(reset, t, row, length, B, reverse)
-            h, c = replaced(h, h_r, at, row, out, N, shown), replaced(c, c_r, at, row, unit, H, inside)
-        zero = nothing(h, BLOCK_H)
+            h, c = replaced(h, h_reset, at, row, out, N, shown), replaced(c, c_reset, at, row, unit, H, inside)
+        zero = zero_accumulator(h, BLOCK_H)
         ai, af = xi + dot(h, wi, zero, PRECISION), xf + dot(h, wf, zero, PRECISION)
         ag, ao = xg + dot(h, wg, zero, PRECISION), xo + dot(h, wo, zero, PRECISION)
         new, new_c, i, f, g, o = step(ai, af, ag, ao, c)
@@ -107,7 +107,7 @@ def forward(gx, w_hh, w_hr, h_0, c_0, lengths, reset, h_r, c_r, y, h_n, c_n, c_a
         store(c_all, j * B + row, unit, H, valid, tl.where(live, new_c, 0.0))
         if w_hr is not None:
             m = tl.where(inside[None, :], new, 0.0)
-            new = dot(m, wr, nothing(m, BLOCK_N), PRECISION)
+            new = dot(m, wr, zero_accumulator(m, BLOCK_N), PRECISION)
         h = tl.where(lives & shown[None, :], new, h)
         store(y, j * B + row, out, N, valid_h, tl.where(lives, new, 0.0))
     store(h_n, row, out, N, valid_h, h)
@@ -115,9 +115,9 @@ def forward(gx, w_hh, w_hr, h_0, c_0, lengths, reset, h_r, c_r, y, h_n, c_n, c_a
 
 
 @triton.jit(do_not_specialize=["n", "reverse", "B"])
-def backward(gy, gh_n, gc_n, gc_all, c_all, gates, w_hh, w_hr, c_0, lengths, reset, c_r, dgx, dp, dh_0, dc_0, dh_r,
-             dc_r, n, reverse, B, H: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
-             BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def backward(gy, gh_n, gc_n, gc_all, c_all, gates, w_hh, w_hr, c_0, lengths, reset, c_reset, dgx, dp, dh_0, dc_0,
+             dh_reset, dc_reset, n, reverse, B, H: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+             BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     row, unit, out = rows(BLOCK_B), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     inside, shown = unit < H, out < N
     valid, valid_h = (row < B)[:, None] & inside[None, :], (row < B)[:, None] & shown[None, :]
@@ -128,18 +128,18 @@ def backward(gy, gh_n, gc_n, gc_all, c_all, gates, w_hh, w_hr, c_0, lengths, res
     dh, dc = load(gh_n, row, out, N, valid_h), load(gc_n, row, unit, H, valid)
     dh_to_r, dc_to_r = tl.zeros_like(dh), tl.zeros_like(dc)
     for k in tl.range(0, n):
-        t = place(k, n, 1 - reverse)
+        t = time_index(k, n, 1 - reverse)
         at = t * B + row
         lives = (t < length)[:, None]
         live, live_h = lives & inside[None, :], lives & shown[None, :]
         i, f, g, o = load4(gates, at, unit, H, live)
         c = load(c_all, at, unit, H, live)
-        c_before = entered(c_all, c_0, c_r, reset, t, row, unit, H, length, B, inside, reverse)
+        c_before = previous_state(c_all, c_0, c_reset, reset, t, row, unit, H, length, B, inside, reverse)
         d = tl.where(live_h, dh + load(gy, at, out, N, live_h), 0.0)
         d_c = tl.where(live, dc + load(gc_all, at, unit, H, live), 0.0)
         dm = d
         if w_hr is not None:
-            dm = tl.where(live, dot(d, wr, nothing(d, BLOCK_H), PRECISION), 0.0)
+            dm = tl.where(live, dot(d, wr, zero_accumulator(d, BLOCK_H), PRECISION), 0.0)
             store(dp, at, out, N, valid_h, d)
         dai, daf, dag, dao, back_c = step_vjp(dm, d_c, i, f, g, o, c_before, c)
         if lengths is not None or reset is not None:
@@ -147,7 +147,7 @@ def backward(gy, gh_n, gc_n, gc_all, c_all, gates, w_hh, w_hr, c_0, lengths, res
             dai, daf, dag, dao = keep(dai, idle), keep(daf, idle), keep(dag, idle), keep(dao, idle)
             back_c = keep(back_c, idle)
         store4(dgx, at, unit, H, valid, dai, daf, dag, dao)
-        back = dot(dai, wi, nothing(dai, BLOCK_N), PRECISION)
+        back = dot(dai, wi, zero_accumulator(dai, BLOCK_N), PRECISION)
         back = dot(daf, wf, back, PRECISION)
         back = dot(dag, wg, back, PRECISION)
         back = dot(dao, wo, back, PRECISION)
@@ -161,19 +161,19 @@ def backward(gy, gh_n, gc_n, gc_all, c_all, gates, w_hh, w_hr, c_0, lengths, res
             dh, dc = tl.where(cut, 0.0, dh), tl.where(cut, 0.0, dc)
     store(dh_0, row, out, N, valid_h, dh)
     store(dc_0, row, unit, H, valid, dc)
-    store(dh_r, row, out, N, valid_h, dh_to_r)
-    store(dc_r, row, unit, H, valid, dc_to_r)
+    store(dh_reset, row, out, N, valid_h, dh_to_r)
+    store(dc_reset, row, unit, H, valid, dc_to_r)
 
 
 @triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
-def forward_step(gx, gh, h, c, lengths, reset, h_r, c_r, y, m, c_all, gates, k, n, t0, total, reverse, B,
+def forward_step(gx, gh, h, c, lengths, reset, h_reset, c_reset, y, m, c_all, gates, k, n, t0, total, reverse, B,
                  H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """gh [B, 4H] = h W_hhᵀ; c and, where m is None, h become the next step's. m [B, H]: what W_hr multiplies."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
     length = length_of(lengths, row, total, B)
-    j = place(k, n, reverse)
+    j = time_index(k, n, reverse)
     t = t0 + j
     live = (t < length)[:, None] & inside[None, :]
     xi, xf, xg, xo = load4(gx, j * B + row, unit, H, live)
@@ -181,17 +181,17 @@ def forward_step(gx, gh, h, c, lengths, reset, h_r, c_r, y, m, c_all, gates, k, 
     new, new_c, i, f, g, o = step(xi + hi, xf + hf, xg + hg, xo + ho, load(c, row, unit, H, live))
     store4(gates, j * B + row, unit, H, valid, i, f, g, o)
     store(c_all, j * B + row, unit, H, valid, tl.where(live, new_c, 0.0))
-    carry(c, new_c, c_r, reset, k, n, t, row, unit, H, length, B, inside, reverse)
+    carry(c, new_c, c_reset, reset, k, n, t, row, unit, H, length, B, inside, reverse)
     if m is not None:
         store(m, row, unit, H, valid, new)
     else:
         store(y, j * B + row, unit, H, valid, tl.where(live, new, 0.0))
-        carry(h, new, h_r, reset, k, n, t, row, unit, H, length, B, inside, reverse)
+        carry(h, new, h_reset, reset, k, n, t, row, unit, H, length, B, inside, reverse)
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
-def backward_step(gy, gc_all, dh, arrived, dm, dc, dc_next, c_all, gates, c_0, lengths, reset, c_r, dgx, dc_r, idle, k,
-                  n, reverse, B, H: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr,
+def backward_step(gy, gc_all, dh, arrived, dm, dc, dc_next, c_all, gates, c_0, lengths, reset, c_reset, dgx, dc_reset,
+                  idle, k, n, reverse, B, H: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr,
                   BLOCK_H: tl.constexpr):  # fmt: skip
     """dgx at the step's time, and dc_next of dc. With a projection `arrived` [B, N] is the whole gradient of the state
     and dm = arrived W_hr; else both are None, and dh + gy is."""
@@ -199,13 +199,13 @@ def backward_step(gy, gc_all, dh, arrived, dm, dc, dc_next, c_all, gates, c_0, l
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
     length = length_of(lengths, row, n, B)
-    t = place(k, n, 1 - reverse)
+    t = time_index(k, n, 1 - reverse)
     at = t * B + row
     lives = t < length
     live = lives[:, None] & inside[None, :]
     i, f, g, o = load4(gates, at, unit, H, live)
     c = load(c_all, at, unit, H, live)
-    c_before = entered(c_all, c_0, c_r, reset, t, row, unit, H, length, B, inside, reverse)
+    c_before = previous_state(c_all, c_0, c_reset, reset, t, row, unit, H, length, B, inside, reverse)
     if dm is not None:
         d = load(dm, row, unit, H, live)
     else:
@@ -225,6 +225,6 @@ def backward_step(gy, gc_all, dh, arrived, dm, dc, dc_next, c_all, gates, c_0, l
     new_dc = tl.where(live, back_c, load(dc, row, unit, H, valid))
     if reset is not None:
         cut = is_cut(reset, t, row, length, B, reverse)[:, None]
-        store(dc_r, row, unit, H, valid, load(dc_r, row, unit, H, valid) + tl.where(cut, new_dc, 0.0))
+        store(dc_reset, row, unit, H, valid, load(dc_reset, row, unit, H, valid) + tl.where(cut, new_dc, 0.0))
         new_dc = tl.where(cut, 0.0, new_dc)
     store(dc_next, row, unit, H, valid, new_dc)

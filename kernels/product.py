@@ -5,8 +5,8 @@ follow one another on the stream and never wait for the host. Programs share a m
 
 A product's sizes are numbers at run time, so one serves every H. Triton compiles a kernel anew for each set of numbers
 and addresses that are multiples of 16, or 1: so there are two of each product, of one source. The one is started
-where all its sizes are multiples of 16, which it knows then, and reads rows 16 bytes at once; `_odd` knows nothing of
-its sizes and addresses.
+where all its sizes are multiples of 16, which it knows then, and reads rows 16 bytes at once; `_unaligned` knows
+nothing of its sizes and addresses.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .shared import dot, is_cut, length_of, load, matrix, place, replaced, rows, store
+from .shared import dot, is_cut, length_of, load, matrix, replaced, rows, store, time_index
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def units(BLOCK: tl.constexpr):
     return tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
 
 
-def odd(kernel: Any, sizes: list[str], pointers: list[str]) -> Any:
+def unaligned(kernel: Any, sizes: list[str], pointers: list[str]) -> Any:
     """The same kernel, compiled once whatever these sizes and the pointers' addresses are."""
     return triton.jit(kernel.fn, do_not_specialize=sizes, do_not_specialize_on_alignment=pointers)
 
@@ -51,7 +51,7 @@ def product(a, a_width, w, out, out_width, B, K, N, TRANSPOSED: tl.constexpr, PR
     store(out, row, unit, out_width, live[:, None] & (unit < N)[None, :], acc)
 
 
-product_odd = odd(product, sizes=["a_width", "out_width", "B", "K", "N"], pointers=["a", "w", "out"])
+product_unaligned = unaligned(product, sizes=["a_width", "out_width", "B", "K", "N"], pointers=["a", "w", "out"])
 
 
 @triton.jit
@@ -67,17 +67,17 @@ def carry(state, new, by, reset, k, n, t, row, unit, width, length, B, inside, r
 
 
 @triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
-def settle(new, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B, N: tl.constexpr, BLOCK_B: tl.constexpr,
+def settle(new, h, lengths, reset, h_reset, y, k, n, t0, total, reverse, B, N: tl.constexpr, BLOCK_B: tl.constexpr,
            BLOCK_N: tl.constexpr):  # fmt: skip
     """The projected state of a step, new [B, N], becomes its output and the state of the next."""
     row, unit = rows(BLOCK_B), units(BLOCK_N)
     length = length_of(lengths, row, total, B)
-    j = place(k, n, reverse)
+    j = time_index(k, n, reverse)
     inside = unit < N
     valid = (row < B)[:, None] & inside[None, :]
     value = load(new, row, unit, N, valid)
     store(y, j * B + row, unit, N, valid, tl.where((t0 + j < length)[:, None], value, 0.0))
-    carry(h, value, h_r, reset, k, n, t0 + j, row, unit, N, length, B, inside, reverse)
+    carry(h, value, h_reset, reset, k, n, t0 + j, row, unit, N, length, B, inside, reverse)
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
@@ -85,7 +85,7 @@ def arrive(gy, dh, lengths, arrived, dp, k, n, reverse, B, N: tl.constexpr, BLOC
            BLOCK_N: tl.constexpr):  # fmt: skip
     """The whole gradient of a projected state, into `arrived` [B, N] fp32 and dp [n, B, N]; 0 beyond a length."""
     row, unit = rows(BLOCK_B), units(BLOCK_N)
-    j = place(k, n, 1 - reverse)
+    j = time_index(k, n, 1 - reverse)
     live = j < length_of(lengths, row, n, B)
     valid = (row < B)[:, None] & (unit < N)[None, :]
     d = load(dh, row, unit, N, valid) + load(gy, j * B + row, unit, N, valid)
@@ -107,16 +107,16 @@ def is_idle_row(d, g, j, row, width, live, B, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
-def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n, reverse, B, K, N,
+def product_back(dgh, dgh_width, w, direct, dh, dh_reset, idle, lengths, reset, k, n, reverse, B, K, N,
                  PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_K: tl.constexpr):  # fmt: skip
-    """dh [B, N] of a step becomes that of the step before: direct + dgh W. A cut sends it to dh_r instead.
+    """dh [B, N] of a step becomes that of the step before: direct + dgh W. A cut sends it to dh_reset instead.
 
     dgh: K of dgh_width columns at the step's time; w [K, N]; idle [B]: rows that pass on zeros, None where none does.
     """
     row, unit = rows(BLOCK_B), units(BLOCK_N)
     length = length_of(lengths, row, n, B)
-    j = place(k, n, 1 - reverse)
+    j = time_index(k, n, 1 - reverse)
     inside = unit < N
     valid = (row < B)[:, None] & inside[None, :]
     acc = sums(dgh, j * B + row, dgh_width, w, N, 1, unit, row < B, K, N, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
@@ -126,13 +126,13 @@ def product_back(dgh, dgh_width, w, direct, dh, dh_r, idle, lengths, reset, k, n
     d = tl.where((j < length)[:, None], back, load(dh, row, unit, N, valid))
     if reset is not None:
         at = is_cut(reset, j, row, length, B, reverse)[:, None]
-        store(dh_r, row, unit, N, valid, load(dh_r, row, unit, N, valid) + tl.where(at, d, 0.0))
+        store(dh_reset, row, unit, N, valid, load(dh_reset, row, unit, N, valid) + tl.where(at, d, 0.0))
         d = tl.where(at, 0.0, d)
     store(dh, row, unit, N, valid, d)
 
 
-product_back_odd = odd(
+product_back_unaligned = unaligned(
     product_back,
     sizes=["k", "n", "reverse", "dgh_width", "B", "K", "N"],
-    pointers=["dgh", "w", "direct", "dh", "dh_r", "idle", "lengths", "reset"],
+    pointers=["dgh", "w", "direct", "dh", "dh_reset", "idle", "lengths", "reset"],
 )

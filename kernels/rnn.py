@@ -16,13 +16,13 @@ from .shared import (
     length_of,
     load,
     matrix,
-    nothing,
-    place,
     relu,
     replaced,
     rows,
     store,
     tanh,
+    time_index,
+    zero_accumulator,
 )
 
 
@@ -41,8 +41,8 @@ def step_vjp(dh, h, RELU: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n", "t0", "total", "reverse", "B"])
-def forward(gx, w_hh, h_0, lengths, reset, h_r, y, h_n, n, t0, total, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
-            PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+def forward(gx, w_hh, h_0, lengths, reset, h_reset, y, h_n, n, t0, total, reverse, B, RELU: tl.constexpr,
+            H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
@@ -50,20 +50,20 @@ def forward(gx, w_hh, h_0, lengths, reset, h_r, y, h_n, n, t0, total, reverse, B
     w = matrix(w_hh, unit, unit, 1, H, H, H)
     h = load(h_0, row, unit, H, valid)
     for k in tl.range(0, n):
-        j = place(k, n, reverse)
+        j = time_index(k, n, reverse)
         t = t0 + j
         live = (t < length)[:, None] & inside[None, :]
         x = load(gx, j * B + row, unit, H, live)
         if reset is not None:
-            h = replaced(h, h_r, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
-        new = step(x, dot(h, w, nothing(h, BLOCK_H), PRECISION), RELU)
+            h = replaced(h, h_reset, is_cut(reset, t, row, length, B, reverse), row, unit, H, inside)
+        new = step(x, dot(h, w, zero_accumulator(h, BLOCK_H), PRECISION), RELU)
         h = tl.where(live, new, h)
         store(y, j * B + row, unit, H, valid, tl.where(live, new, 0.0))
     store(h_n, row, unit, H, valid, h)
 
 
 @triton.jit(do_not_specialize=["n", "reverse", "B"])
-def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
+def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_reset, n, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
              PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)
     inside = unit < H
@@ -73,12 +73,12 @@ def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, reverse, B, 
     dh = load(gh_n, row, unit, H, valid)
     to_r = tl.zeros_like(dh)
     for k in tl.range(0, n):
-        t = place(k, n, 1 - reverse)
+        t = time_index(k, n, 1 - reverse)
         at = t * B + row
         live = (t < length)[:, None] & inside[None, :]
         d = tl.where(live, dh + load(gy, at, unit, H, live), 0.0)
         da = step_vjp(d, load(y, at, unit, H, live), RELU)
-        back = dot(da, w, nothing(da, BLOCK_H), PRECISION)
+        back = dot(da, w, zero_accumulator(da, BLOCK_H), PRECISION)
         if lengths is not None or reset is not None:
             idle = is_idle(d)
             da, back = keep(da, idle), keep(back, idle)
@@ -89,22 +89,22 @@ def backward(gy, gh_n, y, w_hh, lengths, reset, dgx, dh_0, dh_r, n, reverse, B, 
             to_r += tl.where(cut, dh, 0.0)
             dh = tl.where(cut, 0.0, dh)
     store(dh_0, row, unit, H, valid, dh)
-    store(dh_r, row, unit, H, valid, to_r)
+    store(dh_reset, row, unit, H, valid, to_r)
 
 
 @triton.jit(do_not_specialize=["k", "n", "t0", "total", "reverse", "B"])
-def forward_step(gx, gh, h, lengths, reset, h_r, y, k, n, t0, total, reverse, B, RELU: tl.constexpr, H: tl.constexpr,
-                 BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+def forward_step(gx, gh, h, lengths, reset, h_reset, y, k, n, t0, total, reverse, B, RELU: tl.constexpr,
+                 H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """gh [B, H] = h W_hhᵀ; h becomes the next step's."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     inside = unit < H
     valid = (row < B)[:, None] & inside[None, :]
     length = length_of(lengths, row, total, B)
-    j = place(k, n, reverse)
+    j = time_index(k, n, reverse)
     live = (t0 + j < length)[:, None] & inside[None, :]
     new = step(load(gx, j * B + row, unit, H, live), load(gh, row, unit, H, live), RELU)
     store(y, j * B + row, unit, H, valid, tl.where(live, new, 0.0))
-    carry(h, new, h_r, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
+    carry(h, new, h_reset, reset, k, n, t0 + j, row, unit, H, length, B, inside, reverse)
 
 
 @triton.jit(do_not_specialize=["k", "n", "reverse", "B"])
@@ -113,7 +113,7 @@ def backward_step(gy, y, dh, lengths, reset, dgx, idle, k, n, reverse, B, RELU: 
     """dgx at the step's time, for the product that makes the next dh of it; idle [B] for that product."""
     row, unit = rows(BLOCK_B), units(BLOCK_H)
     inside = unit < H
-    t = place(k, n, 1 - reverse)
+    t = time_index(k, n, 1 - reverse)
     at = t * B + row
     lives = t < length_of(lengths, row, n, B)
     live = lives[:, None] & inside[None, :]

@@ -87,7 +87,7 @@ def dot(a, w, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def nothing(a, BLOCK: tl.constexpr):
+def zero_accumulator(a, BLOCK: tl.constexpr):
     """An empty sum for a product of `a` with a matrix of BLOCK columns."""
     return tl.zeros((a.shape[0], BLOCK), tl.float32)
 
@@ -103,7 +103,7 @@ def rows(BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def place(k, n, reverse):
+def time_index(k, n, reverse):
     """Where in time the k-th step stands. A sum, since a choice between two made ptxas keep both and spill."""
     j = tl.full((), 0, tl.int64) + k
     return j + reverse * (n - 1 - 2 * j)
@@ -133,7 +133,7 @@ def replaced(state, by, at, row, unit, width, inside):
 
 
 @triton.jit
-def entered(states, first, by, reset, t, row, unit, width, length, B, inside, reverse):
+def previous_state(states, first, by, reset, t, row, unit, width, length, B, inside, reverse):
     """The state from which step t started, of `states` after each step; zeros where the row does not live."""
     before = t - 1 + 2 * reverse
     starts = (before < 0) | (before >= length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .backends.problem import Tensors
+from .backends.spec import LayerInputs
 
 
 def autocasting(device: str) -> bool:
@@ -14,7 +14,7 @@ def autocasting(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def layer_dtypes(cell: str, t: Tensors, *, fused: bool) -> tuple[torch.dtype, torch.dtype]:
+def layer_dtypes(cell: str, t: LayerInputs, *, fused: bool) -> tuple[torch.dtype, torch.dtype]:
     """What torch.nn computes in under autocast, and what it returns y and h_n in.
 
     float64 is left alone. On a GPU everything else is cast. On a CPU the vanilla RNN and oneDNN's LSTM are; where

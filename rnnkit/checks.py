@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .autocast import autocasting
-from .backends import Options, Tensors
+from .backends import LayerInputs, LayerOptions
 from .cells import CELLS, Cell
 
 
@@ -39,7 +39,7 @@ def shape(v: Tensor) -> list[int]:
     return list(v.shape)
 
 
-def visible(v: Tensor) -> bool:
+def can_read_values(v: Tensor) -> bool:
     """Whether values can be looked at without a copy to the host or a break in a graph."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
@@ -50,17 +50,17 @@ def visible(v: Tensor) -> bool:
 _compiling = torch.compiler.is_compiling
 _tracing = torch._C._is_tracing
 transforming = torch._C._are_functorch_transforms_active
-modes = torch._C._len_torch_dispatch_stack
-watching = torch._C._len_torch_function_stack  # TorchFunctionModes, a default device among them
+dispatch_modes = torch._C._len_torch_dispatch_stack
+function_modes = torch._C._len_torch_function_stack  # TorchFunctionModes, a default device among them
 
 
-def plain(*given: Tensor | None) -> bool:
+def is_plain_eager(*given: object) -> bool:
     """Whether a call with these tensors is an ordinary eager one, which a backend's operators may take directly.
 
     Not while torch compiles, exports or traces; not under a functorch transform, forward mode or a dispatch mode; not
     for subclasses of Tensor. Autocast is the caller's to ask for.
     """
-    if _compiling() or _tracing() or transforming() or modes() or forward_ad._current_level >= 0:
+    if _compiling() or _tracing() or transforming() or dispatch_modes() or forward_ad._current_level >= 0:
         return False
     for v in given:  # noqa: SIM110 (a loop costs half of what all() does)
         if type(v) is not Tensor and type(v) is not Parameter and v is not None:
@@ -120,7 +120,7 @@ def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> 
     if tuple(lengths.shape) != (rows,):
         raise ValueError(f"lengths must be [B] = [{rows}], got {shape(lengths)}")
     whole = lengths.to(torch.int64)  # before T is compared: an int8 would wrap it, unsigned types know no order
-    if visible(lengths) and lengths.numel():
+    if can_read_values(lengths) and lengths.numel():
         wrong = (whole < 0) | (whole > steps)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
@@ -142,7 +142,7 @@ def reset_of(reset: object, steps: int, rows: int, device: torch.device) -> Tens
         raise ValueError(f"reset must be [T, B] = [{steps}, {rows}], got {shape(reset)}")
     if reset.dtype == torch.bool:
         return reset.to(device=device)
-    if visible(reset) and reset.numel():
+    if can_read_values(reset) and reset.numel():
         wrong = (reset != 0) & (reset != 1)
         if bool(wrong.any()):
             t, b = (int(i) for i in wrong.nonzero()[0])
@@ -213,8 +213,8 @@ def layer(
     reverse: bool = False,
     all_states: bool = False,
     recompute: bool = False,
-) -> tuple[Tensors, Options]:
-    """The arguments of `ops.layer`, checked. Missing initial states stay None; `Tensors.filled` makes them zeros."""
+) -> tuple[LayerInputs, LayerOptions]:
+    """The arguments of `ops.layer`, checked. Initial states that are missing stay None."""
     kind = cell_named(cell)
     expect_bool(reverse, "reverse")
     expect_bool(all_states, "all_states")
@@ -247,8 +247,8 @@ def layer(
     if reset is not None:
         reset = reset_of(reset, steps, rows, x.device)
     _same(x, _NAMES, (w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_r, c_r))
-    t = Tensors(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r)  # type: ignore[arg-type]
-    return t, Options(reverse, all_states, recompute)
+    t = LayerInputs(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r)  # type: ignore[arg-type]
+    return t, LayerOptions(reverse, all_states, recompute)
 
 
 _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0", "reset_state", "reset_state[1]")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends import BACKENDS, BY_NAME, Problem, preference, record, recorded
+from .backends import BACKENDS, BY_NAME, LayerSpec, preference, record, recorded
 from .nn.base import Recurrent
 
 UNMEASURED = "in the table's order: nothing is recorded of this cell on this device"
@@ -24,7 +24,7 @@ class Choice:
 
     name: str
     layer: int
-    problem: Problem
+    problem: LayerSpec
     asked: str
     backend: str
     reasons: dict[str, list[str]]
@@ -100,7 +100,8 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
         An object whose `str()` is a table and whose `to_dict()` is the same for a program. Nothing is printed.
 
     Raises:
-        What the call itself raises; TypeError where `module` is not one.
+        TypeError: `module` is no module.
+        Exception: what the call itself raises.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"rnnkit.explain takes an nn.Module and its input, got {type(module).__name__}")
@@ -146,14 +147,14 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
     return Explanation(tuple(choices))
 
 
-def _reasons(problem: Problem, asked: str, chosen: str) -> dict[str, list[str]]:
+def _reasons(problem: LayerSpec, asked: str, chosen: str) -> dict[str, list[str]]:
     """What speaks against each backend that was not chosen."""
     reasons = {}
     for backend in BACKENDS:
         if backend.name != chosen:
             why = backend.unsupported(problem)
             after = f"can run it; auto asks {chosen} first" if asked == "auto" else f"can run it; {asked} was asked for"
-            reasons[backend.name] = why or [backend.reluctant(problem) or after]
+            reasons[backend.name] = why or [backend.auto_exclusion_reason(problem) or after]
     return reasons
 
 

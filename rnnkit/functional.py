@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, ops, streams
-from .backends import Options
+from . import checks, ops
+from .backends import LayerOptions
 from .cells import CELLS
+from .layer import streams
 from .layouts import Layout
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -110,8 +111,9 @@ def lstm(
         (h_all [L·D, T, B, N], c_all [L·D, T, B, H]), [L·D, B, T, ·] with batch_first, without B when unbatched.
 
     Raises:
-        ValueError: sizes, ranks, values. TypeError: types, dtypes. NotImplementedError: a named backend that cannot
-            run this problem, with its reasons.
+        ValueError: sizes, ranks, values.
+        TypeError: types, dtypes.
+        NotImplementedError: a named backend that cannot run this layer, with its reasons.
     """
     return stack(
         "lstm",
@@ -183,7 +185,7 @@ def rnn_cell(
     nonlinearity: str = "tanh",
     backend: str = "auto",
 ) -> Tensor:
-    """One step of a vanilla RNN: input [B, I], hx [B, H] or None, weights w_ih, w_hh[, b_ih, b_hh] -> [B, H]."""
+    """One step of a vanilla RNN: input [B, I], hx [B, H] or None, weights w_ih, w_hh and maybe b_ih, b_hh -> [B, H]."""
     return step(rnn_named(nonlinearity), input, hx, weights, backend)
 
 
@@ -279,9 +281,9 @@ def stack(
             raise ValueError("lengths must be None with a PackedSequence, which brings its own")
         if layout.dims == 2 and isinstance(lengths, Tensor) and lengths.dim() == 0:
             lengths = lengths[None]
-    marks = None if reset is None else layout.marks(reset)
+    reset_mask = None if reset is None else layout.reset_mask(reset)
     if layout.dims == 2:
-        h_0, c_0, h_r, c_r = (layout.rows_in(v) for v in (h_0, c_0, h_r, c_r))
+        h_0, c_0, h_r, c_r = (layout.states_to_internal(v) for v in (h_0, c_0, h_r, c_r))
     lengths = lengths if layout.lengths is None else layout.lengths
 
     drops = dropout > 0 and training and num_layers > 1
@@ -303,7 +305,7 @@ def stack(
             None if c_0 is None else c_0[i],
             pieces[i],
             lengths=lengths,
-            reset=marks,
+            reset=reset_mask,
             reset_state=again,
             reverse=d == 1,
             all_states=return_all_states,
@@ -313,10 +315,10 @@ def stack(
 
     def both(k: int, x: Tensor) -> tuple[Layer, ...]:
         if streams.on_gpu(x):
-            given, how = (h_0, c_0, h_r, c_r), Options(True, return_all_states, recompute)
+            given, how = (h_0, c_0, h_r, c_r), LayerOptions(True, return_all_states, recompute)
             last = pieces[2 * k + 1]
-            if ops.overlaps(cell, x, last, *given, lengths=lengths, reset=marks, options=how, backend=backend):
-                side = streams.beside(x)
+            if ops.overlaps(cell, x, last, *given, lengths=lengths, reset=reset_mask, options=how, backend=backend):
+                side = streams.side_stream_of(x)
                 if side is not None:
                     return _at_once(functools.partial(direction, k), x, side)
         return direction(k, 0, x), direction(k, 1, x)
@@ -337,17 +339,17 @@ def stack(
     untracked = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     if untracked and len(finals) == 1:  # h_n[None] is no view to autograd there, which detach_() would refuse
         h_n, c_n = finals[0]
-        states: Any = layout.rows_out(h_n[None])
+        states: Any = layout.states_to_caller(h_n[None])
         if c_n is not None:
-            states = states, layout.rows_out(c_n[None])
+            states = states, layout.states_to_caller(c_n[None])
     else:
-        states = _pair(kind.has_c, finals, layout.rows_out)
+        states = _pair(kind.has_c, finals, layout.states_to_caller)
     if return_all_states:
         return layout.output(x), states, _pair(kind.has_c, everything, layout.all_states)
     return layout.output(x), states
 
 
-def _at_once(run: Callable[[int, Tensor], Layer], x: Tensor, side: streams.Side) -> tuple[Layer, Layer]:
+def _at_once(run: Callable[[int, Tensor], Layer], x: Tensor, side: streams.SideStream) -> tuple[Layer, Layer]:
     """Both directions of a layer of x: the reverse one on the side's stream, the forward one on the current.
 
     The reverse one first: autograd begins with the node that was made last, so that its backward, which the current

@@ -54,7 +54,7 @@ class Layout:
         """Dropout between layers, drawn over the same elements in the same order as torch.nn draws it."""
         return self._pad(F.dropout(self._pack(y), p)) if self.packed else F.dropout(y, p)
 
-    def marks(self, reset: Tensor | PackedSequence) -> Tensor:
+    def reset_mask(self, reset: Tensor | PackedSequence) -> Tensor:
         """`reset` in the input's layout as [T, B]."""
         if self.packed:
             if not isinstance(reset, PackedSequence):
@@ -87,7 +87,7 @@ class Layout:
             return reset.unsqueeze(1)
         return reset.transpose(0, 1) if self.batch_first else reset
 
-    def rows_in(self, state: Tensor | None) -> Tensor | None:
+    def states_to_internal(self, state: Tensor | None) -> Tensor | None:
         """A state as the caller holds it -> [L·D, B, N] in our order of rows."""
         if state is None:
             return None
@@ -96,7 +96,7 @@ class Layout:
             return state if order is None else state.index_select(1, order)
         return state.unsqueeze(1) if self.dims == 2 else state
 
-    def rows_out(self, state: Tensor) -> Tensor:
+    def states_to_caller(self, state: Tensor) -> Tensor:
         """[L·D, B, N] in our order of rows -> as the caller holds it."""
         if self.packed:
             order = self.source.unsorted_indices

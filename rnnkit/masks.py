@@ -1,4 +1,4 @@
-"""Which rows live at which step, and where their state is cut: lengths and resets as boolean tensors.
+"""Which steps a row has, and before which its state is replaced: lengths and resets as boolean tensors.
 
 Shapes: T steps, B rows. `lengths` is [B], `reset` [T, B] bool. Used by the reference scan and by the products
 around every kernel; kernels themselves compare indices instead.
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 
-def live(lengths: Tensor | None, steps: int, device: torch.device) -> Tensor | None:
+def valid_mask(lengths: Tensor | None, steps: int, device: torch.device) -> Tensor | None:
     """[T, B, 1]: step t belongs to row b, t < lengths[b]. None where every step does."""
     if lengths is None:
         return None
     return (torch.arange(steps, device=device)[:, None] < lengths).unsqueeze(-1)
 
 
-def cut(reset: Tensor | None, alive: Tensor | None, reverse: bool) -> Tensor | None:
+def reset_mask(reset: Tensor | None, valid: Tensor | None, reverse: bool) -> Tensor | None:
     """[T, B, 1]: the state is replaced before step t is processed. None where it never is.
 
     A reset at step t separates t - 1 from t. Backwards, t - 1 is processed after t, so the cut comes before t - 1,
@@ -26,8 +26,8 @@ def cut(reset: Tensor | None, alive: Tensor | None, reverse: bool) -> Tensor | N
     if reset is None:
         return None
     at = reset.unsqueeze(-1)
-    if alive is not None:
-        at = at & alive
+    if valid is not None:
+        at = at & valid
     if reverse:
         at = torch.cat([at[1:], torch.zeros_like(at[:1])])
     return at
@@ -43,7 +43,7 @@ def previous(
 ) -> Tensor:
     """[T, B, N]: the state that each step started from.
 
-    `states` [T, B, N] after each step, `first` [B, N] the initial one, `at` what `cut` returned, `by` [B, N] the
+    `states` [T, B, N] after each step, `first` [B, N] the initial one, `at` what `reset_mask` returned, `by` [B, N] the
     state at a cut. Backwards a row starts at its own last valid step.
     """
     if not reverse:

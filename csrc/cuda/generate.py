@@ -1,4 +1,4 @@
-"""Writes the .cu files that compile the CUDA kernels: one for each row of rnnkit/backends/cuda_table.py.
+"""Writes the .cu files that compile the CUDA kernels: one for each row of rnnkit/backends/cuda/configs.py.
 
     python csrc/cuda/generate.py FOLDER
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-TABLE = Path(__file__).resolve().parents[2] / "rnnkit" / "backends" / "cuda_table.py"
+TABLE = Path(__file__).resolve().parents[2] / "rnnkit" / "backends" / "cuda" / "configs.py"
 
 
 def table() -> ModuleType:

@@ -2,7 +2,7 @@
 
     python csrc/cuda/nvcc.py      prints the folder of the toolkit; exit code 1 where there is none
 
-For setup.py and benchmarks/cuda_table.py, which load this by its path: one builds what the other proves.
+For setup.py and benchmarks/usage/cuda_usage.py, which load this by its path: one builds what the other proves.
 """
 
 from __future__ import annotations

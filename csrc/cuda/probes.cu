@@ -469,7 +469,7 @@ double probe(const char* what, int64_t size, Stream given) {
     const auto kernel = name == "cluster_barrier" ? cluster_barriers<false> : cluster_barriers<true>;
     return in_clusters(kernel, size, threads, rounds, what, stream) / each;
   }
-  throw std::runtime_error("rnnkit: there is no probe " + name + "; benchmarks/probes.py has their names");
+  throw std::runtime_error("rnnkit: there is no probe " + name + "; benchmarks/gpu_check/probes.py has their names");
 }
 
 }  // namespace rnnkit::cuda

@@ -2,7 +2,7 @@
 // torch, and no CUDA: ops.cpp fills these structures in from tensors, the tests from memory of a CPU.
 //
 // Every regime stands behind the same two functions, Kernel::bytes and Kernel::run: cta.cuh and step.cuh are
-// two, another one is another file and further rows of rnnkit/backends/cuda_table.py. Each row is compiled as
+// two, another one is another file and further rows of rnnkit/backends/cuda/configs.py. Each row is compiled as
 // a source of its own (generate.py), which enters its kernel here under its name.
 //
 // Shapes: n steps, B rows, H units, N the size of the state (P with a projection, else H), G gates, K blocks

@@ -1,5 +1,5 @@
 // One layer in one direction over all T on the CPU: what torch/schemas.cpp registers. Shapes as in
-// rnnkit/backends/problem.py.
+// rnnkit/backends/spec.py.
 
 #pragma once
 

@@ -12,22 +12,23 @@ from .. import masks
 from ..cells import Cell, compute_dtype
 from ..reference import STEPS, State, Weights, scan
 from ..reference.scan import ScanGradients
-from .problem import Options, Outputs, Problem, Result, Tensors
-from .products import Gradient, KernelBackend, bias_inside
+from .base import Gradient
+from .scan_backend import ScanBackend, bias_inside
+from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 
 
-def _weights(cell: Cell, t: Tensors) -> Weights:
+def _weights(cell: Cell, t: LayerInputs) -> Weights:
     return Weights(t.w_hh, bias_inside(cell, t), t.w_hr)
 
 
-def _cuts(t: Tensors) -> scan.Cuts:
-    return scan.Cuts(t.lengths, t.reset, t.h_r, t.c_r)
+def _masking(t: LayerInputs) -> scan.LengthsAndResets:
+    return scan.LengthsAndResets(t.lengths, t.reset, t.h_reset, t.c_reset)
 
 
-class Reference(KernelBackend):
+class Reference(ScanBackend):
     name = "reference"
 
-    def unsupported(self, problem: Problem) -> list[str]:
+    def unsupported(self, spec: LayerSpec) -> list[str]:
         return []
 
     def formula(self, cell: Cell) -> scan.StepFunction:
@@ -35,17 +36,24 @@ class Reference(KernelBackend):
         return STEPS[cell.name][0]
 
     def scan_forward(
-        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: Tensors, *, t0: int, reverse: bool, save: bool
+        self, cell: Cell, gx: Tensor, h: Tensor, c: Tensor | None, t: LayerInputs, *, t0: int, reverse: bool, save: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         y, last, c_all, gates = scan.forward(
-            self.formula(cell), gx, State(h, c), _weights(cell, t), _cuts(t), t0=t0, reverse=reverse
+            self.formula(cell), gx, State(h, c), _weights(cell, t), _masking(t), t0=t0, reverse=reverse
         )
         if gates is None and cell.saved:  # no step was made
             gates = gx.new_zeros((0, gx.shape[1], cell.saved * t.w_hh.shape[0] // cell.gates))
         return y, last.h, last.c, c_all, gates
 
     def scan_backward(
-        self, cell: Cell, grads: Outputs, y: Tensor, c_all: Tensor | None, gates: Tensor | None, t: Tensors, o: Options
+        self,
+        cell: Cell,
+        grads: LayerOutputs,
+        y: Tensor,
+        c_all: Tensor | None,
+        gates: Tensor | None,
+        t: LayerInputs,
+        o: LayerOptions,
     ) -> ScanGradients:
         return scan.backward(
             STEPS[cell.name][1],
@@ -55,25 +63,32 @@ class Reference(KernelBackend):
             gates,
             State(t.h_0, t.c_0),
             _weights(cell, t),
-            _cuts(t),
+            _masking(t),
             reverse=o.reverse,
         )
 
-    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
-        alive = masks.live(t.lengths, t.x.shape[0], t.x.device)
+    def forward(self, cell: str, t: LayerInputs, o: LayerOptions, *, train: bool, graph: bool = False) -> Result:
+        alive = masks.valid_mask(t.lengths, t.x.shape[0], t.x.device)
         if alive is not None:  # also for torch's own derivatives of this function
             t = t._replace(x=t.x.masked_fill(~alive, 0))
         wide = compute_dtype(t.x.dtype)
         outputs, saved, _ = super().forward(cell, t.cast(wide), o, train=train)
         if o.recompute:
             saved = tuple(v.to(t.x.dtype) for v in saved)
-        return Result(Outputs(*(None if v is None else v.to(t.x.dtype) for v in outputs)), saved)  # type: ignore[arg-type]
+        return Result(LayerOutputs(*(None if v is None else v.to(t.x.dtype) for v in outputs)), saved)  # type: ignore[arg-type]
 
     def backward(
-        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+        self,
+        cell: str,
+        t: LayerInputs,
+        o: LayerOptions,
+        y: Tensor,
+        result: Result | None,
+        grads: LayerOutputs,
+        needs: list[bool],
     ) -> list[Gradient]:
         wide = compute_dtype(t.x.dtype)
-        upcast = Outputs(*(None if g is None else g.to(wide) for g in grads))  # type: ignore[arg-type]
+        upcast = LayerOutputs(*(None if g is None else g.to(wide) for g in grads))  # type: ignore[arg-type]
         if result is not None:
             result = result._replace(saved=tuple(v.to(wide) for v in result.saved))
         every = super().backward(cell, t.cast(wide), o, y.to(wide), result, upcast, needs)

@@ -11,49 +11,56 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import Options, Outputs, Problem, Result, Tensors
-from .products import Backend, Gradient
+from .base import Backend, Gradient
+from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
 
 
-def _call(cell: str, t: Tensors, reverse: bool, train: bool) -> Outputs:
+def _call(cell: str, t: LayerInputs, reverse: bool, train: bool) -> LayerOutputs:
     run = getattr(torch._VF, cell)  # of the same names
     weights = [w for w in (t.w_ih, t.w_hh, t.b_ih, t.b_hh, t.w_hr) if w is not None]
     h_0 = t.h_0[None]
     hx = h_0 if t.c_0 is None else (h_0, t.c_0[None])
     x = t.x.flip(0) if reverse else t.x
     y, *last = run(x, hx, weights, t.b_ih is not None, 1, 0.0, train, False, False)
-    return Outputs(y.flip(0) if reverse else y, last[0][0], last[1][0] if len(last) > 1 else None, None)
+    return LayerOutputs(y.flip(0) if reverse else y, last[0][0], last[1][0] if len(last) > 1 else None, None)
 
 
 class Torch(Backend):
     name = "torch"
 
-    def unsupported(self, problem: Problem) -> list[str]:
-        reasons = [f"torch.nn's layers do not know {extra}" for extra in problem.extras]
-        if problem.steps == 0:
+    def unsupported(self, spec: LayerSpec) -> list[str]:
+        reasons = [f"torch.nn's layers do not know {extra}" for extra in spec.extras]
+        if spec.steps == 0:
             reasons.append("torch's layers need at least one step, got T=0")
-        if problem.hidden_size == 0:
+        if spec.hidden_size == 0:
             reasons.append("torch's layers need at least one unit, got H=0")
         return reasons
 
-    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
+    def forward(self, cell: str, t: LayerInputs, o: LayerOptions, *, train: bool, graph: bool = False) -> Result:
         if not (train and graph):
             return Result(_owned(_call(cell, t, o.reverse, train)))
-        inner = Tensors(*(v if v is None else v.detach().requires_grad_(v.requires_grad) for v in t))  # type: ignore[arg-type]
+        inner = LayerInputs(*(v if v is None else v.detach().requires_grad_(v.requires_grad) for v in t))  # type: ignore[arg-type]
         with torch.enable_grad():
             outputs = _call(cell, inner, o.reverse, train)
-        outer = Outputs(*(None if v is None else v.detach() for v in outputs))  # type: ignore[arg-type]
+        outer = LayerOutputs(*(None if v is None else v.detach() for v in outputs))  # type: ignore[arg-type]
         return Result(outer, graph=(inner, outputs))
 
     def backward(
-        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+        self,
+        cell: str,
+        t: LayerInputs,
+        o: LayerOptions,
+        y: Tensor,
+        result: Result | None,
+        grads: LayerOutputs,
+        needs: list[bool],
     ) -> list[Gradient]:
         if result is not None and result.graph is not None:
             inner, outputs = result.graph
             keep = torch._C._autograd._get_current_graph_task_keep_graph()
         else:
             wanted = zip(t, needs, strict=True)
-            inner = Tensors(*(v if v is None else v.detach().requires_grad_(need) for v, need in wanted))  # type: ignore[arg-type]
+            inner = LayerInputs(*(v if v is None else v.detach().requires_grad_(need) for v, need in wanted))  # type: ignore[arg-type]
             with torch.enable_grad():
                 outputs = _call(cell, inner, o.reverse, True)
             keep = False
@@ -71,9 +78,9 @@ class Torch(Backend):
         return [_zeros(v, need) if g is None else g for g, v, need in zip(every, t, needs, strict=True)]
 
 
-def _owned(outputs: Outputs) -> Outputs:
+def _owned(outputs: LayerOutputs) -> LayerOutputs:
     """The same in memory of their own: an operator's results may not be views of one another."""
-    return Outputs(*(None if v is None else v.contiguous() if v._base is None else v.clone() for v in outputs))  # type: ignore[arg-type]
+    return LayerOutputs(*(None if v is None else v.contiguous() if v._base is None else v.clone() for v in outputs))  # type: ignore[arg-type]
 
 
 def _zeros(like: Tensor | None, need: bool) -> Gradient:

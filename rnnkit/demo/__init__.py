@@ -23,8 +23,8 @@ from torch import nn
 
 from .. import GRU, LSTM, RNN, explain
 from ..backends import NAMES, check_name
-from ..info import versions
-from ..progress import Progress
+from ..cli.info import versions
+from ..cli.progress import Progress
 from . import model, report, text, train
 from .text import InputError
 
@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
         check_name(options.backend)
         check_out(options.out)
         corpus = text.load(options.text)
-        where = train.place()
+        where = train.join_processes()
     except train.NoDevice as error:
         return _complain(error, 3)
     except ValueError as error:
@@ -72,7 +72,7 @@ def main(options: argparse.Namespace) -> int:
 class Demo:
     """The two runs and what is said and written about them; process 0 alone speaks and writes."""
 
-    def __init__(self, options: argparse.Namespace, corpus: text.Corpus, where: train.Place) -> None:
+    def __init__(self, options: argparse.Namespace, corpus: text.Corpus, where: train.ProcessInfo) -> None:
         self.options, self.corpus, self.where = options, corpus, where
         torch_layer, our_layer = LAYERS[options.cell]
         ours = functools.partial(our_layer, backend=options.backend)
@@ -92,16 +92,16 @@ class Demo:
             interrupted = True
             # The process ends here, once it has written: torchrun sends on the signal that the terminal has sent.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        gate = report.compare(self.theirs.loss, self.ours.loss)
-        if self._speaks():
-            self._report(gate, interrupted)
-        return 130 if interrupted else 0 if gate.passed else 1
+        check = report.compare(self.theirs.loss, self.ours.loss)
+        if self._is_first_process():
+            self._report(check, interrupted)
+        return 130 if interrupted else 0 if check.passed else 1
 
     def _make_folder(self) -> None:
-        if self._speaks():
+        if self._is_first_process():
             self.options.out.mkdir(parents=True, exist_ok=True)
 
-    def _speaks(self) -> bool:
+    def _is_first_process(self) -> bool:
         return self.where.rank == 0
 
     def _backends(self) -> list[str]:
@@ -113,7 +113,7 @@ class Demo:
 
     def _train(self) -> None:
         common = (self.corpus, self.where)
-        if self._speaks():
+        if self._is_first_process():
             self._say(
                 f"{self.options.cell.upper()}, {model.LAYERS} layers of {model.HIDDEN}, learns {self.corpus.source} "
                 f"({len(self.corpus.train):,} characters) on {_device(self.where)}"
@@ -121,23 +121,23 @@ class Demo:
         for layer in self.layers:  # what torch sets up once is no run's cost
             train.train(train.Run("first step"), layer, *common, steps=1, seed=self.options.seed)
         for run, layer in zip((self.theirs, self.ours), self.layers, strict=True):
-            progress = Progress(run.name, self.options.steps, sys.stderr) if self._speaks() else None
+            progress = Progress(run.name, self.options.steps, sys.stderr) if self._is_first_process() else None
             trained = train.train(run, layer, *common, self.options.steps, self.options.seed, progress)
             train.evaluate(run, trained, self.corpus)
         self.sample = model.generate(trained, self.corpus.letters, PROMPT, SAMPLE, self.options.seed)
 
-    def _report(self, gate: report.Gate, interrupted: bool) -> None:
+    def _report(self, check: report.CurveCheck, interrupted: bool) -> None:
         runs = [self.theirs, self.ours]
         out = self.options.out
         self._make_folder()
-        report.write_json(out / "result.json", self._result(gate, interrupted))
+        report.write_json(out / "result.json", self._result(check, interrupted))
         written = [str(out / "result.json")]
         missing = None
         if self.theirs.loss:
             size = f"{model.LAYERS} × {model.HIDDEN}"
             title = f"{self.options.cell.upper()} character model, {size}: torch.nn and rnnkit from the same seed"
             try:
-                report.plot(out / "curves.png", self.theirs, self.ours, gate, title)
+                report.plot(out / "curves.png", self.theirs, self.ours, check, title)
                 written.append(str(out / "curves.png"))
             except ImportError:
                 missing = report.NO_PLOTS
@@ -146,21 +146,21 @@ class Demo:
         print(report.table(runs), "", report.footnotes(runs), "", sep="\n")
         if self.sample is not None:
             print(f"rnnkit's model writes (temperature {model.TEMPERATURE}):\n\n{self.sample}\n")
-        print(gate)
+        print(check)
         print("written:", ", ".join(written))
         if missing:
             print(missing)
         sys.stdout.flush()
 
-    def _result(self, gate: report.Gate, interrupted: bool) -> dict[str, Any]:
+    def _result(self, check: report.CurveCheck, interrupted: bool) -> dict[str, Any]:
         options, corpus = self.options, self.corpus
         return {
             "interrupted": interrupted,
             "gate": {
-                "steps": gate.steps,
-                "max_difference": gate.max_difference,
-                "tolerance": gate.tolerance,
-                "passed": gate.passed,
+                "steps": check.steps,
+                "max_difference": check.max_difference,
+                "tolerance": check.tolerance,
+                "passed": check.passed,
             },
             "unit": "bits per character",
             "runs": {run.name: run.to_dict() for run in (self.theirs, self.ours)},
@@ -214,7 +214,7 @@ def _complain(error: Exception | str, code: int) -> int:
     return code
 
 
-def _device(where: train.Place) -> str:
+def _device(where: train.ProcessInfo) -> str:
     name = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else "cpu"
     return f"{name}, {where.world} processes" if where.world > 1 else name
 

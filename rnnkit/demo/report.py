@@ -17,7 +17,7 @@ NO_PLOTS = "no curves.png, since matplotlib is not installed: pip install rnnkit
 
 
 @dataclass(frozen=True)
-class Gate:
+class CurveCheck:
     """Whether two loss curves lie on one another. max_difference is None where there is nothing to compare."""
 
     steps: int
@@ -38,13 +38,13 @@ class Gate:
         return f"{verdict}: {found} bits per character, {limit}"
 
 
-def compare(theirs: list[float], ours: list[float]) -> Gate:
+def compare(theirs: list[float], ours: list[float]) -> CurveCheck:
     """Hold the first steps of two loss curves against one another, as many as both have, at most COMPARED."""
     pairs = list(zip(theirs[:COMPARED], ours[:COMPARED], strict=False))
     differences = [abs(a - b) for a, b in pairs]
     if any(math.isnan(d) for d in differences):
-        return Gate(len(pairs), math.nan)
-    return Gate(len(pairs), max(differences, default=None))
+        return CurveCheck(len(pairs), math.nan)
+    return CurveCheck(len(pairs), max(differences, default=None))
 
 
 def table(runs: list[Run]) -> str:
@@ -84,7 +84,7 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(_strict(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def plot(path: Path, theirs: Run, ours: Run, gate: Gate, title: str) -> None:
+def plot(path: Path, theirs: Run, ours: Run, check: CurveCheck, title: str) -> None:
     """Both loss curves over one another, and what lies between them below. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -100,11 +100,11 @@ def plot(path: Path, theirs: Run, ours: Run, gate: Gate, title: str) -> None:
 
     both = [abs(a - b) for a, b in zip(theirs.loss, ours.loss, strict=False)]
     if both:
-        lower.axvspan(0.5, gate.steps + 0.5, color="0.92", label=f"compared: first {gate.steps} steps")
+        lower.axvspan(0.5, check.steps + 0.5, color="0.92", label=f"compared: first {check.steps} steps")
         lower.plot(range(1, len(both) + 1), both, color="black", lw=1, marker="." if len(both) < 50 else None)
-        lower.axhline(gate.tolerance, color="tab:red", ls=":", label=f"allowed there: {gate.tolerance:g}")
+        lower.axhline(check.tolerance, color="tab:red", ls=":", label=f"allowed there: {check.tolerance:g}")
         lower.set_yscale("symlog", linthresh=1e-7)
-        lower.set_ylim(-3e-8, 300 * max([gate.tolerance, *filter(math.isfinite, both)]))
+        lower.set_ylim(-3e-8, 300 * max([check.tolerance, *filter(math.isfinite, both)]))
         lower.legend(loc="upper right", ncols=2)
     lower.set_ylabel("|difference|\n(bits per character)")
     lower.set_xlabel("training step")

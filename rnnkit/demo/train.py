@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..progress import Progress
+from ..cli.progress import Progress
 from .memory import Peak
 from .model import CharModel
 from .text import BATCH, WINDOW, Corpus, InputError
@@ -29,7 +29,7 @@ class NoDevice(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """Where this process runs, and which one of how many it is."""
 
     device: torch.device
@@ -77,11 +77,11 @@ class Run:
         return {**asdict(self), "ms_per_step": self.ms_per_step(), "tokens_per_second": self.tokens_per_second()}
 
 
-def place() -> Place:
+def join_processes() -> ProcessInfo:
     """Join the other processes where torchrun started this one. Raises InputError, or NoDevice."""
     cuda = torch.cuda.is_available()
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return Place(torch.device("cuda" if cuda else "cpu"))
+        return ProcessInfo(torch.device("cuda" if cuda else "cpu"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda and local >= torch.cuda.device_count():
         raise NoDevice(f"process {local} on this machine has no GPU: there are {torch.cuda.device_count()}")
@@ -92,14 +92,14 @@ def place() -> Place:
         dist.init_process_group("nccl" if cuda else "gloo")
     except (ValueError, RuntimeError) as error:
         raise InputError(f"RANK and WORLD_SIZE are set, but the processes do not find one another: {error}") from None
-    return Place(device, dist.get_rank(), dist.get_world_size())
+    return ProcessInfo(device, dist.get_rank(), dist.get_world_size())
 
 
 def train(
     run: Run,
     layer: Callable[..., nn.Module],
     corpus: Corpus,
-    where: Place,
+    where: ProcessInfo,
     steps: int,
     seed: int,
     progress: Progress | None = None,

@@ -24,11 +24,13 @@ class GradientFlow:
     """‖∂L/∂h_t‖ over rows and units."""
 
     norms: dict[str, Tensor]
-    """By layer, as `recorded` names them: [T], in the order of time."""
+    """[T] for each layer, in the order of time. A layer has the name that it has in `gates`."""
     decay: dict[str, float]
-    """By layer: the factor by which the norm changes with each step that the gradient travels, of the straight line
-    through its logarithm (least squares). Below 1 it vanishes, above it explodes; NaN where fewer than two steps have
-    a gradient."""
+    """For each layer the factor by which the norm changes with each step that the gradient travels.
+
+    It belongs to the straight line through the norm's logarithm (least squares). Below 1 the gradient vanishes, above
+    it explodes; NaN where fewer than two steps have a gradient.
+    """
 
     def plot(self) -> Any:
         """A matplotlib figure: the norm, on a log axis, against the step."""

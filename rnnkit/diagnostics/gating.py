@@ -33,7 +33,9 @@ class Gates(dict[str, dict[str, Tensor]]):
         """A matplotlib figure: a heat map of units over time for each gate of one layer and row.
 
         Args:
-            layer: default: the first. row: of the batch. names: which gates, as letters; default: all.
+            layer: its name; the first where None.
+            row: of the batch.
+            names: which gates, as letters; all where None.
             labels: what stands at each step, for instance the characters of a text; T of them.
         """
         layer = next(iter(self)) if layer is None else layer

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 def forget_bias_(module: nn.Module, value: float = 1.0) -> nn.Module:
     """LSTM: the bias of the forget gate is `value` (b_ih) + 0 (b_hh), so that the cell keeps what it has at first.
 
-    R. Jozefowicz, W. Zaremba, I. Sutskever, "An empirical exploration of recurrent network architectures", ICML 2015.
+    Source: R. Jozefowicz, W. Zaremba, I. Sutskever, "An empirical exploration of recurrent network architectures",
+    ICML 2015.
     """
     for b_ih, b_hh, hidden in _biases(module, nn.LSTM, "forget_bias_"):
         with torch.no_grad():
@@ -25,10 +26,12 @@ def chrono_(module: nn.Module, longest: int, *, generator: torch.Generator | Non
     """LSTM or GRU: each unit forgets on a time scale of its own, drawn between 2 steps and `longest`.
 
     b_f = log u, b_i = -b_f with u uniform from 1 to longest - 1; for a GRU b_z = log u, its z being the weight of the
-    past. C. Tallec, Y. Ollivier, "Can recurrent neural networks warp time?", ICLR 2018.
+    past.
 
     Args:
         longest: steps over which dependencies are expected, 3 or more.
+
+    Source: C. Tallec, Y. Ollivier, "Can recurrent neural networks warp time?", ICLR 2018.
     """
     if type(longest) is not int or longest < 3:
         raise ValueError(f"longest must be 3 steps or more, got {longest!r}")
@@ -45,8 +48,8 @@ def chrono_(module: nn.Module, longest: int, *, generator: torch.Generator | Non
 def orthogonal_(module: nn.Module, gain: float = 1.0, *, generator: torch.Generator | None = None) -> nn.Module:
     """Each gate's block of W_hh is orthogonal, times `gain`: at gain 1 a linear step keeps every length.
 
-    A. Saxe, J. McClelland, S. Ganguli, "Exact solutions to the nonlinear dynamics of learning in deep linear neural
-    networks", ICLR 2014.
+    Source: A. Saxe, J. McClelland, S. Ganguli, "Exact solutions to the nonlinear dynamics of learning in deep linear
+    neural networks", ICLR 2014.
     """
     for weight in _recurrent(module, "orthogonal_"):
         for block in weight.split(module.hidden_size):
@@ -55,8 +58,11 @@ def orthogonal_(module: nn.Module, gain: float = 1.0, *, generator: torch.Genera
 
 
 def identity_(module: nn.Module, scale: float = 1.0) -> nn.Module:
-    """RNN: W_hh = scale · I, biases 0; with relu the IRNN of Q. Le, N. Jaitly, G. Hinton, "A simple way to initialize
-    recurrent networks of rectified linear units" (2015)."""
+    """RNN: W_hh = scale · I, biases 0; with relu this is the IRNN.
+
+    Source: Q. Le, N. Jaitly, G. Hinton, "A simple way to initialize recurrent networks of rectified linear
+    units" (2015).
+    """
     if not isinstance(module, nn.RNNBase) or module.mode not in ("RNN_TANH", "RNN_RELU"):
         raise TypeError(f"identity_ takes a vanilla RNN, got {type(module).__name__}")
     for name, p in module.named_parameters():
@@ -71,8 +77,8 @@ def identity_(module: nn.Module, scale: float = 1.0) -> nn.Module:
 def spectral_radius_(module: nn.Module, radius: float) -> nn.Module:
     """Each gate's block of W_hh is scaled so that its largest eigenvalue has this modulus.
 
-    H. Jaeger, "The 'echo state' approach to analysing and training recurrent neural networks", GMD Report 148, 2001,
-    scales an RNN's weights so; block by block for gated cells is ours.
+    Source: H. Jaeger, "The 'echo state' approach to analysing and training recurrent neural networks", GMD Report 148,
+    2001, scales an RNN's weights so; block by block for gated cells is ours.
     """
     if not radius >= 0 or math.isinf(radius):
         raise ValueError(f"radius must be 0 or more, got {radius!r}")

@@ -30,7 +30,8 @@ def adding_problem(rows: int, steps: int, *, generator: torch.Generator | None =
     """One mark in the first half of the steps, one in the second.
 
     Args:
-        rows: B, 1 or more. steps: T, 2 or more.
+        rows: B, 1 or more.
+        steps: T, 2 or more.
     """
     _least("rows", rows, 1)
     _least("steps", steps, 2)
@@ -63,7 +64,8 @@ def copy_task(
     """`length` of `symbols` symbols, then blanks, the signal after `pause` - 1 of them, and `length` blanks to answer.
 
     Args:
-        rows, pause, length: 1 or more. symbols: 2 or more.
+        rows, pause, length: 1 or more.
+        symbols: 2 or more.
     """
     for name, value, least in (("rows", rows, 1), ("pause", pause, 1), ("length", length, 1), ("symbols", symbols, 2)):
         _least(name, value, least)

@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends import Options, Outputs, Tensors
+from ..backends import LayerInputs, LayerOptions, LayerOutputs
 from ..backends.reference import Reference
 from ..cells import CELLS, Cell
 from ..convert import convert, revert
 from ..nn.base import Recurrent
 from ..reference import State, Step, Weights, scan
 
-NAMES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
+GATE_NAMES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 """The gates of a cell, in the order of their blocks."""
 
 
@@ -45,14 +45,14 @@ class Trace:
             self.h.append(new.h)
             if new.c is not None:
                 self.c.append(new.c)
-            names = NAMES.get(self.cell, "")
+            names = GATE_NAMES.get(self.cell, "")
             if new.gates is not None:
                 blocks = new.gates.chunk(CELLS[self.cell].saved, -1)
                 for name, block in zip(names, blocks, strict=False):  # a GRU also saves W_hn h + b_hn
                     self.gates.setdefault(name, []).append(block)
 
 
-class _Watching(Reference):
+class _StepRecorder(Reference):
     """The reference, which keeps what each step gave, in the order in which they were made."""
 
     def __init__(self) -> None:
@@ -62,11 +62,11 @@ class _Watching(Reference):
         self.steps = []
         formula = super().formula(cell)
 
-        def watched(gx: Tensor, s: State, w: Weights) -> Step:
+        def recording(gx: Tensor, s: State, w: Weights) -> Step:
             self.steps.append(formula(gx, s, w))
             return self.steps[-1]
 
-        return watched
+        return recording
 
 
 @contextlib.contextmanager
@@ -83,16 +83,16 @@ def recorded(module: nn.Module) -> Iterator[dict[str, Trace]]:
     found: dict[str, Trace] = {}
     names: dict[nn.Module, str] = {m: name for name, m in module.named_modules() if isinstance(m, Recurrent)}
     now: list[Any] = [None, 0, 0]  # the module that runs, its layers so far, the time that it runs
-    watching = _Watching()
+    recorder = _StepRecorder()
 
     def enter(m: nn.Module, _: Any) -> None:
         prefix = _label(names[m], "l0")
         times = 1 if isinstance(m, nn.RNNCellBase) else 1 + sum(key.partition(" ")[0] == prefix for key in found)
         now[:] = [m, 0, times]
 
-    def run(cell: str, t: Tensors, o: Options) -> Outputs:
+    def run(cell: str, t: LayerInputs, o: LayerOptions) -> LayerOutputs:
         m, count, times = now
-        outputs = watching.forward(cell, t, o._replace(recompute=False), train=False).outputs
+        outputs = recorder.forward(cell, t, o._replace(recompute=False), train=False).outputs
         if m is None:  # a layer by rnnkit.functional has no name
             return outputs
         if isinstance(m, nn.RNNCellBase):
@@ -102,13 +102,13 @@ def recorded(module: nn.Module) -> Iterator[dict[str, Trace]]:
             key = _label(names[m], f"l{count // directions}{'_reverse' if o.reverse else ''}")
             key += f" ({times})" if times > 1 else ""
             now[1] = count + 1
-        steps = watching.steps[::-1] if o.reverse else watching.steps
+        steps = recorder.steps[::-1] if o.reverse else recorder.steps
         found.setdefault(key, Trace(cell, o.reverse, t.lengths)).add(steps)
         return outputs
 
     handles = [m.register_forward_pre_hook(enter) for m in names]
     try:
-        with ops.computed_by(run):
+        with ops.override_layer(run):
             yield found
     finally:
         for handle in handles:

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from ..cli.progress import Progress
 from ..demo import check_out, seed_option, text
-from ..progress import Progress
 from . import gates, gradient_flow, gru_vs_lstm, memory, models
 from .common import Finding, expect_room, write
 

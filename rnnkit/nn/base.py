@@ -26,24 +26,7 @@ TORCH: dict[str, type[nn.Module]] = {
 }
 OURS = ("backend", "recompute", "reset_after")
 KEYWORDS = ("lengths", "reset", "reset_state", "return_all_states")
-_compiling, _tracing = torch.compiler.is_compiling, torch._C._is_tracing
 CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
-def usual(input: object, hx: object, weight: object) -> bool:
-    """Whether these are ordinary tensors and torch neither compiles nor traces, so that they go to `functional` as
-    they are. False where in doubt."""
-    if type(hx) is tuple:
-        known = len(hx) == 2 and type(hx[0]) is Tensor and type(hx[1]) is Tensor
-    else:
-        known = hx is None or type(hx) is Tensor
-    kind = type(weight)
-    return (
-        known
-        and type(input) is Tensor
-        and (kind is nn.Parameter or kind is Tensor)
-        and not (_compiling() or _tracing())
-    )
 
 
 class Recurrent(nn.Module):
@@ -70,7 +53,7 @@ class Recurrent(nn.Module):
             extra += f", backend={self.backend!r}"
         return extra
 
-    def _shadow(self) -> nn.Module:
+    def _torch_twin(self) -> nn.Module:
         """A torch layer that computes with this one's weights of this moment, for one call."""
         twin = TORCH[self.TORCH_NAME].__new__(TORCH[self.TORCH_NAME])
         twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in OURS})
@@ -92,7 +75,7 @@ class Recurrent(nn.Module):
             return False
         return self._like_torch() and not any(value is not None and value is not False for value in plain)
 
-    def _leaf(self, *args: Any, **kwargs: Any) -> fx.Proxy | None:
+    def _fx_node(self, *args: Any, **kwargs: Any) -> fx.Proxy | None:
         """One node for this module in a graph that torch.fx traces, as for torch's layers; None outside of tracing."""
         found = [v for v in (*args, *kwargs.values()) for v in (v if isinstance(v, tuple | list) else (v,))]
         proxy = next((v for v in found if isinstance(v, fx.Proxy)), None)
@@ -102,9 +85,9 @@ class Recurrent(nn.Module):
         tracer: Any = proxy.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, given)
 
-    def _speak(self, error: Exception, *args: Any) -> None:
+    def _raise_torch_error(self, error: Exception, *args: Any) -> None:
         """Raise what torch raises for these arguments, or else `error`."""
-        self._shadow().forward(*args)
+        self._torch_twin().forward(*args)
         raise error
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -123,7 +106,7 @@ class Recurrent(nn.Module):
 
 def as_torch(module: Recurrent) -> nn.Module:
     """A torch.nn layer that holds the same Parameters, hooks and mode."""
-    twin = module._shadow()
+    twin = module._torch_twin()
     for key in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[key] = dict(module.__dict__[key])
     if isinstance(twin, nn.RNNBase):
@@ -168,8 +151,8 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
             named["return_all_states"] = named["return_all_states"].tolist()
         return super()._slow_forward(*input[:2], **named, **kwargs)
 
-    def _shadow(self) -> nn.Module:
-        twin = super()._shadow()
+    def _torch_twin(self) -> nn.Module:
+        twin = super()._torch_twin()
         twin.__dict__["_flat_weights"] = list(self._flat_weights)
         twin.__dict__["_flat_weight_refs"] = [None] * len(self._flat_weights_names)
         return twin
@@ -186,13 +169,14 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
     ) -> Any:
         weights = self._weights(self._flat_weights_names)
         bare = lengths is None and reset is None and reset_state is None and return_all_states is False
-        if not (bare and usual(input, hx, weights[0])):
+        states = hx if type(hx) is tuple else (hx,)
+        if not (bare and checks.is_plain_eager(input, weights[0], *states)):
             extras = {"lengths": lengths, "reset": reset, "reset_state": reset_state}
-            leaf = self._leaf(input, hx, **extras, return_all_states=return_all_states)
-            if leaf is not None:
-                return leaf
+            node = self._fx_node(input, hx, **extras, return_all_states=return_all_states)
+            if node is not None:
+                return node
             if self._through_torch(weights[0], *extras.values(), return_all_states):
-                return self._shadow().forward(input, hx)
+                return self._torch_twin().forward(input, hx)
         try:
             return functional.stack(
                 cell,
@@ -214,26 +198,27 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
             )
         except checks.BadInput as mistake:
             error = mistake
-        return self._speak(error, input, hx)
+        return self._raise_torch_error(error, input, hx)
 
 
 class RecurrentCell(Recurrent, nn.RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share."""
 
-    def _shadow(self) -> nn.Module:
-        twin = super()._shadow()
+    def _torch_twin(self) -> nn.Module:
+        twin = super()._torch_twin()
         for name in CELL_WEIGHTS:  # also those that a parametrization computes
             twin.__dict__[name] = getattr(self, name)
         return twin
 
     def _run(self, cell: str, input: Tensor, hx: Any) -> Any:
         weights = self._weights(CELL_WEIGHTS)
-        if not usual(input, hx, weights[0]):
-            leaf = self._leaf(input, hx)
-            if leaf is not None:
-                return leaf
+        states = hx if type(hx) is tuple else (hx,)
+        if not checks.is_plain_eager(input, weights[0], *states):
+            node = self._fx_node(input, hx)
+            if node is not None:
+                return node
             if self._through_torch(weights[0]):
-                return self._shadow().forward(input, hx)
+                return self._torch_twin().forward(input, hx)
         if weights[2] is None or weights[3] is None:
             del weights[2:]
         try:
@@ -244,4 +229,4 @@ class RecurrentCell(Recurrent, nn.RNNCellBase):
             return tuple(v.squeeze(0) for v in new) if isinstance(new, tuple) else new.squeeze(0)
         except checks.BadInput as mistake:
             error = mistake
-        return self._speak(error, input, hx)
+        return self._raise_torch_error(error, input, hx)

@@ -108,9 +108,16 @@ class GRUCell(RecurrentCell):
 
     with n as in :class:`GRU` for the same ``reset_after``.
 
-    Args: input_size I, hidden_size H, bias, device, dtype; reset_after, backend.
+    Args:
+        input_size, hidden_size: I and H.
+        bias: whether there are b_ih and b_hh.
+        device, dtype: of the parameters.
+        reset_after: where the reset gate acts, see :class:`GRU`.
+        backend: ``'auto'`` or a backend's name; a named one runs or raises with its reasons.
 
-    Inputs: input [B, I] or [I]; hx [B, H] or [H], zeros where missing. Output: h' [B, H] or [H].
+    Inputs: input [B, I] or [I]; hx [B, H] or [H], zeros where missing.
+
+    Outputs: h' [B, H] or [H].
 
     Errors: those of torch.nn.GRUCell; NotImplementedError where a named backend cannot run it.
 

@@ -103,9 +103,15 @@ class LSTMCell(RecurrentCell):
         i, f, o = \sigma(\cdot) \quad g = \tanh(\cdot) \quad
         c' = f \odot c + i \odot g \quad h' = o \odot \tanh(c')
 
-    Args: input_size I, hidden_size H, bias, device, dtype; backend.
+    Args:
+        input_size, hidden_size: I and H.
+        bias: whether there are b_ih and b_hh.
+        device, dtype: of the parameters.
+        backend: ``'auto'`` or a backend's name; a named one runs or raises with its reasons.
 
-    Inputs: input [B, I] or [I]; hx (h [B, H], c [B, H]) or without B, zeros where missing. Outputs: (h', c').
+    Inputs: input [B, I] or [I]; hx (h [B, H], c [B, H]) or without B, zeros where missing.
+
+    Outputs: (h', c'), each [B, H] or [H].
 
     Errors: those of torch.nn.LSTMCell; NotImplementedError where a named backend cannot run it.
 

@@ -101,9 +101,16 @@ class RNNCell(RecurrentCell):
 
     .. math:: h' = \mathrm{act}(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
 
-    Args: input_size I, hidden_size H, bias, nonlinearity (``'tanh'`` or ``'relu'``), device, dtype; backend.
+    Args:
+        input_size, hidden_size: I and H.
+        bias: whether there are b_ih and b_hh.
+        nonlinearity: ``'tanh'`` or ``'relu'``.
+        device, dtype: of the parameters.
+        backend: ``'auto'`` or a backend's name; a named one runs or raises with its reasons.
 
-    Inputs: input [B, I] or [I]; hx [B, H] or [H], zeros where missing. Output: h' [B, H] or [H].
+    Inputs: input [B, I] or [I]; hx [B, H] or [H], zeros where missing.
+
+    Outputs: h' [B, H] or [H].
 
     Errors: those of torch.nn.RNNCell; NotImplementedError where a named backend cannot run it.
 

@@ -6,8 +6,9 @@
     LatentAutoregressiveModel   h_t = g(h_{t-1}, x_{t-1}), g a recurrent layer: the past in a fixed size
 
 Each gives `forward(x)` (a torch.distributions object for every step), `log_prob(x)`, `generate(x, steps)` and
-`forecast(x, steps)`; `fit` trains one. Source: A. Zhang, Z. Lipton, M. Li, A. Smola, "Dive into Deep Learning"
-(2023), chapter 9, whose distinctions these are.
+`forecast(x, steps)`; `fit` trains one.
+
+Source: A. Zhang, Z. Lipton, M. Li, A. Smola, "Dive into Deep Learning" (2023), chapter 9, whose distinctions these are.
 """
 
 from .autoregressive import AutoregressiveModel, MarkovModel

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Cost, SequenceModel, positive
-from .observations import Tokens, alive, kind
+from .observations import Tokens, kind, valid_mask
 
 
 class AutoregressiveModel(SequenceModel):
@@ -29,7 +29,7 @@ class AutoregressiveModel(SequenceModel):
         vocabulary: V, for tokens [B, T].
         hidden: units of a tanh layer between; None: linear.
 
-    Parameters: `weight` [τ, D, F] or [τ, V + 1, F], the oldest observation first, F being `hidden` or what a
+    The weights are `weight` [τ, D, F] or [τ, V + 1, F], the oldest observation first, F being `hidden` or what a
     distribution's mean or logits need; `bias` [F]; `start` [τ, D] and `log_scale` [D] for reals.
     """
 
@@ -130,7 +130,10 @@ class MarkovModel(AutoregressiveModel):
         and likewise for the first token of a row. With smoothing 0 it is the maximum of the likelihood.
 
         Args:
-            x: tokens [B, T]. lengths: [B]. smoothing: 0 or more, what is added to each count (Laplace: 1).
+            x: tokens [B, T].
+            vocabulary: V, one more than the largest token.
+            lengths: [B].
+            smoothing: 0 or more, what is added to each count (Laplace: 1).
         """
         model = cls(vocabulary=vocabulary)
         if not smoothing >= 0:
@@ -139,7 +142,7 @@ class MarkovModel(AutoregressiveModel):
         before = model._after_start(x)[:, :-1]
         seen = torch.ones_like(x, dtype=torch.bool)
         if lengths is not None:
-            seen = alive(x.shape[1], lengths)
+            seen = valid_mask(x.shape[1], lengths)
         pairs = (before * vocabulary + x)[seen]
         counts = torch.bincount(pairs, minlength=(vocabulary + 1) * vocabulary).view(vocabulary + 1, vocabulary)
         weight = counts.to(torch.get_default_dtype()) + smoothing

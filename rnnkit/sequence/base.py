@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .observations import Reals, Tokens, alive
+from .observations import Reals, Tokens, valid_mask
 
 
 class Cost(NamedTuple):
@@ -74,7 +74,8 @@ class SequenceModel(nn.Module, ABC):
             a torch.distributions object with batch shape [B, T]; beyond a length it means nothing.
 
         Raises:
-            ValueError: sizes, NaN or inf (says where), tokens outside the vocabulary. TypeError: dtypes.
+            ValueError: sizes, NaN or inf (says where), tokens outside the vocabulary.
+            TypeError: dtypes.
         """
         x, lengths = self._given(x, lengths)
         return self.observations.distribution(self.conditionals(x, lengths))
@@ -84,7 +85,7 @@ class SequenceModel(nn.Module, ABC):
         x, lengths = self._given(x, lengths)
         every = self.observations.distribution(self.conditionals(x, lengths)).log_prob(x)
         if lengths is not None:
-            every = every.masked_fill(~alive(x.shape[1], lengths), 0)
+            every = every.masked_fill(~valid_mask(x.shape[1], lengths), 0)
         return every.sum(1)
 
     @torch.no_grad()

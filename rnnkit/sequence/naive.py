@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Cost, SequenceModel, positive
-from .observations import Tokens, alive, kind
+from .observations import Tokens, kind, valid_mask
 
 
 class Past(NamedTuple):
@@ -34,8 +34,8 @@ class NaiveSequenceModel(SequenceModel):
         vocabulary: V, for tokens [B, T].
         width: E, of a token's embedding.
 
-    Parameters: `weight` [S (S - 1) / 2, E, F], the pairs (t, s) in the order of t; `bias` [S, F]; `log_scale` [S, D]
-    for reals, where E = F = D; `embedding` for tokens, where F = V.
+    The weights are `weight` [S (S - 1) / 2, E, F], the pairs (t, s) in the order of t; `bias` [S, F]; `log_scale`
+    [S, D] for reals, where E = F = D; `embedding` for tokens, where F = V.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class NaiveSequenceModel(SequenceModel):
         vectors = self._vectors(x)
         if lengths is None:
             lengths = torch.full((rows,), steps, device=x.device)
-        there = alive(steps, lengths)
+        there = valid_mask(steps, lengths)
         seen = vectors.new_zeros((rows, self.steps, vectors.shape[2]))
         seen[:, :steps] = vectors.masked_fill(~there[..., None], 0)
         return Past(seen, lengths)

@@ -49,9 +49,9 @@ class Reals:
             self.features is not None and x.shape[2] != self.features
         ):
             raise ValueError(f"x must be {shape}, got {list(x.shape)}")
-        lengths, alive = _alive(x, lengths)
-        if alive is not None:
-            x = x.masked_fill(~(alive if self.features is None else alive[..., None]), 0)
+        lengths, valid = _lengths_and_mask(x, lengths)
+        if valid is not None:
+            x = x.masked_fill(~(valid if self.features is None else valid[..., None]), 0)
         wrong = ~x.isfinite()
         if bool(wrong.any()):
             row, step, *_ = wrong.nonzero()[0].tolist()
@@ -94,10 +94,10 @@ class Tokens:
             raise TypeError(f"x must be whole numbers [B, T], got {x.dtype}; a model of reals has no vocabulary")
         if x.dim() != 2:
             raise ValueError(f"x must be [B, T], got {list(x.shape)}")
-        lengths, alive = _alive(x, lengths)
+        lengths, valid = _lengths_and_mask(x, lengths)
         x = x.long()
-        if alive is not None:
-            x = x.masked_fill(~alive, 0)
+        if valid is not None:
+            x = x.masked_fill(~valid, 0)
         wrong = (x < 0) | (x >= self.vocabulary)
         if bool(wrong.any()):
             row, step = wrong.nonzero()[0].tolist()
@@ -129,12 +129,12 @@ def _expect_tensor(x: object) -> None:
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
 
 
-def alive(steps: int, lengths: Tensor) -> Tensor:
+def valid_mask(steps: int, lengths: Tensor) -> Tensor:
     """[B, T] bool: which steps a row has."""
     return torch.arange(steps, device=lengths.device) < lengths[:, None]
 
 
-def _alive(x: Tensor, lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _lengths_and_mask(x: Tensor, lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Lengths on x's device, and which steps they leave."""
     if lengths is None:
         return None, None
@@ -145,4 +145,4 @@ def _alive(x: Tensor, lengths: Tensor | None) -> tuple[Tensor | None, Tensor | N
     lengths = lengths.to(x.device, torch.int64)
     if bool(((lengths < 0) | (lengths > steps)).any()):
         raise ValueError(f"lengths must lie between 0 and T = {steps}, got {lengths.tolist()}")
-    return lengths, alive(steps, lengths)
+    return lengths, valid_mask(steps, lengths)

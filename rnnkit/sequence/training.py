@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from ..progress import Progress
+from ..cli.progress import Progress
 from . import checkpoint as checkpoints
 from .base import SequenceModel, positive
 
@@ -27,7 +27,7 @@ class Fit(NamedTuple):
     held_out: list[float]
     """After each epoch, on the held-out series; empty without."""
     best: int
-    """The epoch, counted from 0, whose parameters the model has now: the last, or the best on the held-out series."""
+    """The epoch, counted from 0, whose parameters the model has now. The last, or the best on the held-out series."""
     stopped: bool
     """Whether `patience` ended it."""
 
@@ -53,16 +53,19 @@ def fit(
 
     Args:
         x, lengths: as for `model.log_prob`; B series. `windows` cuts a long one.
-        epochs: passes over all series. batch_size: series in a step, in an order drawn from `seed` in each epoch.
-        learning_rate: of Adam. optimizer: takes the parameters, instead of Adam.
+        epochs: passes over all series.
+        batch_size: series in a step, in an order drawn from `seed` in each epoch.
+        learning_rate: of Adam.
+        optimizer: takes the parameters, instead of Adam.
         clip: the largest norm of the gradient of all parameters; None: any.
         held_out: series, or (series, lengths), that are measured after each epoch: the model ends with the parameters
             that were best on them.
         patience: epochs without a better held-out loss after which training ends; needs held_out.
-        checkpoint: a file, written after each epoch. resume: go on from it where it exists; the result is, bit for
-            bit, what a training without the break gives. Everything but epochs and patience must be as it was; where
-            neither leaves anything to do, the training is given back as it is. Parameters on another device resume
-            there.
+        checkpoint: a file, written after each epoch.
+        resume: go on from the checkpoint where it exists; the result is, bit for bit, what a training without the
+            break gives. Everything but epochs and patience must be as it was; where neither leaves anything to do, the
+            training is given back as it is. Parameters on another device resume there.
+        seed: of the order in which series are drawn.
         progress: a bar on standard error.
 
     Returns:
@@ -104,7 +107,8 @@ def windows(series: Tensor, length: int, stride: int | None = None) -> Tensor:
     what is left at the end has no window.
 
     Raises:
-        ValueError: a series shorter than one window; says how many points are needed. TypeError: not a Tensor.
+        ValueError: a series shorter than one window; says how many points are needed.
+        TypeError: not a Tensor.
     """
     if not isinstance(series, Tensor):
         raise TypeError(f"series must be a Tensor, got {type(series).__name__}; torch.tensor(series) makes it one")

@@ -10,9 +10,12 @@ import sys
 import pytest
 import torch
 
-from rnnkit import __main__ as cli
-from rnnkit import __version__, info
-from rnnkit.backends import BACKENDS, extension, triton
+from rnnkit import __version__
+from rnnkit.backends import BACKENDS
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.triton import backend as triton
+from rnnkit.cli import info
+from rnnkit.cli import main as cli
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)], ids=" ".join)

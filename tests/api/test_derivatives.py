@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 import rnnkit
 from rnnkit import ops
-from rnnkit.backends import BACKENDS, BY_NAME, Options, Tensors, describe
+from rnnkit.backends import BACKENDS, BY_NAME, LayerInputs, LayerOptions, describe
 from rnnkit.cells import CELLS
 
 T, B, I, H, P = 3, 3, 2, 2, 1
@@ -35,7 +35,9 @@ VARIANTS: dict[str, dict[str, bool]] = {
 }
 
 
-def make(cell: str, variant: str, reverse: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensors, Options]:
+def make(
+    cell: str, variant: str, reverse: bool, dtype: torch.dtype = torch.float64
+) -> tuple[LayerInputs, LayerOptions]:
     """A small problem in the form of the layer operator; every floating tensor requires a gradient."""
     asked = VARIANTS[variant]
     g = torch.Generator().manual_seed(sum(map(ord, cell + variant)) + reverse)
@@ -48,7 +50,7 @@ def make(cell: str, variant: str, reverse: bool, dtype: torch.dtype = torch.floa
     biased = not asked.get("unbiased")
     cut = asked.get("reset", False)
     again = asked.get("reset_state", False)
-    t = Tensors(
+    t = LayerInputs(
         x=draw(T, B, I),
         h_0=draw(B, size),
         c_0=draw(B, H) if kind.has_c else None,
@@ -59,16 +61,16 @@ def make(cell: str, variant: str, reverse: bool, dtype: torch.dtype = torch.floa
         w_hr=draw(P, H) if asked.get("projection") else None,
         lengths=torch.tensor([2, 0, 3]) if asked.get("lengths") else None,
         reset=torch.tensor([[0, 1, 0], [1, 0, 0], [0, 1, 1]]).bool() if cut else None,
-        h_r=draw(B, size) if again else None,
-        c_r=draw(B, H) if again and kind.has_c else None,
+        h_reset=draw(B, size) if again else None,
+        c_reset=draw(B, H) if again and kind.has_c else None,
     )
-    return t, Options(reverse, asked.get("all_states", False), asked.get("recompute", False))
+    return t, LayerOptions(reverse, asked.get("all_states", False), asked.get("recompute", False))
 
 
-def run(cell: str, backend: str, t: Tensors, o: Options) -> tuple[Tensor, ...]:
+def run(cell: str, backend: str, t: LayerInputs, o: LayerOptions) -> tuple[Tensor, ...]:
     """`ops.layer` on the tensors of one problem; only the results that exist."""
     weights = [w for w in (t.w_ih, t.w_hh, t.b_ih, t.b_hh, t.w_hr) if w is not None]
-    again: Any = t.h_r if t.c_r is None else (t.h_r, t.c_r)
+    again: Any = t.h_reset if t.c_reset is None else (t.h_reset, t.c_reset)
     outputs = ops.layer(
         cell,
         t.x,
@@ -86,7 +88,7 @@ def run(cell: str, backend: str, t: Tensors, o: Options) -> tuple[Tensor, ...]:
     return tuple(v for v in outputs if v is not None)
 
 
-def as_function(cell: str, backend: str, t: Tensors, o: Options) -> tuple[Any, tuple[Tensor, ...]]:
+def as_function(cell: str, backend: str, t: LayerInputs, o: LayerOptions) -> tuple[Any, tuple[Tensor, ...]]:
     """The layer as a function of its floating tensors alone, and those."""
     at = [k for k, v in enumerate(t) if v is not None and v.is_floating_point()]
 
@@ -94,7 +96,7 @@ def as_function(cell: str, backend: str, t: Tensors, o: Options) -> tuple[Any, t
         full = list(t)
         for k, v in zip(at, values, strict=True):
             full[k] = v
-        return run(cell, backend, Tensors(*full), o)
+        return run(cell, backend, LayerInputs(*full), o)
 
     return function, tuple(t[k] for k in at)
 
@@ -172,7 +174,7 @@ def test_float32_gradients_are_the_references(cell: str, reverse: bool, backend:
 @pytest.mark.parametrize("cell, variant, reverse, backend", problems())
 def test_operators_are_well_formed(cell: str, variant: str, reverse: bool, backend: str, train: bool) -> None:
     t, o = make(cell, variant, reverse)
-    leaves = t if train else Tensors(*(None if v is None else v.detach() for v in t))
+    leaves = t if train else LayerInputs(*(None if v is None else v.detach() for v in t))
     # The derivative is compared with eager mode's in test_compile; here the schema, shapes, aliasing and autograd keys.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.rnnkit.layer_forward, (cell, backend, *o, *leaves, train), test_utils=checks)
@@ -181,8 +183,8 @@ def test_operators_are_well_formed(cell: str, variant: str, reverse: bool, backe
         torch.library.opcheck(torch.ops.rnnkit.layer_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def backward_arguments(cell: str, backend: str, t: Tensors, o: Options) -> tuple[Any, ...]:
-    plain = Tensors(*(None if v is None else v.detach() for v in t))
+def backward_arguments(cell: str, backend: str, t: LayerInputs, o: LayerOptions) -> tuple[Any, ...]:
+    plain = LayerInputs(*(None if v is None else v.detach() for v in t))
     y, _, c_n, c_all, gates, cells = torch.ops.rnnkit.layer_forward(cell, backend, *o, *plain, True)
     kind = CELLS[cell]
     given = (
@@ -221,7 +223,7 @@ def test_jvp_is_the_slope(cell: str, variant: str, reverse: bool, backend: str) 
 
 def test_dual_tensors_without_torch_func() -> None:
     t, o = make("lstm", "lengths", True)
-    plain = Tensors(*(None if v is None else v.detach() for v in t))
+    plain = LayerInputs(*(None if v is None else v.detach() for v in t))
     direction = torch.randn(T, B, I, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(plain.x, direction)
@@ -264,7 +266,7 @@ def test_the_backend_is_asked_only_for_what_is_wanted(backend: str, monkeypatch:
     monkeypatch.setattr(BY_NAME[backend], way, spy)
     layer(torch.randn(5, 2, 3))[0].sum().backward()
     assert len(seen) == 1
-    needs = Tensors(*seen[0])
+    needs = LayerInputs(*seen[0])
     wanted = {name for name, need in needs._asdict().items() if need}
     assert wanted == {"w_hh", "b_ih", "b_hh"}
 

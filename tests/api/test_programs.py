@@ -1,16 +1,12 @@
-"""Programs around the layers: the README's own lines, DistributedDataParallel, torch.ao's quantization, copies."""
+"""Programs around the layers: DistributedDataParallel, torch.ao's quantization, copies."""
 
 from __future__ import annotations
 
 import copy
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,50 +14,7 @@ from torch import nn
 
 import rnnkit
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("RNN", "LSTM", "GRU")
-OBS, ENVS, STEPS = 6, 3, 8
-
-
-@pytest.fixture
-def reader() -> Iterator[dict[str, Any]]:
-    """What the README's snippets take for granted; a patch that they make is undone."""
-    head = nn.Linear(128, 2)
-    names: dict[str, Any] = {
-        "torch": torch,
-        "x": torch.randn(4, 40, 64),
-        "model": nn.Sequential(nn.LSTM(5, 7), nn.Identity()),
-        "obs_size": OBS,
-        "num_envs": ENVS,
-        "rollouts": [
-            SimpleNamespace(obs=torch.randn(STEPS, ENVS, OBS), episode_starts=torch.rand(STEPS, ENVS) < 0.3)
-            for _ in range(3)
-        ],
-        "head": head,
-        "ppo_loss": lambda logits, rollout: logits.square().mean(),
-        "optimizer": torch.optim.SGD(head.parameters(), 0.1),
-        "series": torch.randn(4, 60).cumsum(1),
-        "others": torch.randn(2, 60).cumsum(1),
-    }
-    yield names
-    names["patch"].undo()
-
-
-def test_the_readme_runs_as_it_stands(reader: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    converted = reader["model"]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    assert len(snippets) == 5
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), reader)
-    assert type(converted[0]) is rnnkit.LSTM and nn.LSTM is rnnkit.LSTM
-    output = reader["output"]  # of the lines about lengths
-    assert output.shape == (4, 40, 128) and not output[2].any() and output[0, -1].any()
-    assert all(p.grad is not None for p in reader["policy"].parameters())
-    assert not reader["state"].requires_grad
-    assert reader["mean"].shape == (4, 20) and bool((reader["low"] <= reader["high"]).all())
-    assert (tmp_path / "fit.pt").exists()
 
 
 DISTRIBUTED = """

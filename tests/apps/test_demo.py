@@ -1,4 +1,4 @@
-"""The demo: both runs and what they leave behind, the gate on the curves, bad input, Ctrl-C, several processes."""
+"""The demo: both runs and what they leave behind, the check of the curves, bad input, Ctrl-C, several processes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torch import nn
 import rnnkit
 from rnnkit import demo
 from rnnkit.__main__ import main
+from rnnkit.cli.progress import Progress
 from rnnkit.demo import memory, report, text, train
-from rnnkit.progress import Progress
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 DEMO = [sys.executable, "-m", "rnnkit", "demo"]
@@ -143,7 +143,7 @@ def test_processes_share_the_batch(book: Path, world: int) -> None:
 
 def test_gate() -> None:
     curve = [5.0 - 0.1 * k for k in range(30)]
-    assert report.compare(curve, curve) == report.Gate(20, 0.0)
+    assert report.compare(curve, curve) == report.CurveCheck(20, 0.0)
     assert report.compare(curve, curve).passed
     near, far, late = (list(curve) for _ in range(3))
     near[19] += 0.9e-4
@@ -203,7 +203,7 @@ def test_the_shortest_text_is_enough(tmp_path: Path) -> None:
     path.write_text("a" * text.SHORTEST)
     corpus = text.load(path)
     run = train.Run("shortest")
-    trained = train.train(run, nn.RNN, corpus, train.Place(torch.device("cpu")), 1, 0)
+    trained = train.train(run, nn.RNN, corpus, train.ProcessInfo(torch.device("cpu")), 1, 0)
     train.evaluate(run, trained, corpus)
     assert run.held_out_characters and run.held_out_bits is not None and math.isfinite(run.held_out_bits)
 

@@ -21,13 +21,24 @@ MODULES = {
 }
 # Floors from the ground up; a module imports from floors below its own, and from its own where FRIENDS says so.
 FLOORS: list[tuple[str, ...]] = [
-    ("rnnkit.cells", "rnnkit.masks", "rnnkit.backends.problem", "rnnkit.backends.extension"),
-    ("rnnkit.autocast", "rnnkit.streams"),
+    (
+        "rnnkit.cells",
+        "rnnkit.masks",
+        "rnnkit.backends.spec",
+        "rnnkit.backends.cpu.extension",
+        "rnnkit.backends.cuda.configs",
+    ),
+    ("rnnkit.backends.triton.configs",),
+    ("rnnkit.autocast", "rnnkit.layer.streams"),
     ("rnnkit.reference", "rnnkit.kernels"),
-    ("rnnkit.backends.ranges",),
-    ("rnnkit.backends.products",),
+    ("rnnkit.backends.chunks",),
+    ("rnnkit.backends.base",),
+    ("rnnkit.backends.scan_backend", "rnnkit.backends.dispatch_times", "rnnkit.backends.gpu"),
+    tuple(f"rnnkit.backends.{name}" for name in ("reference", "torch", "cpu", "cuda", "triton")),
     ("rnnkit.backends",),
-    ("rnnkit.registry", "rnnkit.checks", "rnnkit.layouts"),
+    ("rnnkit.layer.custom_ops", "rnnkit.layer.override", "rnnkit.checks", "rnnkit.layouts"),
+    ("rnnkit.layer.autograd",),
+    ("rnnkit.layer",),
     ("rnnkit.ops",),
     ("rnnkit.functional",),
     ("rnnkit.nn",),
@@ -35,7 +46,13 @@ FLOORS: list[tuple[str, ...]] = [
 ]
 # What makes up the package's face, and programs on top of it: they may import anything but one another's insides.
 FACE = ("rnnkit", "rnnkit.__main__")
-LEAVES = ("rnnkit.cells", "rnnkit.masks", "rnnkit.backends.problem", "rnnkit.backends.extension")
+LEAVES = (
+    "rnnkit.cells",
+    "rnnkit.masks",
+    "rnnkit.backends.spec",
+    "rnnkit.backends.cpu.extension",
+    "rnnkit.backends.cuda.configs",
+)
 
 
 def within(module: str, place: str) -> bool:
@@ -84,9 +101,7 @@ def test_the_plan_names_what_there_is() -> None:
         "rnnkit.sequence",
         "rnnkit.experiments",
         "rnnkit.benchmarks",
-        "rnnkit.info",
-        "rnnkit.gpu_check",
-        "rnnkit.progress",
+        "rnnkit.cli",
     }
 
 
@@ -107,12 +122,17 @@ def test_leaves_import_nothing_of_ours(module: str) -> None:
 
 
 def test_backends_do_not_know_one_another() -> None:
-    names = [m for m in MODULES if within(m, "rnnkit.backends") and m.count(".") == 2]
-    shared = {
-        f"rnnkit.backends.{name}" for name in ("problem", "products", "extension", "measured", "cuda_table", "gpu")
+    every = {f"rnnkit.backends.{name}" for name in ("reference", "torch", "cpu", "cuda", "triton")}
+    rooms = {m for m in MODULES if within(m, "rnnkit.backends") and m.count(".") == 2}
+    assert rooms - every == {
+        f"rnnkit.backends.{name}"
+        for name in ("base", "chunks", "dispatch_times", "gpu", "scan_backend", "select", "spec")
     }
-    for module in set(names) - shared:
-        assert not (set(imports(module)) & (set(names) - shared - {module})), module
+    shared = {"rnnkit.backends.cpu.extension"}  # the library has the CUDA kernels too
+    for module in (m for m in MODULES if any(within(m, backend) for backend in every)):
+        own = next(backend for backend in every if within(module, backend))
+        others = {m for m in imports(module) if any(within(m, backend) for backend in every - {own})}
+        assert others <= shared, module
     cells = [m for m in MODULES if re.fullmatch(r"rnnkit\.reference\.(rnn|lstm|gru)", m)]
     assert len(cells) == 3
     for module in cells:
@@ -209,7 +229,8 @@ def test_what_is_public_has_a_docstring(module: str) -> None:
 
 
 # Where users and writers of backends call in; in the files of formulas the module's docstring holds the mathematics.
-TYPED = ("rnnkit.functional", "rnnkit.ops", "rnnkit.convert", "rnnkit.explain", "rnnkit.registry", "rnnkit.nn.lstm",
+TYPED = ("rnnkit.functional", "rnnkit.ops", "rnnkit.convert", "rnnkit.explain", "rnnkit.layer.autograd",
+         "rnnkit.layer.custom_ops", "rnnkit.layer.override", "rnnkit.nn.lstm",
          "rnnkit.nn.gru", "rnnkit.nn.rnn")  # fmt: skip
 
 

@@ -22,9 +22,10 @@ from support import Config, by_lengths, by_reset, in_two, parity
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from rnnkit import masks, ops, registry, use_backend
-from rnnkit.backends import BY_NAME, REFERENCE, Result, products
+from rnnkit import masks, ops, use_backend
+from rnnkit.backends import BY_NAME, REFERENCE, Result, scan_backend
 from rnnkit.backends import torch as torch_backend
+from rnnkit.layer import custom_ops
 from rnnkit.reference import STEPS
 from rnnkit.reference.step import Gradients, State, Step, Weights
 
@@ -46,7 +47,7 @@ def reset_checked(cell: str) -> list[str]:
     return checked(cell, how=by_reset, torch_how=in_two)
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, cell: str, step: Any = None, vjp: Any = None) -> None:
+def mutate(monkeypatch: pytest.MonkeyPatch, cell: str, step: Any = None, vjp: Any = None) -> None:
     right_step, right_vjp = STEPS[cell]
     monkeypatch.setitem(STEPS, cell, (step or right_step, vjp or right_vjp))
 
@@ -67,7 +68,7 @@ def test_two_gates_swapped(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return right(swapped(gx), s, w._replace(w_hh=swapped(w.w_hh.T).T))
 
-    plant(monkeypatch, cell, step=step)
+    mutate(monkeypatch, cell, step=step)
     found = checked(cell)
     assert any("output is off" in text for text in found) and any("grad of weight_hh" in text for text in found)
 
@@ -84,7 +85,7 @@ def test_a_factor_in_a_derivative(cell: str, part: str, factor: float, monkeypat
         value = getattr(g, part)
         return g if value is None else g._replace(**{part: factor * value})
 
-    plant(monkeypatch, cell, vjp=vjp)
+    mutate(monkeypatch, cell, vjp=vjp)
     found = checked(cell)
     if part == "dc" and cell != "lstm":
         assert found == []  # there is none
@@ -101,30 +102,30 @@ def test_a_small_error_in_each_dtype(dtype: torch.dtype, monkeypatch: pytest.Mon
         new = right(gx, s, w)
         return new._replace(h=new.h * (1 + 32 * torch.finfo(dtype).eps))
 
-    plant(monkeypatch, "lstm", step=step)
+    mutate(monkeypatch, "lstm", step=step)
     assert any("output is off" in text for text in checked("lstm", dtype))
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_lengths_ignored(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "live", lambda lengths, steps, device: None)
+    monkeypatch.setattr(masks, "valid_mask", lambda lengths, steps, device: None)
     assert lengths_checked(cell)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_reset_ignored(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "cut", lambda reset, alive, reverse: None)
+    monkeypatch.setattr(masks, "reset_mask", lambda reset, valid, reverse: None)
     assert reset_checked(cell)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_reset_one_step_late(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = masks.cut
+    right = masks.reset_mask
 
-    def late(reset: Tensor, alive: Tensor | None, reverse: bool) -> Tensor | None:
-        return right(reset.roll(1, 0) if reset is not None else None, alive, reverse)
+    def late(reset: Tensor, valid: Tensor | None, reverse: bool) -> Tensor | None:
+        return right(reset.roll(1, 0) if reset is not None else None, valid, reverse)
 
-    monkeypatch.setattr(masks, "cut", late)
+    monkeypatch.setattr(masks, "reset_mask", late)
     assert reset_checked(cell)
 
 
@@ -141,14 +142,14 @@ WEIGHTS = ("x", "h_0", "c_0", "w_ih", "w_hh", "b_ih", "b_hh")
 @pytest.mark.parametrize("lost", WEIGHTS)
 def test_a_gradient_lost(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of each argument is looked at, the initial states among them."""
-    right = products.weight_gradients
+    right = scan_backend.weight_gradients
     place = ("x", "h_0", "c_0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr").index(lost)
 
     def without(*args: Any) -> list[Tensor | None]:
         found = right(*args)
         return [g if k != place or g is None else torch.zeros_like(g) for k, g in enumerate(found)]
 
-    monkeypatch.setattr(products, "weight_gradients", without)
+    monkeypatch.setattr(scan_backend, "weight_gradients", without)
     found = checked("lstm")
     assert found and len({text.split(" is off")[0] for text in found}) == 1
 
@@ -188,12 +189,12 @@ def red(complaint: str) -> Any:
 
 def losing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The products forget one gradient, where there is one."""
-    right, at = products.weight_gradients, PLACES.index(place)
+    right, at = scan_backend.weight_gradients, PLACES.index(place)
 
     def without(*args: Any) -> list[Tensor | None]:
         return [torch.zeros_like(g) if k == at and g is not None else g for k, g in enumerate(right(*args))]
 
-    monkeypatch.setattr(products, "weight_gradients", without)
+    monkeypatch.setattr(scan_backend, "weight_gradients", without)
 
 
 PLACES = (*WEIGHTS, "w_hr", "lengths", "reset", "h_r", "c_r")
@@ -214,7 +215,7 @@ def test_a_factor_against_the_oracle(kind: str, part: str, monkeypatch: pytest.M
         g = right(*args)
         return g._replace(**{part: 0.999 * getattr(g, part)})
 
-    plant(monkeypatch, cell, vjp=vjp)
+    mutate(monkeypatch, cell, vjp=vjp)
     with red("^d .*: off by"):
         check(Case(kind, **EVERYTHING), "reference", F64)
 
@@ -229,7 +230,7 @@ def test_a_gate_of_the_gru_with_reset_before(part: str, monkeypatch: pytest.Monk
         blocks["rzn".index(part)] = 0.999 * blocks["rzn".index(part)]
         return right(gx, s, w._replace(w_hh=torch.cat(blocks)))
 
-    plant(monkeypatch, "gru_reset_before", step=step)
+    mutate(monkeypatch, "gru_reset_before", step=step)
     with red("^y: off by"):
         check(Case("gru_reset_before"), "reference", F64)
 
@@ -286,8 +287,8 @@ def test_an_error_in_the_reverse_direction_alone(cell: str, way: str, monkeypatc
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reset_on_the_wrong_side_backwards(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = masks.cut
-    monkeypatch.setattr(masks, "cut", lambda reset, alive, reverse: right(reset, alive, False))
+    right = masks.reset_mask
+    monkeypatch.setattr(masks, "reset_mask", lambda reset, valid, reverse: right(reset, valid, False))
     check(Case(kind, resets=((2, 0), (3, 2))), "reference", F64)
     with red("^y: off by"):
         check(Case(kind, resets=((2, 0), (3, 2)), bidirectional=True), "reference", F64)
@@ -414,7 +415,7 @@ def test_second_derivatives(cell: str, part: str, monkeypatch: pytest.MonkeyPatc
         value = getattr(g, part)
         return g._replace(**{part: 0.9 * value + 0.1 * value.detach()})
 
-    plant(monkeypatch, cell, vjp=vjp)
+    mutate(monkeypatch, cell, vjp=vjp)
     test_derivatives.test_first_derivatives(*problem)
     with pytest.raises(GradcheckError, match="Jacobian mismatch"):
         test_derivatives.test_second_derivatives_and_forward_mode(*problem)
@@ -422,7 +423,7 @@ def test_second_derivatives(cell: str, part: str, monkeypatch: pytest.MonkeyPatc
 
 def behind_the_operator(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what runs inside the opaque operators, and only there, a thousandth too much."""
-    forward, backward = registry.run_forward, registry.run_backward
+    forward, backward = custom_ops.run_forward, custom_ops.run_backward
 
     def run_forward(*args: Any, **kwargs: Any) -> Result:
         result = forward(*args, **kwargs)
@@ -432,9 +433,9 @@ def behind_the_operator(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return [None if g is None else 1.001 * g for g in backward(*args)]
 
     if what == "forward":
-        monkeypatch.setattr(registry, "run_forward", run_forward)
+        monkeypatch.setattr(custom_ops, "run_forward", run_forward)
     else:
-        monkeypatch.setattr(registry, "run_backward", run_backward)
+        monkeypatch.setattr(custom_ops, "run_backward", run_backward)
 
 
 COMPILED: dict[str, Callable[[str], None]] = {
@@ -472,7 +473,7 @@ def test_textbook_gate_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> N
 
         return right(turned(gx), s, w._replace(w_hh=turned(w.w_hh.T).T))
 
-    plant(monkeypatch, "gru_reset_before", step=step)
+    mutate(monkeypatch, "gru_reset_before", step=step)
     with use_backend("reference"), red("not close"):
         test_textbook.test_cell_reproduces_the_textbook(book)
     with use_backend("reference"), red("not close"):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import rnnkit
-from rnnkit.backends import BACKENDS, BY_NAME, NAMES, Problem, preference, record, resolve
+from rnnkit.backends import BACKENDS, BY_NAME, NAMES, LayerSpec, preference, record, select_backend
 from rnnkit.cells import CELLS
 
 I, H = 3, 4
@@ -61,10 +61,10 @@ def test_names_and_order() -> None:
 
 @pytest.mark.parametrize("change", [{}, {"dtype": torch.float64}, {"device": "cuda"}, {"cell": "rnn_relu"}, *EXTRAS])
 def test_auto_takes_the_first_without_a_reason(change: dict[str, Any]) -> None:
-    problem = Problem(**{**PLAIN, **change})
+    problem = LayerSpec(**{**PLAIN, **change})
     order = preference(problem)
     assert sorted(b.name for b in order) == sorted(b.name for b in BACKENDS)
-    taken = resolve("auto", problem)
+    taken = select_backend("auto", problem, cache=False)
     before = order[: order.index(taken)]
     assert not taken.unsupported(problem) and all(backend.unsupported(problem) for backend in before)
 
@@ -73,27 +73,27 @@ def test_auto_takes_the_first_without_a_reason(change: dict[str, Any]) -> None:
 def test_the_reference_runs_everything(cell: str) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         for extra in ({}, {"lengths": True, "reset": True, "recompute": True}, {"steps": 0}, {"device": "mps"}):
-            assert BY_NAME["reference"].unsupported(Problem(**{**PLAIN, "cell": cell, "dtype": dtype, **extra})) == []
+            assert BY_NAME["reference"].unsupported(LayerSpec(**{**PLAIN, "cell": cell, "dtype": dtype, **extra})) == []
 
 
 @pytest.mark.parametrize("change", EXTRAS)
 def test_torch_says_what_it_does_not_know(change: dict[str, Any]) -> None:
-    problem = Problem(**{**PLAIN, **change})
+    problem = LayerSpec(**{**PLAIN, **change})
     reasons = BY_NAME["torch"].unsupported(problem)
     assert len(reasons) == 1 and reasons[0] == f"torch.nn's layers do not know {problem.extras[0]}"
-    assert BY_NAME["torch"].unsupported(Problem(**PLAIN)) == []
+    assert BY_NAME["torch"].unsupported(LayerSpec(**PLAIN)) == []
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
 @pytest.mark.parametrize("change", [{}, {"device": "cuda"}, *EXTRAS])
 def test_a_named_backend_runs_or_raises_with_its_reasons(name: str, change: dict[str, Any]) -> None:
-    problem = Problem(**{**PLAIN, **change})
+    problem = LayerSpec(**{**PLAIN, **change})
     reasons = BY_NAME[name].unsupported(problem)
     if not reasons:
-        assert resolve(name, problem).name == name
+        assert select_backend(name, problem, cache=False).name == name
         return
     with pytest.raises(NotImplementedError) as caught:
-        resolve(name, problem)
+        select_backend(name, problem, cache=False)
     for fragment in (f"backend {name!r}", problem.cell, problem.device, *reasons, "reference", "backend='auto'"):
         assert fragment in str(caught.value)
 

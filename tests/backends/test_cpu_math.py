@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from rnnkit.backends import extension
+from rnnkit.backends.cpu import extension
 
 pytestmark = [
     pytest.mark.skipif(not extension.available(), reason=extension.reason()),

@@ -16,8 +16,8 @@ from layers import CELLS_AND_PROJECTION, ORDER, assert_same, backward, both, for
 from torch import Tensor
 
 import rnnkit.ops
-from rnnkit.backends import extension
-from rnnkit.backends.cpu import NUMBERS
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cpu.backend import CELL_IDS
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.reason())
 
@@ -40,12 +40,12 @@ def test_any_strides(cell, proj, reverse):
 
     kinds = {
         "x": turned(t.x),
-        **{name: turned(getattr(t, name)) for name in ("w_ih", "w_hh", "w_hr", "reset", "h_r")},
-        **{name: every_second(getattr(t, name)) for name in ("h_0", "c_0", "b_ih", "b_hh", "lengths", "c_r")},
+        **{name: turned(getattr(t, name)) for name in ("w_ih", "w_hh", "w_hr", "reset", "h_reset")},
+        **{name: every_second(getattr(t, name)) for name in ("h_0", "c_0", "b_ih", "b_hh", "lengths", "c_reset")},
     } if proj else {
         "x": t.x.repeat(1, 1, 2)[:, :, : t.x.shape[2]],
         **{name: turned(getattr(t, name)) for name in ("w_ih", "w_hh", "reset", "h_0")},
-        **{name: every_second(getattr(t, name)) for name in ("h_r", "b_ih", "b_hh", "lengths")},
+        **{name: every_second(getattr(t, name)) for name in ("h_reset", "b_ih", "b_hh", "lengths")},
     }  # fmt: skip
     assert not any(v.is_contiguous() for v in kinds.values())
     assert_same(both(layer.change(**kinds), all_states=True), both(layer, all_states=True))
@@ -139,7 +139,7 @@ def test_recomputing_gives_the_same_gradients(cell, proj, reverse, dtype):
 @every_cell
 def test_what_is_missing_is_zero(cell, proj):
     layer = make(cell, proj, dtype=torch.float64)
-    names = [name for name in ("h_0", "c_0", "h_r", "c_r") if getattr(layer.t, name) is not None]
+    names = [name for name in ("h_0", "c_0", "h_reset", "c_reset") if getattr(layer.t, name) is not None]
     biases = ("b_ih", "b_hh")
     zeros = layer.change(**{name: torch.zeros_like(getattr(layer.t, name)) for name in (*names, *biases)})
     missing = layer.change(**dict.fromkeys((*names, *biases)))
@@ -234,8 +234,8 @@ WRONG = [
     ({"w_hr": torch.zeros(13, 12)}, r"w_hr must be Float \[13, 13\], got Float \[13, 12\]"),
     ({"h_0": torch.zeros(4, 13)}, r"h_0 must be Float \[5, 13\], got Float \[4, 13\]"),
     ({"c_0": torch.zeros(5, 12)}, r"c_0 must be Float \[5, 13\], got Float \[5, 12\]"),
-    ({"h_r": torch.zeros(13)}, r"h_r must be Float \[5, 13\], got Float \[13\]"),
-    ({"c_r": torch.zeros(5, 13).half()}, r"c_r must be Float \[5, 13\], got Half \[5, 13\]"),
+    ({"h_reset": torch.zeros(13)}, r"h_r must be Float \[5, 13\], got Float \[13\]"),
+    ({"c_reset": torch.zeros(5, 13).half()}, r"c_r must be Float \[5, 13\], got Half \[5, 13\]"),
     ({"lengths": torch.zeros(5)}, r"lengths must be Long \[5\], got Float \[5\]"),
     ({"lengths": torch.zeros(4, dtype=torch.int64)}, r"lengths must be Long \[5\], got Long \[4\]"),
     ({"reset": torch.zeros(6, 5) > 0}, r"reset must be Bool \[7, 5\], got Bool \[6, 5\]"),
@@ -286,7 +286,7 @@ def test_a_number_that_is_no_cell_is_named(number):
     """By every operator, and never computed with another cell's formulas."""
     layer = make("gru")
     results = forward(layer, save=True)
-    known = ", ".join(f"{k} {name}" for name, k in NUMBERS.items())
+    known = ", ".join(f"{k} {name}" for name, k in CELL_IDS.items())
     named = rf"^rnnkit: cell must be one of {known}; got {number}$"
     with pytest.raises(RuntimeError, match=named):
         torch.ops.rnnkit.cpu_layer_forward(number, *layer.t, False, False, False, 0)
@@ -302,7 +302,7 @@ def test_other_devices_have_no_kernel():
     layer = make()
     elsewhere = layer.t._make(None if v is None else v.to("meta") for v in layer.t)
     with pytest.raises(NotImplementedError, match="cpu_layer_forward"):
-        torch.ops.rnnkit.cpu_layer_forward(NUMBERS["lstm"], *elsewhere, False, False, False, 0)
+        torch.ops.rnnkit.cpu_layer_forward(CELL_IDS["lstm"], *elsewhere, False, False, False, 0)
 
 
 @every_cell
@@ -310,7 +310,7 @@ def test_schema(cell, proj):
     layer = make(cell, proj)
     torch.library.opcheck(
         torch.ops.rnnkit.cpu_layer_forward.default,
-        (NUMBERS[cell], *layer.t, False, True, True, 0),
+        (CELL_IDS[cell], *layer.t, False, True, True, 0),
         test_utils=("test_schema",),
     )
     results = forward(layer)
@@ -318,7 +318,7 @@ def test_schema(cell, proj):
     grads = (gradients_for(results).get(name) for name in ("gy", "gh_n", "gc_n", "gc_all"))
     torch.library.opcheck(
         torch.ops.rnnkit.cpu_layer_backward.default,
-        (NUMBERS[cell], *layer.t, False, *saved, *grads, layer.needs),
+        (CELL_IDS[cell], *layer.t, False, *saved, *grads, layer.needs),
         test_utils=("test_schema",),
     )
 

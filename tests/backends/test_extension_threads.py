@@ -21,7 +21,7 @@ import torch
 from layers import CELLS_AND_PROJECTION, OF_THE_SCAN, assert_same, backward, both, forward, gradients_for, make
 
 import rnnkit.ops
-from rnnkit.backends import extension
+from rnnkit.backends.cpu import extension
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.reason())
 

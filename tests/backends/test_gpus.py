@@ -14,10 +14,14 @@ from torch import Tensor
 
 import rnnkit
 from rnnkit import backends
-from rnnkit.backends import BACKENDS, BY_NAME, Problem, cuda, cuda_table, extension, gpu, triton
-from rnnkit.benchmarks import cuda_table as compiled
-from rnnkit.benchmarks import problems
-from rnnkit.kernels import table
+from rnnkit.backends import BACKENDS, BY_NAME, LayerSpec, gpu, select
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.backends.triton import backend as triton
+from rnnkit.backends.triton import configs as triton_configs
+from rnnkit.benchmarks.gpu_check import parity_cases
+from rnnkit.benchmarks.usage import cuda_usage as compiled
 
 KERNELS = ("cuda", "triton")
 ASK = {name: getattr(gpu, name).__wrapped__ for name in ("present", "capability_of", "amd", "driver")}
@@ -40,13 +44,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(gpu, "present", gpu.once(lambda: bool(capabilities)))
         monkeypatch.setattr(gpu, "capability_of", gpu.once(lambda index: int("{}{}".format(*capabilities[index]))))
         monkeypatch.setattr(gpu, "driver", gpu.once(lambda: driver))
-        monkeypatch.setattr(backends, "_chosen", {})
+        monkeypatch.setattr(select, "_selected", {})
 
     return make
 
 
 def reasons(name: str, index: int = 0, **change: Any) -> list[str]:
-    return BY_NAME[name].unsupported(Problem(**{**PLAIN, "device": "cuda", "device_index": index, **change}))
+    return BY_NAME[name].unsupported(LayerSpec(**{**PLAIN, "device": "cuda", "device_index": index, **change}))
 
 
 def test_a_layer_on_a_cpu_asks_no_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,10 +111,10 @@ def test_each_gpu_is_judged_by_itself(name: str, machine: Machine) -> None:
 
 def test_a_choice_is_remembered_for_its_gpu(machine: Machine) -> None:
     machine((7, 5), (9, 0))
-    problem = Problem(**{**PLAIN, "device": "cuda", "device_index": 0, "lengths": True})
-    assert backends.choose("auto", problem).name == "reference"
-    assert backends.choose("auto", problem._replace(device_index=1)).name == "cuda"
-    assert backends.choose("auto", problem).name == "reference"
+    problem = LayerSpec(**{**PLAIN, "device": "cuda", "device_index": 0, "lengths": True})
+    assert backends.select_backend("auto", problem).name == "reference"
+    assert backends.select_backend("auto", problem._replace(device_index=1)).name == "cuda"
+    assert backends.select_backend("auto", problem).name == "reference"
 
 
 def test_a_problem_says_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +124,8 @@ def test_a_problem_says_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     weights = (torch.zeros(12, 3), torch.zeros(12, 4), None, None)
     for x, place in ((torch.zeros(2, 1, 3), ("cpu", None)), (torch.zeros(2, 1, 3).as_subclass(Placed), ("cuda", 3))):
-        t = backends.Tensors(x, torch.zeros(1, 4), None, *weights)
-        found = backends.describe("gru", t, backends.Options(), train=False)
+        t = backends.LayerInputs(x, torch.zeros(1, 4), None, *weights)
+        found = backends.describe("gru", t, backends.LayerOptions(), train=False)
         assert (found.device, found.device_index) == place
 
 
@@ -146,9 +150,8 @@ def test_a_driver_older_than_the_kernels(built: str, driver: int, reason: str | 
     if reason is not None:
         assert "update the driver, or build again with the nvcc of CUDA 12" in found[0]
         assert reasons("triton") == []
-        assert backends.pick(
-            "auto", Problem(**{**PLAIN, "device": "cuda", "device_index": 0, "lengths": True})
-        ).name == ("triton")
+        spec = LayerSpec(**{**PLAIN, "device": "cuda", "device_index": 0, "lengths": True})
+        assert backends.select_backend("auto", spec, cache=False, report=False).name == "triton"
 
 
 def test_ptx_takes_a_driver_of_its_own_version(machine: Machine) -> None:
@@ -166,9 +169,9 @@ def test_a_gpu_that_was_not_compiled_for(machine: Machine) -> None:
 
 
 def test_too_old_for_any_plan() -> None:
-    for regime in (None, *cuda_table.REGIMES):
+    for regime in (None, *cuda_configs.REGIMES):
         with pytest.raises(ValueError, match=r"needs compute capability 8.0 or later, got a GPU of 7.5: .*cta, step"):
-            cuda_table.plan("lstm", 64, 0, "bf16", 8, 75, regime)
+            cuda_configs.plan("lstm", 64, 0, "bf16", 8, 75, regime)
 
 
 @pytest.mark.parametrize(
@@ -205,12 +208,12 @@ def test_too_old_for_any_plan() -> None:
     ],
 )
 def test_what_a_smaller_gpu_is_told(cell: str, hidden: int, kind: str, capability: int, why: str) -> None:
-    row, said = cuda_table.plan(cell, hidden, 0, kind, 8, capability)
+    row, said = cuda_configs.plan(cell, hidden, 0, kind, 8, capability)
     assert row.regime == "step" and said.startswith(why)
     with pytest.raises(ValueError) as caught:
-        cuda_table.plan(cell, hidden, 0, kind, 8, capability, "cta")
+        cuda_configs.plan(cell, hidden, 0, kind, 8, capability, "cta")
     assert str(caught.value) == said
-    assert cuda_table.plan(cell, hidden, 0, kind, 8, capability, "step")[0] == row
+    assert cuda_configs.plan(cell, hidden, 0, kind, 8, capability, "step")[0] == row
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -232,29 +235,29 @@ def test_under_compile_a_gpu_is_judged_alike(name: str, machine: Machine, monkey
 
 def test_a_regime_is_an_entry_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up one between the others is planned, written, run by parity and proved as they are."""
-    cluster = cuda_table.REGIMES["cta"]._replace(oldest=90, place="a cluster", why="of many", asks=("one", "two"))
-    rows = (cuda_table.Row("cluster", "lstm", "bf16", 512, 8, 8, (1, 2)),)
+    cluster = cuda_configs.REGIMES["cta"]._replace(oldest=90, place="a cluster", why="of many", asks=("one", "two"))
+    rows = (cuda_configs.CompiledKernel("cluster", "lstm", "bf16", 512, 8, 8, (1, 2)),)
     row = rows[0]
     cluster = cluster._replace(shared=lambda row, side: 1000 + side, arguments=lambda row: (row.units, 16))
-    both = cuda_table.REGIMES
-    monkeypatch.setattr(cuda_table, "REGIMES", {"cta": both["cta"], "cluster": cluster, "step": both["step"]})
-    monkeypatch.setattr(cuda_table, "ROWS", cuda_table.ROWS + rows)
-    assert cuda_table.plan("lstm", 160, 0, "bf16", 8, 90)[0].regime == "cta"
-    found, why = cuda_table.plan("lstm", 161, 0, "bf16", 8, 90)
+    both = cuda_configs.REGIMES
+    monkeypatch.setattr(cuda_configs, "REGIMES", {"cta": both["cta"], "cluster": cluster, "step": both["step"]})
+    monkeypatch.setattr(cuda_configs, "ROWS", cuda_configs.ROWS + rows)
+    assert cuda_configs.plan("lstm", 160, 0, "bf16", 8, 90)[0].regime == "cta"
+    found, why = cuda_configs.plan("lstm", 161, 0, "bf16", 8, 90)
     assert found == row and why.startswith("on one multiprocessor of sm_90 ") and "a cluster" not in why
-    assert cuda_table.plan("lstm", 8, 0, "bf16", 8, 90, "cluster") == (row, "of many")
-    assert "; on a cluster of sm_90 (227 KiB" in cuda_table.plan("lstm", 513, 0, "bf16", 8, 90)[1]
-    assert row in cuda_table.able(90) and row not in cuda_table.able(80)
-    found, why = cuda_table.plan("lstm", 161, 0, "bf16", 8, 80)
+    assert cuda_configs.plan("lstm", 8, 0, "bf16", 8, 90, "cluster") == (row, "of many")
+    assert "; on a cluster of sm_90 (227 KiB" in cuda_configs.plan("lstm", 513, 0, "bf16", 8, 90)[1]
+    assert row in cuda_configs.able(90) and row not in cuda_configs.able(80)
+    found, why = cuda_configs.plan("lstm", 161, 0, "bf16", 8, 80)
     assert found.regime == "step" and why.endswith("; cluster needs compute capability 9.0 or later, got 8.0")
     assert (
-        cuda_table.source(row)
+        cuda_configs.source(row)
         == '#include "cluster.cuh"\n\nRNNKIT_CLUSTER(cluster_lstm_bf16_512, lstm, bf16, 512, 16)\n'
     )
-    assert cuda_table.shared_bytes(row, 1) == 1001
+    assert cuda_configs.shared_bytes(row, 1) == 1001
     assert "forward_asks[one + 1]" in compiled.source(row) and "backward_asks[two + 1]" in compiled.source(row)
-    (problem,) = problems.resident(rows)
-    assert not list(problems.stepping(rows)) and problems.compiled_for(problem, 90) == row
+    (problem,) = parity_cases.resident(rows)
+    assert not list(parity_cases.stepping(rows)) and parity_cases.compiled_for(problem, 90) == row
 
 
 # A regime that is named.
@@ -264,7 +267,7 @@ def test_a_regime_of_cuda_by_name(machine: Machine, monkeypatch: pytest.MonkeyPa
     machine((8, 6))
 
     def detail(hidden: int) -> str:
-        problem = Problem(**{**PLAIN, "device": "cuda", "device_index": 0, "hidden_size": hidden, "cell": "lstm"})
+        problem = LayerSpec(**{**PLAIN, "device": "cuda", "device_index": 0, "hidden_size": hidden, "cell": "lstm"})
         return str(BY_NAME["cuda"].detail(problem._replace(dtype=torch.bfloat16)))
 
     monkeypatch.setattr(cuda.regimes, "only", "step")
@@ -287,7 +290,7 @@ def test_a_regime_of_triton_by_name(machine: Machine, monkeypatch: pytest.Monkey
     machine((8, 6))
 
     def detail(hidden: int) -> str:
-        problem = Problem(**{**PLAIN, "device": "cuda", "device_index": 0, "hidden_size": hidden, "cell": "lstm"})
+        problem = LayerSpec(**{**PLAIN, "device": "cuda", "device_index": 0, "hidden_size": hidden, "cell": "lstm"})
         return str(BY_NAME["triton"].detail(problem._replace(dtype=torch.bfloat16)))
 
     monkeypatch.setattr(triton.regimes, "only", "step")
@@ -316,10 +319,10 @@ def test_an_unknown_regime(name: str, regimes: str, machine: Machine, monkeypatc
     wrong = f"RNNKIT_{name.upper()}_REGIME must be one of {regimes} or unset, got 'ctaa'"
     assert reasons(name, 0) == [wrong] and BY_NAME[name].available() == wrong
     assert reasons(name, device="cpu")[0] == "runs on the device cuda, got cpu"
-    problem = Problem(**{**PLAIN, "device": "cuda", "device_index": 0})
+    problem = LayerSpec(**{**PLAIN, "device": "cuda", "device_index": 0})
     with pytest.raises(NotImplementedError, match=wrong):
-        backends.pick(name, problem)
-    assert backends.pick("auto", problem).name != name
+        backends.select_backend(name, problem, cache=False, report=False)
+    assert backends.select_backend("auto", problem, cache=False, report=False).name != name
     monkeypatch.setenv("RNNKIT_SOME_REGIME", "ctaa")
     with pytest.warns(
         UserWarning, match="RNNKIT_SOME_REGIME must be one of cta, step or unset, got 'ctaa': the backend"
@@ -328,7 +331,7 @@ def test_an_unknown_regime(name: str, regimes: str, machine: Machine, monkeypatc
 
 
 def test_what_triton_keeps_with_a_projection() -> None:
-    said = table.plan("lstm", "forward", 208, 48, "half", 90, 16).reason
+    said = triton_configs.plan("lstm", "forward", 208, 48, "half", 90, 16).reason
     assert said.endswith("of H=208 P=48 on chip in half precision on sm_90 (227 KiB of shared memory a block), up to "
                          "128 units fit")  # fmt: skip
 
@@ -338,4 +341,4 @@ def test_what_is_not_available_says_so_first(backend: Any) -> None:
     missing = backend.available()
     if missing is not None:
         where = {} if backend.name not in KERNELS else {"device": "cuda"}
-        assert backend.unsupported(Problem(**{**PLAIN, **where}))[0] == missing and missing.strip()
+        assert backend.unsupported(LayerSpec(**{**PLAIN, **where}))[0] == missing and missing.strip()

@@ -18,16 +18,18 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CALLS, Fused, pretend, put
-from test_benchmarks import row
+from made_rows import row
 
-from rnnkit import gpu_check
 from rnnkit.__main__ import main
-from rnnkit.backends import BY_NAME, Outputs, Tensors, extension
-from rnnkit.benchmarks import crew, machine, parity, probes, problems, rows, run, sanitizer
-from rnnkit.benchmarks.cases import Case, Job
+from rnnkit.backends import BY_NAME, LayerInputs, LayerOutputs
+from rnnkit.backends.cpu import extension
+from rnnkit.benchmarks.gpu_check import main as gpu_check
+from rnnkit.benchmarks.gpu_check import parity, parity_cases, probes, sanitizer, worker_pool
+from rnnkit.benchmarks.speed import rows, run
+from rnnkit.benchmarks.speed.bench_cases import BenchCase, BenchJob
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = problems.Variant((4, 3, 2, 5), lengths=True, resets=True, reset_state=True)
+SMALL = parity_cases.Variant((4, 3, 2, 5), lengths=True, resets=True, reset_state=True)
 F32 = torch.float32
 NAMES = ("triton", "cpu")
 
@@ -38,11 +40,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pretend(monkeypatch)
     real, switches = parity.examine, (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
-    few = [problems.Problem(kind, SMALL, F32) for kind in ("lstm", "gru")]
-    cases = [Case("field", 3, 4, 5, 6), Case("resets", 3, 4, 5, 6, resets=0.2), Case("grid", 3, 4, 5, 6)]
-    jobs = [Job(case, "GRU", "training", dtype) for dtype in ("float32", "bfloat16") for case in reversed(cases)]
+    few = [parity_cases.Problem(kind, SMALL, F32) for kind in ("lstm", "gru")]
+    cases = [BenchCase("field", 3, 4, 5, 6), BenchCase("resets", 3, 4, 5, 6, resets=0.2), BenchCase("grid", 3, 4, 5, 6)]
+    jobs = [BenchJob(case, "GRU", "training", dtype) for dtype in ("float32", "bfloat16") for case in reversed(cases)]
     monkeypatch.setattr(parity, "examine", lambda findings, _, *rest: real(findings, "cpu", *rest))
-    monkeypatch.setattr(problems, "select", lambda *asked: few)
+    monkeypatch.setattr(parity_cases, "select", lambda *asked: few)
     monkeypatch.setattr(gpu_check, "select", lambda device, dtypes: jobs)
     yield
     for switch, allowed in zip(switches, before):
@@ -208,11 +210,11 @@ def test_what_is_wrong_is_said_with_its_numbers_and_not_timed(
     assert not timed & {("auto", "float32"), ("triton", "float32")}
 
 
-def last_step(v: Outputs) -> Outputs:
+def last_step(v: LayerOutputs) -> LayerOutputs:
     return v._replace(h_n=v.y[-1])
 
 
-def unwritten(v: Outputs) -> Outputs:
+def unwritten(v: LayerOutputs) -> LayerOutputs:
     y = torch.empty_like(v.y)
     y[:, :-1] = v.y[:, :-1]
     return v._replace(y=y)
@@ -226,8 +228,8 @@ FAULTS = {
     "the last step for the last state": Fused(after=last_step),
     "memory that nobody wrote": Fused(after=unwritten),
     "a weight's gradient": Fused(gradients=no_weight_gradient),
-    "no resets": Fused(before=lambda t: t._replace(reset=None, h_r=None, c_r=None)),
-    "zeros for the state at a reset": Fused(before=lambda t: t._replace(h_r=None, c_r=None)),
+    "no resets": Fused(before=lambda t: t._replace(reset=None, h_reset=None, c_reset=None)),
+    "zeros for the state at a reset": Fused(before=lambda t: t._replace(h_reset=None, c_reset=None)),
     "no lengths": Fused(before=lambda t: t._replace(lengths=None)),
     "one step too many": Fused(before=lambda t: t._replace(lengths=None if t.lengths is None else t.lengths + 1)),
     "forward for reverse": Fused(options=lambda o: o._replace(reverse=False)),
@@ -241,7 +243,7 @@ FAULTS = {
 def test_parity_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, FAULTS[fault])
     findings = parity.Findings()
-    every = [problems.Problem(kind, replace(SMALL, both=True), F32) for kind in ("rnn_tanh", "gru_reset_before")]
+    every = [parity_cases.Problem(kind, replace(SMALL, both=True), F32) for kind in ("rnn_tanh", "gru_reset_before")]
     parity.examine(findings, "cpu", every, NAMES)
     assert findings.culprits == {("triton", problem.kind, "float32") for problem in every}
     assert all("triton: " in line for line in findings.wrong)
@@ -250,10 +252,10 @@ def test_parity_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_problems_hold_on_this_machine() -> None:
     """What a GPU will be asked, asked of the CPU; a way to call torch that is wrong would be met here first."""
-    whole, quick = problems.select(), problems.select(quick=True)
+    whole, quick = parity_cases.select(), parity_cases.select(quick=True)
     for some in (whole, quick):
-        assert {p.kind for p in some} == set(problems.KINDS)
-    assert {p.dtype for p in whole} == set(problems.DTYPES)
+        assert {p.kind for p in some} == set(parity_cases.KINDS)
+    assert {p.dtype for p in whole} == set(parity_cases.DTYPES)
     assert set(quick) < set(whole) and len(quick) < len(whole) / 5
     every = [p for p in whole if (p.dtype == F32 or p in quick) and not p.fused]
     findings, told = parity.Findings(), []
@@ -266,7 +268,7 @@ def test_the_problems_hold_on_this_machine() -> None:
 def test_what_a_backend_raises_is_a_failure(
     cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(_: Tensors) -> Tensors:
+    def refuse(_: LayerInputs) -> LayerInputs:
         raise RuntimeError("launch failed: lstm_forward, 32 x 4\nand more")
 
     put(monkeypatch, Fused(before=refuse))
@@ -287,7 +289,7 @@ def test_a_device_with_too_little_memory_does_the_rest(
 ) -> None:
     real = run.Bench._job
 
-    def large(self: run.Bench, job: Job, *rest: Any) -> Any:
+    def large(self: run.Bench, job: BenchJob, *rest: Any) -> Any:
         if job.case.group == "field":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
         return real(self, job, *rest)
@@ -320,7 +322,7 @@ def test_another_backend_than_the_named_one(monkeypatch: pytest.MonkeyPatch) -> 
     put(monkeypatch, Fused())
     BY_NAME["triton"].name = "reference"  # type: ignore[misc]
     findings = parity.Findings()
-    parity.examine(findings, "cpu", [problems.Problem("gru", SMALL, F32)], ("triton",))
+    parity.examine(findings, "cpu", [parity_cases.Problem("gru", SMALL, F32)], ("triton",))
     assert any("was named, and reference ran" in line for line in findings.wrong)
 
 
@@ -329,7 +331,7 @@ def test_ctrl_c_keeps_what_there_is(
 ) -> None:
     real, done = run.Bench._job, []
 
-    def stop(self: run.Bench, job: Job, *rest: Any) -> Any:
+    def stop(self: run.Bench, job: BenchJob, *rest: Any) -> Any:
         if done:
             raise KeyboardInterrupt
         done.append(job)
@@ -356,12 +358,12 @@ def test_parity_goes_to_several_processes(cuda: None, tmp_path: Path, monkeypatc
         asked.append((device, len(every), rest[0], *rest[2:]))
         findings.left = 1
 
-    monkeypatch.setattr(crew, "work", work)
+    monkeypatch.setattr(worker_pool, "work", work)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     assert check(tmp_path, "--backend", "reference", "--limit", "100", "--workers", "3") == 1
     assert check(tmp_path, "--backend", "reference", "--limit", "100", "--quick") == 0, "two problems are for one"
-    few = problems.select() * 4
-    monkeypatch.setattr(problems, "select", lambda *asked: few)
+    few = parity_cases.select() * 4
+    monkeypatch.setattr(parity_cases, "select", lambda *asked: few)
     assert check(tmp_path, "--backend", "reference", "--limit", "100", "--quick") == 1
     seconds = gpu_check.SHARE * 100
     assert asked == [("cuda", 2, ("reference",), seconds, 3), ("cuda", 8, ("reference",), seconds, 2)]
@@ -391,18 +393,6 @@ def test_rows_written_before_there_were_dtypes(tmp_path: Path) -> None:
     assert lines[0].endswith(",dtype,recompute_mib")
     path.write_text("\n".join(line.rsplit(",", 2)[0] for line in lines) + "\n")
     assert rows.read(path) == [row()]
-
-
-def test_the_benchmark_measures_each_dtype_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = ["bench", "--out", str(tmp_path), "--seconds", "0.001", "--backend", "reference", "--quick"]
-    monkeypatch.setattr(machine, "CACHE", {"cpu": (256,)})
-    assert main([*bench, "--case", "grid/7x33x19x45", "--cell", "lstm", "--dtype", "bfloat16,float32"]) == 0
-    found = [r for r in rows.read(tmp_path / "rows.csv") if r.against == "torch.nn"]
-    assert [(r.mode, r.dtype) for r in found] == [
-        (mode, dtype) for dtype in ("bfloat16", "float32") for mode in ("inference", "training")
-    ]
-    assert len({r.peak_gflops for r in found}) == 2, "each dtype has a peak of its own"
-    assert "bfloat16, float32" in (tmp_path / "report.md").read_text()
 
 
 def test_a_clone_runs_as_it_is(tmp_path: Path) -> None:

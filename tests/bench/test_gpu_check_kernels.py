@@ -17,12 +17,16 @@ import pytest
 import torch
 from fake_cuda import Fused, Restless, put, rerun
 
-from rnnkit import gpu_check, ops
-from rnnkit.backends import BY_NAME, Outputs, cuda, cuda_table, triton
-from rnnkit.benchmarks import calls, crew, parity, problems, ways
-from rnnkit.benchmarks.problems import BF16, F16, F32, KINDS, Problem, Variant, kernels_of, select
-from rnnkit.benchmarks.targets import FUSED
-from rnnkit.kernels import table
+from rnnkit import ops
+from rnnkit.backends import BY_NAME, LayerOutputs
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.backends.triton import backend as triton
+from rnnkit.backends.triton import configs as triton_configs
+from rnnkit.benchmarks.gpu_check import bitwise_checks, parity, parity_cases, reference_runs, worker_pool
+from rnnkit.benchmarks.gpu_check import main as gpu_check
+from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, F32, KINDS, Problem, Variant, kernels_of, select
+from rnnkit.benchmarks.speed.targets import FUSED
 
 SMALL = Variant((4, 7, 2, 5), lengths=True, resets=True, reset_state=True)
 TF32 = Problem("lstm", replace(SMALL, both=True), F32, tf32=True, fused=True)
@@ -31,8 +35,8 @@ TF32 = Problem("lstm", replace(SMALL, both=True), F32, tf32=True, fused=True)
 def examined(*every: Problem, backend: Fused | None = None, patch: pytest.MonkeyPatch) -> parity.Findings:
     """What is found on the CPU, with this backend in the place of `triton`."""
     put(patch, backend or Fused())
-    patch.setattr(calls, "graph", rerun)
-    patch.setattr(calls, "COMPILER", "aot_eager")
+    patch.setattr(bitwise_checks, "graph", rerun)
+    patch.setattr(bitwise_checks, "COMPILER", "aot_eager")
     findings = parity.Findings()
     parity.examine(findings, "cpu", every, ("triton",))
     return findings
@@ -41,15 +45,17 @@ def examined(*every: Problem, backend: Fused | None = None, patch: pytest.Monkey
 # What is asked.
 
 
-@pytest.mark.parametrize("capability", [80, 86, 90, 100, table.AMD])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, triton_configs.AMD])
 def test_every_persistent_kernel_is_met_with_everything_on(capability: int) -> None:
     def everything(p: Problem) -> bool:
         v = p.variant
-        return v.lengths and v.resets and v.reset_state and v.all_states and v.both and v.size[1] > 2 * table.ROWS
+        return (
+            v.lengths and v.resets and v.reset_state and v.all_states and v.both and v.size[1] > 2 * triton_configs.ROWS
+        )
 
     every = select(False, capability)
     met = {row for p in every if everything(p) for row in kernels_of(p, capability)}
-    assert met == set(table.rows_of(capability))
+    assert met == set(triton_configs.rows_of(capability))
     assert len(every) == len(set(every)) and set(select(True)) < set(every)
 
 
@@ -58,7 +64,7 @@ def test_what_goes_wrong_on_large_things_is_asked() -> None:
     fused = [p for p in every if p.fused]
     for kind in KINDS:
         mine = [p for p in fused if p.kind == kind]
-        assert {p.variant.size[3] for p in mine} >= {tile + by for tile in table.TILES for by in (-1, 1)}
+        assert {p.variant.size[3] for p in mine} >= {tile + by for tile in triton_configs.TILES for by in (-1, 1)}
         assert {p.precision for p in mine if p.stepwise} == {"bfloat16", "float32", "tf32"}
         assert {p.stepwise for p in mine if p.calls} == {False, True}
         assert {p.precision for p in mine if not p.stepwise} >= {"bfloat16", "float16", "float32", "tf32"}
@@ -69,7 +75,7 @@ def test_what_goes_wrong_on_large_things_is_asked() -> None:
     for p in far:
         steps, _, _, hidden = p.variant.size
         assert steps * p.variant.many * hidden > 2**31 and p.dtype == BF16 and 2**35 < p.memory < 2**36
-        assert (p.variant.many - p.variant.size[1]) % table.ROWS == 0, "its rows keep their places in a tile"
+        assert (p.variant.many - p.variant.size[1]) % triton_configs.ROWS == 0, "its rows keep their places in a tile"
     last = [max(every.index(p) for p in some) for some in (every[:18], [p for p in every if p.calls], fused)]
     assert last == sorted(last) and last[0] < 18, "the telling ones first"
 
@@ -131,22 +137,24 @@ def test_tf32_is_held_to_ten_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_tf32_costs_is_what_its_bits_cost() -> None:
-    """One step from h_0 by hand: the yardstick loses what cut operands lose, and its gradient likewise."""
+    """One step from h_0 by hand: the baseline loses what cut operands lose, and its gradient likewise."""
     problem = Problem("rnn_tanh", Variant((1, 3, 2, 5)), F32, tf32=True)
-    given = problems.draw(problem, 0)
+    given = parity_cases.draw(problem, 0)
     leaves, weights = given.to(F32, "cpu")
     v = {**leaves, **weights}
-    h = ways.cut(v["h_0"][0].detach())
+    h = reference_runs.cut(v["h_0"][0].detach())
     inside = leaves["x"][0] @ v["weight_ih_l0"].T + v["bias_ih_l0"] + v["bias_hh_l0"]
-    wanted = torch.tanh(inside + h @ ways.cut(v["weight_hh_l0"].detach()).T)
-    got = ways.by_tf32(problem, given, leaves, weights)["y"][0]
+    wanted = torch.tanh(inside + h @ reference_runs.cut(v["weight_hh_l0"].detach()).T)
+    got = reference_runs.by_tf32(problem, given, leaves, weights)["y"][0]
     assert (
-        (got - wanted).abs().max() < 1e-6 < (got - ways.by_steps(problem, given, leaves, weights)["y"][0]).abs().max()
+        (got - wanted).abs().max()
+        < 1e-6
+        < (got - reference_runs.by_steps(problem, given, leaves, weights)["y"][0]).abs().max()
     )
     da = 1 - wanted.detach() ** 2
     back = torch.autograd.grad(got.sum(), leaves["h_0"])[0][0]
-    assert (back - ways.cut(da) @ ways.cut(v["weight_hh_l0"].detach())).abs().max() < 1e-6
-    assert float((ways.cut(v["x"].detach()) / v["x"].detach() - 1).abs().max()) < 2**-10
+    assert (back - reference_runs.cut(da) @ reference_runs.cut(v["weight_hh_l0"].detach())).abs().max() < 1e-6
+    assert float((reference_runs.cut(v["x"].detach()) / v["x"].detach() - 1).abs().max()) < 2**-10
 
 
 def a_stale_graph(work: Callable[[], object]) -> Callable[[], object]:
@@ -183,8 +191,8 @@ CALLED = Problem("rnn_tanh", replace(SMALL, size=(4, 20, 2, 5)), BF16, calls=Tru
 )
 def test_a_graph_that_is_wrong(graph: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, Fused())
-    monkeypatch.setattr(calls, "graph", graph)
-    monkeypatch.setattr(calls, "COMPILER", "aot_eager")
+    monkeypatch.setattr(bitwise_checks, "graph", graph)
+    monkeypatch.setattr(bitwise_checks, "COMPILER", "aot_eager")
     findings = parity.Findings()
     parity.examine(findings, "cpu", [CALLED], ("triton",))
     assert any(said in line for line in findings.wrong) and all("in a CUDA graph" in line for line in findings.wrong)
@@ -198,7 +206,7 @@ def test_every_call_is_as_a_plain_one(kind: str, both: bool, monkeypatch: pytest
 
 
 def test_a_row_that_looks_at_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mixed(v: Outputs) -> Outputs:
+    def mixed(v: LayerOutputs) -> LayerOutputs:
         return v._replace(y=v.y + v.y.mean(1, keepdim=True) * 0)
 
     found = examined(CALLED, backend=Fused(after=mixed), patch=monkeypatch)
@@ -211,9 +219,9 @@ def test_a_compiler_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda *given: [v * 1.01 if v.is_floating_point() else v for v in module(*given)]
 
     put(monkeypatch, Fused())
-    monkeypatch.setattr(calls, "graph", rerun)
+    monkeypatch.setattr(bitwise_checks, "graph", rerun)
     for compiler, said in ((wrong, "compiled: y has other bits"), ("nobody", "compiled: raised InvalidBackend")):
-        monkeypatch.setattr(calls, "COMPILER", compiler)
+        monkeypatch.setattr(bitwise_checks, "COMPILER", compiler)
         findings = parity.Findings()
         parity.examine(findings, "cpu", [CALLED], ("triton",))
         assert any(said in line for line in findings.wrong) and all("compiled" in line for line in findings.wrong)
@@ -234,7 +242,7 @@ MANY = Problem("lstm", replace(SMALL, many=103), F32, fused=True)
 def test_rows_among_many_are_those_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert examined(MANY, patch=monkeypatch).wrong == []
 
-    def far(v: Outputs) -> Outputs:
+    def far(v: LayerOutputs) -> LayerOutputs:
         return v._replace(y=torch.cat([v.y[:, :-2], v.y[:, -2:] * 1.01], 1))  # the last row has no steps
 
     found = examined(MANY, backend=Fused(after=far), patch=monkeypatch)
@@ -261,7 +269,7 @@ def test_the_truth_of_long_ones_is_made_on_the_device(monkeypatch: pytest.Monkey
         return real(way, problem, given, dtype, "cpu")
 
     monkeypatch.setattr(parity, "numbers", look)
-    monkeypatch.setattr(problems, "LONG", 3)
+    monkeypatch.setattr(parity_cases, "LONG", 3)
     put(monkeypatch, Fused())
     monkeypatch.setattr(parity, "memory", lambda device: 0.0)
     findings = parity.Findings()
@@ -290,7 +298,7 @@ class Endless(Problem):
 
 def crewed(every: list[Problem], seconds: float = 600.0) -> tuple[parity.Findings, list[int]]:
     findings, told = parity.Findings(), []
-    crew.work(findings, "cpu", every, ("reference", "triton"), lambda done, what: told.append(done), seconds, 2)
+    worker_pool.work(findings, "cpu", every, ("reference", "triton"), lambda done, what: told.append(done), seconds, 2)
     return findings, told
 
 
@@ -302,7 +310,7 @@ def test_several_processes_find_what_one_finds() -> None:
     assert told == [1, 2, 3] and findings == alone and findings.ran["reference", "float32"] == 2
     assert findings.wrong == [] and sum(findings.skipped["triton"].values()) >= 3
     late, told = crewed(every * 4, 0.0)
-    assert late.left >= 12 - crew.MOST and late.left + len(told) <= 12 and not late.ended
+    assert late.left >= 12 - worker_pool.MOST and late.left + len(told) <= 12 and not late.ended
     late, told = crewed([every[0], MANY, every[1]], 0.0)
     assert late.left == 2 and told == [], "a large one has its turn alone, and does not begin late"
 
@@ -325,7 +333,7 @@ def test_what_several_found_is_put_together(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_error_of_the_examination_is_said_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     found, future = parity.Findings(), Future()  # type: ignore[var-annotated]
     future.set_exception(ValueError("no such thing"))
-    assert crew._take(found, future, next(iter(problems.persistent(90))))
+    assert worker_pool._take(found, future, next(iter(parity_cases.persistent(90))))
     assert found.wrong[0].startswith("ValueError: no such thing, where this is examined: ") and not found.ended
 
     def broken(problem: Problem) -> list[str]:
@@ -351,7 +359,7 @@ def test_a_process_that_ends_is_said_and_the_rest_goes_on() -> None:
 
 
 def test_a_device_that_fails_with_a_process_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "works", lambda device: False)
+    monkeypatch.setattr(worker_pool, "works", lambda device: False)
     findings, _ = crewed([Deadly("lstm", SMALL, F32), Problem("gru", SMALL, F32)])
     assert findings.ended and len(findings.wrong) == 1
     assert findings.wrong[0].startswith("the device fails, and the examination ends, in or near lstm in float32")
@@ -359,9 +367,9 @@ def test_a_device_that_fails_with_a_process_ends_it(monkeypatch: pytest.MonkeyPa
 
 def test_what_hangs_is_said_and_nobody_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have been a compiler; a device that still runs is asked on."""
-    monkeypatch.setattr(crew, "GRACE", 0.1)
+    monkeypatch.setattr(worker_pool, "GRACE", 0.1)
     for runs in (True, False):
-        monkeypatch.setattr(crew, "works", lambda device, runs=runs: runs)
+        monkeypatch.setattr(worker_pool, "works", lambda device, runs=runs: runs)
         findings, _ = crewed([Endless("lstm", SMALL, F32)], 0.0)
         assert findings.wrong[0].startswith("triton: did not end within 0.1 s after time was up, in lstm in float32")
         assert findings.ended != runs and findings.culprits == {("triton", "lstm", "float32")}
@@ -371,7 +379,7 @@ def test_what_hangs_is_said_and_nobody_is_left(monkeypatch: pytest.MonkeyPatch) 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        crew.work(parity.Findings(), "cpu", [CALLED, Endless("gru", SMALL, F32)], ("triton",), stop, 600.0, 2)
+        worker_pool.work(parity.Findings(), "cpu", [CALLED, Endless("gru", SMALL, F32)], ("triton",), stop, 600.0, 2)
     assert not multiprocessing.active_children()
 
 
@@ -382,7 +390,7 @@ def test_a_large_problem_has_the_device_for_itself(monkeypatch: pytest.MonkeyPat
         seen.append(every)
         return [], []
 
-    monkeypatch.setattr(crew, "_wave", wave)
+    monkeypatch.setattr(worker_pool, "_wave", wave)
     every = select(False, 90)
     crewed(every)
     assert [p for some in seen for p in some] == every and len(seen) < 10
@@ -396,13 +404,13 @@ def test_a_large_problem_has_the_device_for_itself(monkeypatch: pytest.MonkeyPat
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert [crew.size(problems) for problems in (1, 8, 300)] == [1, 2, 8]
+    assert [worker_pool.size(problems) for problems in (1, 8, 300)] == [1, 2, 8]
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    assert crew.size(300) == 1
-    assert crew.count("12") == 12
+    assert worker_pool.size(300) == 1
+    assert worker_pool.count("12") == 12
     for wrong in ("0", "-1", "two"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"must be a whole number above 0, got {wrong}"):
-            crew.count(wrong)
+            worker_pool.count(wrong)
 
 
 def test_the_kernels_that_ran_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,23 +421,23 @@ def test_the_kernels_that_ran_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
     findings = parity.Findings()
     row = Problem("lstm_proj", Variant((2, 3, 2, 64), proj=48), BF16, fused=True)
     parity.examine(findings, "cpu", [row, replace(row, stepwise=True)], ("triton",))
-    assert {r[:5] for r in findings.kernels} == {("lstm_proj", side, 64, 64, "half") for side in table.SIDES}
+    assert {r[:5] for r in findings.kernels} == {("lstm_proj", side, 64, 64, "half") for side in triton_configs.SIDES}
     (line,) = gpu_check.kernels(findings)
-    assert line.endswith(f"2 of {len(table.rows_of(90))} persistent kernels of sm_90 ran") and FUSED
+    assert line.endswith(f"2 of {len(triton_configs.rows_of(90))} persistent kernels of sm_90 ran") and FUSED
     monkeypatch.setattr(cuda, "missing", lambda: None)
     monkeypatch.setattr(cuda, "machine", cuda.machine._replace(capability=lambda index: 90))
     put(monkeypatch, Fused(), "cuda")
     small = Problem("gru", Variant((2, 3, 2, 64)), F16, fused=True)
     parity.examine(findings, "cpu", [small, replace(small, stepwise=True), replace(small, kind="lstm")], ("cuda",))
     _, line = gpu_check.kernels(findings)
-    assert line == f"cuda       3 of {len(cuda_table.able(90))} kernels that a GPU of 9.0 can hold ran"
-    names = {row.name for row in findings.kernels if isinstance(row, cuda_table.Row)}
+    assert line == f"cuda       3 of {len(cuda_configs.able(90))} kernels that a GPU of 9.0 can hold ran"
+    names = {row.name for row in findings.kernels if isinstance(row, cuda_configs.CompiledKernel)}
     assert names == {"cta_gru_fp16_64", "step_gru_fp16_8", "cta_lstm_fp16_64"}
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 def test_every_cuda_kernel_is_met(capability: int) -> None:
-    rows = cuda_table.able(capability)
+    rows = cuda_configs.able(capability)
     every = [p for p in select(False, None, rows) if p.fused]
-    assert {problems.compiled_for(p, capability) for p in every} >= set(rows)
+    assert {parity_cases.compiled_for(p, capability) for p in every} >= set(rows)
     assert len(every) == len(set(every))

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from rnnkit import gpu_check
-from rnnkit.backends import cuda, cuda_table
-from rnnkit.benchmarks import child, parity, problems, sanitizer
-from rnnkit.benchmarks import cuda_table as compiled
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.benchmarks.gpu_check import main as gpu_check
+from rnnkit.benchmarks.gpu_check import parity, parity_cases, sanitizer, timed_process
+from rnnkit.benchmarks.usage import cuda_usage as compiled
 
 KERNEL = (
     "void rnnkit::cuda::cta_forward<rnnkit::cuda::Cta<rnnkit::cuda::cell::lstm, rnnkit::cuda::kind::bf16, (int)64, "
@@ -71,7 +72,9 @@ def test_whom_a_report_speaks_of() -> None:
     assert sanitizer.culprits("a race in cta_forward lstm bf16") == {("lstm", "bfloat16"), ("lstm_proj", "bfloat16")}
     assert sanitizer.culprits("step rnn tf32") == {("rnn_tanh", "tf32"), ("rnn_relu", "tf32")}
     assert sanitizer.culprits("step gru_reset_before ieee (x.cuh:1)") == {("gru_reset_before", "float32")}
-    assert len(sanitizer.culprits("")) == len(problems.KINDS) * len(cuda_table.KINDS), "all, where it does not tell"
+    assert len(sanitizer.culprits("")) == len(parity_cases.KINDS) * len(cuda_configs.KINDS), (
+        "all, where it does not tell"
+    )
 
 
 @pytest.fixture
@@ -103,7 +106,7 @@ def test_a_kernel_without_findings(found: Any, tmp_path: Path) -> None:
     assert len(asked) == len(sanitizer.CHECKS)
     for line, check in zip(asked, sorted(sanitizer.CHECKS)):
         assert line.startswith(f"1 --tool {check} --kernel-name kernel_substring=rnnkit "), "each tensor by itself"
-        assert f"{sys.executable} -m rnnkit.benchmarks.sanitizer --seconds 35" in line
+        assert f"{sys.executable} -m rnnkit.benchmarks.gpu_check.sanitizer --seconds 35" in line
 
 
 def test_findings_are_failures_of_the_backend(found: Any, tmp_path: Path) -> None:
@@ -211,9 +214,11 @@ def test_where_the_tool_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 def test_every_kernel_is_watched(capability: int) -> None:
     every = sanitizer.small(capability)
-    rows = cuda_table.able(capability)
-    assert {problems.compiled_for(problem, capability) for problem in every} == set(rows) and len(every) == len(rows)
-    first = [problems.compiled_for(problem, capability) for problem in every[: len(every) // 3]]
+    rows = cuda_configs.able(capability)
+    assert {parity_cases.compiled_for(problem, capability) for problem in every} == set(rows) and len(every) == len(
+        rows
+    )
+    first = [parity_cases.compiled_for(problem, capability) for problem in every[: len(every) // 3]]
     for facts in ("regime", "kernel", "kind"):
         assert {getattr(row, facts) for row in first} == {getattr(row, facts) for row in rows}, (
             "a third has some of all"
@@ -226,12 +231,12 @@ def test_the_program_runs_as_long_as_there_is_time(
     ran: list[tuple[Any, ...]] = []
     monkeypatch.setattr(sanitizer, "numbers", lambda way, problem, given, dtype, device: ran.append((problem, device)))
     monkeypatch.setattr(sanitizer, "small", lambda capability: few)
-    few = list(problems.stepping(cuda_table.ROWS))[:3]
+    few = list(parity_cases.stepping(cuda_configs.ROWS))[:3]
     monkeypatch.setattr(cuda, "machine", cuda.machine._replace(capability=lambda index: 90))
     assert sanitizer.main([]) == 0
     assert [problem for problem, _ in ran] == few and {device for _, device in ran} == {"cuda"}
     said = capsys.readouterr().out
-    order = f"kernels, in this order: {' '.join(problems.compiled_for(p, 90).name for p in few)}\n"
+    order = f"kernels, in this order: {' '.join(parity_cases.compiled_for(p, 90).name for p in few)}\n"
     assert (
         said
         == order + "".join(f"problem {k} of 3: {p}\n" for k, p in enumerate(few, 1)) + "all that there was time for\n"
@@ -241,5 +246,5 @@ def test_the_program_runs_as_long_as_there_is_time(
 
 
 def test_a_child_finds_what_its_parent_found(tmp_path: Path) -> None:
-    begun = child.Child("rnnkit.benchmarks.sanitizer", ["--help"], tmp_path / "said")
+    begun = timed_process.Child("rnnkit.benchmarks.gpu_check.sanitizer", ["--help"], tmp_path / "said")
     assert begun.wait(time.monotonic() + 100) == 0 and "compute-sanitizer over the CUDA kernels" in begun.text()

@@ -121,7 +121,7 @@ def main() -> int:
 
     import torch
 
-    from rnnkit.backends import extension
+    from rnnkit.backends.cpu import extension
 
     if extension.reason():
         raise SystemExit(extension.reason())

@@ -16,7 +16,8 @@ import torch
 import rnnkit
 import rnnkit.benchmarks
 import rnnkit.kernels
-from rnnkit.backends import BY_NAME, extension
+from rnnkit.backends import BY_NAME
+from rnnkit.backends.cpu import extension
 
 
 def check(condition: bool, message: str) -> None:

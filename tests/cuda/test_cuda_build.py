@@ -21,11 +21,12 @@ import setuptools
 import torch
 from torch.utils import cpp_extension
 
-from rnnkit import info
-from rnnkit.backends import cuda_table, extension
-from rnnkit.benchmarks import cuda_table as compiled
-from rnnkit.benchmarks.compiled import Usage
-from rnnkit.benchmarks.cuda_table import SIDES
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.benchmarks.usage import cuda_usage as compiled
+from rnnkit.benchmarks.usage.cuda_usage import SIDES
+from rnnkit.benchmarks.usage.kernel_usage import Usage
+from rnnkit.cli import info
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -46,19 +47,19 @@ ALL = ["sm_80", "sm_90a", "sm_100", "compute_100"]
 
 
 def test_every_row_has_a_name_of_its_own() -> None:
-    names = [row.name for row in cuda_table.ROWS]
+    names = [row.name for row in cuda_configs.ROWS]
     assert len(names) == len(set(names)) > 80
-    for row in cuda_table.ROWS:
+    for row in cuda_configs.ROWS:
         regime, *cell, kind, size = row.name.split("_")
         assert (regime, "_".join(cell), kind, int(size)) == (row.regime, row.kernel, row.kind, row.units or row.rows)
-        assert row.kernel in cuda_table.GATES and row.kind in cuda_table.KINDS
+        assert row.kernel in cuda_configs.GATES and row.kind in cuda_configs.KINDS
 
 
 def test_rows_ascend() -> None:
     """The first that holds a size is the smallest that does."""
-    for kernel in cuda_table.GATES:
-        for kind in cuda_table.KINDS:
-            mine = [row for row in cuda_table.ROWS if (row.kernel, row.kind) == (kernel, kind)]
+    for kernel in cuda_configs.GATES:
+        for kind in cuda_configs.KINDS:
+            mine = [row for row in cuda_configs.ROWS if (row.kernel, row.kind) == (kernel, kind)]
             units = [row.units for row in mine if row.regime == "cta"]
             assert units == sorted(set(units)) and all(n % 16 == 0 for n in units)
             assert [row.rows for row in mine if row.regime == "step"] == [8, 32], "any size, few rows and many"
@@ -66,14 +67,14 @@ def test_rows_ascend() -> None:
 
 def test_a_source_for_each_row(tmp_path: Path) -> None:
     paths = generate.write(tmp_path)
-    assert [path.name for path in paths] == [f"{row.name}.cu" for row in cuda_table.ROWS]
-    assert [path.read_text() for path in paths] == [cuda_table.source(row) for row in cuda_table.ROWS]
+    assert [path.name for path in paths] == [f"{row.name}.cu" for row in cuda_configs.ROWS]
+    assert [path.read_text() for path in paths] == [cuda_configs.source(row) for row in cuda_configs.ROWS]
     os.utime(paths[0], ns=(1, 1))
     paths[1].write_text("another text")
     (tmp_path / "of_no_row.cu").touch()
     assert generate.write(tmp_path) == paths
     assert paths[0].stat().st_mtime_ns == 1, "what has not changed is not compiled again"
-    assert paths[1].read_text() == cuda_table.source(cuda_table.ROWS[1])
+    assert paths[1].read_text() == cuda_configs.source(cuda_configs.ROWS[1])
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
@@ -90,14 +91,14 @@ def test_a_source_for_each_row(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_compiled_for(asked: str | None, capability: tuple[int, int] | None, chips: list[str]) -> None:
-    assert nvcc.chosen(asked, cuda_table.CHIPS, capability) == chips
+    assert nvcc.chosen(asked, cuda_configs.CHIPS, capability) == chips
 
 
 def test_what_cannot_be_compiled_for() -> None:
     with pytest.raises(ValueError, match=r"expected native or some of sm_80,.*,compute_100, got 'sm_70'"):
-        nvcc.chosen("sm_70", cuda_table.CHIPS, None)
+        nvcc.chosen("sm_70", cuda_configs.CHIPS, None)
     with pytest.raises(ValueError, match="torch sees none"):
-        nvcc.chosen("native", cuda_table.CHIPS, None)
+        nvcc.chosen("native", cuda_configs.CHIPS, None)
 
 
 def toolkit(folder: Path, headers: bool = True) -> Path:
@@ -162,7 +163,7 @@ def test_without_cuda(run_setup: Setup) -> None:
 def test_with_cuda(run_setup: Setup, tmp_path: Path) -> None:
     home = toolkit(tmp_path / "toolkit")
     (library,) = run_setup(RNNKIT_CUDA="1", CUDA_HOME=str(home))["ext_modules"]
-    kernels = [f"build/cuda/{row.name}.cu" for row in cuda_table.ROWS]
+    kernels = [f"build/cuda/{row.name}.cu" for row in cuda_configs.ROWS]
     own = ["csrc/cuda/ops.cpp", "csrc/cuda/probes.cu"]
     assert [source for source in library.sources if "cuda" in source] == [*own, *kernels]
     assert all((tmp_path / "root" / kernel).exists() for kernel in kernels)
@@ -258,7 +259,7 @@ def test_what_ptxas_says() -> None:
         ("backward", "step", Usage(32, 8, 16)),
         ("forward", "each", Usage(12, 0, 0)),
     ]
-    row = next(row for row in cuda_table.ROWS if row.regime == "step")
+    row = next(row for row in cuda_configs.ROWS if row.regime == "step")
     sizes = {"forward_asks": 101, "backward_asks": 201}
     each, step = compiled.lines(compiled.Job(row, "sm_80"), "13.0", found, sizes)
     assert (step.name.side, step.name.function, step.usage) == ("backward", "step", Usage(40, 8, 216))
@@ -270,8 +271,8 @@ def test_what_ptxas_says() -> None:
 
 
 def test_too_much_shared_memory() -> None:
-    row = cuda_table.ROWS[0]
-    small, large = cuda_table.CHIPS["sm_80"], cuda_table.CHIPS["sm_90a"]
+    row = cuda_configs.ROWS[0]
+    small, large = cuda_configs.CHIPS["sm_80"], cuda_configs.CHIPS["sm_90a"]
 
     def line(chip: str, bytes: int) -> compiled.Line:
         found = [("forward", "cta_forward", Usage(9, 0, 0))]
@@ -286,11 +287,11 @@ def test_the_record_is_of_this_table() -> None:
     """Every row for every chip, none spills, and shared memory as the table computes it."""
     found = compiled.read(compiled.CUDA_COMPILED)
     assert {(line.name.row, line.name.chip) for line in found} == {(job.row.name, job.chip) for job in compiled.jobs()}
-    rows = {row.name: row for row in cuda_table.ROWS}
-    able = {chip: {row.name for row in cuda_table.able(int(chip[3:].strip("a")))} for chip in cuda_table.CHIPS}
+    rows = {row.name: row for row in cuda_configs.ROWS}
+    able = {chip: {row.name for row in cuda_configs.able(int(chip[3:].strip("a")))} for chip in cuda_configs.CHIPS}
     for line in found:
         assert line.wrong is None
-        assert line.name.function in compiled.WITHOUT or line.usage.shared == cuda_table.shared_bytes(
+        assert line.name.function in compiled.WITHOUT or line.usage.shared == cuda_configs.shared_bytes(
             rows[line.name.row], compiled.SIDES.index(line.name.side)
         )
         assert line.fits or line.name.row not in able[line.name.chip]
@@ -300,7 +301,7 @@ def test_the_record_is_of_this_table() -> None:
 def test_a_row_compiles(tmp_path: Path) -> None:
     """One of each regime, by the command's own way."""
     for name in ("cta_rnn_bf16_64", "step_rnn_bf16_8"):
-        row = next(row for row in cuda_table.ROWS if row.name == name)
+        row = next(row for row in cuda_configs.ROWS if row.name == name)
         lines = compiled.build(compiled.Job(row, "sm_80"), nvcc, HOME, "13.0")
         assert not isinstance(lines, str), lines
         assert {line.name.side for line in lines} == set(compiled.SIDES)
@@ -333,8 +334,8 @@ def test_a_part_is_checked_and_not_written(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(("most", "warps"), [(40, [7, 14]), (12, [14]), (3, [])])
 def test_a_search_finds_what_fits(most: int, warps: list[int]) -> None:
     """Where more than so many fragments a thread spill; of 294 KiB of weights an sm_80 must have 131 in registers."""
-    row = cuda_table.Row("cta", "gru", "bf16", 224, 14, 8)
-    tried: list[cuda_table.Row] = []
+    row = cuda_configs.CompiledKernel("cta", "gru", "bf16", 224, 14, 8)
+    tried: list[cuda_configs.CompiledKernel] = []
 
     def compile(job: compiled.Job) -> list[compiled.Line]:
         tried.append(job.row)
@@ -345,29 +346,29 @@ def test_a_search_finds_what_fits(most: int, warps: list[int]) -> None:
     assert [fit.warps for fit in fits] == warps and len(tried) < 30
     for fit in fits:
         assert fit.resident == (min(most, 28, 3 * 7 * 14 // fit.warps),) * 2
-        assert all(cuda_table.shared_bytes(fit, side) <= cuda_table.CHIPS["sm_80"] for side in (0, 1))
+        assert all(cuda_configs.shared_bytes(fit, side) <= cuda_configs.CHIPS["sm_80"] for side in (0, 1))
 
 
 def reach() -> list[str]:
-    """The lines of DESIGN.md on how far the regime cta goes."""
-    chips = ((90, 100, 103), (80,), cuda_table.SMALL)
+    """The lines of docs/cuda.md on how far the regime cta goes."""
+    chips = ((90, 100, 103), (80,), cuda_configs.SMALL)
     cells = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "gru_reset_before": "GRU, reset before"}
-    kinds = [kind for kind in cuda_table.KINDS if kind != "f64"]
-    lines = [f"| | | {' | '.join(cuda_table.KINDS[kind] for kind in kinds)} |", "|---" * (2 + len(kinds)) + "|"]
+    kinds = [kind for kind in cuda_configs.KINDS if kind != "f64"]
+    lines = [f"| | | {' | '.join(cuda_configs.KINDS[kind] for kind in kinds)} |", "|---" * (2 + len(kinds)) + "|"]
     for capabilities, (kernel, cell) in itertools.product(chips, cells.items()):
         every = []
         for capability in capabilities:
-            rows = [row for row in cuda_table.able(capability) if (row.regime, row.kernel) == ("cta", kernel)]
+            rows = [row for row in cuda_configs.able(capability) if (row.regime, row.kernel) == ("cta", kernel)]
             every.append([max(row.units for row in rows if row.kind == kind) for kind in kinds])
         assert every == every[:1] * len(every), "chips that stand together reach equally far"
-        shared, names = cuda_table.limit(capabilities[0]) // 1024, ", ".join(f"sm_{k}" for k in capabilities)
+        shared, names = cuda_configs.limit(capabilities[0]) // 1024, ", ".join(f"sm_{k}" for k in capabilities)
         lines.append(f"| {names} ({shared} KiB) | {cell} | {' | '.join(str(units) for units in every[0])} |")
     return lines
 
 
 def test_the_design_says_how_far_cta_goes() -> None:
-    design = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
-    assert "\n".join(reach()) in design, "\n".join(["DESIGN.md has another table than:", *reach()])
+    page = (ROOT / "docs/cuda.md").read_text(encoding="utf-8")
+    assert "\n".join(reach()) in page, "\n".join(["docs/cuda.md has another table than:", *reach()])
 
 
 def test_info_says_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rnnkit.backends import cuda_table
+from rnnkit.backends.cuda import configs as cuda_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -33,9 +33,9 @@ Program = Callable[..., list[str]]
 def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """launches.cu with a row of each regime; a call runs a part of it, and gives the lines that it prints."""
     folder = tmp_path_factory.mktemp("launches")
-    rows = {row.name: row for row in cuda_table.ROWS}
+    rows = {row.name: row for row in cuda_configs.ROWS}
     for name in (CTA, STEP):
-        (folder / f"{name}.cu").write_text(cuda_table.source(rows[name]))
+        (folder / f"{name}.cu").write_text(cuda_configs.source(rows[name]))
     command = [HOME / "bin" / "nvcc", "-std=c++17", nvcc.gencode("sm_80"), f"-I{SOURCES}", "-t", "2"]
     command += [f"-Xlinker=--wrap={name}" for name in WRAPPED]
     command += [ROOT / "tests" / "cuda" / "launches.cu", *(folder / f"{name}.cu" for name in (CTA, STEP))]

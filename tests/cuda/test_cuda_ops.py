@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from rnnkit.backends import cuda, cuda_table, extension
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cuda import backend as cuda
+from rnnkit.backends.cuda import configs as cuda_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = """
@@ -42,7 +44,7 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         return
     folder = tmp_path_factory.mktemp("operators")
     kernels = folder / "kernels.cpp"
-    kernels.write_text(KERNELS + "\n".join(f"KERNEL({row.name})" for row in cuda_table.ROWS) + "\n}\n}\n")
+    kernels.write_text(KERNELS + "\n".join(f"KERNEL({row.name})" for row in cuda_configs.ROWS) + "\n}\n}\n")
     library = folder / "operators.so"
     command = [
         "c++",
@@ -124,7 +126,7 @@ def wide(*sizes: int) -> Tensor:
 RIGHT = "must be on a GPU, got the CPU"
 
 
-@pytest.mark.parametrize("cell", cuda_table.GATES)
+@pytest.mark.parametrize("cell", cuda_configs.GATES)
 def test_what_is_right_meets_the_device_alone(cell: str) -> None:
     with pytest.raises(RuntimeError, match=f"rnnkit: gx {RIGHT}"):
         forward(cell)
@@ -246,9 +248,9 @@ def test_the_same_memory_is_no_gradient_of_its_own() -> None:
 
 def test_what_is_built_in() -> None:
     names = torch.ops.rnnkit.cuda_kernels().split()
-    assert sorted(names) == sorted(row.name for row in cuda_table.ROWS)
+    assert sorted(names) == sorted(row.name for row in cuda_configs.ROWS)
     toolkit, *chips = torch.ops.rnnkit.cuda_built().split()
-    assert toolkit.replace(".", "").isdigit() and set(chips) <= {*cuda_table.CHIPS, "compute_100"}
+    assert toolkit.replace(".", "").isdigit() and set(chips) <= {*cuda_configs.CHIPS, "compute_100"}
 
 
 def test_another_kind_of_device() -> None:
@@ -265,7 +267,9 @@ def test_probes_need_a_device() -> None:
         with pytest.raises(RuntimeError, match=r"NVIDIA driver|CUDA GPUs|API call failed"):
             probe("half", 3)
     elif extension.cuda_kernels:
-        with pytest.raises(RuntimeError, match=r"there is no probe half; benchmarks/probes\.py has their names"):
+        with pytest.raises(
+            RuntimeError, match=r"there is no probe half; benchmarks/gpu_check/probes\.py has their names"
+        ):
             probe("half", 3)
     else:
         assert probe("half", 3) == 1.5

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rnnkit.backends import cuda_table
-from rnnkit.benchmarks import cuda_table as compiled
-from rnnkit.benchmarks import sources
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.benchmarks.usage import cuda_usage as compiled
+from rnnkit.benchmarks.usage import source_digest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
@@ -17,7 +17,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 def digests(monkeypatch: pytest.MonkeyPatch, csrc: Path) -> dict[str, str]:
     """A job of each regime as it is compiled from these sources."""
     monkeypatch.setattr(compiled, "SOURCES", csrc / "cuda")
-    rows = {row.regime: row for row in cuda_table.ROWS}
+    rows = {row.regime: row for row in cuda_configs.ROWS}
     return {regime: compiled.digest_of(compiled.Job(row, "sm_80")) for regime, row in rows.items()}
 
 
@@ -63,10 +63,10 @@ def test_what_makes_a_record_old(
 
 
 def test_a_row_is_part_of_its_digest() -> None:
-    row = next(row for row in cuda_table.ROWS if row.resident != (0, 0))
+    row = next(row for row in cuda_configs.ROWS if row.resident != (0, 0))
     other = row._replace(resident=(row.resident[0], row.resident[1] - 1))
-    every = {compiled.digest_of(compiled.Job(r, chip)) for r in (row, other) for chip in cuda_table.CHIPS}
-    assert len(every) == 2 * len(cuda_table.CHIPS)
+    every = {compiled.digest_of(compiled.Job(r, chip)) for r in (row, other) for chip in cuda_configs.CHIPS}
+    assert len(every) == 2 * len(cuda_configs.CHIPS)
 
 
 @pytest.mark.parametrize(
@@ -84,4 +84,4 @@ def test_a_row_is_part_of_its_digest() -> None:
     ],
 )
 def test_what_counts_in_a_source(one: str, other: str, same: bool) -> None:
-    assert ("".join(sources.pieces(one)) == "".join(sources.pieces(other))) is same
+    assert ("".join(source_digest.pieces(one)) == "".join(source_digest.pieces(other))) is same

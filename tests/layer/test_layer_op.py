@@ -11,7 +11,7 @@ from sequences import F32, F64, KINDS, Case, Given, compare, draw, one_layer, wa
 
 from rnnkit import checks, ops
 from rnnkit.backends import BACKENDS, BY_NAME, describe
-from rnnkit.backends.products import KernelBackend, project
+from rnnkit.backends.scan_backend import ScanBackend, project
 from rnnkit.cells import CELLS
 
 RESETS = ((0, 0), (3, 0), (4, 0), (5, 1), (1, 2), (2, 2))
@@ -132,7 +132,7 @@ def scans(cases: list[Case]):
             t, o = problem(case, dtype)
             for backend in BACKENDS:
                 able = not backend.unsupported(describe(KINDS[case.kind].cell, t, o, train=False))
-                if isinstance(backend, KernelBackend) and able:
+                if isinstance(backend, ScanBackend) and able:
                     every.append(pytest.param(case, backend.name, dtype, id=f"{case}-{backend.name}-{str(dtype)[6:]}"))
     return pytest.mark.parametrize(("case", "backend", "dtype"), every)
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import rnnkit
-from rnnkit.backends import extension
-from rnnkit.benchmarks import timing
+from rnnkit.backends.cpu import extension
+from rnnkit.benchmarks.speed import timing
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.reason())
 
@@ -106,12 +106,13 @@ def test_recompute_takes_less_at_the_peak(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_inference_does_not_grow_with_time(name: str) -> None:
-    """Beyond the output: chunks of fixed size, and states."""
+    """Beyond the output: chunks of fixed size, and states. The engine chooses by instruction set and size whether a
+    short sequence needs a chunk at all, so growth is looked for where every sequence has one."""
     layer = getattr(rnnkit, name)(32, 64, backend="cpu")
     beyond = []
-    for steps in (400, 4000):
+    for steps in (400, 4000, 40000):
         x = torch.randn(steps, 4, 32)
         with torch.inference_mode():
             beyond.append(peak(lambda x=x: layer(x)) - steps * 4 * 64 * 4)
-    assert beyond[1] <= beyond[0] + 4096
-    assert beyond[0] <= 2**20
+    assert beyond[2] <= beyond[1] + 4096
+    assert max(beyond) <= 2**20

@@ -18,8 +18,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnkit
-from rnnkit import backends, checks, ops
-from rnnkit.backends import Problem, choose, recall, record
+from rnnkit import checks, ops
+from rnnkit.backends import LayerSpec, cached_backend, record, select, select_backend
 
 
 def outcome(call: Callable[[], Any]) -> Any:
@@ -33,8 +33,8 @@ def outcome(call: Callable[[], Any]) -> Any:
 def both_ways(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     quick = outcome(call)
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_quick", lambda *_: None)
-        patch.setattr(ops, "_quick_step", lambda *_: None)
+        patch.setattr(ops, "quick_layer", lambda *_: None)
+        patch.setattr(ops, "quick_step", lambda *_: None)
         return quick, outcome(call)
 
 
@@ -84,7 +84,7 @@ def test_a_layer_is_bitwise_the_same(name, options, hx, shape, train, engine, mo
         monkeypatch.setattr(checks, "layer", lambda *args: asked.append(args) or right(*args))
         quick = outcome(call)
         assert asked == []  # no check was made twice
-        monkeypatch.setattr(ops, "_quick", lambda *_: None)
+        monkeypatch.setattr(ops, "quick_layer", lambda *_: None)
         assert same(quick, outcome(call)) and same(first, quick)
         assert len(asked) == count
 
@@ -230,8 +230,8 @@ def test_a_remembered_choice_yields_to_use_backend_record_and_explain(engine):
 
 def test_a_choice_is_remembered_for_its_problem_and_for_onednn(engine, monkeypatch):
     asked = []
-    right = backends.preference
-    monkeypatch.setattr(backends, "preference", lambda problem: asked.append(problem) or right(problem))
+    right = select.preference
+    monkeypatch.setattr(select, "preference", lambda problem: asked.append(problem) or right(problem))
     layer = rnnkit.GRU(I, H)
     for _ in range(3):
         layer(torch.randn(T, B, I))
@@ -249,12 +249,12 @@ def test_a_choice_is_remembered_for_its_problem_and_for_onednn(engine, monkeypat
 
 
 def test_few_choices_are_remembered(engine, monkeypatch):
-    monkeypatch.setattr(backends, "CHOSEN_AT_MOST", 4)
+    monkeypatch.setattr(select, "CACHE_SIZE", 4)
     for steps in range(1, 12):
-        problem = Problem("gru", "cpu", torch.float32, steps, B, I, H, 0, True)
-        assert choose("auto", problem) is recall("auto", problem) is engine
-        assert recall("auto", tuple(problem)) is engine
-        assert len(backends._chosen) <= 4
+        problem = LayerSpec("gru", "cpu", torch.float32, steps, B, I, H, 0, True)
+        assert select_backend("auto", problem) is cached_backend("auto", problem) is engine
+        assert cached_backend("auto", tuple(problem)) is engine
+        assert len(select._selected) <= 4
 
 
 # Weights of this moment.

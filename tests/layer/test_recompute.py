@@ -19,8 +19,10 @@ from test_nan import assert_unseen, everything, unseen_places
 from torch import Tensor, nn
 
 import rnnkit
-from rnnkit.backends import extension, ranges, triton
-from rnnkit.benchmarks import timing
+from rnnkit.backends import chunks
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.triton import backend as triton
+from rnnkit.benchmarks.speed import timing
 
 RESETS = tuple((t, b) for t, b in ((0, 0), (2, 0), (3, 0), (4, 1), (6, 1), (1, 2), (2, 2), (3, 2), (5, 2), (6, 2)))
 EXTRAS: list[dict[str, Any]] = [
@@ -35,19 +37,19 @@ EVERYTHING = {"steps": 7, "rows": 3, "bidirectional": True, **EXTRAS[-1], "recom
 @pytest.fixture(params=[3, 7, 1], ids=lambda most: f"ranges{most}")
 def some_ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """So many ranges at most, however few rows they have: of 7 steps 3, 3 and 1; one each; all at once."""
-    monkeypatch.setattr(ranges, "ROWS", 1)
-    monkeypatch.setattr(ranges, "RANGES", request.param)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
+    monkeypatch.setattr(chunks, "MOST_CHUNKS", request.param)
     yield request.param
 
 
 def test_spans_cover_time_once() -> None:
     for steps in (0, 1, 7, 16, 17, 1000, 70_001):
         for rows in (0, 1, 3, 64, 5000):
-            found = list(ranges.spans(steps, rows, last_first=False))
+            found = list(chunks.chunk_bounds(steps, rows, last_first=False))
             assert [t for t0, t1 in found for t in range(t0, t1)] == list(range(steps))
-            assert 1 <= len(found) <= ranges.RANGES
-            assert all((t1 - t0) * rows >= min(ranges.ROWS, steps * rows) for t0, t1 in found[:-1])
-            assert list(ranges.spans(steps, rows, last_first=True)) == found[::-1]
+            assert 1 <= len(found) <= chunks.MOST_CHUNKS
+            assert all((t1 - t0) * rows >= min(chunks.LEAST_ROWS, steps * rows) for t0, t1 in found[:-1])
+            assert list(chunks.chunk_bounds(steps, rows, last_first=True)) == found[::-1]
 
 
 @ways([Case(kind, steps=7, bidirectional=True, recompute=True, **extra) for kind in KINDS for extra in EXTRAS])
@@ -83,7 +85,7 @@ def test_sums_in_the_same_order_are_the_same(
     case: Case, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit by bit: with one range, which is what the engine's two ways have in common, however many."""
-    monkeypatch.setattr(ranges, "RANGES", 1)
+    monkeypatch.setattr(chunks, "MOST_CHUNKS", 1)
     kept, again = ours(replace(case, recompute=False), backend, dtype), ours(case, backend, dtype)
     assert all(torch.equal(again[name], v) for name, v in kept.items())
 
@@ -106,7 +108,7 @@ def test_half_types(cell: str, dtype: torch.dtype, some_ranges: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As without: the reference's formulas over all time."""
-    monkeypatch.setattr(ranges, "ROWS", 1)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
     found = []
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -118,53 +120,53 @@ def test_second_derivatives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-# Planted errors.
+# Mutations: errors that these tests must see.
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
-    monkeypatch.setattr(ranges, "ROWS", 1)
-    monkeypatch.setattr(ranges, "RANGES", 3)
-    right = ranges.part
+def mutate(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
+    monkeypatch.setattr(chunks, "MOST_CHUNKS", 3)
+    right = chunks.take_chunk
 
-    def wrong(*given: Any, reverse: bool) -> ranges.Range:
+    def wrong(*given: Any, reverse: bool) -> chunks.Chunk:
         return change(right, given, reverse)
 
-    monkeypatch.setattr(ranges, "part", wrong)
+    monkeypatch.setattr(chunks, "take_chunk", wrong)
 
 
-def forgets_what_comes_later(right: Any, given: tuple, reverse: bool) -> ranges.Range:
+def forgets_what_comes_later(right: Any, given: tuple, reverse: bool) -> chunks.Chunk:
     found = right(*given, reverse=reverse)
     last = given[-1] == 7 if not reverse else given[-2] == 0
     return found if last else found._replace(grads=found.grads._replace(h_n=None))
 
 
-def forgets_c(right: Any, given: tuple, reverse: bool) -> ranges.Range:
+def forgets_c(right: Any, given: tuple, reverse: bool) -> chunks.Chunk:
     found = right(*given, reverse=reverse)
     last = given[-1] == 7 if not reverse else given[-2] == 0
     return found if last else found._replace(grads=found.grads._replace(c_n=None))
 
 
-def starts_a_step_off(right: Any, given: tuple, reverse: bool) -> ranges.Range:
+def starts_a_step_off(right: Any, given: tuple, reverse: bool) -> chunks.Chunk:
     t, y, *rest = given
     return right(t, y.roll(1, 0), *rest, reverse=reverse)._replace(y=y[given[-2] : given[-1]])
 
 
-def forgets_a_reset_between(right: Any, given: tuple, reverse: bool) -> ranges.Range:
-    return right(*given, reverse=reverse)._replace(cut=None)
+def forgets_a_reset_between(right: Any, given: tuple, reverse: bool) -> chunks.Chunk:
+    return right(*given, reverse=reverse)._replace(at_reset=None)
 
 
-def takes_lengths_as_they_are(right: Any, given: tuple, reverse: bool) -> ranges.Range:
+def takes_lengths_as_they_are(right: Any, given: tuple, reverse: bool) -> chunks.Chunk:
     found = right(*given, reverse=reverse)
     return found._replace(t=found.t._replace(lengths=given[0].lengths))
 
 
-def starts_every_row_from_y(right: Any, given: tuple, reverse: bool) -> ranges.Range:
+def starts_every_row_from_y(right: Any, given: tuple, reverse: bool) -> chunks.Chunk:
     t, *rest = given
     found = right(t._replace(lengths=None), *rest, reverse=reverse)
     return found._replace(t=found.t._replace(lengths=right(*given, reverse=reverse).t.lengths))
 
 
-ERRORS = [
+MUTATIONS = [
     (forgets_what_comes_later, "gru"),
     (forgets_what_comes_later, "rnn_tanh"),
     (forgets_c, "lstm"),
@@ -176,11 +178,11 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "kind"), ERRORS)
+@pytest.mark.parametrize(("error", "kind"), MUTATIONS)
 def test_an_error_is_seen(error: Callable[..., Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(kind, **EVERYTHING)
     check(case, "reference", F64)
-    planted(monkeypatch, error)
+    mutate(monkeypatch, error)
     with pytest.raises(AssertionError, match=r"off by|budget"):
         compare(ours(case, "reference", F64), truth(case, F64))
 
@@ -252,8 +254,8 @@ def test_what_is_held(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) 
         pytest.skip(extension.reason())
     if backend == "triton":
         forget_launches(monkeypatch)
-    monkeypatch.setattr(ranges, "ROWS", 1)
-    monkeypatch.setattr(ranges, "RANGES", 8)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
+    monkeypatch.setattr(chunks, "MOST_CHUNKS", 8)
     steps, rows, size = 32 if backend == "triton" else 64, 16, 16
     share = 1 / 8  # the engine's too: an eighth of the rows, at least 16
     layer = getattr(rnnkit, name)(size, size, backend=backend, recompute=True)

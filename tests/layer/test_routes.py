@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rnnkit
 from rnnkit import backends
+from rnnkit.backends import select
 
 NAMES = ("RNN", "LSTM", "GRU")
 needs_cpu = pytest.mark.skipif(
@@ -26,7 +27,7 @@ needs_cpu = pytest.mark.skipif(
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_first_call_may_be_checkpointed(name, batch_first, hx, sizes, monkeypatch):
-    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(select, "_selected", {})
     steps, rows = sizes
     mine = getattr(rnnkit, name)(8, 16, batch_first=batch_first, backend="cpu")
     theirs = getattr(nn, name)(8, 16, batch_first=batch_first)

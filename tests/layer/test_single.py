@@ -25,8 +25,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import rnnkit
 from rnnkit import backends, functional, ops
-from rnnkit.backends import extension
-from rnnkit.backends.cpu import CPU
+from rnnkit.backends import select
+from rnnkit.backends.cpu import extension
+from rnnkit.backends.cpu.backend import CPU
 
 direct = extension.direct
 no_way = extension.reason() or "this torch lacks torch._C._aoti, by which tensors reach C++; torch 2.13 has it"
@@ -42,7 +43,7 @@ training = pytest.mark.parametrize("train", [False, True])
 @pytest.fixture(autouse=True)
 def went(monkeypatch):
     """Which of the short way's functions gave a result. No choice is remembered from another test."""
-    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(select, "_selected", {})
     cpu, gave = backends.BY_NAME["cpu"], []
 
     def noted(name: str, result: Any) -> Any:
@@ -92,7 +93,7 @@ def both_ways(call: Callable[[], Any], went: list[str], took: list[str]) -> list
     assert went == took and same(short, ordinary(call)) and went == took
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "direct", None)
-        patch.setattr(backends, "_chosen", {})
+        patch.setattr(select, "_selected", {})
         patch.setitem(backends.BY_NAME, "cpu", alone := CPU())
         assert not alone.singles and same(short, call()) and same(short, call()) and went == took
     return short
@@ -228,7 +229,7 @@ def test_checkpoint_of_the_first_call(name, first):
     """Made again in the backward, the first call is a second one, and must save the same."""
     layer, x, hx = case(name, first)
     for state in (None, hx):
-        backends._chosen.clear()
+        select._selected.clear()
         y = torch.utils.checkpoint.checkpoint(layer, x.requires_grad_(), state, use_reentrant=False)[0]
         assert same(torch.autograd.grad(y.sum(), x), torch.autograd.grad(layer(x, state)[0].sum(), x))
 
@@ -262,7 +263,7 @@ def with_weights(form: Callable[[list[Tensor]], Any]) -> Any:
 @every_name
 def test_a_mistake_says_what_the_first_call_says(name, first, train, which, went):
     layer, x, hx = case(name, first)
-    backends._chosen.clear()
+    select._selected.clear()
     layer.requires_grad_(train)
     at_first = ordinary(lambda: outcome(lambda: MISTAKES[which](layer, x, hx)))
     layer(x)

@@ -16,7 +16,9 @@ from fake_cuda import Fused, put
 from torch.utils.checkpoint import checkpoint
 
 import rnnkit
-from rnnkit import backends, ops, streams
+from rnnkit import backends, ops
+from rnnkit.layer import streams
+from rnnkit.layer.autograd import LayerFunction
 
 Clock = dict[int, int]
 """How far each stream had come, by its number."""
@@ -53,7 +55,7 @@ def before(a: Clock, b: Clock) -> bool:
 class Noting(Fused):
     """The reference, which notes what it does: (forward or backward, direction, moment)."""
 
-    overlaps = True
+    concurrent_directions = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,13 +102,13 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     monkeypatch.setattr(streams, "on_gpu", lambda v: True)
     monkeypatch.setattr(streams, "_thread", streams._Thread())
     monkeypatch.setattr(streams, "_every", {})
-    gradients = ops._Layer._gradients
+    gradients = LayerFunction._gradients
 
     def backward(ctx: Any, *grads: Any) -> Any:
         with contextlib.nullcontext() if ctx.side is None else on(ctx.side.stream):
             return gradients(ctx, *grads)
 
-    monkeypatch.setattr(ops._Layer, "_gradients", staticmethod(backward))
+    monkeypatch.setattr(LayerFunction, "_gradients", staticmethod(backward))
     yield current[0]
     assert len(current) == 1
 
@@ -174,7 +176,7 @@ def test_the_numbers_are_the_same(how: dict[str, Any], noting: Noting, monkeypat
 
     at_once = numbers()
     assert [where for _, where, _ in noting.noted][:2] == ["reverse", "forward"]
-    monkeypatch.setattr(noting, "overlaps", False)
+    monkeypatch.setattr(noting, "concurrent_directions", False)
     noting.noted.clear()
     one_by_one = numbers()
     assert [where for _, where, _ in noting.noted][:2] == ["forward", "reverse"]
@@ -194,7 +196,7 @@ def nobody(*_: Any, **__: Any) -> Any:
 
 
 def test_nothing_of_it_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "beside", nobody)
+    monkeypatch.setattr(streams, "side_stream_of", nobody)
     monkeypatch.setattr(ops, "overlaps", nobody)
     backend = Noting()
     monkeypatch.setattr(Noting, "_note", lambda self, what, reverse: self.noted.append((what, reverse, {})))
@@ -208,14 +210,14 @@ def test_nothing_of_it_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_it_is_not_done(main: Stream, noting: Noting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "beside", nobody)
+    monkeypatch.setattr(streams, "side_stream_of", nobody)
     rnnkit.LSTM(3, 5, backend="triton")(x())  # one direction
     for backend in ("reference", "torch"):
         rnnkit.LSTM(3, 5, bidirectional=True, backend=backend)(x())
     module = layer()
     checkpoint(module, x().requires_grad_(), use_reentrant=False)
     torch.func.vmap(lambda v: module(v)[0])(x()[None])
-    with ops.computed_by(lambda cell, t, o: backends.REFERENCE.forward(cell, t, o, train=False).outputs):
+    with ops.override_layer(lambda cell, t, o: backends.REFERENCE.forward(cell, t, o, train=False).outputs):
         module(x())
     with pytest.raises(AssertionError, match="no streams"):
         module(x())
@@ -241,7 +243,7 @@ def test_a_direction_that_fails_is_waited_for(main: Stream, noting: Noting) -> N
     noting.refuse = "reverse"
     with pytest.raises(RuntimeError, match="out of memory"):
         layer()(x())
-    assert streams.here() is None
+    assert streams.current_side_stream() is None
 
 
 def test_a_side_for_each_stream_and_thread(main: Stream, noting: Noting) -> None:
@@ -253,7 +255,7 @@ def test_a_side_for_each_stream_and_thread(main: Stream, noting: Noting) -> None
     _, reverse = noting.moments("forward")
     assert not before(noting.noted[0][2], reverse) and before(reverse, other.work())
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(streams.beside(x())))
+    thread = threading.Thread(target=lambda: found.append(streams.side_stream_of(x())))
     thread.start()
     thread.join()
     sides = [*streams._thread.sides.values(), *found]
@@ -306,11 +308,11 @@ def test_a_thread_that_has_ended_leaves_its_side(main: Stream, noting: Noting) -
     """To another thread with the same main: behind the same work."""
     found: list[Any] = []
     for _ in range(3):
-        thread = threading.Thread(target=lambda: found.append(streams.beside(x())))
+        thread = threading.Thread(target=lambda: found.append(streams.side_stream_of(x())))
         thread.start()
         thread.join()
     assert len({id(side) for side in found}) == 1
-    assert streams.beside(x()) is found[0]
+    assert streams.side_stream_of(x()) is found[0]
     other = Stream("gpu")
     with torch.cuda.stream(other):  # type: ignore[arg-type]
-        assert streams.beside(x()) is not found[0]
+        assert streams.side_stream_of(x()) is not found[0]

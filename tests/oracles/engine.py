@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnnkit import backends
-from rnnkit.backends import BY_NAME, Options, Problem, Result, Tensors
+from rnnkit.backends import BY_NAME, LayerInputs, LayerOptions, LayerSpec, Result, select
 from rnnkit.backends.reference import Reference
 from rnnkit.cells import CELLS
 
@@ -24,34 +23,34 @@ class Checking(Reference):
     """The reference as an engine: takes None for zeros, has a step, and trusts nobody."""
 
     name = "cpu"
-    takes_none_states = True
+    validates_inputs = True
 
     def __init__(self) -> None:
         self.went: list[str] = []
 
-    def unsupported(self, problem: Problem) -> list[str]:
+    def unsupported(self, problem: LayerSpec) -> list[str]:
         return [] if problem.device == "cpu" else ["runs on the CPU"]
 
     def step(self, cell: str, x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> Any:
         if any(type(v) not in (Tensor, torch.nn.Parameter) for v in (x, h, c, w_ih, w_hh, b_ih, b_hh) if v is not None):
             return None
-        t = Tensors(x[None], h, c, w_ih, w_hh, b_ih, b_hh)
+        t = LayerInputs(x[None], h, c, w_ih, w_hh, b_ih, b_hh)
         expect(cell, t)
         self.went.append("step")
-        outputs = super().forward(cell, t.filled(CELLS[cell].has_c), Options(), train=False).outputs
+        outputs = super().forward(cell, t.with_zero_states(CELLS[cell].has_c), LayerOptions(), train=False).outputs
         return outputs.h_n, outputs.c_n
 
     def forward(self, cell: str, t: Any, o: Any, *, train: bool, graph: bool = False) -> Result:
         expect(cell, t)
         self.went.append("layer")
-        return super().forward(cell, t.filled(CELLS[cell].has_c), o, train=train)
+        return super().forward(cell, t.with_zero_states(CELLS[cell].has_c), o, train=train)
 
     def backward(self, cell: str, t: Any, o: Any, y: Any, result: Any, grads: Any, needs: list[bool]) -> Any:
-        every = super().backward(cell, t.filled(CELLS[cell].has_c), o, y, result, grads, needs)
+        every = super().backward(cell, t.with_zero_states(CELLS[cell].has_c), o, y, result, grads, needs)
         return [g if need else None for g, need in zip(every, needs, strict=True)]
 
 
-def expect(cell: str, t: Tensors) -> None:
+def expect(cell: str, t: LayerInputs) -> None:
     """What an operator checks of a layer without lengths and resets, in its own words."""
     rows = t.w_hh.shape[0]
     hidden = rows // CELLS[cell].gates
@@ -74,10 +73,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Checking:
     """The stand-in, in the place of `cpu` and first in every order."""
     stand_in = Checking()
     monkeypatch.setitem(BY_NAME, "cpu", stand_in)
-    others = [b for b in backends.BACKENDS if b.name != "cpu"]
-    monkeypatch.setattr(backends, "BACKENDS", (stand_in, *others))
-    monkeypatch.setattr(backends, "preference", lambda problem: backends.BACKENDS)
-    monkeypatch.setattr(backends, "_chosen", {})
+    others = [b for b in select.BACKENDS if b.name != "cpu"]
+    monkeypatch.setattr(select, "BACKENDS", (stand_in, *others))
+    monkeypatch.setattr(select, "preference", lambda problem: select.BACKENDS)
+    monkeypatch.setattr(select, "_selected", {})
     return stand_in
 
 

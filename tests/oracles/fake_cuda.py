@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import Made
+from made_rows import Made
 from torch import Tensor
 
-from rnnkit import backends, gpu_check
-from rnnkit.backends import BACKENDS, BY_NAME, Options, Outputs, Result, Tensors, cuda, triton
+from rnnkit.backends import BACKENDS, BY_NAME, LayerInputs, LayerOptions, LayerOutputs, Result, select
+from rnnkit.backends.cuda import backend as cuda
 from rnnkit.backends.reference import Reference
-from rnnkit.benchmarks import machine, parity, sides, timing
+from rnnkit.backends.triton import backend as triton
+from rnnkit.benchmarks.gpu_check import main as gpu_check
+from rnnkit.benchmarks.gpu_check import parity
+from rnnkit.benchmarks.speed import implementations, roofline, timing
 
 CALLS: list[str] = []
 
@@ -81,7 +84,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch.cuda of this file's making, on a machine of round figures."""
     CALLS.clear()
     STREAMS[1:], GENERATOR.capturing = [], False
-    real = sides.setup
+    real = implementations.setup
     stand_ins: dict[str, Any] = dict(
         Event=Event, Stream=Stream, CUDAGraph=CUDAGraph, graph=capture, current_stream=lambda: STREAMS[-1],
         set_stream=STREAMS.append, current_device=lambda: 0, default_generators=(GENERATOR,),
@@ -93,8 +96,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, stand_in)
     for backend in (cuda, triton):
         monkeypatch.setattr(backend, "missing", lambda index=None: "no kernel runs on this GPU, which is made up")
-    monkeypatch.setattr(sides, "setup", lambda job, _, *rest: real(job, "cpu", *rest))
-    monkeypatch.setattr(machine, "Machine", Made)
+    monkeypatch.setattr(implementations, "setup", lambda job, _, *rest: real(job, "cpu", *rest))
+    monkeypatch.setattr(roofline, "Machine", Made)
 
 
 def rerun(work: timing.Work) -> timing.Work:
@@ -110,19 +113,26 @@ class Fused(Reference):
 
     def __init__(
         self,
-        before: Callable[[Tensors], Tensors] = lambda t: t,
-        after: Callable[[Outputs], Outputs] = lambda v: v,
+        before: Callable[[LayerInputs], LayerInputs] = lambda t: t,
+        after: Callable[[LayerOutputs], LayerOutputs] = lambda v: v,
         gradients: Callable[[list[Any]], list[Any]] = lambda v: v,
-        options: Callable[[Options], Options] = lambda o: o,
+        options: Callable[[LayerOptions], LayerOptions] = lambda o: o,
     ) -> None:
         self.before, self.after, self.gradients, self.options = before, after, gradients, options
 
-    def forward(self, cell: str, t: Tensors, o: Options, *, train: bool, graph: bool = False) -> Result:
+    def forward(self, cell: str, t: LayerInputs, o: LayerOptions, *, train: bool, graph: bool = False) -> Result:
         result = super().forward(cell, self.before(t), self.options(o), train=train)
         return result._replace(outputs=self.after(result.outputs))
 
     def backward(
-        self, cell: str, t: Tensors, o: Options, y: Tensor, result: Result | None, grads: Outputs, needs: list[bool]
+        self,
+        cell: str,
+        t: LayerInputs,
+        o: LayerOptions,
+        y: Tensor,
+        result: Result | None,
+        grads: LayerOutputs,
+        needs: list[bool],
     ) -> list[Any]:
         return self.gradients(super().backward(cell, t, o, y, result, grads, needs))
 
@@ -137,7 +147,7 @@ class Restless(Fused):
 
     def shake(self, v: Any) -> Any:
         self.count += 1
-        one = isinstance(v, Outputs)
+        one = isinstance(v, LayerOutputs)
         return v._replace(y=self.grown(v.y)) if one else [g if g is None else self.grown(g) for g in v]
 
     def grown(self, v: Tensor) -> Tensor:
@@ -148,8 +158,8 @@ def put(monkeypatch: pytest.MonkeyPatch, backend: Fused, name: str = "triton") -
     """Into the table, in the place of `triton`, or of another."""
     backend.name = name
     table = tuple(backend if other.name == name else other for other in BACKENDS)
-    for module in (backends, parity, gpu_check):
+    for module in (select, parity, gpu_check):
         monkeypatch.setattr(module, "BACKENDS", table)
     monkeypatch.setitem(BY_NAME, name, backend)
-    monkeypatch.setattr(backends, "preference", lambda problem: table)
-    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(select, "preference", lambda problem: table)
+    monkeypatch.setattr(select, "_selected", {})

@@ -1,6 +1,6 @@
 """Operands for the extension's operators, cpu_layer_forward and cpu_layer_backward, and calls of them by name.
 
-What the tests of the extension share. Shapes as in rnnkit/backends/problem.py.
+What the tests of the extension share. Shapes as in rnnkit/backends/spec.py.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkit.backends.cpu import NUMBERS
-from rnnkit.backends.problem import Tensors
+from rnnkit.backends.cpu.backend import CELL_IDS
+from rnnkit.backends.spec import LayerInputs
 from rnnkit.cells import CELLS
 
-CELLS_AND_PROJECTION = (*((cell, 0) for cell in NUMBERS), ("lstm", 5))
+CELLS_AND_PROJECTION = (*((cell, 0) for cell in CELL_IDS), ("lstm", 5))
 """Every cell, and an LSTM with a projection to five units."""
-ORDER = ("x", "h_0", "c_0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_r", "c_r")
+ORDER = ("x", "h_0", "c_0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_reset", "c_reset")
 """The gradients of cpu_layer_backward, bit by bit of `needs`."""
-OF_THE_SCAN = ("h_0", "c_0", "h_r", "c_r")
+OF_THE_SCAN = ("h_0", "c_0", "h_reset", "c_reset")
 """Those that no product of torch's takes part in."""
 
 
 @dataclass(frozen=True)
 class Layer:
     cell: str
-    t: Tensors
+    t: LayerInputs
     reverse: bool = False
 
     @property
@@ -65,7 +65,7 @@ def make(
     def some(*sizes: int) -> Tensor:
         return (torch.randn(sizes, generator=g) / max(1, sizes[-1]) ** 0.5).to(dtype)
 
-    t = Tensors(
+    t = LayerInputs(
         x=some(steps, rows, features),
         h_0=some(rows, state),
         c_0=some(rows, hidden) if has_c else None,
@@ -76,8 +76,8 @@ def make(
         w_hr=some(proj, hidden) if proj else None,
         lengths=torch.randint(0, steps + 1, (rows,), generator=g) if lengths else None,
         reset=torch.rand(steps, rows, generator=g) < 0.3 if reset else None,
-        h_r=some(rows, state) if reset else None,
-        c_r=some(rows, hidden) if reset and has_c else None,
+        h_reset=some(rows, state) if reset else None,
+        c_reset=some(rows, hidden) if reset and has_c else None,
     )
     return Layer(cell, t, reverse)
 
@@ -85,7 +85,7 @@ def make(
 def forward(layer: Layer, *, save: bool = True, all_states: bool = False, chunk: int = 0) -> dict[str, Tensor]:
     """The results by name: y, h_n, c_n, c_all, gates, c."""
     found = iter(
-        torch.ops.rnnkit.cpu_layer_forward(NUMBERS[layer.cell], *layer.t, layer.reverse, all_states, save, chunk)
+        torch.ops.rnnkit.cpu_layer_forward(CELL_IDS[layer.cell], *layer.t, layer.reverse, all_states, save, chunk)
     )
     names = ["y", "h_n"] + ["c_n"] * layer.has_c + ["c_all"] * (layer.has_c and all_states)
     names += ["gates"] * (save and CELLS[layer.cell].saved > 0) + ["c"] * (save and layer.has_c)
@@ -106,7 +106,7 @@ def backward(
     """The gradients by name."""
     asked = layer.needs if needs is None else needs
     found = torch.ops.rnnkit.cpu_layer_backward(
-        NUMBERS[layer.cell],
+        CELL_IDS[layer.cell],
         *layer.t,
         layer.reverse,
         results["y"],

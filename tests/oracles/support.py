@@ -12,6 +12,7 @@ result is then compared with torch's, which is off by as much itself, thrice tha
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import signal
 import subprocess
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkit
-from rnnkit.backends import BACKENDS, Problem, record
-from rnnkit.benchmarks.gate import BAND_ULPS, band, error
+from rnnkit.backends import BACKENDS, LayerSpec, record
+from rnnkit.benchmarks.speed.accuracy import BAND_ULPS, band, error
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 """Cells that torch.nn knows."""
@@ -265,7 +266,7 @@ def complaints(got: Values, torch_gave: Values, truth: Values, dtype: torch.dtyp
     return found
 
 
-def able(problems: Sequence[Problem]) -> list[str]:
+def able(problems: Sequence[LayerSpec]) -> list[str]:
     return [b.name for b in BACKENDS if not any(b.unsupported(problem) for problem in problems)]
 
 
@@ -349,3 +350,16 @@ def stoppable(command: Sequence[str], environment: dict[str, str]) -> subprocess
         env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+@functools.cache
+def lacks_onednn_lstm(half: torch.dtype) -> bool:
+    """Whether oneDNN has no LSTM in `half` on this processor. torch.nn's raises then where x is float32, and takes its
+    chain of small operators, with their dtypes, where x is in `half`."""
+    try:
+        with torch.autocast("cpu", half):
+            nn.LSTM(2, 3)(torch.zeros(1, 1, 2))
+    except RuntimeError as reason:
+        assert "could not create a primitive descriptor" in str(reason)
+        return True
+    return False

@@ -20,10 +20,11 @@ from test_backends import PLAIN
 from torch import Tensor
 
 import rnnkit
-from rnnkit.backends import BY_NAME, Outputs, Problem, Tensors, measured, preference, resolve, triton
+from rnnkit.backends import BY_NAME, LayerInputs, LayerOutputs, LayerSpec, dispatch_times, preference, select_backend
 from rnnkit.backends import gpu as questions
+from rnnkit.backends.triton import backend as triton
+from rnnkit.backends.triton import configs as triton_configs
 from rnnkit.cells import CELLS
-from rnnkit.kernels import table
 
 TESTS = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(not triton.installed(), reason="needs Triton: pip install rnnkit[triton]")
@@ -57,9 +58,9 @@ def test_recompute_in_the_interpreter() -> None:
 
 
 @needs_triton
-def test_planted_errors_and_what_is_shared_in_the_interpreter() -> None:
+def test_mutations_and_what_is_shared_in_the_interpreter() -> None:
     interpreted(
-        str(TESTS / "triton" / "interpreted" / "test_planted.py"),
+        str(TESTS / "triton" / "interpreted" / "test_triton_mutations.py"),
         str(TESTS / "triton" / "interpreted" / "test_shared.py"),
     )
 
@@ -100,7 +101,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def reasons(**change: Any) -> list[str]:
-    return BY_NAME["triton"].unsupported(Problem(**{**PLAIN, "device": "cuda", **change}))
+    return BY_NAME["triton"].unsupported(LayerSpec(**{**PLAIN, "device": "cuda", **change}))
 
 
 def test_runs_on_a_gpu(gpu: pytest.MonkeyPatch) -> None:
@@ -110,7 +111,7 @@ def test_runs_on_a_gpu(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda k: (7, 0))
     chip = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
     gpu.setattr(torch.cuda, "get_device_properties", lambda k: chip)
-    assert reasons() == [] and triton.capability() == table.AMD
+    assert reasons() == [] and triton.capability() == triton_configs.AMD
     chip.gcnArchName = "gfx1100"
     assert reasons() == ["of AMD's GPUs its kernels are compiled for gfx942 alone, got gfx1100"]
 
@@ -127,19 +128,19 @@ def test_says_what_a_user_can_act_upon(gpu: pytest.MonkeyPatch) -> None:
 
 def test_auto_asks_torch_first_for_what_torch_knows(gpu: pytest.MonkeyPatch) -> None:
     """Until a device has measured them; what torch has no layer for goes to the kernels."""
-    plain = Problem(**{**PLAIN, "device": "cuda"})
-    assert preference(plain)[0].name == "cuda" and resolve("auto", plain).name == "torch"
-    assert "not measured on a GPU" in str(BY_NAME["triton"].reluctant(plain))
+    plain = LayerSpec(**{**PLAIN, "device": "cuda"})
+    assert preference(plain)[0].name == "cuda" and select_backend("auto", plain, cache=False).name == "torch"
+    assert "not measured on a GPU" in str(BY_NAME["triton"].auto_exclusion_reason(plain))
     for extra in ({"lengths": True}, {"reset": True}, {"cell": "gru_reset_before"}, {"recompute": True}):
-        assert resolve("auto", plain._replace(**extra)).name == "triton"
-    assert resolve("triton", plain).name == "triton"
-    gpu.setattr(measured, "TYPICAL", {("cuda", plain.cell, plain.train): ("triton", "torch", "reference")})
-    assert resolve("auto", plain).name == "triton"  # from then on the recorded order decides
+        assert select_backend("auto", plain._replace(**extra), cache=False).name == "triton"
+    assert select_backend("triton", plain, cache=False).name == "triton"
+    gpu.setattr(dispatch_times, "TYPICAL", {("cuda", plain.cell, plain.train): ("triton", "torch", "reference")})
+    assert select_backend("auto", plain, cache=False).name == "triton"  # from then on the recorded order decides
 
 
 def test_explain_says_the_regime(gpu: pytest.MonkeyPatch) -> None:
     def detail(**change: Any) -> str:
-        return str(BY_NAME["triton"].detail(Problem(**{**PLAIN, "device": "cuda", **change})))
+        return str(BY_NAME["triton"].detail(LayerSpec(**{**PLAIN, "device": "cuda", **change})))
 
     small = detail(cell="lstm", hidden_size=96, dtype=torch.bfloat16)
     assert small == "persistent: the recurrent weights stay on chip for the whole sequence"
@@ -153,7 +154,7 @@ def test_explain_says_the_regime(gpu: pytest.MonkeyPatch) -> None:
 
 def test_explain_asks_the_device_that_the_layer_is_on(gpu: pytest.MonkeyPatch) -> None:
     """Of several GPUs another one may have less shared memory."""
-    problem = Problem(**{**PLAIN, "device": "cuda", "cell": "gru", "hidden_size": 128, "dtype": torch.float32})
+    problem = LayerSpec(**{**PLAIN, "device": "cuda", "cell": "gru", "hidden_size": 128, "dtype": torch.float32})
     gpu.setattr(triton, "kind", lambda dtype: "tf32")
     for index in (None, 0):
         assert str(BY_NAME["triton"].detail(problem._replace(device_index=index))).startswith("persistent: ")
@@ -213,41 +214,47 @@ def test_a_folder_of_that_name_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_rows_stand_once_and_name_what_there_is() -> None:
-    assert len({row[:6] for row in table.PERSISTENT}) == len(table.PERSISTENT)
-    for row in table.PERSISTENT:
-        assert row.multiple in table.MULTIPLES
-        assert row.kernel in table.KERNELS and row.side in table.SIDES and row.kind in table.KINDS
-        assert row.hidden in table.TILES and row.size in table.TILES and row.size <= row.hidden
-        assert row.chips and set(row.chips) <= set(table.CHIPS)
+    assert len({row[:6] for row in triton_configs.PERSISTENT}) == len(triton_configs.PERSISTENT)
+    for row in triton_configs.PERSISTENT:
+        assert row.multiple in triton_configs.MULTIPLES
+        assert (
+            row.kernel in triton_configs.KERNELS
+            and row.side in triton_configs.SIDES
+            and row.kind in triton_configs.KINDS
+        )
+        assert row.hidden in triton_configs.TILES and row.size in triton_configs.TILES and row.size <= row.hidden
+        assert row.chips and set(row.chips) <= set(triton_configs.CHIPS)
         assert row.size == row.hidden or row.kernel == "lstm_proj"
-    assert {cell for kernel in table.KERNELS for cell in table.CELLS_OF[kernel]} == set(CELLS)
+    assert {cell for kernel in triton_configs.KERNELS for cell in triton_configs.CELLS_OF[kernel]} == set(CELLS)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120, table.AMD])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120, triton_configs.AMD])
 def test_every_problem_has_a_plan(cell: str, capability: int) -> None:
-    for kind in table.KINDS:
-        for side in table.SIDES:
+    for kind in triton_configs.KINDS:
+        for side in triton_configs.SIDES:
             sizes = (16, 32, 1, 33, 64, 100, 257, 4096)
-            plans = [table.plan(cell, side, hidden, 0, kind, capability, 16) for hidden in sizes]
+            plans = [triton_configs.plan(cell, side, hidden, 0, kind, capability, 16) for hidden in sizes]
             assert plans[0].regime == plans[1].regime == "persistent"
-            assert plans[2].regime == "persistent" or kind == "ieee" or capability == table.AMD
+            assert plans[2].regime == "persistent" or kind == "ieee" or capability == triton_configs.AMD
             assert plans[-1].regime == plans[-2].regime == "step"
             assert all(plan.precision == ("tf32" if kind == "tf32" else "ieee") for plan in plans)
 
 
 def test_a_chip_runs_every_row_that_names_it() -> None:
     """A row's shared memory is that of the chip where it takes most: another may have less, and need less."""
-    for capability, chip in ((table.AMD, "gfx942"), (80, "sm_80"), (90, "sm_90"), (100, "sm_100")):
-        assert table.rows_of(capability) == [row for row in table.PERSISTENT if chip in row.chips]
-    assert all(row.shared <= table.SMALL_SHARED for k in table.SMALL for row in table.rows_of(k))
-    assert table.find("lstm", "forward", 128, 0, "half", table.AMD) is not None
+    for capability, chip in ((triton_configs.AMD, "gfx942"), (80, "sm_80"), (90, "sm_90"), (100, "sm_100")):
+        assert triton_configs.rows_of(capability) == [row for row in triton_configs.PERSISTENT if chip in row.chips]
+    assert all(
+        row.shared <= triton_configs.SMALL_SHARED for k in triton_configs.SMALL for row in triton_configs.rows_of(k)
+    )
+    assert triton_configs.find("lstm", "forward", 128, 0, "half", triton_configs.AMD) is not None
 
 
 def test_chips_with_little_shared_memory() -> None:
-    assert table.plan("lstm", "forward", 128, 0, "half", 80, 16).regime == "persistent"
-    assert table.plan("lstm", "forward", 128, 0, "half", 86, 16).regime == "step"
-    assert table.chip_of(121) == ("sm_100", 99 * 1024) and table.chip_of(103)[0] == "sm_100"
+    assert triton_configs.plan("lstm", "forward", 128, 0, "half", 80, 16).regime == "persistent"
+    assert triton_configs.plan("lstm", "forward", 128, 0, "half", 86, 16).regime == "step"
+    assert triton_configs.chip_of(121) == ("sm_100", 99 * 1024) and triton_configs.chip_of(103)[0] == "sm_100"
 
 
 @pytest.mark.parametrize(
@@ -268,8 +275,8 @@ def test_chips_with_little_shared_memory() -> None:
 )
 def test_tiles_of_a_step(cell: str, side: str, hidden: int, rows: int, expected: tuple[int, int]) -> None:
     """Tall for many rows, so that W_hh is read seldom; small where a GPU would stand idle otherwise."""
-    for kind in table.KINDS:
-        plan = table.plan(cell, side, hidden, 0, kind, 90, rows)
+    for kind in triton_configs.KINDS:
+        plan = triton_configs.plan(cell, side, hidden, 0, kind, 90, rows)
         assert (plan.regime, plan.block_b, plan.block_n) == ("step", *expected)
 
 
@@ -279,7 +286,7 @@ def test_tiles_of_a_step(cell: str, side: str, hidden: int, rows: int, expected:
 class Launches(list):
     """Stands in for kernels/launch.start."""
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], plan: table.Plan, **arguments: Any) -> None:
+    def __call__(self, kernel: Any, grid: tuple[int, ...], plan: triton_configs.LaunchConfig, **arguments: Any) -> None:
         self.append((kernel, grid, arguments))
 
     @property
@@ -289,7 +296,7 @@ class Launches(list):
 
 def scan(
     cell: str, regime: str, steps: int, *, batch: int = 33, hidden: int = 40, proj: int = 0, reverse: bool = False,
-    tile: table.Tile = table.STEP[1],
+    tile: triton_configs.Tile = triton_configs.STEP[1],
 ) -> tuple[Launches, ...]:  # fmt: skip
     """The launches of a forward and of a backward on tensors without memory."""
     from rnnkit.kernels import persistent, step
@@ -299,20 +306,20 @@ def scan(
     def some(*sizes: int) -> Tensor:
         return torch.empty(sizes, device="meta")
 
-    t = Tensors(
+    t = LayerInputs(
         some(steps, batch, 3), some(batch, size), some(batch, hidden) if kind.has_c else None,
         some(kind.gates * hidden, 3), some(kind.gates * hidden, size), None, None,
         some(proj, hidden) if proj else None,
     )  # fmt: skip
     module: Any = persistent if regime == "persistent" else step
-    plan = table.step(tile, "tf32", "")
+    plan = triton_configs.step(tile, "tf32", "")
     both = Launches(), Launches()
     gx = some(steps, batch, kind.gates * hidden)
     y, h_n, c_n, c_all, gates = module.forward(
-        kind, gx, t.h_0, t.c_0, t, None, t0=0, reverse=reverse, save=True, plan=plan, run=both[0]
+        kind, gx, t.h_0, t.c_0, t, None, t0=0, reverse=reverse, save=True, config=plan, run=both[0]
     )
-    grads = Outputs(y, h_n, c_n, c_all)
-    module.backward(kind, grads, y, c_all, gates, t, None, reverse=reverse, plan=plan, run=both[1])
+    grads = LayerOutputs(y, h_n, c_n, c_all)
+    module.backward(kind, grads, y, c_all, gates, t, None, reverse=reverse, config=plan, run=both[1])
     return both
 
 
@@ -348,7 +355,7 @@ def test_what_a_step_reads_is_made_contiguous_once(monkeypatch: pytest.MonkeyPat
     from rnnkit.kernels import step
 
     seen: list[int] = []
-    monkeypatch.setattr(step, "solid", lambda v: seen.append(1) or v)
+    monkeypatch.setattr(step, "contiguous_aligned", lambda v: seen.append(1) or v)
     counts = []
     for steps in (2, 9):
         seen.clear()
@@ -381,22 +388,22 @@ def test_one_compilation_serves_both_directions(cell: str, proj: int, regime: st
 @needs_triton
 def test_only_products_take_tall_tiles() -> None:
     """The other kernels keep several whole blocks of gates in registers."""
-    for tile in table.STEP:
+    for tile in triton_configs.STEP:
         for launches in scan("lstm", "step", 1, proj=7, tile=tile):
             for kernel, grid, arguments in launches:
-                rows = tile.rows if kernel.__name__.startswith("product") else table.ROWS
+                rows = tile.rows if kernel.__name__.startswith("product") else triton_configs.ROWS
                 assert arguments["BLOCK_B"] == rows and grid[0] == -(-33 // rows)
 
 
 @needs_triton
 def test_sizes_that_are_not_aligned_have_kernels_of_their_own() -> None:
     """A row is the first that serves a size: whole by its tile, and by 16 where everything is a multiple of it."""
-    for row in table.PERSISTENT:
-        hidden, proj = table.fullest(row)
-        cell, capability = table.CELLS_OF[row.kernel][0], 100 if "sm_100" in row.chips else 90
+    for row in triton_configs.PERSISTENT:
+        hidden, proj = triton_configs.fullest(row)
+        cell, capability = triton_configs.CELLS_OF[row.kernel][0], 100 if "sm_100" in row.chips else 90
         if {"sm_90", "sm_100"} & set(row.chips):
-            assert table.find(cell, row.side, hidden, proj, row.kind, capability) == row
+            assert triton_configs.find(cell, row.side, hidden, proj, row.kind, capability) == row
     for hidden, multiple in ((48, 16), (47, 1), (40, 1), (64, 16), (1, 1), (16, 16)):
-        assert table.find("gru", "forward", hidden, 0, "half", 90).multiple == multiple  # type: ignore[union-attr]
+        assert triton_configs.find("gru", "forward", hidden, 0, "half", 90).multiple == multiple  # type: ignore[union-attr]
     for hidden, proj, multiple in ((64, 48, 16), (64, 47, 1), (63, 48, 1)):
-        assert table.find("lstm", "forward", hidden, proj, "half", 90).multiple == multiple  # type: ignore[union-attr]
+        assert triton_configs.find("lstm", "forward", hidden, proj, "half", 90).multiple == multiple  # type: ignore[union-attr]

@@ -14,43 +14,43 @@ import torch
 from test_triton import TESTS, needs_triton
 from torch import Tensor
 
+from rnnkit.backends.triton import configs
 from rnnkit.cells import CELLS
-from rnnkit.kernels import table
 
 
 @needs_triton
 def test_the_record_holds_every_configuration_and_none_is_wrong() -> None:
     """By every version of Triton: both acts of an RNN, each tile of a step, each row's shared memory."""
-    from rnnkit.benchmarks import compile_table
+    from rnnkit.benchmarks.usage import triton_usage
 
-    lines = compile_table.read(compile_table.COMPILED)
+    lines = triton_usage.read(triton_usage.COMPILED)
     assert [line for line in lines if line.wrong] == []
-    jobs = list(compile_table.jobs())
-    launched = [(job, launch) for job in jobs for launch in compile_table.launches(job)]
-    wanted = {compile_table.named(job, launch, version) for job, launch in launched for version in table.VERSIONS}
+    jobs = list(triton_usage.jobs())
+    launched = [(job, launch) for job in jobs for launch in triton_usage.launches(job)]
+    wanted = {triton_usage.named(job, launch, version) for job, launch in launched for version in configs.VERSIONS}
     assert {line.name for line in lines} == wanted and len(lines) == len(wanted), "make triton-compile"
     assert {name.cell for name in wanted if name.regime == "persistent"} == set(CELLS)
     products = {(name.block_b, name.block_n, name.warps) for name in wanted if name.function == "product.product"}
-    assert products == set(table.STEP)
+    assert products == set(configs.STEP)
     found: dict[tuple[Any, ...], int] = {}
     for name, usage, *_ in lines:
         if name.regime == "persistent":
             sizes, multiple = (name.hidden, name.proj or name.hidden), 1 if name.hidden % 16 else 16
-            row = (name.kernel, name.side, *map(table.tile, sizes), name.kind, multiple)
+            row = (name.kernel, name.side, *map(configs.tile, sizes), name.kind, multiple)
             found[row] = max(found.get(row, 0), usage.shared)
-    assert found == {row[:6]: row.shared for row in table.PERSISTENT}
+    assert found == {row[:6]: row.shared for row in configs.PERSISTENT}
 
 
 @needs_triton
 def test_what_is_compiled_is_what_a_launch_compiles() -> None:
     """By Triton's own rules: what is known of sizes and addresses, and what is not asked."""
-    from rnnkit.benchmarks import compile_table
-    from rnnkit.benchmarks.compile_table import launches, specialized
+    from rnnkit.benchmarks.usage import triton_usage
+    from rnnkit.benchmarks.usage.triton_usage import launches, specialized
 
     def facts(hidden: int, chip: str, rows: int) -> tuple[dict[str, str], dict[str, list[str]]]:
-        plan = table.step(table.STEP[0], "half", "")
-        job = compile_table.Job("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, plan)
-        form = compile_table.Form(rows=rows)
+        plan = configs.step(configs.STEP[0], "half", "")
+        job = triton_usage.Job("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, plan)
+        form = triton_usage.Form(rows=rows)
         (launch,) = [launch for launch in launches(job, form) if launch.function == "product.product"]
         types, constants, known, _ = specialized(launch, chip)
         names = launch.kernel.arg_names
@@ -63,16 +63,16 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
     assert all(known[name] == aligned for name in ("a", "w", "out", "a_width", "out_width", "K", "N"))
     assert "B" not in known, "16 rows are compiled as 15 are"
     assert not any(facts(127, "sm_90", 1)[1].values()) and not any(facts(1, "sm_90", 1)[1].values())
-    assert facts(128, "gfx942", compile_table.FEW)[1]["a"] == narrow
-    assert facts(128, "gfx942", compile_table.MANY)[1]["a"] == aligned
+    assert facts(128, "gfx942", triton_usage.FEW)[1]["a"] == narrow
+    assert facts(128, "gfx942", triton_usage.MANY)[1]["a"] == aligned
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", table.KERNELS)
+@pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_no_launch_is_of_another_kind_than_the_record(kernel: str) -> None:
     """Whatever H, P and B are, and wherever in memory a tensor begins, Triton knows of the arguments what it knew when
     the table was compiled. (Constants but sizes are compared by the record's names.)"""
-    from rnnkit.benchmarks.compile_table import EVERYTHING, Form, Job, jobs, launches, specialized
+    from rnnkit.benchmarks.usage.triton_usage import EVERYTHING, Form, Job, jobs, launches, specialized
 
     def unaligned(sizes: tuple[int, ...], **how: Any) -> Tensor:
         return torch.empty(torch.Size(sizes).numel() + 1, **how)[1:].view(sizes)
@@ -92,10 +92,10 @@ def test_no_launch_is_of_another_kind_than_the_record(kernel: str) -> None:
 
 
 def test_a_run_replaces_what_its_own_triton_said(tmp_path: Path) -> None:
-    from rnnkit.benchmarks.compile_table import COMPILED, merged, read, write
+    from rnnkit.benchmarks.usage.triton_usage import COMPILED, merged, read, write
 
     before = read(COMPILED)
-    old, new = ([line for line in before if line.name.triton == version] for version in table.VERSIONS)
+    old, new = ([line for line in before if line.name.triton == version] for version in configs.VERSIONS)
     changed = [line._replace(usage=line.usage._replace(registers=1)) for line in old[:2]]
     write(tmp_path / "one.csv", merged(before, [*changed, old[0]]))
     assert read(tmp_path / "one.csv") == [old[0], changed[1], *new]  # each once, the one of more registers
@@ -108,7 +108,7 @@ def test_a_run_replaces_what_its_own_triton_said(tmp_path: Path) -> None:
 @needs_triton
 def test_some_of_the_table_compiles(tmp_path: Path) -> None:
     """Every 151st scan; CI takes more, `make triton-compile` the whole."""
-    command = [sys.executable, "-m", "rnnkit.benchmarks.compile_table", "--part", "1/151", "--workers", "1"]
+    command = [sys.executable, "-m", "rnnkit.benchmarks.usage.triton_usage", "--part", "1/151", "--workers", "1"]
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -119,9 +119,9 @@ def test_some_of_the_table_compiles(tmp_path: Path) -> None:
 def test_a_spill_is_found(tmp_path: Path) -> None:
     """An LSTM of 128 units on four warps keeps more than its registers hold."""
     code = (
-        "from rnnkit.benchmarks import compile_table as c; from rnnkit.kernels import table\n"
-        "row = table.Row('lstm', 'backward', 128, 128, 'tf32', 16, ('sm_80',), 4, 0)\n"
-        "table.PERSISTENT, table.KERNELS = (row,), ()\n"
+        "from rnnkit.benchmarks import compile_table as c; from rnnkit.backends.triton import configs\n"
+        "row = configs.CompiledKernel('lstm', 'backward', 128, 128, 'tf32', 16, ('sm_80',), 4, 0)\n"
+        "configs.PERSISTENT, configs.KERNELS = (row,), ()\n"
         "raise SystemExit(c.main(['--workers', '1', '--part', '1/1', '--to', 'nowhere']))"
     )
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from simt import run as simt
 
-from rnnkit.backends import cuda
+from rnnkit.backends.cuda import backend as cuda
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ Thread* current = nullptr;
 
 namespace {
 
-constexpr int64_t most_shared = 227 * 1024;  // of the largest chip in rnnkit/backends/cuda_table.py
+constexpr int64_t most_shared = 227 * 1024;  // of the largest chip in rnnkit/backends/cuda/configs.py
 constexpr int most_threads = 1024;
 // Threads of a launch at a time, unless one block has more; and fibers, of which ThreadSanitizer makes slow
 // and large ones.

@@ -19,7 +19,8 @@ from torch import Tensor
 
 import rnnkit
 from rnnkit import ops
-from rnnkit.backends import cuda, ranges
+from rnnkit.backends import chunks
+from rnnkit.backends.cuda import backend as cuda
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 ALL = {
@@ -96,8 +97,8 @@ def test_recompute_and_again_give_the_same_bits(kind: str, regime: str) -> None:
 @kinds
 def test_recompute_in_ranges(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two steps, both ways: a reset and an end at their borders and within them."""
-    monkeypatch.setattr(ranges, "ROWS", 1)
-    monkeypatch.setattr(ranges, "RANGES", 3)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
+    monkeypatch.setattr(chunks, "MOST_CHUNKS", 3)
     resets = ((0, 0), (2, 0), (3, 0), (4, 2), (1, 2))
     check(Case(kind, recompute=True, **{**ALL, "steps": 5, "lengths": (5, 2, 4), "resets": resets}), "cuda", F32)
 

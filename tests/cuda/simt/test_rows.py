@@ -17,10 +17,10 @@ from simt import run as simt
 from torch import Tensor
 
 import rnnkit
-from rnnkit.backends import cuda_table
-from rnnkit.benchmarks import parity, problems, ways
-from rnnkit.benchmarks.calls import differing
-from rnnkit.benchmarks.problems import BF16, F16, KINDS, MASKED, Problem, Variant
+from rnnkit.backends.cuda import configs as cuda_configs
+from rnnkit.benchmarks.gpu_check import parity, parity_cases, reference_runs
+from rnnkit.benchmarks.gpu_check.bitwise_checks import differing
+from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, KINDS, MASKED, Problem, Variant
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -29,9 +29,9 @@ CELLS = {"rnn": "rnn_relu", "lstm": "lstm_proj", "gru": "gru", "gru_reset_before
 SEEDS = range(20)
 
 
-def of_step(row: cuda_table.Row) -> Problem:
+def of_step(row: cuda_configs.CompiledKernel) -> Problem:
     """Two blocks of units and of rows; of a row that serves few of them, one of rows that it does not fill."""
-    few = row.rows <= cuda_table.TALL
+    few = row.rows <= cuda_configs.TALL
     size = (3, row.rows + (-1 if few else 3), 3, 19 if few else 40)
     variant = Variant(size, both=True, all_states=True, proj=9, **MASKED)
     return problem(CELLS[row.kernel], row.kind, "step", variant)
@@ -42,13 +42,13 @@ def problem(cell: str, operands: str, regime: str, variant: Variant) -> Problem:
     return Problem(cell, variant, OPERANDS[operands], tf32=operands == "tf32", stepwise=regime == "step", fused=True)
 
 
-CTA = [row for row in cuda_table.ROWS if row.regime == "cta"]
-STEP = [row for row in cuda_table.ROWS if row.regime == "step"]
+CTA = [row for row in cuda_configs.ROWS if row.regime == "cta"]
+STEP = [row for row in cuda_configs.ROWS if row.regime == "step"]
 ROWS = {
-    **{row.name: p for row, p in zip(CTA, problems.resident(cuda_table.ROWS), strict=True)},
+    **{row.name: p for row, p in zip(CTA, parity_cases.resident(cuda_configs.ROWS), strict=True)},
     **{row.name: of_step(row) for row in STEP},
 }
-assert ROWS.keys() == {row.name for row in cuda_table.ROWS}
+assert ROWS.keys() == {row.name for row in cuda_configs.ROWS}
 every_row = pytest.mark.parametrize("name", ROWS)
 # Every regime that serves a cell by a kind of operands; a projection and float64 go step by step alone.
 WAYS = [
@@ -59,17 +59,18 @@ WAYS = [
 every_way = pytest.mark.parametrize(("cell", "operands", "regime"), WAYS)
 
 
-def computed(problem: Problem, way: ways.Way) -> problems.Values:
+def computed(problem: Problem, way: reference_runs.Way) -> parity_cases.Values:
     """What a way gives for the problem's first numbers, gradients included."""
     with parity.asked(problem):
-        return ways.numbers(way, problem, problems.draw(problem, 0), problem.dtype, "cpu")
+        return reference_runs.numbers(way, problem, parity_cases.draw(problem, 0), problem.dtype, "cpu")
 
 
 def found(problem: Problem) -> None:
     """The backend against float64; float64 itself to a few ulp of accumulation."""
     if problem.dtype == F64:
         compare(
-            computed(problem, ways.named("cuda")), computed(problem, ways.by_pieces if problem.known else ways.by_steps)
+            computed(problem, reference_runs.named("cuda")),
+            computed(problem, reference_runs.by_pieces if problem.known else reference_runs.by_steps),
         )
         return
     findings = parity.Findings()
@@ -82,7 +83,7 @@ def found(problem: Problem) -> None:
 @every_row
 def test_every_row(name: str) -> None:
     of_row = ROWS[name]
-    assert problems.compiled_for(of_row, 90).name == name
+    assert parity_cases.compiled_for(of_row, 90).name == name
     with simt.scheduled(seed=list(ROWS).index(name)):
         found(of_row)
 
@@ -90,10 +91,10 @@ def test_every_row(name: str) -> None:
 @every_row
 def test_twenty_schedules(name: str) -> None:
     """The same bits whatever the order of threads and blocks, all four manners of drawing one among them."""
-    first: problems.Values = {}
+    first: parity_cases.Values = {}
     for seed in SEEDS:
         with simt.scheduled(seed=seed):
-            got = computed(ROWS[name], ways.named("cuda"))
+            got = computed(ROWS[name], reference_runs.named("cuda"))
         first = first or got
         assert differing(got, first) == [], seed
 

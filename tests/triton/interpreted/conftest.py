@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rnnkit.backends import triton
+from rnnkit.backends.triton import backend as triton
 
 if not triton.interpreted():
     collect_ignore_glob = ["test_*.py"]

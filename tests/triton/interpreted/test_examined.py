@@ -1,13 +1,13 @@
-"""What `gpu-check` asks of a GPU, asked of the kernels in Triton's interpreter: some of its problems, and its calls."""
+"""What `gpu-check` asks of a GPU, asked of the kernels in Triton's interpreter: some of its problems and calls."""
 
 from __future__ import annotations
 
 import pytest
 from fake_cuda import rerun
 
-from rnnkit.benchmarks import calls, parity, problems
-from rnnkit.benchmarks.problems import BF16, F32, Problem, Variant
-from rnnkit.kernels import table
+from rnnkit.backends.triton import configs as triton_configs
+from rnnkit.benchmarks.gpu_check import bitwise_checks, parity, parity_cases
+from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F32, Problem, Variant
 
 
 def found(*every: Problem) -> parity.Findings:
@@ -19,9 +19,11 @@ def found(*every: Problem) -> parity.Findings:
 
 def test_a_persistent_kernel_with_everything_on() -> None:
     (first,) = [
-        p for p in problems.persistent(table.INTERPRETER) if p.kind == "gru" and p.variant.size[3] == 32 and p.tf32
+        p
+        for p in parity_cases.persistent(triton_configs.INTERPRETER)
+        if p.kind == "gru" and p.variant.size[3] == 32 and p.tf32
     ]
-    assert {row[:5] for row in found(first).kernels} == {("gru", side, 32, 32, "tf32") for side in table.SIDES}
+    assert {row[:5] for row in found(first).kernels} == {("gru", side, 32, 32, "tf32") for side in triton_configs.SIDES}
 
 
 def test_step_by_step_nothing_persistent_runs() -> None:
@@ -31,8 +33,8 @@ def test_step_by_step_nothing_persistent_runs() -> None:
 
 @pytest.mark.parametrize("stepwise", [False, True])
 def test_every_call_is_as_a_plain_one(stepwise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "graph", rerun)
-    monkeypatch.setattr(calls, "COMPILER", "aot_eager")
+    monkeypatch.setattr(bitwise_checks, "graph", rerun)
+    monkeypatch.setattr(bitwise_checks, "COMPILER", "aot_eager")
     small = Variant((3, 18, 3, 5), lengths=True, resets=True, reset_state=True)
     found(Problem("rnn_tanh", small, BF16, stepwise=stepwise, calls=True, fused=True))
 

@@ -13,8 +13,9 @@ from test_nan import assert_unseen, everything, unseen_places
 from torch import Tensor
 
 import rnnkit
-from rnnkit.backends import ranges, triton
-from rnnkit.kernels import table
+from rnnkit.backends import chunks
+from rnnkit.backends.triton import backend as triton
+from rnnkit.backends.triton import configs as triton_configs
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 TILE = 16  # rows
@@ -61,8 +62,8 @@ def test_odd_sizes(kind: str, sizes: dict[str, Any], regime: str) -> None:
 def test_tall_tiles(kind: str, rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of many rows by many units, here at few units; with a projection to 3, which is not aligned, 32 rows."""
     monkeypatch.setattr(triton.regimes, "only", "step")
-    monkeypatch.setattr(table, "PROGRAMS", 1)
-    assert table.stepwise("gru", "forward", 16, 0, "ieee", rows, "").block_b == tile
+    monkeypatch.setattr(triton_configs, "PROGRAMS", 1)
+    assert triton_configs.stepwise("gru", "forward", 16, 0, "ieee", rows, "").block_b == tile
     lengths = tuple(1 + b % 3 for b in range(rows))
     check(
         Case(kind, bidirectional=True, steps=3, rows=rows, hidden=16, lengths=lengths, resets=((1, 0), (2, rows - 1))),
@@ -122,8 +123,8 @@ def test_recompute_and_again_give_the_same_bits(kind: str, regime: str) -> None:
 @kinds
 def test_recompute_in_ranges(kind: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two steps, both ways: a reset and an end at their borders and within them."""
-    monkeypatch.setattr(ranges, "ROWS", 1)
-    monkeypatch.setattr(ranges, "RANGES", 3)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
+    monkeypatch.setattr(chunks, "MOST_CHUNKS", 3)
     resets = ((0, 0), (2, 0), (3, 0), (4, 2), (1, 2))
     check(Case(kind, recompute=True, **{**ALL, "steps": 5, "lengths": (5, 2, 4), "resets": resets}), "triton", F32)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rnnkit.kernels.shared import matrix, narrow, place, relu, rows, sigmoid, store, tanh
+from rnnkit.kernels.shared import matrix, narrow, relu, rows, sigmoid, store, tanh, time_index
 
 EDGES = torch.tensor([0.0, -0.0, 0.64, -0.64, 1e-30, 88.0, -88.0, 1e30, float("inf"), -float("inf"), float("nan")])
 
@@ -38,7 +38,7 @@ def round_to(x, y, N: tl.constexpr):
 def write_step(y, k, n, B, WIDTH: tl.constexpr):
     row, unit = rows(16), tl.arange(0, WIDTH)
     mask = (row < B)[:, None] & (unit < WIDTH)[None, :]
-    store(y, place(k, n, 0) * B + row, unit, WIDTH, mask, tl.full((16, WIDTH), 3.0, tl.float32))
+    store(y, time_index(k, n, 0) * B + row, unit, WIDTH, mask, tl.full((16, WIDTH), 3.0, tl.float32))
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""From recorded times to `auto`'s table."""

@@ -1,0 +1,224 @@
+"""What is said of rows: the tables of a run, and the summary of recorded rows that pages.py puts into docs/.
+
+python -m rnnkit.benchmarks.speed.report bench-out/rows.csv     a run's targets once more
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import targets, timing
+from .bench_cases import CELLS, MODES, BadInput
+from .implementations import CELLS as STEPWISE
+from .implementations import ORT, PACKED, SPLIT, TORCH, WITHOUT
+from .rows import BenchRow, read
+from .targets import Verdict
+
+NO_PLOTS = "no pictures, since matplotlib is not installed: pip install rnnkit[plots]"
+HEAD = ["what", "cell", "mode", "threads", "cases", "mean", "worst", "at", "of the limit", "possible", "wanted", ""]
+
+
+def percent(share: float) -> str:
+    """Rounded down: 79.6 % is not the 80 % that are asked for."""
+    return f"{math.floor(100 * share + 1e-6)}%"
+
+
+def cells(v: Verdict) -> list[str]:
+    """A verdict as the cells of a line."""
+    form = percent if v.group == "scan" else "{:.2f}".format
+    who = "" if v.implementation == "auto" else f"{v.implementation}: "
+    how = ", ".join([v.mode, *(part for part in (v.launch, v.dtype) if part not in ("call", "float32"))])
+    return [f"{who}{v.group}, against {v.against}", v.cell, how, str(v.threads), str(v.cases), form(v.mean),
+            form(v.worst), v.worst_case, percent(v.share),
+            "" if v.possible is None else f"{v.possible:.2f}", v.wanted, v.mark]  # fmt: skip
+
+
+def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal."""
+    widths = [max(len(line[k]) for line in (head, *lines)) for k in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (head, *lines)
+    )
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def markdown(
+    rows: Sequence[BenchRow], verdicts: Sequence[Verdict], machine: str, wrong: Sequence[str], notes: Sequence[str]
+) -> str:
+    """A run's report."""
+    about, dtypes = rows[0], dict.fromkeys(row.dtype for row in rows)
+    parts = [
+        "# rnnkit bench",
+        f"{about.processor}, torch {about.torch}, commit {about.commit}, {', '.join(dtypes)}"
+        + (f", TF32: {about.tf32}" if about.tf32 != "-" else "")
+        + f". One core, or the GPU: {machine}.",
+    ]
+    if wrong:
+        parts.append("\n".join(f"- **{line}**" for line in wrong))
+    parts += [
+        "## Targets",
+        "Ratios are the peer's time over rnnkit's (`auto`): above 1, rnnkit is faster. Mean: geometric mean. Of the "
+        "limit: geometric mean of the least possible time, at this machine's measured rates, over the time taken. "
+        "Possible: the ratio at the limit, the most that this machine allows. In `scan` mean and worst are shares of "
+        "the machine.",
+        table(HEAD, [cells(v) for v in verdicts]),
+        "## Rows",
+        f"p20–p80 of the paired ratios. Memory: {timing.MEMORY[about.device]}.",
+    ]
+    for group in dict.fromkeys(row.group for row in rows):
+        for mode in MODES:
+            some = [row for row in rows if row.group == group and row.mode == mode]
+            if some:
+                parts += [f"### {group}, {mode}", table(ROW_HEAD, [_row(row) for row in some])]
+    if notes:
+        parts += ["## Notes", "\n".join(f"- {line}" for line in dict.fromkeys(notes))]
+    return "\n\n".join(parts) + "\n"
+
+
+ROW_HEAD = ["B×T×I×H", "cell", "threads", "implementation", "against", "ms", "its ms", "ratio", "p20–p80", "GFLOP/s",
+            "of the limit", "MiB", "its MiB"]  # fmt: skip
+
+
+def _row(row: BenchRow) -> list[str]:
+    who = f"{row.implementation} → {row.ran}" if row.implementation == "auto" else row.implementation
+    who += "".join(f", {how}" for how in (row.launch, row.dtype) if how not in ("call", "float32"))
+    return [row.case, row.cell, str(row.threads), who, row.against, f"{row.ms:.4g}", f"{row.against_ms:.4g}",
+            f"{row.ratio_p50:.2f}", f"{row.ratio_p20:.2f}–{row.ratio_p80:.2f}", f"{row.gflops:.1f}", f"{row.share:.0%}",
+            _mib(row.peak_mib), _mib(row.against_peak_mib)]  # fmt: skip
+
+
+def _mib(size: float | None) -> str:
+    return "-" if size is None else f"{size:.3g}"
+
+
+# What the summary shows, line by line: group, peer, words. One column for each cell and mode.
+PLAIN = ("grid", "field", "sweep")
+SUMMARY = (
+    ("grid", TORCH, "layers, against torch.nn"),
+    ("grid", ORT, "layers, against ONNX Runtime"),
+    ("step", TORCH, "one step of a cell, B = 1, H = 64, against torch.nn"),
+    ("resets", SPLIT, "resets, against torch.nn on rows split at them"),
+    ("resets", STEPWISE, "resets, against a loop over torch.nn's cell"),
+    ("resets", WITHOUT, "resets, against rnnkit without"),
+    ("lengths", PACKED, "lengths, against torch.nn on packed rows"),
+    ("lengths", WITHOUT, "lengths, against rnnkit without"),
+)
+
+
+def summary(files: Mapping[str, Sequence[BenchRow]], results: str) -> str:
+    """Tables, one for each processor, number of threads, way of launching and dtype; `results`: where a link finds the
+    rows."""
+    parts = []
+    for name, rows in files.items():
+        for threads, launch, dtype in sorted({(row.threads, row.launch, row.dtype) for row in rows}):
+            some = [row for row in rows if (row.threads, row.launch, row.dtype) == (threads, launch, dtype)]
+            about = some[-1]
+            verdicts = targets.judge([row for row in some if not targets.brought(row)])
+            found = {(v.group, v.against, v.cell, v.mode): v for v in verdicts}
+            lines = []
+            for group, peer, words in SUMMARY:
+                line = []
+                for cell in CELLS:
+                    for mode in MODES:
+                        v = found.get((group, peer, cell, mode))
+                        line.append("" if v is None else _figures(v))
+                if any(line):
+                    lines.append([words, *line])
+            memory = {cell: _memory(some, cell) for cell in CELLS}
+            if any(memory.values()):
+                lines.append(["peak memory, torch.nn's over ours", *_in_training(memory)])
+            if lines:
+                device = f"{threads} {'thread' if threads == 1 else 'threads'}" if about.device == "cpu" else launch
+                parts += [
+                    f"{about.processor}, {device}, torch {about.torch}, {dtype} ([rows]({results}/{name}.csv)):",
+                    table(["", *(f"{cell} {mode}" for cell in CELLS for mode in MODES)], lines),
+                ]
+            aims = _aims(verdicts)
+            if aims and any(memory.values()):
+                aims.append(["memory, training, against torch.nn", "each ≥ 0.95", *map(_spared, memory.values())])
+            if aims:
+                parts += [AIMS, table(["target", "wanted", *CELLS], aims)]
+    return "\n\n".join(parts)
+
+
+def _memory(rows: Sequence[BenchRow], cell: str) -> list[float]:
+    """torch.nn's peak over ours in training, of every plain layer that was measured by `auto`."""
+    return [
+        row.against_peak_mib / row.peak_mib
+        for row in rows
+        if (row.cell, row.mode, row.implementation, row.against) == (cell, "training", "auto", TORCH)
+        and row.group in PLAIN
+        and row.peak_mib
+        and row.against_peak_mib
+    ]
+
+
+def _in_training(memory: dict[str, list[float]]) -> list[str]:
+    """A cell for each cell and mode, those of inference empty."""
+    said = {cell: f"{targets.geometric_mean(v):.2f} ({min(v):.2f})" if v else "" for cell, v in memory.items()}
+    return [said[cell] if mode == "training" else "" for cell in CELLS for mode in MODES]
+
+
+AIMS = (
+    "What is aimed at: the geometric mean and in brackets the worst, of layers also the share of the limit (the least "
+    "time that this machine could take):"
+)
+
+
+def _spared(memory: list[float]) -> str:
+    """Whether training never takes more than 5 % above torch.nn's memory."""
+    return f"worst {min(memory):.2f}: {'met' if min(memory) >= 0.95 else '**missed**'}" if memory else ""
+
+
+def _aims(verdicts: Sequence[Verdict]) -> list[list[str]]:
+    """The lines of the targets: one for each group, peer and mode, a column for each cell."""
+    lines: dict[tuple[str, str, str], dict[str, Verdict]] = {}
+    for v in verdicts:
+        if v.wanted:
+            lines.setdefault((v.group, v.against, v.mode), {})[v.cell] = v
+    found = []
+    for (group, against, mode), by_cell in lines.items():
+        wanted: dict[str, list[str]] = {}
+        for cell, v in by_cell.items():
+            wanted.setdefault(v.wanted, []).append(cell)
+        said = [f"{', '.join(some)}: {words}" if len(wanted) > 1 else words for words, some in wanted.items()]
+        figures = [_judged(by_cell[cell]) if cell in by_cell else "" for cell in CELLS]
+        found.append([f"{group}, {mode}, against {against}", "; ".join(said).replace(">=", "≥"), *figures])
+    return found
+
+
+def _judged(v: Verdict) -> str:
+    share = f", {percent(v.share)}" if v.group == "grid" else ""
+    return f"{_figures(v)}{share}: {'**missed**' if v.met is False else v.mark}"
+
+
+def _figures(v: Verdict) -> str:
+    form = percent if v.group == "scan" else "{:.2f}".format
+    return form(v.mean) if v.cases == 1 else f"{form(v.mean)} ({form(v.worst)})"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The script; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="a run's rows.csv: print its targets")
+    options = parser.parse_args(arguments)
+    try:
+        print(aligned(HEAD, [cells(v) for v in targets.judge(read(options.rows))]))
+    except BadInput as error:
+        print(f"rnnkit.benchmarks.speed.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What compiled GPU kernels take: registers, spills and shared memory for every chip, without a GPU."""

@@ -1,0 +1,111 @@
+"""`python -m rnnkit info`: what this machine can run, and how to get what is missing.
+
+Versions, the C++ extension, Triton, CUDA devices, CPU threads, and for each backend whether it can run here at all.
+Which one runs a given layer, `rnnkit.explain(layer, x)` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..backends import BACKENDS
+from ..backends.cpu import extension
+from ..backends.triton import backend as triton
+
+NO_TRITON = "not installed: pip install rnnkit[triton]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--json", action="store_true", help="the same as a JSON object")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print it; returns the exit code."""
+    found = gather()
+    print(json.dumps(found, indent=2) if options.json else table(found))
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of this process depend on."""
+    return {
+        "rnnkit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def gather() -> dict[str, Any]:
+    """Everything that the command says, for a program; a `reason` is None where nothing is missing."""
+    triton = _triton()
+    reasons = {backend.name: backend.available() for backend in BACKENDS}
+    return {
+        **versions(),
+        "extension": {
+            "available": extension.available(),
+            "reason": extension.reason() or None,
+            "variants": list(extension.variants),
+        },
+        "cuda_kernels": {
+            "count": len(extension.cuda_kernels),
+            "toolkit": next(iter(extension.cuda_built), None),
+            "chips": list(extension.cuda_built[1:]),
+            "reason": extension.cuda_missing or None,
+        },
+        "triton": {"version": triton, "reason": None if triton else NO_TRITON},
+        "cuda": {"torch_built_for": torch.version.cuda, "devices": _devices()},
+        "threads": torch.get_num_threads(),
+        "backends": {name: {"available": why is None, "reason": why} for name, why in reasons.items()},
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The same in aligned lines."""
+    devices = [f"{d['name']} (sm_{d['capability']}, {d['memory_mib']} MiB)" for d in found["cuda"]["devices"]]
+    none = "no device" if found["cuda"]["torch_built_for"] else "no device: this torch is built without CUDA"
+    rows = [(name, found[name]) for name in versions()]
+    rows += [
+        ("extension", found["extension"]["reason"] or "available"),
+        ("variants", _chosen_first(found["extension"]["variants"])),
+        ("CUDA kernels", kernels(found["cuda_kernels"])),
+        ("triton", found["triton"]["version"] or found["triton"]["reason"]),
+        ("CUDA", "; ".join(devices) or none),
+        ("CPU threads", found["threads"]),
+        ("backends", ""),
+    ]
+    for name, backend in found["backends"].items():
+        rows.append((f"  {name}", "runs here" if backend["available"] else f"cannot run here: {backend['reason']}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def kernels(found: dict[str, Any]) -> str:
+    """What the extension has of CUDA, in a line."""
+    return found["reason"] or f"{found['count']}, compiled by CUDA {found['toolkit']} for {', '.join(found['chips'])}"
+
+
+def _chosen_first(variants: list[str]) -> str:
+    return f"{variants[0]}, chosen of {', '.join(variants)}" if variants else "none that runs"
+
+
+def _triton() -> str | None:
+    if not triton.installed():
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def _devices() -> list[dict[str, Any]]:
+    every = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
+    return [{"name": p.name, "capability": f"{p.major}{p.minor}", "memory_mib": p.total_memory // 2**20} for p in every]

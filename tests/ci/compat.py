@@ -1,0 +1,54 @@
+"""The built wheel beside other versions of Python and torch, each pair in an environment of its own.
+
+One wheel serves CPython >= 3.10 (limited API) and torch >= 2.11 (stable ABI). Here it is installed, not built, beside
+each pair whose interpreter is found; a pair without one is named and left out. Asked of each: `info`, numbers equal to
+torch.nn's with gradients, lengths, resets, and torch.compile. A torch with CUDA takes some 5 GB for each pair.
+
+    python tests/ci/compat.py WHEEL [PYTHON:TORCH ...]      such as 3.12:2.11.0; exits 1 where a pair fails or none ran
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PAIRS = ("3.12:2.11.0", "3.10:2.13.0", "3.13:2.13.0")
+PROGRAM = Path(__file__).with_name("compat_program.py")
+
+
+def tried(wheel: Path, python: str, torch: str) -> bool:
+    """Whether the wheel works beside this pair. What fails prints its own reasons."""
+    with tempfile.TemporaryDirectory() as folder:
+        interpreter = Path(folder) / "env" / "bin" / "python"
+        pip = [interpreter, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+        commands = (
+            [python, "-m", "venv", Path(folder) / "env"],
+            [*pip, f"torch=={torch}", "numpy", "setuptools"],
+            [*pip, "--no-deps", wheel],
+            [interpreter, PROGRAM],
+        )
+        # Away from the clone, whose rnnkit would be found first.
+        return all(subprocess.run(command, cwd=folder).returncode == 0 for command in commands)
+
+
+def main(wheel: str, *pairs: str) -> int:
+    results = []
+    for pair in pairs or PAIRS:
+        version, torch = pair.split(":")
+        python = shutil.which(f"python{version}")
+        if python is None:
+            print(f"compat: left out, there is no python{version} here (torch {torch})", flush=True)
+            continue
+        print(f"compat: Python {version}, torch {torch}", flush=True)
+        results.append(tried(Path(wheel).resolve(), python, torch))
+        print(f"compat: Python {version}, torch {torch}: {'works' if results[-1] else 'FAILED'}", flush=True)
+    if not results:
+        print("compat: no pair ran", flush=True)
+    return 0 if results and all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
