@@ -51,7 +51,7 @@ constexpr int64_t lane_stride(int64_t K) {
 }
 
 // For each lane l the sums of rows times one vector over k = l, l + L, ..., and of `count` lanes from l on,
-// the two load_bits16' added. So GemmWeights::dot sums.
+// the two halves' added. So GemmWeights::dot sums.
 template <class T, int rows, int count>
 __attribute__((always_inline)) inline void add_lanes(const T* const* a, const T* panel, int64_t K, int l,
                                                      typename Vector<T>::Value (&sum)[rows]) {
@@ -208,7 +208,7 @@ __attribute__((always_inline)) inline typename Vector<A>::Value lane_sums(
 
 // The weights of a GEMM, packed into panels. For a single step they stay as they are: a few rows
 // take lane by lane what lies side by side, and for more each panel is packed into the first-level cache when
-// its turn comes. GemmWeights whose columns are the outputs stay as they are for a few rows, too.
+// its turn comes. Weights whose columns are the outputs stay as they are for a few rows, too.
 template <class S>
 struct GemmWeights {
   using A = opmath_t<S>;

@@ -1,4 +1,4 @@
-// The forward of a layer: x is projected in chunks of time, each chunk_steps scanned while it is in the
+// The forward of a layer: x is projected in chunks of time, each chunk scanned while it is in the
 // cache, so that inference needs no memory that grows with T beyond its output. In training the projection is
 // written where the gates will stand.
 

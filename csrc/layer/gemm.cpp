@@ -13,7 +13,7 @@ namespace {
 
 Tensor transpose(const Tensor& m) { return view(m, {m.size(1), m.size(0)}, {m.stride(1), m.stride(0)}, 0); }
 
-void torch_gemm_nt(const Tensor& a, const Tensor& w, Tensor& out) {
+void torch_mm(const Tensor& a, const Tensor& w, Tensor& out) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), w.get()));
 }
 
@@ -41,7 +41,7 @@ void own_gemm_tn(const Tensor& a, const std::vector<const void*>& rows, const Te
 }
 
 // Where rows that follow one another in memory begin, and their number at the end; empty where there are too
-// many such contiguous_runs, or zeros among them, for torch to be called.
+// many such runs, or zeros among them, for torch to be called.
 std::vector<int64_t> contiguous_runs(const std::vector<const void*>& rows, int64_t bytes) {
   constexpr size_t most = 3;
   std::vector<int64_t> starts;
@@ -101,7 +101,7 @@ bool measure(Kind kind, const Tensor& like) {
     const double ours =
         seconds([&] { own->run(M, a.const_data_ptr(), K, out.mutable_data_ptr(), N, true, workers()); });
     const Tensor w_t = transpose(w);
-    return seconds([&] { torch_gemm_nt(a, w_t, out); }) < 0.95 * ours;
+    return seconds([&] { torch_mm(a, w_t, out); }) < 0.95 * ours;
   }
   std::vector<const void*> rows(M);
   const int64_t bytes = N * bytes_of(dtype_of(like));
@@ -128,18 +128,17 @@ bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K) {
   return !was_forked() && !is_half(dtype_of(w)) && large(M, N, K) && torch_is_faster<Kind::gemm_nt>(w);
 }
 
-PackedGemm::PackedGemm(const Tensor& w, bool transposed, int64_t rows, bool pack)
-    : w_(transposed ? w : transpose(w)) {
+PackedGemm::PackedGemm(const Tensor& w, bool nn, int64_t rows, bool pack) : w_(nn ? w : transpose(w)) {
   const int64_t K = w_.size(0), N = w_.size(1);
   if (torch_multiplies(w, rows, N, K)) return;
   const Dtype dtype = dtype_of(w);
-  own_ = transposed ? engine().gemm_nn(dtype, N, K, w.const_data_ptr(), pack, workers())
-                    : engine().gemm_nt(dtype, N, K, w.const_data_ptr(), pack, workers());
+  own_ = nn ? engine().gemm_nn(dtype, N, K, w.const_data_ptr(), pack, workers())
+            : engine().gemm_nt(dtype, N, K, w.const_data_ptr(), pack, workers());
 }
 
 void PackedGemm::run(const Tensor& a, Tensor& out) const {
   if (own_ == nullptr) {
-    torch_gemm_nt(a, w_, out);
+    torch_mm(a, w_, out);
     return;
   }
   own_->run(a.size(0), a.const_data_ptr(), a.stride(0), out.mutable_data_ptr(), out.stride(0),

@@ -15,9 +15,9 @@ bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K);
 // Rows of a [M, K] times one matrix, M at a time, into rows of `out` [M, N].
 class PackedGemm {
  public:
-  // a w^T with w [N, K], packed where `pack`, or where `transposed` a w with w [K, N]; rows: how many there
+  // a w^T with w [N, K], packed where `pack`, or where `nn` a w with w [K, N]; rows: how many there
   // will be in all.
-  PackedGemm(const Tensor& w, bool transposed, int64_t rows, bool pack = true);
+  PackedGemm(const Tensor& w, bool nn, int64_t rows, bool pack = true);
   void run(const Tensor& a, Tensor& out) const;
 
  private:
