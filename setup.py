@@ -132,7 +132,8 @@ def extension() -> dict[str, Any]:
             self.extensions = self.distribution.ext_modules = []
             self.get_finalized_command("bdist_wheel").root_is_pure = True
 
-    sources = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+    rooms = ("torch", "layer", "cpu")
+    sources = sorted(str(path.relative_to(ROOT)) for room in rooms for path in ROOT.glob(f"csrc/{room}/*.cpp"))
     depends = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*h"))
     flags = ["-O3", "-std=c++17", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     flags += ["-fvisibility=hidden"]

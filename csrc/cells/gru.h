@@ -16,7 +16,7 @@ RNNKIT_VALUE inline V gru_state(V z, V n, V h_before) {
   return (M::set(1) - z) * n + z * h_before;
 }
 
-struct GruAfter {
+struct GruResetAfter {
   template <class V>
   struct Step {
     V r, z, n, h;
@@ -52,7 +52,7 @@ struct GruAfter {
   }
 };
 
-struct GruBefore {
+struct GruResetBefore {
   template <class V>
   struct Gradients {
     V z, n;      // of the pre-activations

@@ -20,6 +20,14 @@ namespace baseline {
 extern const Engine engine;
 }
 
+void unknown_cell(int64_t number) {
+  std::string known;
+  for (int64_t k = 0; k < cell_count; ++k) {
+    known += (k == 0 ? "" : ", ") + std::to_string(k) + " " + cell_names[k];
+  }
+  throw std::runtime_error("rnnkit: cell must be one of " + known + "; got " + std::to_string(number));
+}
+
 const std::vector<const Engine*>& engines() {
   static const std::vector<const Engine*> able = [] {
     std::vector<const Engine*> found;

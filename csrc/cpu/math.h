@@ -1,6 +1,6 @@
 // exp, sigmoid and tanh on vectors, and the arithmetic that csrc/cells asks for. Below 3 ulp of float32 over
-// the whole range, subnormal results and saturation included (tests/backends/harness --exhaustive measures every
-// float32), and below 4 ulp of float64; NaN stays NaN. Included once per variant, inside its namespace.
+// the whole range, subnormal results and saturation included (tests/backends/harness --exhaustive measures
+// every float32), and below 4 ulp of float64; NaN stays NaN. Included once per variant, inside its namespace.
 //
 // Method: x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) - 1 = r + r² q(r), so that nothing cancels near 0.
 
@@ -41,24 +41,24 @@ struct Constants<double> {
                                  0.5};
 };
 
-// v 2^n for whole n: rounded once where the result is subnormal.
+// v 2^n for an integer n: rounded once where the result is subnormal.
 template <class V>
-inline V scaled(V v, V n) {
+inline V scale_by_power_of_two(V v, V n) {
   using T = std::decay_t<decltype(v[0])>;
   using Bits = typename Vector<T>::Bits;
   using C = Constants<T>;
-  const Bits whole = (Bits)(n + C::round) - (Bits)(C::round - V{}), half = whole >> 1;
-  return v * (V)((half + C::bias) << C::mantissa) * (V)((whole - half + C::bias) << C::mantissa);
+  const Bits exponent = (Bits)(n + C::round) - (Bits)(C::round - V{}), half = exponent >> 1;
+  return v * (V)((half + C::bias) << C::mantissa) * (V)((exponent - half + C::bias) << C::mantissa);
 }
 #if defined(RNNKIT_AVX512)
-constexpr int every = -1;  // a mask, since gcc 12 warns of the intrinsic without one
+constexpr int all_lanes = -1;  // a mask, since gcc 12 warns of the intrinsic without one
 template <>
-inline Vector<float>::Value scaled(Vector<float>::Value v, Vector<float>::Value n) {
-  return (Vector<float>::Value)_mm512_mask_scalef_ps((__m512)v, every, (__m512)v, (__m512)n);
+inline Vector<float>::Value scale_by_power_of_two(Vector<float>::Value v, Vector<float>::Value n) {
+  return (Vector<float>::Value)_mm512_mask_scalef_ps((__m512)v, all_lanes, (__m512)v, (__m512)n);
 }
 template <>
-inline Vector<double>::Value scaled(Vector<double>::Value v, Vector<double>::Value n) {
-  return (Vector<double>::Value)_mm512_mask_scalef_pd((__m512d)v, every, (__m512d)v, (__m512d)n);
+inline Vector<double>::Value scale_by_power_of_two(Vector<double>::Value v, Vector<double>::Value n) {
+  return (Vector<double>::Value)_mm512_mask_scalef_pd((__m512d)v, all_lanes, (__m512d)v, (__m512d)n);
 }
 #endif
 
@@ -93,7 +93,7 @@ struct Math {
   static Value exp_negative(Value x) {
     x = x < C::least ? set(C::least) : x;
     const Reduced e = reduce(x);
-    return scaled(e.m1 + T(1), e.n);
+    return scale_by_power_of_two(e.m1 + T(1), e.n);
   }
 
   static Value sigmoid(Value x) {
@@ -108,7 +108,7 @@ struct Math {
     a = a + a;
     a = a > C::large ? set(C::large) : a;
     const Reduced r = reduce(a);
-    const Value scale = scaled(set(T(1)), r.n);
+    const Value scale = scale_by_power_of_two(set(T(1)), r.n);
     const Value m = r.m1 * scale + (scale - T(1));
     const Bits large = a > T(1.08);
     const Value q = (large ? set(T(2)) : m) / (m + T(2));

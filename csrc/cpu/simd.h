@@ -24,28 +24,28 @@ constexpr int lanes = RNNKIT_BYTES / static_cast<int>(sizeof(T));
 
 // What a storage type is computed in.
 template <class S>
-struct Compute {
+struct OpMath {
   using type = float;
 };
 template <>
-struct Compute<double> {
+struct OpMath<double> {
   using type = double;
 };
 template <class S>
-using compute_t = typename Compute<S>::type;
+using opmath_t = typename OpMath<S>::type;
 
 template <class S>
-using value_t = typename Vector<compute_t<S>>::Value;
+using vector_t = typename Vector<opmath_t<S>>::Value;
 
 template <class V, class T>
-inline V whole(const T* p) {
+inline V loadu(const T* p) {
   V v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 
 template <class V, class T>
-inline V part(const T* p, int n) {
+inline V load_partial(const T* p, int n) {
   V v{};
   for (int k = 0; k < n; ++k) v[k] = p[k];
   return v;
@@ -53,10 +53,10 @@ inline V part(const T* p, int n) {
 
 #if defined(RNNKIT_AVX512)
 template <>
-inline Vector<float>::Value part(const float* p, int n) {
+inline Vector<float>::Value load_partial(const float* p, int n) {
   return (Vector<float>::Value)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
 }
-inline void put_part(float* p, Vector<float>::Value v, int n) {
+inline void store_partial(float* p, Vector<float>::Value v, int n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
 }
 #elif defined(RNNKIT_AVX2)
@@ -64,35 +64,35 @@ inline __m256i first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 template <>
-inline Vector<float>::Value part(const float* p, int n) {
+inline Vector<float>::Value load_partial(const float* p, int n) {
   return (Vector<float>::Value)_mm256_maskload_ps(p, first_lanes(n));
 }
-inline void put_part(float* p, Vector<float>::Value v, int n) {
+inline void store_partial(float* p, Vector<float>::Value v, int n) {
   _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
 }
 #endif
 
 template <class T, class V>
-inline void put_part(T* p, V v, int n) {
+inline void store_partial(T* p, V v, int n) {
   for (int k = 0; k < n; ++k) p[k] = v[k];
 }
 
 // load<S>(p, n): n elements (all lanes, or the first n and zeros), as the type that S is computed in.
 inline Vector<float>::Value load(const float* p, int n) {
   using V = Vector<float>::Value;
-  return n == lanes<float> ? whole<V>(p) : part<V>(p, n);
+  return n == lanes<float> ? loadu<V>(p) : load_partial<V>(p, n);
 }
 
 inline Vector<double>::Value load(const double* p, int n) {
   using V = Vector<double>::Value;
-  return n == lanes<double> ? whole<V>(p) : part<V>(p, n);
+  return n == lanes<double> ? loadu<V>(p) : load_partial<V>(p, n);
 }
 
 inline void store(float* p, Vector<float>::Value v, int n) {
   if (n == lanes<float>) {
     __builtin_memcpy(p, &v, sizeof v);
   } else {
-    put_part(p, v, n);
+    store_partial(p, v, n);
   }
 }
 
@@ -100,18 +100,18 @@ inline void store(double* p, Vector<double>::Value v, int n) {
   if (n == lanes<double>) {
     __builtin_memcpy(p, &v, sizeof v);
   } else {
-    put_part(p, v, n);
+    store_partial(p, v, n);
   }
 }
 
-inline Vector<float>::Unsigned halves(const void* p, int n) {
+inline Vector<float>::Unsigned load_bits16(const void* p, int n) {
   using Half = Vector<float>::Half;
   const uint16_t* q = static_cast<const uint16_t*>(p);
-  return __builtin_convertvector(n == lanes<float> ? whole<Half>(q) : part<Half>(q, n),
+  return __builtin_convertvector(n == lanes<float> ? loadu<Half>(q) : load_partial<Half>(q, n),
                                  Vector<float>::Unsigned);
 }
 
-inline void put_halves(void* p, Vector<float>::Unsigned bits, int n) {
+inline void store_bits16(void* p, Vector<float>::Unsigned bits, int n) {
   const Vector<float>::Half h = __builtin_convertvector(bits, Vector<float>::Half);
   uint16_t* q = static_cast<uint16_t*>(p);
   if (n == lanes<float>) {
@@ -121,7 +121,9 @@ inline void put_halves(void* p, Vector<float>::Unsigned bits, int n) {
   }
 }
 
-inline Vector<float>::Value load(const Bf16* p, int n) { return (Vector<float>::Value)(halves(p, n) << 16); }
+inline Vector<float>::Value load(const Bf16* p, int n) {
+  return (Vector<float>::Value)(load_bits16(p, n) << 16);
+}
 
 // To nearest, ties to even; a NaN stays one.
 inline void store(Bf16* p, Vector<float>::Value v, int n) {
@@ -129,14 +131,14 @@ inline void store(Bf16* p, Vector<float>::Value v, int n) {
   const U bits = (U)v;
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U quiet = (bits >> 16) | 0x40u;
-  put_halves(p, (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, n);
+  store_bits16(p, (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, n);
 }
 
 // The exponent is moved by a multiplication, which also makes float16's subnormals normal.
 inline Vector<float>::Value load(const Fp16* p, int n) {
   using U = Vector<float>::Unsigned;
   using V = Vector<float>::Value;
-  const U h = halves(p, n);
+  const U h = load_bits16(p, n);
   const U magnitude = (h & 0x7fffu) << 13;
   const U finite = (U)((V)magnitude * 0x1p112f);
   const U special = magnitude | 0x7f800000u;
@@ -153,12 +155,12 @@ inline void store(Fp16* p, Vector<float>::Value v, int n) {
   U h = magnitude < 0x38800000u ? small : normal;
   h = magnitude >= 0x477ff000u ? (U)(h - h + 0x7c00u) : h;
   h = magnitude > 0x7f800000u ? (U)(h - h + 0x7e00u) : h;
-  put_halves(p, h | ((bits >> 16) & 0x8000u), n);
+  store_bits16(p, h | ((bits >> 16) & 0x8000u), n);
 }
 
 // A single element.
 template <class S>
-inline compute_t<S> load_one(const S* p) {
+inline opmath_t<S> load_one(const S* p) {
   return load(p, 1)[0];
 }
 inline float load_one(const float* p) { return *p; }

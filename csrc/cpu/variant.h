@@ -11,11 +11,11 @@ namespace {
 // clang-format off
 #include "simd.h"
 #include "math.h"
-#include "steps.h"
-#include "product.h"
+#include "partition.h"
+#include "panels.h"
 #include "forward.h"
 #include "backward.h"
-#include "large.h"
+#include "gemm.h"
 // clang-format on
 
 template <class Use>
@@ -34,38 +34,38 @@ auto dispatch(Dtype dtype, Use use) {
 
 std::unique_ptr<ForwardScan> forward(const Forward& problem, int64_t T) {
   return dispatch(problem.layer.dtype, [&](auto s) -> std::unique_ptr<ForwardScan> {
-    return std::make_unique<ForwardOf<decltype(s)>>(problem, T);
+    return std::make_unique<TypedForwardScan<decltype(s)>>(problem, T);
   });
 }
 
 std::unique_ptr<BackwardScan> backward(const Backward& problem) {
   return dispatch(problem.layer.dtype, [&](auto s) -> std::unique_ptr<BackwardScan> {
-    return std::make_unique<BackwardOf<decltype(s)>>(problem);
+    return std::make_unique<TypedBackwardScan<decltype(s)>>(problem);
   });
 }
 
-std::unique_ptr<Product> by_rows(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
-                                 const Workers& workers) {
-  return dispatch(dtype, [&](auto s) -> std::unique_ptr<Product> {
-    using S = decltype(s);
-    auto made = std::make_unique<ProductOf<S>>();
-    made->weights.by_rows(static_cast<const S*>(w), N, 1, N, K, pack, workers);
-    return made;
-  });
-}
-
-std::unique_ptr<Product> by_columns(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
+std::unique_ptr<GemmKernel> gemm_nt(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
                                     const Workers& workers) {
-  return dispatch(dtype, [&](auto s) -> std::unique_ptr<Product> {
+  return dispatch(dtype, [&](auto s) -> std::unique_ptr<GemmKernel> {
     using S = decltype(s);
-    auto made = std::make_unique<ProductOf<S>>();
-    made->weights.by_columns(static_cast<const S*>(w), N, N, K, pack, workers);
+    auto made = std::make_unique<TypedGemm<S>>();
+    made->weights.gemm_nt(static_cast<const S*>(w), N, 1, N, K, pack, workers);
     return made;
   });
 }
 
-void outer(const Outer& problem) {
-  dispatch(problem.dtype, [&](auto s) { OuterOf<decltype(s)>(problem).run(); });
+std::unique_ptr<GemmKernel> gemm_nn(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
+                                    const Workers& workers) {
+  return dispatch(dtype, [&](auto s) -> std::unique_ptr<GemmKernel> {
+    using S = decltype(s);
+    auto made = std::make_unique<TypedGemm<S>>();
+    made->weights.gemm_nn(static_cast<const S*>(w), N, N, K, pack, workers);
+    return made;
+  });
+}
+
+void gemm_tn(const GemmTN& problem) {
+  dispatch(problem.dtype, [&](auto s) { TypedGemmTN<decltype(s)>(problem).run(); });
 }
 
 void function(int which, Dtype dtype, int64_t n, const void* in, void* out) {
@@ -83,8 +83,7 @@ void function(int which, Dtype dtype, int64_t n, const void* in, void* out) {
 }  // namespace
 
 extern const Engine engine;
-const Engine engine = {RNNKIT_NAME, &supported,  &forward, &backward,
-                       &by_rows,    &by_columns, &outer,   &function};
+const Engine engine = {RNNKIT_NAME, &supported, &forward, &backward, &gemm_nt, &gemm_nn, &gemm_tn, &function};
 
 }  // namespace RNNKIT_VARIANT
 }  // namespace rnnkit

@@ -40,14 +40,14 @@ struct Grid {
 };
 
 // What a launch is, for the words of one that fails: a row of the table, or a probe by its name alone; the
-// side and the function; and where it is one launch of many the step, counted from 0 in the order of
+// pass and the function; and where it is one launch of many the step, counted from 0 in the order of
 // processing.
 struct Launch {
-  Launch(const char* row, const char* side = nullptr, const char* function = nullptr, int64_t step = -1)
-      : row(row), side(side), function(function), step(step) {}
-  operator const char*() const { return row; }  // all that the back end of a CPU asks
+  Launch(const char* kernel, const char* pass = nullptr, const char* function = nullptr, int64_t step = -1)
+      : kernel(kernel), pass(pass), function(function), step(step) {}
+  operator const char*() const { return kernel; }  // all that the back end of a CPU asks
 
-  const char *row, *side, *function;
+  const char *kernel, *pass, *function;
   int64_t step;
 };
 

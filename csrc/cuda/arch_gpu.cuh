@@ -108,9 +108,9 @@ struct Attempt {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // it is said here, and does not stand there before the next launch
     std::ostringstream message;
-    message << "rnnkit: CUDA kernel " << what.row;
+    message << "rnnkit: CUDA kernel " << what.kernel;
     if (what.function != nullptr) {
-      message << " (" << what.side << ", " << what.function;
+      message << " (" << what.pass << ", " << what.function;
       if (what.step >= 0) message << ", step " << what.step;
       message << ")";
     }

@@ -1,6 +1,6 @@
 // The cells as the kernels of every regime see them: how many gates, what is saved, and the gate math of
 // csrc/cells on arrays of gates, forward and backward next to one another. And time: which step is processed
-// when, which rows live, where a state is replaced.
+// when, which steps are valid, where a state is replaced.
 //
 // x: gx of the step; s: the recurrent sums; K blocks are saved. `before` is the state before the step that a
 // derivative needs (c of an LSTM, h of a GRU), `after` the one after it (c of an LSTM, y of an RNN).
@@ -55,14 +55,14 @@ struct gru {
   // s[2] has b_hn in it.
   template <class M, class T>
   RNNKIT_DEVICE static T forward(bool, const T (&x)[3], const T (&s)[3], T h, T&, T (&saved)[4]) {
-    const auto v = GruAfter::step<M>(x[0] + s[0], x[1] + s[1], x[2], s[2], h);
+    const auto v = GruResetAfter::step<M>(x[0] + s[0], x[1] + s[1], x[2], s[2], h);
     saved[0] = v.r, saved[1] = v.z, saved[2] = v.n, saved[3] = s[2];
     return v.h;
   }
   template <class M, class T>
   RNNKIT_DEVICE static void backward(bool, T d, T&, const T (&saved)[4], T before, T, T (&dx)[3], T (&ds)[3],
                                      T& direct) {
-    const auto v = GruAfter::step_vjp<M>(d, saved[0], saved[1], saved[2], saved[3], before);
+    const auto v = GruResetAfter::step_vjp<M>(d, saved[0], saved[1], saved[2], saved[3], before);
     dx[0] = ds[0] = v.r, dx[1] = ds[1] = v.z, dx[2] = v.n, ds[2] = v.hn;
     direct = v.h_before;
   }
@@ -70,7 +70,7 @@ struct gru {
 
 // Two products in a step: gates r and z by h, then n by r h; backward dn first, then the others by what W_hn
 // makes of it.
-struct gru_before {
+struct gru_reset_before {
   static constexpr int G = 3, K = 3;
   static constexpr bool has_c = false, two_products = true, from_h = true;
 
@@ -80,17 +80,17 @@ struct gru_before {
   }
   template <class M, class T>
   RNNKIT_DEVICE static T forward_state(const T (&x)[3], T s, T h, T (&saved)[3]) {
-    saved[2] = GruBefore::candidate<M>(x[2] + s);
+    saved[2] = GruResetBefore::candidate<M>(x[2] + s);
     return gru_state<M>(saved[1], saved[2], h);
   }
   template <class M, class T>
   RNNKIT_DEVICE static T backward_state(T d, const T (&saved)[3], T before) {
-    return GruBefore::step_vjp<M>(d, saved[1], saved[2], before).n;
+    return GruResetBefore::step_vjp<M>(d, saved[1], saved[2], before).n;
   }
   template <class M, class T>
   RNNKIT_DEVICE static void backward_gates(T d, T drh, const T (&saved)[3], T before, T (&dx)[2], T& direct) {
-    const auto v = GruBefore::step_vjp<M>(d, saved[1], saved[2], before);
-    const auto r = GruBefore::reset_vjp<M>(drh, saved[0], before);
+    const auto v = GruResetBefore::step_vjp<M>(d, saved[1], saved[2], before);
+    const auto r = GruResetBefore::reset_vjp<M>(drh, saved[0], before);
     dx[0] = r.r, dx[1] = v.z;
     direct = v.h_before + r.h_before;
   }
@@ -98,8 +98,8 @@ struct gru_before {
 
 }  // namespace cell
 
-// Where in time the k-th step that is processed stands, of the forward or of the backward.
-RNNKIT_DEVICE int64_t place(const Sequence& s, int64_t k, bool backward) {
+// The index in time of the k-th step that is processed, of the forward or of the backward.
+RNNKIT_DEVICE int64_t time_index(const Sequence& s, int64_t k, bool backward) {
   return s.reverse != backward ? s.n - 1 - k : k;
 }
 
@@ -111,13 +111,13 @@ RNNKIT_DEVICE int64_t length_of(const Sequence& s, int64_t row) {
 
 // Whether the state is replaced before step t. Backwards in time a reset at t + 1 lies there, between t and t
 // + 1.
-RNNKIT_DEVICE bool is_cut(const Sequence& s, int64_t t, int64_t row, int64_t length) {
+RNNKIT_DEVICE bool resets_before(const Sequence& s, int64_t t, int64_t row, int64_t length) {
   const int64_t at = t + (s.reverse ? 1 : 0);
   return s.reset != nullptr && at < length && s.reset[at * s.B + row];
 }
 
 // The step before t as it was processed, -1 where t was a row's first.
-RNNKIT_DEVICE int64_t step_before(const Sequence& s, int64_t t, int64_t length) {
+RNNKIT_DEVICE int64_t previous_time(const Sequence& s, int64_t t, int64_t length) {
   const int64_t at = s.reverse ? t + 1 : t - 1;
   return at < length ? at : -1;
 }

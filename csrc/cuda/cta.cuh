@@ -34,10 +34,10 @@ struct Cta {
   static constexpr int G = Cell::G;
   static constexpr int rows = 8;
   static constexpr int threads = 32 * WARPS;
-  static constexpr int blocks = UNITS / 16 / WARPS;                // of 16 units, a warp's
-  static constexpr int parts = (UNITS + F::terms - 1) / F::terms;  // fragments along the terms of a gate
-  static constexpr int width = parts * F::terms;                   // terms of a gate, padded
-  static constexpr int fragments = blocks * G * parts;             // of weights, a warp's
+  static constexpr int blocks = UNITS / 16 / WARPS;                  // of 16 units, a warp's
+  static constexpr int k_tiles = (UNITS + F::terms - 1) / F::terms;  // fragments along the terms of a gate
+  static constexpr int width = k_tiles * F::terms;                   // terms of a gate, padded
+  static constexpr int fragments = blocks * G * k_tiles;             // of weights, a warp's
   static constexpr int kept = KEPT;
   static constexpr int shared_fragments = fragments - KEPT;
   static constexpr int fragment_bytes = 2 * F::pieces * 16;
@@ -88,37 +88,37 @@ struct Lane {
 template <class C>
 struct Weights {
   using F = Fragments<typename C::O>;
-  Words kept[C::kept > 0 ? C::kept : 1][2];
-  Words* shared;
+  Vec16B kept[C::kept > 0 ? C::kept : 1][2];
+  Vec16B* shared;
 
   // The fragment of 16 units, one gate, some terms.
-  RNNKIT_DEVICE static constexpr int number(int part, int block, int gate) {
-    return (part * C::blocks + block) * C::G + gate;
+  RNNKIT_DEVICE static constexpr int number(int k_tile, int block, int gate) {
+    return (k_tile * C::blocks + block) * C::G + gate;
   }
   RNNKIT_DEVICE static constexpr bool in_registers(int n) {
     return (n + 1) * C::kept / C::fragments != n * C::kept / C::fragments;
   }
   RNNKIT_DEVICE static constexpr int kept_at(int n) { return n * C::kept / C::fragments; }
 
-  // w: rows of units, `between` elements from one gate's rows to the next gate's, `pitch` from a row to the
-  // next; terms 0 .. H - 1 of each. whole: its rows begin at multiples of 16 bytes.
-  RNNKIT_DEVICE Weights(unsigned char* memory, const Lane<C>& at, const void* w, int64_t between,
-                        int64_t pitch, bool whole) {
-    shared = reinterpret_cast<Words*>(memory + at.warp * C::shared_fragments * C::fragment_bytes) +
+  // w: rows of units, `gate_stride` elements from one gate's rows to the next gate's, `pitch` from a row to
+  // the next; terms 0 .. H - 1 of each. aligned16: its rows begin at multiples of 16 bytes.
+  RNNKIT_DEVICE Weights(unsigned char* memory, const Lane<C>& at, const void* w, int64_t gate_stride,
+                        int64_t pitch, bool aligned16) {
+    shared = reinterpret_cast<Vec16B*>(memory + at.warp * C::shared_fragments * C::fragment_bytes) +
              F::piece(at.lane);
     const auto* from = static_cast<const typename C::Stored*>(w);
     RNNKIT_UNROLL
-    for (int part = 0; part < C::parts; ++part) {
+    for (int k_tile = 0; k_tile < C::k_tiles; ++k_tile) {
       RNNKIT_UNROLL
       for (int block = 0; block < C::blocks; ++block) {
         RNNKIT_UNROLL
         for (int gate = 0; gate < C::G; ++gate) {
-          const int n = number(part, block, gate);
+          const int n = number(k_tile, block, gate);
           RNNKIT_UNROLL
           for (int i = 0; i < 2; ++i) {
             const int64_t unit = at.unit(block) + i, end = unit < at.H ? at.H : 0;
-            const Words v =
-                F::load(from + gate * between + unit * pitch, part * F::terms + F::term(at.lane), end, whole);
+            const Vec16B v = F::load(from + gate * gate_stride + unit * pitch,
+                                     k_tile * F::terms + F::term(at.lane), end, aligned16);
             if (in_registers(n)) {
               kept[kept_at(n)][i] = v;
             } else if (C::O::tensor || at.lane % 4 == 0) {  // one of the lanes that have the same piece
@@ -130,23 +130,23 @@ struct Weights {
     }
   }
 
-  RNNKIT_DEVICE Words get(int n, int i) const {
+  RNNKIT_DEVICE Vec16B get(int n, int i) const {
     return in_registers(n) ? kept[kept_at(n)][i] : shared[((n - kept_at(n)) * 2 + i) * F::pieces];
   }
 
   // A lane's pieces of the batch: rows of `pitch` elements in shared memory, from a column on.
-  RNNKIT_DEVICE static void batch(Words (&b)[F::columns], const typename C::Stored* rows, int pitch,
+  RNNKIT_DEVICE static void batch(Vec16B (&b)[F::columns], const typename C::Stored* rows, int pitch,
                                   int column, int lane) {
     RNNKIT_UNROLL
     for (int i = 0; i < F::columns; ++i) {
-      b[i] = *reinterpret_cast<const Words*>(rows + F::column(lane, i) * pitch + column + F::term(lane));
+      b[i] = *reinterpret_cast<const Vec16B*>(rows + F::column(lane, i) * pitch + column + F::term(lane));
     }
   }
 };
 
 // Two operands of neighbouring units, into a row in shared memory.
 template <class O>
-RNNKIT_DEVICE void put(typename O::Stored* to, typename O::Real a, typename O::Real b) {
+RNNKIT_DEVICE void store_operand_pair(typename O::Stored* to, typename O::Real a, typename O::Real b) {
   using Two = typename Memory<O>::Two;
   Two two = {{O::narrow(a), O::narrow(b)}};
   if constexpr (sizeof(typename O::Stored) == 4) {

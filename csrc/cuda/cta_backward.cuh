@@ -16,20 +16,20 @@ template <class C, int FIRST, int COUNT>
 RNNKIT_DEVICE void product_back(typename C::Real (&acc)[C::blocks][4], const Weights<C>& w,
                                 const typename C::Stored* rows, int lane) {
   using F = Fragments<typename C::O>;
-  constexpr int LONG = COUNT * C::parts;
+  constexpr int LONG = COUNT * C::k_tiles;
   constexpr int WANTED = C::blocks >= 4 ? 1 : C::blocks >= 2 ? 2 : 4;
   constexpr int CHAINS = WANTED < LONG ? WANTED : LONG;
   typename C::Real sums[CHAINS][C::blocks][4] = {};
   RNNKIT_UNROLL
   for (int gate = 0; gate < COUNT; ++gate) {
     RNNKIT_UNROLL
-    for (int part = 0; part < C::parts; ++part) {
-      Words b[F::columns];
-      w.batch(b, rows, C::backward_pitch, (FIRST + gate) * C::width + part * F::terms, lane);
+    for (int k_tile = 0; k_tile < C::k_tiles; ++k_tile) {
+      Vec16B b[F::columns];
+      w.batch(b, rows, C::backward_pitch, (FIRST + gate) * C::width + k_tile * F::terms, lane);
       RNNKIT_UNROLL
       for (int block = 0; block < C::blocks; ++block) {
-        const int n = w.number(part, block, FIRST + gate);
-        F::multiply(sums[(gate * C::parts + part) % CHAINS][block], w.get(n, 0), w.get(n, 1), b);
+        const int n = w.number(k_tile, block, FIRST + gate);
+        F::multiply(sums[(gate * C::k_tiles + k_tile) % CHAINS][block], w.get(n, 0), w.get(n, 1), b);
       }
     }
   }
@@ -46,7 +46,7 @@ RNNKIT_DEVICE void product_back(typename C::Real (&acc)[C::blocks][4], const Wei
 
 template <class C>
 RNNKIT_KERNEL(C::threads)
-cta_backward(const Backward b, const bool paired, const bool whole) {
+cta_backward(const Backward b, const bool paired, const bool aligned16) {
   using O = typename C::O;
   using Cell = typename C::Cell;
   using Mem = Memory<O>;
@@ -60,7 +60,8 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
   auto* const buffers =
       reinterpret_cast<Stored*>(memory);  // [BUFFERS][8][pitch], a gate's units `width` apart
   const Lane<C> me(b, paired);
-  const Weights<C> w(memory + BUFFERS * C::backward_buffer * sizeof(Stored), me, b.w_t, b.H, G * b.H, whole);
+  const Weights<C> w(memory + BUFFERS * C::backward_buffer * sizeof(Stored), me, b.w_t, b.H, G * b.H,
+                     aligned16);
   clear<C>(buffers, BUFFERS * C::backward_buffer);
   const bool guarded = b.lengths != nullptr || b.reset != nullptr;
 
@@ -86,21 +87,21 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
       after[C::blocks][2];
   // Whether the state before the step that is processed, the next one, the one after that was replaced: known
   // a step ahead of what depends on it.
-  const auto cut_before = [&](int64_t k, int i) {
-    return k < b.n && is_cut(b, place(b, k, true), me.row[i], me.length[i]);
+  const auto reset_before = [&](int64_t k, int i) {
+    return k < b.n && resets_before(b, time_index(b, k, true), me.row[i], me.length[i]);
   };
-  bool cut[3][2] = {{cut_before(0, 0), cut_before(0, 1)}, {cut_before(0, 0), cut_before(0, 1)}};
+  bool reset[3][2] = {{reset_before(0, 0), reset_before(0, 1)}, {reset_before(0, 0), reset_before(0, 1)}};
   const auto fetch = [&](int64_t k) {
-    const int64_t t = place(b, k, true);
+    const int64_t t = time_index(b, k, true);
     RNNKIT_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const bool lives = t < me.length[i];
+      const bool valid = t < me.length[i];
       const int64_t at = t * b.B + me.row[i];
-      const int64_t earlier = step_before(b, t, me.length[i]);
-      const bool replaced = cut[1][i];
+      const int64_t earlier = previous_time(b, t, me.length[i]);
+      const bool replaced = reset[1][i];
       RNNKIT_UNROLL
       for (int block = 0; block < C::blocks; ++block) {
-        const int inside = lives ? me.inside(block) : 0;
+        const int inside = valid ? me.inside(block) : 0;
         const int64_t unit = me.unit(block), cell = at * b.H + unit;
         RNNKIT_UNROLL
         for (int s = 0; s < K; ++s) {
@@ -123,27 +124,28 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
           }
         }
       }
-      cut[2][i] = cut_before(k + 1, i);
+      reset[2][i] = reset_before(k + 1, i);
     }
   };
   if (b.n > 0) fetch(0);
 
   for (int64_t k = 0; k < b.n; ++k) {
     RNNKIT_UNROLL
-    for (int i = 0; i < 2; ++i) cut[0][i] = cut[1][i], cut[1][i] = cut[2][i];
+    for (int i = 0; i < 2; ++i) reset[0][i] = reset[1][i], reset[1][i] = reset[2][i];
     Stored* const rows = buffers + (Cell::two_products ? 0 : k % 2 * C::backward_buffer);
-    const int64_t t = place(b, k, true);
-    const bool lives[2] = {t < me.length[0], t < me.length[1]};
+    const int64_t t = time_index(b, k, true);
+    const bool valid[2] = {t < me.length[0], t < me.length[1]};
     Real direct[C::blocks][4] = {}, back[C::blocks][4];
     // Gradients of some gates, as operands and in memory; v [block][2 unit + row][gate].
-    const auto publish = [&](const auto& v, int gate, int index, bool operand, void* out) {
+    const auto store_operands = [&](const auto& v, int gate, int index, bool operand, void* out) {
       RNNKIT_UNROLL
       for (int block = 0; block < C::blocks; ++block) {
         RNNKIT_UNROLL
         for (int i = 0; i < 2; ++i) {
           const Real a = v[block][i][index], e = v[block][2 + i][index];
           if (operand) {
-            put<O>(rows + (me.lane % 4 * 2 + i) * C::backward_pitch + gate * C::width + me.unit(block), a, e);
+            store_operand_pair<O>(
+                rows + (me.lane % 4 * 2 + i) * C::backward_pitch + gate * C::width + me.unit(block), a, e);
           }
           if (out != nullptr) {
             const int inside = me.row[i] < b.B ? me.inside(block) : 0;
@@ -153,7 +155,7 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
       }
     };
     const auto read = [&](int block, int j, Real& d, Real(&kept)[SAVED], Real& was) {
-      d = lives[j % 2] && j / 2 < me.inside(block) ? dh[block][j] + O::widen(gy[block][j % 2].v[j / 2])
+      d = valid[j % 2] && j / 2 < me.inside(block) ? dh[block][j] + O::widen(gy[block][j % 2].v[j / 2])
                                                    : Real(0);
       RNNKIT_UNROLL
       for (int s = 0; s < K; ++s) kept[s] = O::widen(saved[block][s][j % 2].v[j / 2]);
@@ -172,7 +174,7 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
           if (guarded && d == Real(0)) dn[block][j][0] = Real(0);
         }
       }
-      publish(dn, 2, 0, true, b.dgx);
+      store_operands(dn, 2, 0, true, b.dgx);
       arch::sync();
       product_back<C, 2, 1>(drh, w, rows, me.lane);
       RNNKIT_UNROLL
@@ -187,8 +189,8 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
           }
         }
       }
-      publish(drz, 0, 0, true, b.dgx);
-      publish(drz, 1, 1, true, b.dgx);
+      store_operands(drz, 0, 0, true, b.dgx);
+      store_operands(drz, 1, 1, true, b.dgx);
       if (k + 1 < b.n) fetch(k + 1);
       arch::sync();
       product_back<C, 0, 2>(back, w, rows, me.lane);
@@ -200,9 +202,9 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
         for (int j = 0; j < 4; ++j) {
           Real d, kept[SAVED], was;
           read(block, j, d, kept, was);
-          const bool alive = lives[j % 2] && j / 2 < me.inside(block);
+          const bool active = valid[j % 2] && j / 2 < me.inside(block);
           Real d_c = Real(0);
-          if (Cell::has_c && alive) d_c = dc[block][j] + O::widen(gc[block][j % 2].v[j / 2]);
+          if (Cell::has_c && active) d_c = dc[block][j] + O::widen(gc[block][j % 2].v[j / 2]);
           const bool idle = guarded && d == Real(0) && d_c == Real(0);
           const Real now = Cell::from_h ? Real(0) : O::widen(after[block][j % 2].v[j / 2]);
           Cell::template backward<Math>(b.relu, d, d_c, kept, was, now, dx[block][j], ds[block][j],
@@ -212,13 +214,13 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
             if (idle) dx[block][j][gate] = ds[block][j][gate] = Real(0);
           }
           if (idle) d_c = direct[block][j] = Real(0);
-          if (alive) dc[block][j] = d_c;
+          if (active) dc[block][j] = d_c;
         }
       }
       RNNKIT_UNROLL
       for (int gate = 0; gate < G; ++gate) {
-        publish(ds, gate, gate, true, b.dgh != b.dgx ? b.dgh : nullptr);
-        publish(dx, gate, gate, false, b.dgx);
+        store_operands(ds, gate, gate, true, b.dgh != b.dgx ? b.dgh : nullptr);
+        store_operands(dx, gate, gate, false, b.dgx);
       }
       if (k + 1 < b.n) fetch(k + 1);
       arch::sync();
@@ -232,9 +234,9 @@ cta_backward(const Backward b, const bool paired, const bool whole) {
         RNNKIT_UNROLL
         for (int u = 0; u < 2; ++u) {
           const int j = 2 * u + i;
-          if (!lives[i] || u >= me.inside(block)) continue;
+          if (!valid[i] || u >= me.inside(block)) continue;
           dh[block][j] = back[block][j] + direct[block][j];
-          if (!cut[0][i]) continue;
+          if (!reset[0][i]) continue;
           const int64_t at = me.row[i] * b.H + me.unit(block) + u;
           Mem::store(b.dh_r, at, Mem::load(b.dh_r, at) + dh[block][j]);
           dh[block][j] = Real(0);
@@ -265,10 +267,10 @@ void run_cta_backward(const char* name, const Backward& b, Stream stream) {
   constexpr int stored = static_cast<int>(sizeof(typename C::Stored));
   const bool paired =
       b.H % 2 == 0 && aligned(2 * stored, {b.gy, b.gc_all, b.y, b.c_all, b.gates, b.dgx, b.dgh});
-  const bool whole = b.H * stored % 16 == 0 && aligned(16, {b.w_t});
+  const bool aligned16 = b.H * stored % 16 == 0 && aligned(16, {b.w_t});
   arch::launch(Launch(name, "backward", "cta_backward"), cta_backward<C>,
                Grid{(b.B + C::rows - 1) / C::rows, 1}, C::threads, C::backward_bytes, stream, b, paired,
-               whole);
+               aligned16);
 }
 
 }  // namespace rnnkit::cuda

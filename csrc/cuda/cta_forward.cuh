@@ -13,18 +13,18 @@ template <class C, int FIRST, int COUNT>
 RNNKIT_DEVICE void product(typename C::Real (&acc)[C::blocks][COUNT][4], const Weights<C>& w,
                            const typename C::Stored* rows, int lane) {
   using F = Fragments<typename C::O>;
-  constexpr int CHAINS = C::blocks * COUNT >= 4 || C::parts < 2 ? 1 : 2;
+  constexpr int CHAINS = C::blocks * COUNT >= 4 || C::k_tiles < 2 ? 1 : 2;
   typename C::Real sums[CHAINS][C::blocks][COUNT][4] = {};
   RNNKIT_UNROLL
-  for (int part = 0; part < C::parts; ++part) {
-    Words b[F::columns];
-    w.batch(b, rows, C::forward_pitch, part * F::terms, lane);
+  for (int k_tile = 0; k_tile < C::k_tiles; ++k_tile) {
+    Vec16B b[F::columns];
+    w.batch(b, rows, C::forward_pitch, k_tile * F::terms, lane);
     RNNKIT_UNROLL
     for (int block = 0; block < C::blocks; ++block) {
       RNNKIT_UNROLL
       for (int gate = 0; gate < COUNT; ++gate) {
-        const int n = w.number(part, block, FIRST + gate);
-        F::multiply(sums[part % CHAINS][block][gate], w.get(n, 0), w.get(n, 1), b);
+        const int n = w.number(k_tile, block, FIRST + gate);
+        F::multiply(sums[k_tile % CHAINS][block][gate], w.get(n, 0), w.get(n, 1), b);
       }
     }
   }
@@ -42,7 +42,7 @@ RNNKIT_DEVICE void product(typename C::Real (&acc)[C::blocks][COUNT][4], const W
 
 template <class C>
 RNNKIT_KERNEL(C::threads)
-cta_forward(const Forward f, const bool paired, const bool whole) {
+cta_forward(const Forward f, const bool paired, const bool aligned16) {
   using O = typename C::O;
   using Cell = typename C::Cell;
   using Mem = Memory<O>;
@@ -52,7 +52,7 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
   RNNKIT_SHARED(memory);
   auto* const buffers = reinterpret_cast<Stored*>(memory);  // [2][8][pitch]
   const Lane<C> me(f, paired);
-  const Weights<C> w(memory + 2 * C::forward_buffer * sizeof(Stored), me, f.w_hh, f.H * f.H, f.H, whole);
+  const Weights<C> w(memory + 2 * C::forward_buffer * sizeof(Stored), me, f.w_hh, f.H * f.H, f.H, aligned16);
   clear<C>(buffers, 2 * C::forward_buffer);
   arch::sync();
 
@@ -62,24 +62,24 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
   const auto fetch = [&](int64_t k) {
     RNNKIT_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int64_t j = place(f, k, false);
-      const bool lives = f.t0 + j < me.length[i];
+      const int64_t j = time_index(f, k, false);
+      const bool valid = f.t0 + j < me.length[i];
       RNNKIT_UNROLL
       for (int block = 0; block < C::blocks; ++block) {
         RNNKIT_UNROLL
         for (int gate = 0; gate < G; ++gate) {
           const int64_t at = ((j * f.B + me.row[i]) * G + gate) * f.H + me.unit(block);
-          x[block][gate][i] = Mem::load(f.gx, at, lives ? me.inside(block) : 0, paired);
+          x[block][gate][i] = Mem::load(f.gx, at, valid ? me.inside(block) : 0, paired);
         }
       }
     }
   };
   // Whether the state of a row is replaced before the k-th step. Asked a product before it is needed.
-  const auto cut_before = [&](int64_t k, int i) {
-    return k < f.n && is_cut(f, f.t0 + place(f, k, false), me.row[i], me.length[i]);
+  const auto reset_before = [&](int64_t k, int i) {
+    return k < f.n && resets_before(f, f.t0 + time_index(f, k, false), me.row[i], me.length[i]);
   };
   // Replaces it.
-  const auto enter = [&](int i) {
+  const auto apply_reset = [&](int i) {
     RNNKIT_UNROLL
     for (int block = 0; block < C::blocks; ++block) {
       RNNKIT_UNROLL
@@ -92,12 +92,13 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
     }
   };
   // h, or r h, as operands of the next product.
-  const auto publish = [&](Stored* to, const Real(&v)[C::blocks][4]) {
+  const auto store_operands = [&](Stored* to, const Real(&v)[C::blocks][4]) {
     RNNKIT_UNROLL
     for (int block = 0; block < C::blocks; ++block) {
       RNNKIT_UNROLL
       for (int i = 0; i < 2; ++i) {
-        put<O>(to + (me.lane % 4 * 2 + i) * C::forward_pitch + me.unit(block), v[block][i], v[block][2 + i]);
+        store_operand_pair<O>(to + (me.lane % 4 * 2 + i) * C::forward_pitch + me.unit(block), v[block][i],
+                              v[block][2 + i]);
       }
     }
   };
@@ -117,20 +118,20 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
   if (f.n > 0) {
     RNNKIT_UNROLL
     for (int i = 0; i < 2; ++i) {
-      if (cut_before(0, i)) enter(i);
+      if (reset_before(0, i)) apply_reset(i);
     }
     fetch(0);
   }
-  publish(buffers, h);
+  store_operands(buffers, h);
   arch::sync();
 
   for (int64_t k = 0; k < f.n; ++k) {
-    // A cell with two products has h in the first buffer and r h in the second; others take turns.
+    // A cell with two products has h in the first buffer and r h in the second; others use both by turns.
     Stored* const now = buffers + (Cell::two_products ? 0 : k % 2 * C::forward_buffer);
     Stored* const other = buffers + (Cell::two_products || k % 2 == 0 ? C::forward_buffer : 0);
-    const int64_t t = f.t0 + place(f, k, false);
-    const bool cut[2] = {cut_before(k + 1, 0), cut_before(k + 1, 1)};
-    Real saved[C::blocks][4][SAVED], fresh[C::blocks][4];
+    const int64_t t = f.t0 + time_index(f, k, false);
+    const bool reset[2] = {reset_before(k + 1, 0), reset_before(k + 1, 1)};
+    Real saved[C::blocks][4][SAVED], new_state[C::blocks][4];
 
     if constexpr (Cell::two_products) {
       Real acc[C::blocks][2][4], last[C::blocks][1][4], rh[C::blocks][4];
@@ -147,7 +148,7 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
           rh[block][j] = j / 2 < me.inside(block) ? saved[block][j][0] * h[block][j] : Real(0);
         }
       }
-      publish(other, rh);
+      store_operands(other, rh);
       arch::sync();
       product<C, 2, 1>(last, w, other, me.lane);
       RNNKIT_UNROLL
@@ -156,8 +157,8 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
         for (int j = 0; j < 4; ++j) {
           Real in[G] = {};
           in[2] = O::widen(x[block][2][j % 2].v[j / 2]);
-          fresh[block][j] = Cell::template forward_state<typename O::Math>(in, last[block][0][j], h[block][j],
-                                                                           saved[block][j]);
+          new_state[block][j] = Cell::template forward_state<typename O::Math>(in, last[block][0][j],
+                                                                               h[block][j], saved[block][j]);
         }
       }
     } else {
@@ -174,8 +175,8 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
             sums[gate] = acc[block][gate][j];
           }
           sums[G - 1] += bias[block][j / 2];
-          fresh[block][j] = Cell::template forward<typename O::Math>(f.relu, in, sums, h[block][j], next_c,
-                                                                     saved[block][j]);
+          new_state[block][j] = Cell::template forward<typename O::Math>(f.relu, in, sums, h[block][j],
+                                                                         next_c, saved[block][j]);
           if (Cell::has_c && t < me.length[j % 2]) c[block][j] = next_c;
         }
       }
@@ -184,7 +185,7 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
 
     RNNKIT_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const bool lives = t < me.length[i];
+      const bool valid = t < me.length[i];
       const int64_t at = (t - f.t0) * f.B + me.row[i];
       RNNKIT_UNROLL
       for (int block = 0; block < C::blocks; ++block) {
@@ -192,13 +193,13 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
         const int64_t unit = me.unit(block);
         RNNKIT_UNROLL
         for (int u = 0; u < 2; ++u) {
-          if (lives && u < inside) h[block][2 * u + i] = fresh[block][2 * u + i];
+          if (valid && u < inside) h[block][2 * u + i] = new_state[block][2 * u + i];
         }
         const Real(&v)[4] = h[block];
-        Mem::store(f.y, at * f.H + unit, inside, paired, lives ? v[i] : Real(0), lives ? v[2 + i] : Real(0));
+        Mem::store(f.y, at * f.H + unit, inside, paired, valid ? v[i] : Real(0), valid ? v[2 + i] : Real(0));
         if (Cell::has_c && f.c_all != nullptr) {
-          Mem::store(f.c_all, at * f.H + unit, inside, paired, lives ? c[block][i] : Real(0),
-                     lives ? c[block][2 + i] : Real(0));
+          Mem::store(f.c_all, at * f.H + unit, inside, paired, valid ? c[block][i] : Real(0),
+                     valid ? c[block][2 + i] : Real(0));
         }
         if (K > 0 && f.gates != nullptr) {
           RNNKIT_UNROLL
@@ -208,9 +209,9 @@ cta_forward(const Forward f, const bool paired, const bool whole) {
           }
         }
       }
-      if (cut[i]) enter(i);
+      if (reset[i]) apply_reset(i);
     }
-    publish(Cell::two_products ? now : other, h);
+    store_operands(Cell::two_products ? now : other, h);
     arch::sync();
   }
 
@@ -231,9 +232,9 @@ void run_cta_forward(const char* name, const Forward& f, Stream stream) {
   expect_held<C>(name, f);
   constexpr int stored = static_cast<int>(sizeof(typename C::Stored));
   const bool paired = f.H % 2 == 0 && aligned(2 * stored, {f.gx, f.y, f.c_all, f.gates});
-  const bool whole = f.H * stored % 16 == 0 && aligned(16, {f.w_hh});
+  const bool aligned16 = f.H * stored % 16 == 0 && aligned(16, {f.w_hh});
   arch::launch(Launch(name, "forward", "cta_forward"), cta_forward<C>, Grid{(f.B + C::rows - 1) / C::rows, 1},
-               C::threads, C::forward_bytes, stream, f, paired, whole);
+               C::threads, C::forward_bytes, stream, f, paired, aligned16);
 }
 
 }  // namespace rnnkit::cuda

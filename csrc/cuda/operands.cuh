@@ -5,7 +5,8 @@
 // A fragment is 16 units by 64 bytes of each (32 halfs, 16 floats). A lane = 4 g + q has units 2g and 2g + 1
 // of it and the batch's rows (columns of the product) 2q and 2q + 1: of a sum acc[j] is unit 2g + j / 2, row
 // 2q + j % 2, for every gate alike, so a lane has all gates of its cells and nothing is exchanged. The terms
-// of a sum may come in any order, so a lane's part of a fragment is 16 bytes in one piece (elements 8q to 8q
+// of a sum may come in any order, so what a lane has of a fragment is 16 bytes in one piece (elements 8q to
+// 8q
 // + 7 of 32), one wide load.
 //
 // Kinds without tensor cores (ieee, f64) have the same units and rows a lane, and each lane reads all terms
@@ -24,7 +25,7 @@
 
 namespace rnnkit::cuda {
 
-struct alignas(16) Words {
+struct alignas(16) Vec16B {
   uint32_t w[4];
 };
 
@@ -90,7 +91,7 @@ struct bf16 : Tensor16 {
   using Math = Rough;
   RNNKIT_DEVICE static float widen(Bits16 v) { return arch::from_bf16(v.bits); }
   RNNKIT_DEVICE static Bits16 narrow(float v) { return {arch::to_bf16(v)}; }
-  RNNKIT_DEVICE static void mma(float (&d)[4], const Words& a0, const Words& a1, const Words& b, int s) {
+  RNNKIT_DEVICE static void mma(float (&d)[4], const Vec16B& a0, const Vec16B& a1, const Vec16B& b, int s) {
     arch::mma_bf16(d, a0.w[s], a1.w[s], a0.w[s + 1], a1.w[s + 1], b.w[s], b.w[s + 1]);
   }
 };
@@ -98,7 +99,7 @@ struct bf16 : Tensor16 {
 struct fp16 : Tensor16 {
   RNNKIT_DEVICE static float widen(Bits16 v) { return arch::from_fp16(v.bits); }
   RNNKIT_DEVICE static Bits16 narrow(float v) { return {arch::to_fp16(v)}; }
-  RNNKIT_DEVICE static void mma(float (&d)[4], const Words& a0, const Words& a1, const Words& b, int s) {
+  RNNKIT_DEVICE static void mma(float (&d)[4], const Vec16B& a0, const Vec16B& a1, const Vec16B& b, int s) {
     arch::mma_fp16(d, a0.w[s], a1.w[s], a0.w[s + 1], a1.w[s + 1], b.w[s], b.w[s + 1]);
   }
 };
@@ -125,7 +126,7 @@ struct tf32 : Exact<float> {
     memcpy(&v, &word, sizeof v);
     return arch::to_tf32(v);
   }
-  RNNKIT_DEVICE static void mma(float (&d)[4], const Words& a0, const Words& a1, const Words& b, int s) {
+  RNNKIT_DEVICE static void mma(float (&d)[4], const Vec16B& a0, const Vec16B& a1, const Vec16B& b, int s) {
     arch::mma_tf32(d, a0.w[s], a1.w[s], a0.w[s + 1], a1.w[s + 1], b.w[s], b.w[s + 1]);
   }
 };
@@ -150,8 +151,8 @@ struct Fragments {
   RNNKIT_DEVICE static int piece(int lane) { return O::tensor ? lane : lane / 4; }
 
   // acc += units 2g (a0) and 2g + 1 (a1) by the batch.
-  RNNKIT_DEVICE static void multiply(Real (&acc)[4], const Words& a0, const Words& a1,
-                                     const Words (&b)[columns]) {
+  RNNKIT_DEVICE static void multiply(Real (&acc)[4], const Vec16B& a0, const Vec16B& a1,
+                                     const Vec16B (&b)[columns]) {
     if constexpr (O::tensor) {
       O::mma(acc, a0, a1, b[0], 0);
       O::mma(acc, a0, a1, b[0], 2);
@@ -167,17 +168,17 @@ struct Fragments {
     }
   }
 
-  // 16 bytes of a matrix's row from column k on, as operands; zeros from column `end` on. `whole`: rows begin
-  // at multiples of 16 bytes.
-  RNNKIT_DEVICE static Words load(const Stored* row, int64_t k, int64_t end, bool whole) {
-    Words v;
-    if (whole && k + count <= end) {
-      v = *reinterpret_cast<const Words*>(row + k);
+  // 16 bytes of a matrix's row from column k on, as operands; zeros from column `end` on. `aligned16`: rows
+  // begin at multiples of 16 bytes.
+  RNNKIT_DEVICE static Vec16B load(const Stored* row, int64_t k, int64_t end, bool aligned16) {
+    Vec16B v;
+    if (aligned16 && k + count <= end) {
+      v = *reinterpret_cast<const Vec16B*>(row + k);
     } else {
-      Stored part[count];
+      Stored elements[count];
       RNNKIT_UNROLL
-      for (int i = 0; i < count; ++i) part[i] = k + i < end ? row[k + i] : Stored{};
-      memcpy(&v, part, 16);
+      for (int i = 0; i < count; ++i) elements[i] = k + i < end ? row[k + i] : Stored{};
+      memcpy(&v, elements, 16);
     }
     RNNKIT_UNROLL
     for (int i = 0; i < 4; ++i) v.w[i] = O::operand(v.w[i]);
@@ -222,11 +223,11 @@ struct Memory {
 
   RNNKIT_DEVICE static Real load(const State& s, int64_t at) {
     if (s.data == nullptr) return Real(0);
-    return s.wide ? static_cast<const Real*>(s.data)[at] : load(s.data, at);
+    return s.opmath ? static_cast<const Real*>(s.data)[at] : load(s.data, at);
   }
   RNNKIT_DEVICE static void store(const State& s, int64_t at, Real v) {
     if (s.data == nullptr) return;
-    if (s.wide) {
+    if (s.opmath) {
       static_cast<Real*>(s.data)[at] = v;
     } else {
       store(s.data, at, v);

@@ -9,7 +9,7 @@
 
 #include <string_view>
 
-#include "../tensors.h"
+#include "../layer/tensors.h"
 #include "probes.h"
 #include "scan.h"
 
@@ -25,7 +25,7 @@ constexpr CellFacts cells[] = {
     {"rnn", 1, 0, false, false},
     {"lstm", 4, 4, true, false},
     {"gru", 3, 4, false, true},
-    {"gru_before", 3, 3, false, false},
+    {"gru_reset_before", 3, 3, false, false},
 };
 
 struct KindFacts {
@@ -60,14 +60,14 @@ std::string names(std::string_view cell = {}) {
 }
 
 // A kernel and what its name says.
-struct Chosen {
+struct NamedKernel {
   const cuda::Kernel* kernel = nullptr;
   const CellFacts* cell = nullptr;
   const KindFacts* kind = nullptr;
 };
 
-Chosen choose(const std::string& name) {
-  Chosen chosen;
+NamedKernel find_kernel(const std::string& name) {
+  NamedKernel chosen;
   chosen.kernel = cuda::find(name.c_str());
   for (const CellFacts& cell : cells) {
     if (cell.name == cell_of(name)) chosen.cell = &cell;
@@ -84,9 +84,9 @@ Chosen choose(const std::string& name) {
 
 // The tensors of a call: each is checked for what it is when it is named, and all of them at the end for
 // where they lie, so that what is wrong with a shape is said on any device.
-class Operands {
+class CheckedTensors {
  public:
-  Operands(const Tensor& first, const char* name, const KindFacts& kind)
+  CheckedTensors(const Tensor& first, const char* name, const KindFacts& kind)
       : first_(name), index_(first.get_device_index()), kind_(kind) {}
 
   const void* in(const Tensor& v, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
@@ -109,18 +109,18 @@ class Operands {
   // In the type that is stored or in the one that is computed in.
   cuda::State state(const OptionalTensor& v, const char* name, int64_t B, int64_t width) {
     if (!v.has_value()) return {nullptr, false};
-    const bool wide = v->scalar_type() == kind_.computed;
-    note(*v, name, wide ? kind_.computed : kind_.stored, {B, width});
-    return {const_cast<void*>(v->const_data_ptr()), wide};
+    const bool opmath = v->scalar_type() == kind_.computed;
+    note(*v, name, opmath ? kind_.computed : kind_.stored, {B, width});
+    return {const_cast<void*>(v->const_data_ptr()), opmath};
   }
   cuda::State written(const OptionalTensor& v, const char* name, int64_t B, int64_t width) {
-    const bool wide = state(v, name, B, width).wide;
-    return {v.has_value() ? v->mutable_data_ptr() : nullptr, wide};
+    const bool opmath = state(v, name, B, width).opmath;
+    return {v.has_value() ? v->mutable_data_ptr() : nullptr, opmath};
   }
 
   // All on one GPU, in memory of their own. Gives its index.
   int32_t device() const {
-    RNNKIT_CHECK(astray_.empty(), astray_);
+    RNNKIT_CHECK(misplaced_.empty(), misplaced_);
     return index_;
   }
 
@@ -129,7 +129,7 @@ class Operands {
     check_kind(v, name, type, sizes);
     RNNKIT_CHECK(v.is_contiguous(), name, " must be contiguous, got strides ", shown(v.strides()), " for ",
                  shown(v.sizes()));
-    if (!astray_.empty()) return;
+    if (!misplaced_.empty()) return;
     std::ostringstream why;
     if (!v.is_cuda()) {
       why << name << " must be on a GPU, got " << (v.is_cpu() ? "the CPU" : "another kind of device");
@@ -139,13 +139,13 @@ class Operands {
     } else if (v.numel() != 0 && v.const_data_ptr() == nullptr) {
       throw NoMemory();
     }
-    astray_ = why.str();
+    misplaced_ = why.str();
   }
 
   const char* first_;
   int32_t index_;
   const KindFacts& kind_;
-  std::string astray_;  // what is wrong with the place of the first tensor that is not where it should be
+  std::string misplaced_;  // what is said of the first tensor on another device
 };
 
 void want(const OptionalTensor& v, bool wanted, const char* name, const char* when) {
@@ -169,14 +169,14 @@ cuda::Stream current_stream(int32_t device) {
   return stream;
 }
 
-// What both sides have, in the structure of one.
+// What both passes have, in the structure of one.
 struct Shared {
   bool reverse, relu;
   const OptionalTensor &w_hr, &c_0, &lengths, &reset, &h_r, &c_r;
 };
 
-void fill(cuda::Sequence& s, Operands& operands, const Chosen& chosen, const Shared& v, const Tensor& h_0,
-          int64_t t0) {
+void fill(cuda::Sequence& s, CheckedTensors& tensors, const NamedKernel& chosen, const Shared& v,
+          const Tensor& h_0, int64_t t0) {
   const bool projects = v.w_hr.has_value();
   s.reverse = v.reverse, s.relu = v.relu, s.t0 = t0;
   RNNKIT_CHECK(t0 >= 0, "t0 must be at least 0, got ", t0);
@@ -189,16 +189,16 @@ void fill(cuda::Sequence& s, Operands& operands, const Chosen& chosen, const Sha
   want(v.c_0, chosen.cell->has_c, "c_0", "for an LSTM");
   s.lengths = nullptr, s.reset = nullptr, s.b_hn = nullptr, s.workspace = nullptr, s.total = t0 + s.n;
   if (v.lengths.has_value()) {
-    s.lengths = static_cast<const int64_t*>(operands.in(*v.lengths, "lengths", ScalarType::Long, {s.B}));
+    s.lengths = static_cast<const int64_t*>(tensors.in(*v.lengths, "lengths", ScalarType::Long, {s.B}));
   }
   if (v.reset.has_value()) {
     RNNKIT_CHECK(v.reset->dim() == 2 && v.reset->size(0) >= s.total, "reset must be [T, ", s.B,
                  "] with a T of at least ", s.total, " steps, got ", shown(v.reset->sizes()));
     s.total = v.reset->size(0);
-    s.reset = static_cast<const bool*>(operands.in(*v.reset, "reset", ScalarType::Bool, {s.total, s.B}));
+    s.reset = static_cast<const bool*>(tensors.in(*v.reset, "reset", ScalarType::Bool, {s.total, s.B}));
   }
-  s.h_0 = operands.state(h_0, "h_0", s.B, s.N), s.c_0 = operands.state(v.c_0, "c_0", s.B, s.H);
-  s.h_r = operands.state(v.h_r, "h_r", s.B, s.N), s.c_r = operands.state(v.c_r, "c_r", s.B, s.H);
+  s.h_0 = tensors.state(h_0, "h_0", s.B, s.N), s.c_0 = tensors.state(v.c_0, "c_0", s.B, s.H);
+  s.h_r = tensors.state(v.h_r, "h_r", s.B, s.N), s.c_r = tensors.state(v.c_r, "c_r", s.B, s.H);
 }
 
 // Memory beside `like`; none where there is no need.
@@ -215,31 +215,31 @@ void cuda_scan_forward(std::string kernel, int64_t t0, bool reverse, bool relu, 
                        OptionalTensor w_hr, OptionalTensor b_hn, Tensor h_0, OptionalTensor c_0,
                        OptionalTensor lengths, OptionalTensor reset, OptionalTensor h_r, OptionalTensor c_r,
                        Tensor y, Tensor h_n, OptionalTensor c_n, OptionalTensor c_all, OptionalTensor gates) {
-  const Chosen chosen = choose(kernel);
+  const NamedKernel chosen = find_kernel(kernel);
   const CellFacts& cell = *chosen.cell;
   dimensions(gx, "gx", 3), dimensions(w_hh, "w_hh", 2);
   cuda::Forward f = {};
   f.n = gx.size(0), f.B = gx.size(1), f.H = w_hh.size(0) / cell.gates, f.N = w_hh.size(1);
   const int64_t n = f.n, B = f.B, H = f.H, N = f.N, G = cell.gates;
-  Operands operands(gx, "gx", *chosen.kind);
-  f.gx = operands.in(gx, "gx", {n, B, G * H});
-  f.w_hh = operands.in(w_hh, "w_hh", {G * H, N});
-  f.w_hr = operands.in(w_hr, "w_hr", {N, H});
-  fill(f, operands, chosen, {reverse, relu, w_hr, c_0, lengths, reset, h_r, c_r}, h_0, t0);
+  CheckedTensors tensors(gx, "gx", *chosen.kind);
+  f.gx = tensors.in(gx, "gx", {n, B, G * H});
+  f.w_hh = tensors.in(w_hh, "w_hh", {G * H, N});
+  f.w_hr = tensors.in(w_hr, "w_hr", {N, H});
+  fill(f, tensors, chosen, {reverse, relu, w_hr, c_0, lengths, reset, h_r, c_r}, h_0, t0);
   RNNKIT_CHECK(!b_hn.has_value() || cell.reset_after, "b_hn is for a GRU with reset after, got the kernel ",
                kernel);
   want(c_n, cell.has_c, "c_n", "for an LSTM");
   RNNKIT_CHECK(cell.has_c || !c_all.has_value(), "c_all is an LSTM's, got the kernel ", kernel);
   RNNKIT_CHECK(cell.saved != 0 || !gates.has_value(), "an RNN saves no gates, and gates were given");
-  f.b_hn = operands.in(b_hn, "b_hn", {H});
-  f.y = operands.out(y, "y", {n, B, N});
-  f.h_n = operands.written(h_n, "h_n", B, N), f.c_n = operands.written(c_n, "c_n", B, H);
-  f.c_all = operands.out(c_all, "c_all", {n, B, H});
-  f.gates = operands.out(gates, "gates", {n, B, cell.saved * H});
-  const torch::stable::accelerator::DeviceGuard guard(operands.device());
+  f.b_hn = tensors.in(b_hn, "b_hn", {H});
+  f.y = tensors.out(y, "y", {n, B, N});
+  f.h_n = tensors.written(h_n, "h_n", B, N), f.c_n = tensors.written(c_n, "c_n", B, H);
+  f.c_all = tensors.out(c_all, "c_all", {n, B, H});
+  f.gates = tensors.out(gates, "gates", {n, B, cell.saved * H});
+  const torch::stable::accelerator::DeviceGuard guard(tensors.device());
   const OptionalTensor memory = workspace(gx, chosen.kernel->forward_bytes(f));
   f.workspace = memory.has_value() ? memory->mutable_data_ptr() : nullptr;
-  chosen.kernel->forward(f, current_stream(operands.device()));
+  chosen.kernel->forward(f, current_stream(tensors.device()));
 }
 
 void cuda_scan_backward(std::string kernel, bool reverse, bool relu, Tensor w_t, OptionalTensor w_hr_t,
@@ -248,17 +248,17 @@ void cuda_scan_backward(std::string kernel, bool reverse, bool relu, Tensor w_t,
                         OptionalTensor gc_n, OptionalTensor gc_all, Tensor y, OptionalTensor c_all,
                         OptionalTensor gates, Tensor dgx, Tensor dgh, OptionalTensor dp, Tensor dh_0,
                         OptionalTensor dc_0, OptionalTensor dh_r, OptionalTensor dc_r) {
-  const Chosen chosen = choose(kernel);
+  const NamedKernel chosen = find_kernel(kernel);
   const CellFacts& cell = *chosen.cell;
   dimensions(y, "y", 3), dimensions(w_t, "w_t", 2);
   cuda::Backward b = {};
   b.n = y.size(0), b.B = y.size(1), b.H = w_t.size(1) / cell.gates, b.N = w_t.size(0);
   const int64_t n = b.n, B = b.B, H = b.H, N = b.N, G = cell.gates;
-  Operands operands(y, "y", *chosen.kind);
-  b.y = operands.in(y, "y", {n, B, N});
-  b.w_t = operands.in(w_t, "w_t", {N, G * H});
-  b.w_hr_t = operands.in(w_hr_t, "w_hr_t", {H, N});
-  fill(b, operands, chosen, {reverse, relu, w_hr_t, c_0, lengths, reset, h_r, c_r}, h_0, 0);
+  CheckedTensors tensors(y, "y", *chosen.kind);
+  b.y = tensors.in(y, "y", {n, B, N});
+  b.w_t = tensors.in(w_t, "w_t", {N, G * H});
+  b.w_hr_t = tensors.in(w_hr_t, "w_hr_t", {H, N});
+  fill(b, tensors, chosen, {reverse, relu, w_hr_t, c_0, lengths, reset, h_r, c_r}, h_0, 0);
   RNNKIT_CHECK(b.total == n, "reset must be [", n, ", ", B, "], got ", b.total, " steps");
   want(c_all, cell.has_c, "c_all", "for an LSTM");
   want(gates, cell.saved != 0, "gates", "for every cell but an RNN");
@@ -268,23 +268,23 @@ void cuda_scan_backward(std::string kernel, bool reverse, bool relu, Tensor w_t,
   want(dc_r, reset.has_value() && cell.has_c, "dc_r", "for an LSTM with a reset");
   RNNKIT_CHECK(cell.has_c || !(gc_n.has_value() || gc_all.has_value()),
                "gc_n and gc_all are an LSTM's, got the kernel ", kernel);
-  b.c_all = operands.in(c_all, "c_all", {n, B, H});
-  b.gates = operands.in(gates, "gates", {n, B, cell.saved * H});
-  b.gy = operands.in(gy, "gy", {n, B, N});
-  b.gc_all = operands.in(gc_all, "gc_all", {n, B, H});
-  b.gh_n = operands.state(gh_n, "gh_n", B, N), b.gc_n = operands.state(gc_n, "gc_n", B, H);
-  b.dgx = operands.out(dgx, "dgx", {n, B, G * H});
-  b.dgh = operands.out(dgh, "dgh", {n, B, G * H});
+  b.c_all = tensors.in(c_all, "c_all", {n, B, H});
+  b.gates = tensors.in(gates, "gates", {n, B, cell.saved * H});
+  b.gy = tensors.in(gy, "gy", {n, B, N});
+  b.gc_all = tensors.in(gc_all, "gc_all", {n, B, H});
+  b.gh_n = tensors.state(gh_n, "gh_n", B, N), b.gc_n = tensors.state(gc_n, "gc_n", B, H);
+  b.dgx = tensors.out(dgx, "dgx", {n, B, G * H});
+  b.dgh = tensors.out(dgh, "dgh", {n, B, G * H});
   RNNKIT_CHECK(dgx.numel() == 0 || (b.dgh == b.dgx) != cell.reset_after,
                "dgh must be dgx itself, but for a GRU with reset after memory of its own; got the kernel ",
                kernel);
-  b.dp = operands.out(dp, "dp", {n, B, N});
-  b.dh_0 = operands.written(dh_0, "dh_0", B, N), b.dc_0 = operands.written(dc_0, "dc_0", B, H);
-  b.dh_r = operands.written(dh_r, "dh_r", B, N), b.dc_r = operands.written(dc_r, "dc_r", B, H);
-  const torch::stable::accelerator::DeviceGuard guard(operands.device());
+  b.dp = tensors.out(dp, "dp", {n, B, N});
+  b.dh_0 = tensors.written(dh_0, "dh_0", B, N), b.dc_0 = tensors.written(dc_0, "dc_0", B, H);
+  b.dh_r = tensors.written(dh_r, "dh_r", B, N), b.dc_r = tensors.written(dc_r, "dc_r", B, H);
+  const torch::stable::accelerator::DeviceGuard guard(tensors.device());
   const OptionalTensor memory = workspace(y, chosen.kernel->backward_bytes(b));
   b.workspace = memory.has_value() ? memory->mutable_data_ptr() : nullptr;
-  chosen.kernel->backward(b, current_stream(operands.device()));
+  chosen.kernel->backward(b, current_stream(tensors.device()));
 }
 
 std::string cuda_kernels() { return names(); }

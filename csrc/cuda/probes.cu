@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(threads, 1) fences(int rounds, int stores, Out
   if (blockIdx.x == 0 && threadIdx.x == 0) *out.clocks = static_cast<double>(clock64() - begin);
 }
 
-// All blocks meet at a counter in memory, again and again.
+// All blocks wait for one another at a counter in memory, again and again.
 __global__ void __launch_bounds__(threads, 1) grid_barriers(int rounds, unsigned* counter, Out out) {
   __shared__ bool met;
   const long long begin = clock64();
@@ -165,13 +165,13 @@ __device__ __forceinline__ uint32_t blocks_of() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
   return blocks;
 }
-// The place in a peer's shared memory that is `address` in one's own.
+// The address in a peer's shared memory that is `address` in one's own.
 __device__ __forceinline__ uint32_t at_peer(uint32_t address, uint32_t rank) {
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   return there;
 }
-__device__ __forceinline__ void meet() {
+__device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // Whether a phase of a barrier in shared memory has ended.
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(threads, 1) neighbours(int rounds, Out out) {
   const uint32_t mine = static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + threadIdx.x * 16;
   const uint32_t rank = rank_of(), blocks = blocks_of();
   uint32_t low = 0, high = 0, peer = (rank + 1) % blocks, step = 0;
-  meet();
+  cluster_sync();
   const long long begin = clock64();
 #pragma unroll 4
   for (int i = 0; i < rounds; ++i) {
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(threads, 1) neighbours(int rounds, Out out) {
     if (peer == rank) peer = peer + 1 == blocks ? 0 : peer + 1;
     step = (step + threads * 16) % bytes;
   }
-  meet();  // what was sent has arrived, and nobody leaves while others read
+  cluster_sync();  // what was sent has arrived, and nobody leaves while others read
   if (blockIdx.x == 0 && threadIdx.x == 0) *out.clocks = static_cast<double>(clock64() - begin);
   keep(out, static_cast<float>(low ^ high ^ words[threadIdx.x]));
 #endif
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(32, 1) there_and_back(int rounds, Out out) {
   __shared__ uint32_t word;
   const uint32_t rank = rank_of(), last = blocks_of() - 1;
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
-  const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(&word));
+  const uint32_t word_address = static_cast<uint32_t>(__cvta_generic_to_shared(&word));
   if (threadIdx.x == 0) {
     word = 0;
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
@@ -239,13 +239,13 @@ __global__ void __launch_bounds__(32, 1) there_and_back(int rounds, Out out) {
                  : "memory");
   }
   __syncwarp();  // the barrier is one of whole warps
-  meet();
+  cluster_sync();
   const long long begin = clock64();
   int done = 0;
   uint32_t value = 0;
   if (threadIdx.x == 0 && (rank == 0 || rank == last)) {
     const uint32_t other = rank == 0 ? last : 0;
-    const uint32_t to = at_peer(place, other), bell = at_peer(here, other);
+    const uint32_t to = at_peer(word_address, other), bell = at_peer(here, other);
     const auto send = [&] {
       asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];"
                    :
@@ -262,10 +262,10 @@ __global__ void __launch_bounds__(32, 1) there_and_back(int rounds, Out out) {
   }
   const long long end = clock64();
   __syncwarp();
-  meet();
+  cluster_sync();
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    const bool whole = done == rounds && value == 2 * static_cast<uint32_t>(rounds);
-    *out.clocks = whole ? static_cast<double>(end - begin) : lost;
+    const bool complete = done == rounds && value == 2 * static_cast<uint32_t>(rounds);
+    *out.clocks = complete ? static_cast<double>(end - begin) : lost;
   }
 #endif
 }
@@ -275,17 +275,17 @@ template <bool STORE>
 __global__ void __launch_bounds__(threads, 1) cluster_barriers(int rounds, Out out) {
 #if defined(RNNKIT_CLUSTERS)
   float* const mine = out.sink + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  meet();
+  cluster_sync();
   const long long begin = clock64();
   for (int i = 0; i < rounds; ++i) {
     if (STORE) store(mine, static_cast<float>(i));
-    meet();
+    cluster_sync();
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) *out.clocks = static_cast<double>(clock64() - begin);
 #endif
 }
 
-// The host's side.
+// On the host.
 
 void must(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;

@@ -15,20 +15,20 @@
 
 namespace rnnkit::cuda {
 
-// States and their gradients: A where `wide`, else S.
+// States and their gradients: A where `opmath`, else S.
 struct State {
   void* data;
-  bool wide;
+  bool opmath;
 };
 
-// What both sides ask. The processing order is time's, or backwards where `reverse`.
+// What both passes ask. The processing order is time's, or backwards where `reverse`.
 struct Sequence {
   int64_t n, B, H, N;
-  int64_t t0;     // the first step's place in the whole sequence, of which lengths and reset speak
+  int64_t t0;     // the first step's index in the whole sequence, of which lengths and reset speak
   int64_t total;  // steps of the whole sequence
   bool reverse;
   bool relu;               // an RNN's activation; else tanh
-  const int64_t* lengths;  // [B], or null: every row lives at every step
+  const int64_t* lengths;  // [B], or null: every step is valid
   const bool* reset;       // [total, B], or null: a reset at t lies between t - 1 and t
   State h_r, c_r;          // [B, N], [B, H] the state at a reset; null: zeros
   const void* b_hn;        // S [H] or null: the bias inside the reset gate's product, GRU with reset after
@@ -40,9 +40,9 @@ struct Forward : Sequence {
   const void* gx;    // S [n, B, G H]: x W_ih^T with the other biases
   const void* w_hh;  // S [G H, N]
   const void* w_hr;  // S [N, H], or null
-  void* y;           // S [n, B, N], 0 where a row does not live
+  void* y;           // S [n, B, N], 0 where the step is padding
   State h_n, c_n;    // [B, N], [B, H]
-  void* c_all;       // S [n, B, H], 0 where a row does not live, or null
+  void* c_all;       // S [n, B, H], 0 where the step is padding, or null
   void* gates;       // S [n, B, K H], or null
 };
 

@@ -11,7 +11,7 @@
 //     warp 7                                 |  gate math, a thread a cell; the new state to the other buffer
 // clang-format on
 //
-// Here is the product and what both sides share; step_forward.cuh and step_backward.cuh say what happens to
+// Here is the product and what both passes share; step_forward.cuh and step_backward.cuh say what happens to
 // the sums.
 
 #pragma once
@@ -31,34 +31,34 @@ struct Step {
   static constexpr int rows = 8 * TILES;
 };
 
-// Weights in memory: `blocks` blocks of `units` rows, `between` elements from one to the next.
+// Weights in memory: `blocks` blocks of `units` rows, `block_stride` elements from one to the next.
 struct Matrix {
   const void* data;
-  int64_t units, between, pitch, terms;
-  bool whole;  // rows begin at multiples of 16 bytes
+  int64_t units, block_stride, pitch, terms;
+  bool aligned16;  // rows begin at multiples of 16 bytes
 };
 
 // Operands in memory, a row for each row of the batch; data null: no product, all sums are 0.
 struct Operands {
   const void* data;
   int64_t pitch;
-  bool whole;
+  bool aligned16;
 };
 
 template <class Stored>
-Matrix matrix(const void* data, int64_t units, int64_t between, int64_t pitch, int64_t terms) {
-  const bool whole = pitch * static_cast<int64_t>(sizeof(Stored)) % 16 == 0 && aligned(16, {data});
-  return {data, units, between, pitch, terms, whole};
+Matrix matrix(const void* data, int64_t units, int64_t block_stride, int64_t pitch, int64_t terms) {
+  const bool aligned16 = pitch * static_cast<int64_t>(sizeof(Stored)) % 16 == 0 && aligned(16, {data});
+  return {data, units, block_stride, pitch, terms, aligned16};
 }
 template <class Stored>
 Operands operands(const void* data, int64_t pitch) {
   return {data, pitch, pitch * static_cast<int64_t>(sizeof(Stored)) % 16 == 0 && aligned(16, {data})};
 }
 
-// last(unit, row, sums of the BLOCKS gates), once for each cell inside.
-template <class S, int BLOCKS, class Last>
+// epilogue(unit, row, sums of the BLOCKS gates), once for each cell inside.
+template <class S, int BLOCKS, class Epilogue>
 RNNKIT_KERNEL(S::threads)
-step(const Matrix m, const Operands a, const int64_t B, const Last last) {
+step(const Matrix m, const Operands a, const int64_t B, const Epilogue epilogue) {
   using F = Fragments<typename S::O>;
   using Real = typename S::Real;
   using Stored = typename S::Stored;
@@ -69,17 +69,17 @@ step(const Matrix m, const Operands a, const int64_t B, const Last last) {
   const int64_t first_unit = static_cast<int64_t>(arch::block_y()) * 16;
 
   Real sums[BLOCKS][S::TILES][4] = {};
-  const int64_t parts = a.data == nullptr ? 0 : (m.terms + F::terms - 1) / F::terms;
-  for (int64_t part = warp; part < parts; part += S::warps) {
-    const int64_t k = part * F::terms + F::term(lane);
-    Words w[BLOCKS][2], b[S::TILES][F::columns];
+  const int64_t k_tiles = a.data == nullptr ? 0 : (m.terms + F::terms - 1) / F::terms;
+  for (int64_t k_tile = warp; k_tile < k_tiles; k_tile += S::warps) {
+    const int64_t k = k_tile * F::terms + F::term(lane);
+    Vec16B w[BLOCKS][2], b[S::TILES][F::columns];
     RNNKIT_UNROLL
     for (int block = 0; block < BLOCKS; ++block) {
       RNNKIT_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int64_t unit = first_unit + lane / 4 * 2 + i;
-        const auto* row = static_cast<const Stored*>(m.data) + block * m.between + unit * m.pitch;
-        w[block][i] = F::load(row, k, unit < m.units ? m.terms : 0, m.whole);
+        const auto* row = static_cast<const Stored*>(m.data) + block * m.block_stride + unit * m.pitch;
+        w[block][i] = F::load(row, k, unit < m.units ? m.terms : 0, m.aligned16);
       }
     }
     RNNKIT_UNROLL
@@ -87,8 +87,8 @@ step(const Matrix m, const Operands a, const int64_t B, const Last last) {
       RNNKIT_UNROLL
       for (int i = 0; i < F::columns; ++i) {
         const int64_t row = first_row + tile * 8 + F::column(lane, i);
-        b[tile][i] =
-            F::load(static_cast<const Stored*>(a.data) + row * a.pitch, k, row < B ? m.terms : 0, a.whole);
+        b[tile][i] = F::load(static_cast<const Stored*>(a.data) + row * a.pitch, k, row < B ? m.terms : 0,
+                             a.aligned16);
       }
     }
     RNNKIT_UNROLL
@@ -121,7 +121,7 @@ step(const Matrix m, const Operands a, const int64_t B, const Last last) {
         total[block] += shared[(((other * BLOCKS + block) * S::TILES + tile) * 4 + j) * 32 + of];
       }
     }
-    last(unit, row, total);
+    epilogue(unit, row, total);
   }
 }
 
@@ -131,30 +131,32 @@ constexpr int step_bytes(int blocks) {
   return S::warps * blocks * S::TILES * 128 * static_cast<int>(sizeof(typename S::Real));
 }
 
-template <class S, int BLOCKS, class Last>
+template <class S, int BLOCKS, class Epilogue>
 void launch_step(const Launch& what, const Matrix& m, const Operands& a, int64_t B, Stream stream,
-                 const Last& last) {
+                 const Epilogue& epilogue) {
   const Grid grid{(B + S::rows - 1) / S::rows, (m.units + 15) / 16};
-  arch::launch(what, step<S, BLOCKS, Last>, grid, S::threads, step_bytes<S>(BLOCKS), stream, m, a, B, last);
+  arch::launch(what, step<S, BLOCKS, Epilogue>, grid, S::threads, step_bytes<S>(BLOCKS), stream, m, a, B,
+               epilogue);
 }
 
-// last(i) for i in 0 .. count - 1, a thread each.
-template <class Last>
+// epilogue(i) for i in 0 .. count - 1, a thread each.
+template <class Epilogue>
 RNNKIT_KERNEL(256)
-each(const int64_t count, const Last last) {
+each(const int64_t count, const Epilogue epilogue) {
   const int64_t i = static_cast<int64_t>(arch::block_x()) * 256 + arch::thread();
-  if (i < count) last(i);
+  if (i < count) epilogue(i);
 }
 
-template <class Last>
-void launch_each(const Launch& what, int64_t count, Stream stream, const Last& last) {
-  if (count > 0) arch::launch(what, each<Last>, Grid{(count + 255) / 256, 1}, 256, 0, stream, count, last);
+template <class Epilogue>
+void launch_each(const Launch& what, int64_t count, Stream stream, const Epilogue& epilogue) {
+  if (count > 0)
+    arch::launch(what, each<Epilogue>, Grid{(count + 255) / 256, 1}, 256, 0, stream, count, epilogue);
 }
 
 // Pieces of a workspace, at multiples of 256 bytes; without one it counts them.
-class Room {
+class Workspace {
  public:
-  explicit Room(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
+  explicit Workspace(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
   template <class T>
   T* take(int64_t count) {
     T* const piece = reinterpret_cast<T*>(memory_ == nullptr ? nullptr : memory_ + used_);
@@ -174,16 +176,16 @@ class Room {
 #include "step_forward.cuh"
 
 // One row of the table, the whole of a source.
-#define RNNKIT_STEP(NAME, CELL, KIND, WARPS, TILES)                                                      \
-  namespace rnnkit::cuda {                                                                               \
-  namespace {                                                                                            \
-  constexpr char name[] = #NAME;                                                                         \
-  using Configuration = Step<cell::CELL, kind::KIND, WARPS, TILES>;                                      \
-  int64_t bytes(const Forward& f) { return StepForward<Configuration>(f, nullptr).room.used(); }         \
-  int64_t bytes_back(const Backward& b) { return StepBackward<Configuration>(b, nullptr).room.used(); }  \
-  void run(const Forward& f, Stream stream) { run_step_forward<Configuration>(name, f, stream); }        \
-  void run_back(const Backward& b, Stream stream) { run_step_backward<Configuration>(name, b, stream); } \
-  Kernel kernel = {name, bytes, run, bytes_back, run_back, nullptr};                                     \
-  const Entry entry(kernel);                                                                             \
-  }                                                                                                      \
+#define RNNKIT_STEP(NAME, CELL, KIND, WARPS, TILES)                                                          \
+  namespace rnnkit::cuda {                                                                                   \
+  namespace {                                                                                                \
+  constexpr char name[] = #NAME;                                                                             \
+  using Configuration = Step<cell::CELL, kind::KIND, WARPS, TILES>;                                          \
+  int64_t bytes(const Forward& f) { return StepForward<Configuration>(f, nullptr).workspace.used(); }        \
+  int64_t bytes_back(const Backward& b) { return StepBackward<Configuration>(b, nullptr).workspace.used(); } \
+  void run(const Forward& f, Stream stream) { run_step_forward<Configuration>(name, f, stream); }            \
+  void run_back(const Backward& b, Stream stream) { run_step_backward<Configuration>(name, b, stream); }     \
+  Kernel kernel = {name, bytes, run, bytes_back, run_back, nullptr};                                         \
+  const Entry entry(kernel);                                                                                 \
+  }                                                                                                          \
   }

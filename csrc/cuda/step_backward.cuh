@@ -3,7 +3,7 @@
 //
 // A launch multiplies the gradients of the gates at the step that was processed before it by W_hh^T: that is
 // what reaches the state at its own step. So n steps are n + 1 launches, and what a cell needs of another
-// launch (the part of its gradient that passes no product, dc) stays with its thread.
+// launch (what of its gradient passes no product, dc) stays with its thread.
 
 #pragma once
 
@@ -20,44 +20,45 @@ struct StepBackward {
   using Mem = Memory<O>;
   using Math = typename O::Math;
   Backward b;
-  Room room;
-  Real* aside;  // [B, N] of the gradient of the state what passes no product; all of it where a row does not
-                // live
-  Real* dc;     // [B, H]
-  Real* whole;  // [B, H] the original GRU: the gradient of the state at the step
+  Workspace workspace;
+  Real* direct_grad;  // [B, N] of the gradient of the state what passes no product; all of it at padding
+  Real* dc;           // [B, H]
+  Real* state_grad;   // [B, H] the original GRU: the gradient of the state at the step
 
-  StepBackward(const Backward& backward, void* workspace) : b(backward), room(workspace) {
-    aside = room.take<Real>(b.B * b.N);
-    dc = room.take<Real>(Cell::has_c ? b.B * b.H : 0);
-    whole = room.take<Real>(Cell::two_products ? b.B * b.H : 0);
+  StepBackward(const Backward& backward, void* memory) : b(backward), workspace(memory) {
+    direct_grad = workspace.take<Real>(b.B * b.N);
+    dc = workspace.take<Real>(Cell::has_c ? b.B * b.H : 0);
+    state_grad = workspace.take<Real>(Cell::two_products ? b.B * b.H : 0);
   }
 
   RNNKIT_DEVICE bool guarded() const { return b.lengths != nullptr || b.reset != nullptr; }
-  RNNKIT_DEVICE bool lives(int64_t k, int64_t row) const { return place(b, k, true) < length_of(b, row); }
+  RNNKIT_DEVICE bool valid(int64_t k, int64_t row) const {
+    return time_index(b, k, true) < length_of(b, row);
+  }
 
-  // The gradient of the state after the k-th step, given what came through the product of the step before. A
-  // cut between the two sends it to the state at a reset.
-  RNNKIT_DEVICE Real arriving(int64_t k, int64_t unit, int64_t row, Real sum) const {
+  // The gradient of the state after the k-th step; `sum` came through the product of the step before it. A
+  // reset between the two sends it to the state at a reset.
+  RNNKIT_DEVICE Real incoming_grad(int64_t k, int64_t unit, int64_t row, Real sum) const {
     const int64_t at = row * b.N + unit;
-    if (k == 0 || !lives(k - 1, row)) return aside[at];
-    const Real d = aside[at] + sum;
-    if (!is_cut(b, place(b, k - 1, true), row, length_of(b, row))) return d;
+    if (k == 0 || !valid(k - 1, row)) return direct_grad[at];
+    const Real d = direct_grad[at] + sum;
+    if (!resets_before(b, time_index(b, k - 1, true), row, length_of(b, row))) return d;
     Mem::store(b.dh_r, at, Mem::load(b.dh_r, at) + d);
     return Real(0);
   }
   // The state from which step t started: c of an LSTM, h of a GRU.
   RNNKIT_DEVICE Real before(int64_t k, int64_t unit, int64_t row) const {
-    const int64_t t = place(b, k, true), length = length_of(b, row), at = row * b.H + unit;
-    if (is_cut(b, t, row, length)) return Mem::load(Cell::has_c ? b.c_r : b.h_r, at);
-    const int64_t earlier = step_before(b, t, length);
+    const int64_t t = time_index(b, k, true), length = length_of(b, row), at = row * b.H + unit;
+    if (resets_before(b, t, row, length)) return Mem::load(Cell::has_c ? b.c_r : b.h_r, at);
+    const int64_t earlier = previous_time(b, t, length);
     if (earlier < 0) return Mem::load(Cell::has_c ? b.c_0 : b.h_0, at);
     return Mem::load(Cell::has_c ? b.c_all : b.y, earlier * b.B * b.H + at);
   }
-  RNNKIT_DEVICE Real given(const void* g, int64_t width, int64_t k, int64_t unit, int64_t row) const {
-    return g == nullptr ? Real(0) : Mem::load(g, (place(b, k, true) * b.B + row) * width + unit);
+  RNNKIT_DEVICE Real load_step(const void* g, int64_t width, int64_t k, int64_t unit, int64_t row) const {
+    return g == nullptr ? Real(0) : Mem::load(g, (time_index(b, k, true) * b.B + row) * width + unit);
   }
   RNNKIT_DEVICE int64_t gate(int64_t k, int64_t unit, int64_t row, int block, int blocks) const {
-    return ((place(b, k, true) * b.B + row) * blocks + block) * b.H + unit;
+    return ((time_index(b, k, true) * b.B + row) * blocks + block) * b.H + unit;
   }
   RNNKIT_DEVICE void read(int64_t k, int64_t unit, int64_t row,
                           Real (&saved)[Cell::K > 0 ? Cell::K : 1]) const {
@@ -76,7 +77,7 @@ struct StepBackward {
     RNNKIT_DEVICE void operator()(int64_t i) const {
       const Backward& b = s.b;
       if (i < b.B * b.N) {
-        s.aside[i] = Mem::load(b.gh_n, i);
+        s.direct_grad[i] = Mem::load(b.gh_n, i);
         Mem::store(b.dh_r, i, Real(0));
       }
       if (Cell::has_c && i < b.B * b.H) {
@@ -89,7 +90,7 @@ struct StepBackward {
   struct End {
     StepBackward s;
     RNNKIT_DEVICE void operator()(int64_t unit, int64_t row, const Real (&sum)[1]) const {
-      Mem::store(s.b.dh_0, row * s.b.N + unit, s.arriving(s.b.n, unit, row, sum[0]));
+      Mem::store(s.b.dh_0, row * s.b.N + unit, s.incoming_grad(s.b.n, unit, row, sum[0]));
     }
   };
   struct EndOfC {
@@ -106,20 +107,20 @@ struct StepBackward {
       const Backward& b = s.b;
       constexpr int SAVED = Cell::K > 0 ? Cell::K : 1;
       const int64_t at = row * b.H + unit;
-      const bool alive = s.lives(k, row);
-      const Real came = projected ? sum[0] : s.arriving(k, unit, row, sum[0]);
+      const bool valid = s.valid(k, row);
+      const Real incoming = projected ? sum[0] : s.incoming_grad(k, unit, row, sum[0]);
       Real dx[Cell::G] = {}, ds[Cell::G] = {}, direct = Real(0);
-      if (alive) {
+      if (valid) {
         Real saved[SAVED], d_c = Real(0);
         s.read(k, unit, row, saved);
-        const Real d = projected ? came : came + s.given(b.gy, b.N, k, unit, row);
-        if (Cell::has_c) d_c = s.dc[at] + s.given(b.gc_all, b.H, k, unit, row);
+        const Real d = projected ? incoming : incoming + s.load_step(b.gy, b.N, k, unit, row);
+        if (Cell::has_c) d_c = s.dc[at] + s.load_step(b.gc_all, b.H, k, unit, row);
         const bool idle = s.guarded() && d == Real(0) && d_c == Real(0);
         const Real was = Cell::has_c || Cell::from_h ? s.before(k, unit, row) : Real(0);
-        const Real now = Cell::from_h ? Real(0) : s.given(Cell::has_c ? b.c_all : b.y, b.H, k, unit, row);
+        const Real now = Cell::from_h ? Real(0) : s.load_step(Cell::has_c ? b.c_all : b.y, b.H, k, unit, row);
         if (!idle) Cell::template backward<Math>(b.relu, d, d_c, saved, was, now, dx, ds, direct);
         if (Cell::has_c) {
-          if (is_cut(b, place(b, k, true), row, length_of(b, row))) {
+          if (resets_before(b, time_index(b, k, true), row, length_of(b, row))) {
             Mem::store(b.dc_r, at, Mem::load(b.dc_r, at) + d_c);
             d_c = Real(0);
           }
@@ -131,21 +132,21 @@ struct StepBackward {
         s.write(b.dgx, k, unit, row, gate, dx[gate]);
         if (b.dgh != b.dgx) s.write(b.dgh, k, unit, row, gate, ds[gate]);
       }
-      if (!projected) s.aside[at] = alive ? direct : came;
+      if (!projected) s.direct_grad[at] = valid ? direct : incoming;
     }
   };
-  // The whole gradient of a projected state, for the product that sends it through W_hr.
+  // The full gradient of a projected state, for the product that sends it through W_hr.
   struct Arrive {
     StepBackward s;
     int64_t k;
     RNNKIT_DEVICE void operator()(int64_t unit, int64_t row, const Real (&sum)[1]) const {
       const Backward& b = s.b;
       const int64_t at = row * b.N + unit;
-      const bool alive = s.lives(k, row);
-      const Real came = s.arriving(k, unit, row, sum[0]);
-      Mem::store(b.dp, place(b, k, true) * b.B * b.N + at,
-                 alive ? came + s.given(b.gy, b.N, k, unit, row) : Real(0));
-      s.aside[at] = alive ? Real(0) : came;
+      const bool valid = s.valid(k, row);
+      const Real incoming = s.incoming_grad(k, unit, row, sum[0]);
+      Mem::store(b.dp, time_index(b, k, true) * b.B * b.N + at,
+                 valid ? incoming + s.load_step(b.gy, b.N, k, unit, row) : Real(0));
+      s.direct_grad[at] = valid ? Real(0) : incoming;
     }
   };
   // The two halves of a step of the original GRU.
@@ -155,18 +156,18 @@ struct StepBackward {
     RNNKIT_DEVICE void operator()(int64_t unit, int64_t row, const Real (&sum)[1]) const {
       const Backward& b = s.b;
       const int64_t at = row * b.H + unit;
-      const bool alive = s.lives(k, row);
-      const Real came = s.arriving(k, unit, row, sum[0]);
-      const Real d = alive ? came + s.given(b.gy, b.N, k, unit, row) : Real(0);
+      const bool valid = s.valid(k, row);
+      const Real incoming = s.incoming_grad(k, unit, row, sum[0]);
+      const Real d = valid ? incoming + s.load_step(b.gy, b.N, k, unit, row) : Real(0);
       Real dn = Real(0);
-      if (alive && !(s.guarded() && d == Real(0))) {
+      if (valid && !(s.guarded() && d == Real(0))) {
         Real saved[3];
         s.read(k, unit, row, saved);
         dn = Cell::template backward_state<Math>(d, saved, s.before(k, unit, row));
       }
       s.write(b.dgx, k, unit, row, 2, dn);
-      s.whole[at] = d;
-      s.aside[at] = came;
+      s.state_grad[at] = d;
+      s.direct_grad[at] = incoming;
     }
   };
   struct Second {
@@ -174,17 +175,17 @@ struct StepBackward {
     int64_t k;
     RNNKIT_DEVICE void operator()(int64_t unit, int64_t row, const Real (&drh)[1]) const {
       const int64_t at = row * s.b.H + unit;
-      const bool alive = s.lives(k, row);
-      const Real d = s.whole[at];
+      const bool valid = s.valid(k, row);
+      const Real d = s.state_grad[at];
       Real dx[2] = {}, direct = Real(0);
-      if (alive && !(s.guarded() && d == Real(0) && drh[0] == Real(0))) {
+      if (valid && !(s.guarded() && d == Real(0) && drh[0] == Real(0))) {
         Real saved[3];
         s.read(k, unit, row, saved);
         Cell::template backward_gates<Math>(d, drh[0], saved, s.before(k, unit, row), dx, direct);
       }
       s.write(s.b.dgx, k, unit, row, 0, dx[0]);
       s.write(s.b.dgx, k, unit, row, 1, dx[1]);
-      if (alive) s.aside[at] = direct;
+      if (valid) s.direct_grad[at] = direct;
     }
   };
 };
@@ -198,24 +199,24 @@ void run_step_backward(const char* name, const Backward& b, Stream stream) {
   const auto of = [name](const char* function, int64_t k = -1) {
     return Launch(name, "backward", function, k);
   };
-  const int64_t wide = Cell::G * b.H;
+  const int64_t gates_width = Cell::G * b.H;
   const int64_t multiplied =
-      Cell::two_products ? 2 * b.H : wide;  // columns of the gates that multiplied h itself
+      Cell::two_products ? 2 * b.H : gates_width;  // columns of the gates that multiplied h itself
   const auto* w_t = static_cast<const Stored*>(b.w_t);
-  const Matrix back = matrix<Stored>(w_t, b.N, 0, wide, multiplied);
+  const Matrix back = matrix<Stored>(w_t, b.N, 0, gates_width, multiplied);
   const auto gradients = [&](int64_t k) {  // of the gates at the step before the k-th
     if (k == 0) return Operands{nullptr, 0, false};
     const int64_t t = b.reverse ? k - 1 : b.n - k;
-    return operands<Stored>(static_cast<const Stored*>(b.dgh) + t * b.B * wide, wide);
+    return operands<Stored>(static_cast<const Stored*>(b.dgh) + t * b.B * gates_width, gates_width);
   };
   launch_each(of("each<Begin>"), b.B * (b.H > b.N ? b.H : b.N), stream, typename Scan::Begin{s});
   for (int64_t k = 0; k < b.n; ++k) {
     const int64_t t = b.reverse ? k : b.n - 1 - k;
     if constexpr (Cell::two_products) {
-      const auto* dn = static_cast<const Stored*>(b.dgx) + t * b.B * wide + multiplied;
+      const auto* dn = static_cast<const Stored*>(b.dgx) + t * b.B * gates_width + multiplied;
       launch_step<S, 1>(of("step<First>", k), back, gradients(k), b.B, stream, typename Scan::First{s, k});
-      launch_step<S, 1>(of("step<Second>", k), matrix<Stored>(w_t + multiplied, b.H, 0, wide, b.H),
-                        operands<Stored>(dn, wide), b.B, stream, typename Scan::Second{s, k});
+      launch_step<S, 1>(of("step<Second>", k), matrix<Stored>(w_t + multiplied, b.H, 0, gates_width, b.H),
+                        operands<Stored>(dn, gates_width), b.B, stream, typename Scan::Second{s, k});
     } else if (Cell::has_c && b.w_hr_t != nullptr) {
       const auto* dp = static_cast<const Stored*>(b.dp) + t * b.B * b.N;
       launch_step<S, 1>(of("step<Arrive>", k), back, gradients(k), b.B, stream, typename Scan::Arrive{s, k});

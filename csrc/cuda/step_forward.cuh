@@ -7,7 +7,7 @@
 
 namespace rnnkit::cuda {
 
-// What lies between the launches of a scan.
+// What is kept between the launches of a scan.
 template <class S>
 struct StepForward {
   using O = typename S::O;
@@ -16,54 +16,54 @@ struct StepForward {
   using Real = typename S::Real;
   using Mem = Memory<O>;
   Forward f;
-  Room room;
-  Real *h, *c;       // [B, N], [B, H] the state, in the type of the computation
-  Stored* turns[2];  // [B, N] the state as operands: one is read while the other is written
-  Stored* between;   // [B, H] operands of a step's second product: r h, or what W_hr multiplies
-  Real* z;           // [B, H], of the original GRU
+  Workspace workspace;
+  Real *h, *c;               // [B, N], [B, H] the state, in the type of the computation
+  Stored* double_buffer[2];  // [B, N] the state as operands: one is read while the other is written
+  Stored* second_operand;    // [B, H] operands of a step's second product: r h, or what W_hr multiplies
+  Real* z;                   // [B, H], of the original GRU
 
-  StepForward(const Forward& forward, void* workspace) : f(forward), room(workspace) {
+  StepForward(const Forward& forward, void* memory) : f(forward), workspace(memory) {
     const int64_t state = f.B * f.N, cells = f.B * f.H;
-    h = room.take<Real>(state);
-    c = room.take<Real>(Cell::has_c ? cells : 0);
-    for (Stored*& v : turns) v = room.take<Stored>(state);
-    between = room.take<Stored>(Cell::two_products || f.w_hr != nullptr ? cells : 0);
-    z = room.take<Real>(Cell::two_products ? cells : 0);
+    h = workspace.take<Real>(state);
+    c = workspace.take<Real>(Cell::has_c ? cells : 0);
+    for (Stored*& v : double_buffer) v = workspace.take<Stored>(state);
+    second_operand = workspace.take<Stored>(Cell::two_products || f.w_hr != nullptr ? cells : 0);
+    z = workspace.take<Real>(Cell::two_products ? cells : 0);
   }
 
-  RNNKIT_DEVICE bool cut_before(int64_t k, int64_t row) const {
-    return k < f.n && is_cut(f, f.t0 + place(f, k, false), row, length_of(f, row));
+  RNNKIT_DEVICE bool reset_before(int64_t k, int64_t row) const {
+    return k < f.n && resets_before(f, f.t0 + time_index(f, k, false), row, length_of(f, row));
   }
-  // The state of a row from entering step k to entering the one after it; `fresh` is what the step made.
-  RNNKIT_DEVICE void carry(int64_t k, int64_t unit, int64_t row, Real fresh) const {
-    const int64_t j = place(f, k, false), at = row * f.N + unit;
-    const bool lives = f.t0 + j < length_of(f, row);
-    Mem::store(f.y, j * f.B * f.N + at, lives ? fresh : Real(0));
-    Real v = lives ? fresh : h[at];
-    if (cut_before(k + 1, row)) v = Mem::load(f.h_r, at);
+  // The state of a row from entering step k to entering the one after it; `new_state` is what the step made.
+  RNNKIT_DEVICE void carry(int64_t k, int64_t unit, int64_t row, Real new_state) const {
+    const int64_t j = time_index(f, k, false), at = row * f.N + unit;
+    const bool valid = f.t0 + j < length_of(f, row);
+    Mem::store(f.y, j * f.B * f.N + at, valid ? new_state : Real(0));
+    Real v = valid ? new_state : h[at];
+    if (reset_before(k + 1, row)) v = Mem::load(f.h_r, at);
     h[at] = v;
-    turns[(k + 1) % 2][at] = O::narrow(v);
+    double_buffer[(k + 1) % 2][at] = O::narrow(v);
   }
-  RNNKIT_DEVICE void carry_c(int64_t k, int64_t unit, int64_t row, Real fresh) const {
-    const int64_t j = place(f, k, false), at = row * f.H + unit;
-    const bool lives = f.t0 + j < length_of(f, row);
-    if (f.c_all != nullptr) Mem::store(f.c_all, j * f.B * f.H + at, lives ? fresh : Real(0));
-    Real v = lives ? fresh : c[at];
-    if (cut_before(k + 1, row)) v = Mem::load(f.c_r, at);
+  RNNKIT_DEVICE void carry_c(int64_t k, int64_t unit, int64_t row, Real new_state) const {
+    const int64_t j = time_index(f, k, false), at = row * f.H + unit;
+    const bool valid = f.t0 + j < length_of(f, row);
+    if (f.c_all != nullptr) Mem::store(f.c_all, j * f.B * f.H + at, valid ? new_state : Real(0));
+    Real v = valid ? new_state : c[at];
+    if (reset_before(k + 1, row)) v = Mem::load(f.c_r, at);
     c[at] = v;
   }
-  // gx of a cell, zeros where its row does not live.
+  // gx of a cell, zeros at padding.
   RNNKIT_DEVICE void inputs(int64_t k, int64_t unit, int64_t row, Real (&x)[Cell::G]) const {
-    const int64_t j = place(f, k, false);
-    const bool lives = f.t0 + j < length_of(f, row);
+    const int64_t j = time_index(f, k, false);
+    const bool valid = f.t0 + j < length_of(f, row);
     RNNKIT_UNROLL
     for (int gate = 0; gate < Cell::G; ++gate) {
-      x[gate] = lives ? Mem::load(f.gx, ((j * f.B + row) * Cell::G + gate) * f.H + unit) : Real(0);
+      x[gate] = valid ? Mem::load(f.gx, ((j * f.B + row) * Cell::G + gate) * f.H + unit) : Real(0);
     }
   }
   RNNKIT_DEVICE void save(int64_t k, int64_t unit, int64_t row, int block, Real v) const {
     if (f.gates == nullptr) return;
-    Mem::store(f.gates, ((place(f, k, false) * f.B + row) * Cell::K + block) * f.H + unit, v);
+    Mem::store(f.gates, ((time_index(f, k, false) * f.B + row) * Cell::K + block) * f.H + unit, v);
   }
 
   // The state before the first step.
@@ -72,12 +72,12 @@ struct StepForward {
     RNNKIT_DEVICE void operator()(int64_t i) const {
       const Forward& f = s.f;
       if (i < f.B * f.N) {
-        const bool cut = s.cut_before(0, i / f.N);
-        const Real v = Mem::load(cut ? f.h_r : f.h_0, i);
+        const bool reset = s.reset_before(0, i / f.N);
+        const Real v = Mem::load(reset ? f.h_r : f.h_0, i);
         s.h[i] = v;
-        s.turns[0][i] = O::narrow(v);
+        s.double_buffer[0][i] = O::narrow(v);
       }
-      if (Cell::has_c && i < f.B * f.H) s.c[i] = Mem::load(s.cut_before(0, i / f.H) ? f.c_r : f.c_0, i);
+      if (Cell::has_c && i < f.B * f.H) s.c[i] = Mem::load(s.reset_before(0, i / f.H) ? f.c_r : f.c_0, i);
     }
   };
   // And after the last.
@@ -103,14 +103,15 @@ struct StepForward {
       for (int gate = 0; gate < Cell::G; ++gate) total[gate] = sums[gate];
       if (f.b_hn != nullptr) total[Cell::G - 1] += Mem::load(f.b_hn, unit);
       const Real before = Cell::from_h ? s.h[at] : Real(0);
-      const Real fresh = Cell::template forward<typename O::Math>(f.relu, x, total, before, next_c, saved);
+      const Real new_state =
+          Cell::template forward<typename O::Math>(f.relu, x, total, before, next_c, saved);
       RNNKIT_UNROLL
       for (int block = 0; block < Cell::K; ++block) s.save(k, unit, row, block, saved[block]);
       if (Cell::has_c) s.carry_c(k, unit, row, next_c);
       if (f.w_hr != nullptr) {
-        s.between[at] = O::narrow(fresh);
+        s.second_operand[at] = O::narrow(new_state);
       } else {
-        s.carry(k, unit, row, fresh);
+        s.carry(k, unit, row, new_state);
       }
     }
   };
@@ -134,7 +135,7 @@ struct StepForward {
       s.save(k, unit, row, 0, saved[0]);
       s.save(k, unit, row, 1, saved[1]);
       s.z[at] = saved[1];
-      s.between[at] = O::narrow(saved[0] * s.h[at]);
+      s.second_operand[at] = O::narrow(saved[0] * s.h[at]);
     }
   };
   struct Second {
@@ -144,9 +145,9 @@ struct StepForward {
       const int64_t at = row * s.f.H + unit;
       Real x[Cell::G], saved[3] = {Real(0), s.z[at], Real(0)};
       s.inputs(k, unit, row, x);
-      const Real fresh = Cell::template forward_state<typename O::Math>(x, sum[0], s.h[at], saved);
+      const Real new_state = Cell::template forward_state<typename O::Math>(x, sum[0], s.h[at], saved);
       s.save(k, unit, row, 2, saved[2]);
-      s.carry(k, unit, row, fresh);
+      s.carry(k, unit, row, new_state);
     }
   };
 };
@@ -164,19 +165,19 @@ void run_step_forward(const char* name, const Forward& f, Stream stream) {
   const auto* w_hh = static_cast<const Stored*>(f.w_hh);
   launch_each(of("each<Begin>"), most, stream, typename Scan::Begin{s});
   for (int64_t k = 0; k < f.n; ++k) {
-    const Operands state = operands<Stored>(s.turns[k % 2], f.N);
+    const Operands state = operands<Stored>(s.double_buffer[k % 2], f.N);
     if constexpr (Cell::two_products) {
       const int64_t inside = 2 * f.H * f.H;  // where the rows of gate n begin
       launch_step<S, 2>(of("step<First>", k), matrix<Stored>(w_hh, f.H, f.H * f.H, f.H, f.H), state, f.B,
                         stream, typename Scan::First{s, k});
       launch_step<S, 1>(of("step<Second>", k), matrix<Stored>(w_hh + inside, f.H, 0, f.H, f.H),
-                        operands<Stored>(s.between, f.H), f.B, stream, typename Scan::Second{s, k});
+                        operands<Stored>(s.second_operand, f.H), f.B, stream, typename Scan::Second{s, k});
     } else {
       launch_step<S, Cell::G>(of("step<Gates>", k), matrix<Stored>(w_hh, f.H, f.H * f.N, f.N, f.N), state,
                               f.B, stream, typename Scan::Gates{s, k});
       if (Cell::has_c && f.w_hr != nullptr) {
         launch_step<S, 1>(of("step<Project>", k), matrix<Stored>(f.w_hr, f.N, 0, f.H, f.H),
-                          operands<Stored>(s.between, f.H), f.B, stream, typename Scan::Project{s, k});
+                          operands<Stored>(s.second_operand, f.H), f.B, stream, typename Scan::Project{s, k});
       }
     }
   }

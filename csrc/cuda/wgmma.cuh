@@ -21,13 +21,13 @@ struct Wgmma {
   uint32_t a[4] = {0, 0, 0, 0};
   uint64_t a_there = 0, b_there = 0;
 
-  static __device__ uint64_t descriptor(const void* place) {
-    const uint64_t at = static_cast<uint64_t>(__cvta_generic_to_shared(place));
+  static __device__ uint64_t descriptor(const void* matrix) {
+    const uint64_t at = static_cast<uint64_t>(__cvta_generic_to_shared(matrix));
     return (at & 0x3ffff) >> 4 | static_cast<uint64_t>(128 >> 4) << 16 |
            static_cast<uint64_t>(256 >> 4) << 32;
   }
   // Where a row's term stands, in elements.
-  static __device__ int place(int row, int term) {
+  static __device__ int element_offset(int row, int term) {
     return row / 8 * 128 + term / 8 * 64 + row % 8 * 8 + term % 8;
   }
 
@@ -61,17 +61,17 @@ __global__ void __launch_bounds__(512, 1) wgmma_products(int rounds, double wron
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ __align__(128) uint16_t as[64 * 16], bs[8 * 16];
   for (int i = threadIdx.x; i < 64 * 16; i += blockDim.x) {
-    as[Wgmma::place(i / 16, i % 16)] = arch::to_bf16(static_cast<float>(i / 16 + i % 16));
+    as[Wgmma::element_offset(i / 16, i % 16)] = arch::to_bf16(static_cast<float>(i / 16 + i % 16));
   }
   for (int i = threadIdx.x; i < 8 * 16; i += blockDim.x) {
-    bs[Wgmma::place(i / 16, i % 16)] = arch::to_bf16(static_cast<float>(i / 16 - i % 16));
+    bs[Wgmma::element_offset(i / 16, i % 16)] = arch::to_bf16(static_cast<float>(i / 16 - i % 16));
   }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // products see what plain stores wrote
   __syncthreads();
   const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
   Wgmma w;
   for (int i = 0; i < 4; ++i) {
-    const uint16_t* const two = as + Wgmma::place(row + i % 2 * 8, pair + i / 2 * 8);
+    const uint16_t* const two = as + Wgmma::element_offset(row + i % 2 * 8, pair + i / 2 * 8);
     w.a[i] = static_cast<uint32_t>(two[1]) << 16 | two[0];
   }
   w.a_there = Wgmma::descriptor(as), w.b_there = Wgmma::descriptor(bs);

@@ -277,10 +277,25 @@ def test_messages_of_the_backward(name, value, message):
 
 def test_messages_of_a_cell():
     layer = make("gru")
-    with pytest.raises(RuntimeError, match=r"^rnnkit: cell must lie in \[0, 4\], got 5$"):
-        torch.ops.rnnkit.cpu_layer_forward(5, *layer.t, False, False, False, 0)
     with pytest.raises(RuntimeError, match=r"^rnnkit: w_hr must be absent but for an LSTM$"):
         forward(layer.change(w_hr=torch.zeros(5, 13)))
+
+
+@pytest.mark.parametrize("number", [-1, 5, 1 << 40])
+def test_a_number_that_is_no_cell_is_named(number):
+    """By every operator, and never computed with another cell's formulas."""
+    layer = make("gru")
+    results = forward(layer, save=True)
+    known = ", ".join(f"{k} {name}" for name, k in CELL_IDS.items())
+    named = rf"^rnnkit: cell must be one of {known}; got {number}$"
+    with pytest.raises(RuntimeError, match=named):
+        torch.ops.rnnkit.cpu_layer_forward(number, *layer.t, False, False, False, 0)
+    with pytest.raises(RuntimeError, match=named):
+        left = [results["y"], results["gates"], *[None] * 5]
+        torch.ops.rnnkit.cpu_layer_backward(number, *layer.t, False, *left, 1)
+    x, w = torch.zeros(2, 3), torch.zeros(12, 3)
+    with pytest.raises(RuntimeError, match=named):
+        torch.ops.rnnkit.cpu_step(number, x, None, w, w, None, None)
 
 
 def test_other_devices_have_no_kernel():

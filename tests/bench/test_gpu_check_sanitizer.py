@@ -45,7 +45,7 @@ RACE = f"""\
 """
 BARRIER = f"""\
 ========= Barrier error detected. Divergent thread(s) in block
-=========     at {KERNEL.replace("lstm", "gru_before")}+0x50 in step.cuh:88
+=========     at {KERNEL.replace("lstm", "gru_reset_before")}+0x50 in step.cuh:88
 =========     by thread (3,0,0) in block (0,0,0)
 """
 ELSEWHERE = """\
@@ -61,7 +61,7 @@ def test_what_is_reported_is_read() -> None:
     assert ours == {
         "Invalid __global__ write of size 2 bytes in cta_forward lstm bf16 (cta_forward.cuh:123)": 2,
         "Error: Race reported in cta_forward lstm bf16 (cta.cuh:9, cta_forward.cuh:77)": 1,
-        "Barrier error detected. Divergent thread(s) in cta_forward gru_before bf16 (step.cuh:88)": 1,
+        "Barrier error detected. Divergent thread(s) in cta_forward gru_reset_before bf16 (step.cuh:88)": 1,
     }
     assert sanitizer.reports(HEAD + TAIL) == ({}, 0)
     bare = re.sub(r" in \S+:\d+", "", RACE)  # as it is built without -lineinfo
@@ -71,7 +71,7 @@ def test_what_is_reported_is_read() -> None:
 def test_whom_a_report_speaks_of() -> None:
     assert sanitizer.culprits("a race in cta_forward lstm bf16") == {("lstm", "bfloat16"), ("lstm_proj", "bfloat16")}
     assert sanitizer.culprits("step rnn tf32") == {("rnn_tanh", "tf32"), ("rnn_relu", "tf32")}
-    assert sanitizer.culprits("step gru_before ieee (x.cuh:1)") == {("gru_reset_before", "float32")}
+    assert sanitizer.culprits("step gru_reset_before ieee (x.cuh:1)") == {("gru_reset_before", "float32")}
     assert len(sanitizer.culprits("")) == len(parity_cases.KINDS) * len(cuda_configs.KINDS), (
         "all, where it does not tell"
     )

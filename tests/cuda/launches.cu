@@ -1,6 +1,6 @@
-// Launches of the CUDA kernels without a GPU, for tests/cuda/test_cuda_launch.py: linked with --wrap, so that what
-// arch.cuh asks of CUDA arrives here and fails, succeeds or is counted as a part of this program wishes. Each
-// part prints what was raised, a line each.
+// Launches of the CUDA kernels without a GPU, for tests/cuda/test_cuda_launch.py: linked with --wrap, so that
+// what arch.cuh asks of CUDA arrives here and fails, succeeds or is counted as a part of this program wishes.
+// Each part prints what was raised, a line each.
 
 #include <atomic>
 #include <cstdio>

@@ -352,7 +352,7 @@ def test_a_search_finds_what_fits(most: int, warps: list[int]) -> None:
 def reach() -> list[str]:
     """The lines of docs/cuda.md on how far the regime cta goes."""
     chips = ((90, 100, 103), (80,), cuda_configs.SMALL)
-    cells = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "gru_before": "GRU, reset before"}
+    cells = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "gru_reset_before": "GRU, reset before"}
     kinds = [kind for kind in cuda_configs.KINDS if kind != "f64"]
     lines = [f"| | | {' | '.join(cuda_configs.KINDS[kind] for kind in kinds)} |", "|---" * (2 + len(kinds)) + "|"]
     for capabilities, (kernel, cell) in itertools.product(chips, cells.items()):

@@ -67,9 +67,12 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def forward(cell: str = "lstm", **changed: Any) -> None:
     """A scan in bfloat16 with everything that the cell can have, on the CPU."""
-    G, saved, has_c = {"rnn": (1, 0, False), "lstm": (4, 4, True), "gru": (3, 4, False), "gru_before": (3, 3, False)}[
-        cell
-    ]
+    G, saved, has_c = {
+        "rnn": (1, 0, False),
+        "lstm": (4, 4, True),
+        "gru": (3, 4, False),
+        "gru_reset_before": (3, 3, False),
+    }[cell]
     fields: dict[str, Any] = {"kernel": f"step_{cell}_bf16_8", "t0": 0, "reverse": False, "relu": False}
     fields |= {
         "gx": some(N, B, G * H),
@@ -87,9 +90,12 @@ def forward(cell: str = "lstm", **changed: Any) -> None:
 
 
 def backward(cell: str = "lstm", **changed: Any) -> None:
-    G, saved, has_c = {"rnn": (1, 0, False), "lstm": (4, 4, True), "gru": (3, 4, False), "gru_before": (3, 3, False)}[
-        cell
-    ]
+    G, saved, has_c = {
+        "rnn": (1, 0, False),
+        "lstm": (4, 4, True),
+        "gru": (3, 4, False),
+        "gru_reset_before": (3, 3, False),
+    }[cell]
     fields: dict[str, Any] = {"kernel": f"step_{cell}_bf16_8", "reverse": False, "relu": False}
     dgx = some(N, B, G * H)
     fields |= {"w_t": some(H, G * H), "w_hr_t": None, "h_0": wide(B, H), "c_0": wide(B, H) if has_c else None}
@@ -153,7 +159,11 @@ def test_a_projection() -> None:
 
 FORWARD: list[tuple[str, dict[str, Any], str]] = [
     ("lstm", {"kernel": "cta_lstm_bf16_33"}, "kernel cta_lstm_bf16_33 is not in this build .* cta_lstm_bf16_32"),
-    ("lstm", {"kernel": "lstm"}, "kernel lstm is not in this build of the extension; it has .*step_gru_before_ieee_8"),
+    (
+        "lstm",
+        {"kernel": "lstm"},
+        "kernel lstm is not in this build of the extension; it has .*step_gru_reset_before_ieee_8",
+    ),
     ("gru", {"kernel": "step_lstm_bf16_8"}, "gx must be"),
     ("lstm", {"gx": some(N, B, 4 * H + 1)}, r"gx must be BFloat16 \[2, 3, 24\], got BFloat16 \[2, 3, 25\]"),
     ("lstm", {"gx": some(N, 4 * H)}, r"gx must have 3 dimensions, got \[2, 24\]"),

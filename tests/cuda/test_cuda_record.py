@@ -35,12 +35,12 @@ def test_the_record_is_of_these_sources() -> None:
 @pytest.mark.parametrize(
     ("name", "before", "after", "changed"),
     [
-        ("cuda/cta_forward.cuh", "const bool whole = f.H", "const bool whole = 1 + f.H", "cta"),
+        ("cuda/cta_forward.cuh", "const bool aligned16 = f.H", "const bool aligned16 = 1 + f.H", "cta"),
         ("cuda/step.cuh", "arch::sync();", "", "step"),
         ("cells/lstm.h", "o * M::tanh(c)", "M::tanh(c)", "cta step"),
         ("cuda/arch_gpu.cuh", "rna.tf32", "rn.tf32", "cta step"),
         ("cuda/nvcc.py", '"-O3"', '"-O2"', "cta step"),
-        ("cuda/scan.h", "bool wide;", "bool wide; // and more /* of it", ""),
+        ("cuda/scan.h", "bool opmath;", "bool opmath; // and more /* of it", ""),
         ("cuda/step.cuh", "arch::sync();", "/* a\n b */ arch::sync\n(\n)  ;", ""),
         ("cuda/cta.cuh", "#define RNNKIT_CTA(", "#define  RNNKIT_CTA(", ""),
         ("cuda/ops.cpp", "namespace", "name space", ""),

@@ -1,5 +1,5 @@
-"""The short way of a plain layer: one C++ function, in the module's layouts, without torch's
-dispatcher (csrc/direct.cpp, `ops.single`). It may only ever be quicker: held against the ordinary way bit by bit, and
+"""The short way of a plain layer: one C++ function, in the module's layouts, without torch's dispatcher
+(csrc/torch/python_module.cpp, `ops.single`). It may only ever be quicker: held against the ordinary way bit by bit, and
 to be taken for plain calls alone. And what C code can do wrong by itself: words of errors, references, memory, threads.
 """
 

@@ -96,7 +96,7 @@ def cuda_serves(capability: int, chips: tuple[str, ...] = cuda_built[1:]) -> boo
 
 
 def _bind() -> ModuleType | None:
-    """The extension as a module whose functions are its operators without the dispatcher; see csrc/direct.cpp."""
+    """The extension as a module: its operators without torch's dispatcher; see csrc/torch/python_module.cpp."""
     crossing = getattr(torch._C, "_aoti", None)
     to_handle = getattr(crossing, "unsafe_alloc_void_ptr_from_tensor", None)
     to_tensors = getattr(crossing, "alloc_tensors_by_stealing_from_void_ptrs", None)

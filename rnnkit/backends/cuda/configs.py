@@ -24,9 +24,9 @@ SMALL = (86, 89, 120, 121)
 """Capabilities with 99 KiB a block."""
 SMALL_SHARED = 99 * 1024
 
-KERNEL_OF = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm": "lstm", "gru": "gru", "gru_reset_before": "gru_before"}
+KERNEL_OF = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm": "lstm", "gru": "gru", "gru_reset_before": "gru_reset_before"}
 """The kernel of each cell."""
-GATES = {"rnn": 1, "lstm": 4, "gru": 3, "gru_before": 3}
+GATES = {"rnn": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
 KINDS = {"bf16": "bfloat16", "fp16": "float16", "tf32": "TF32", "ieee": "exact float32", "f64": "float64"}
 """Operands of the recurrent product, in words; TF32 is float32 rounded to it."""
 HALF = ("bf16", "fp16")
@@ -39,7 +39,7 @@ class CompiledKernel(NamedTuple):
 
     regime: str
     kernel: str
-    """rnn, lstm, gru or gru_before: forward and backward."""
+    """rnn, lstm, gru or gru_reset_before: forward and backward."""
     kind: str
     units: int
     """Hidden units it holds; 0: any number."""
@@ -81,9 +81,9 @@ CTA = (
     ("gru", HALF, 64, 4, (6, 6)),
     ("gru", HALF, 128, 8, (12, 12)),
     ("gru", HALF, 192, 6, (10, 6)),
-    ("gru_before", HALF, 64, 4, (6, 6)),
-    ("gru_before", HALF, 128, 8, (12, 12)),
-    ("gru_before", ("bf16",), 192, 6, (10, 5)),
+    ("gru_reset_before", HALF, 64, 4, (6, 6)),
+    ("gru_reset_before", HALF, 128, 8, (12, 12)),
+    ("gru_reset_before", ("bf16",), 192, 6, (10, 5)),
     ("rnn", ("tf32",), 64, 4, (4, 4)),
     ("rnn", ("tf32",), 128, 8, (8, 8)),
     ("rnn", ("tf32",), 256, 8, (12, 12)),
@@ -93,8 +93,8 @@ CTA = (
     ("gru", ("tf32",), 32, 2, (6, 6)),
     ("gru", ("tf32",), 64, 4, (12, 12)),
     ("gru", ("tf32",), 128, 8, (14, 12)),
-    ("gru_before", ("tf32",), 64, 4, (12, 12)),
-    ("gru_before", ("tf32",), 128, 8, (12, 10)),
+    ("gru_reset_before", ("tf32",), 64, 4, (12, 12)),
+    ("gru_reset_before", ("tf32",), 128, 8, (12, 10)),
     ("rnn", ("ieee",), 64, 4, (0, 0)),
     ("rnn", ("ieee",), 128, 8, (0, 0)),
     ("rnn", ("ieee",), 192, 12, (0, 0)),
@@ -104,8 +104,8 @@ CTA = (
     ("gru", ("ieee",), 32, 2, (0, 0)),
     ("gru", ("ieee",), 64, 4, (0, 0)),
     ("gru", ("ieee",), 112, 7, (0, 0)),
-    ("gru_before", ("ieee",), 64, 4, (0, 0)),
-    ("gru_before", ("ieee",), 96, 6, (0, 0)),
+    ("gru_reset_before", ("ieee",), 64, 4, (0, 0)),
+    ("gru_reset_before", ("ieee",), 96, 6, (0, 0)),
 )
 
 ROWS: tuple[CompiledKernel, ...] = (
@@ -133,13 +133,13 @@ def cta_shared(row: CompiledKernel, side: int) -> int:
     columns = parts * terms * size * (gates if side else 1)
     aligned = -(-columns // 128) * 128
     pitch = aligned + 16 if exact else columns if columns % 128 == 64 else aligned + 64
-    buffers = 1 if side and row.kernel == "gru_before" else 2
+    buffers = 1 if side and row.kernel == "gru_reset_before" else 2
     return buffers * row.rows * pitch + row.warps * (fragments - row.resident[side]) * (256 if exact else 1024)
 
 
 def step_shared(row: CompiledKernel, side: int) -> int:
     """The sums of every warp."""
-    blocks = 1 if side else 2 if row.kernel == "gru_before" else GATES[row.kernel]
+    blocks = 1 if side else 2 if row.kernel == "gru_reset_before" else GATES[row.kernel]
     return row.warps * blocks * row.rows * 16 * max(element(row), 4)
 
 

@@ -37,15 +37,15 @@ void check_plain(const Problem& p) {
   saved.y.assign(p.T * p.B * N, 0), saved.gates.assign(p.T * p.B * L * H, 0);
   if (p.lstm()) saved.c.assign(p.T * p.B * H, 0);
   Duals before(p.T * p.B * N),
-      inner(p.T * p.B * H);  // the state of each step; what a second product multiplied
+      second_operand(p.T * p.B * H);  // the state of each step; what a second product multiplied
   Dual loss;
   for (int64_t b = 0; b < p.B; ++b) {
     Duals h(h_0.begin() + b * N, h_0.begin() + (b + 1) * N), c(p.lstm() ? H : 0);
     for (size_t j = 0; j < c.size(); ++j) c[j] = c_0[b * H + static_cast<int64_t>(j)];
     for (int64_t k = 0; k < p.T; ++k) {
       const int64_t t = p.time(k), at = t * p.B + b;
-      if (!p.live(t, b)) continue;
-      if (p.cut(t, b)) {
+      if (!p.valid(t, b)) continue;
+      if (p.resets_before(t, b)) {
         for (int64_t j = 0; j < N; ++j) h[j] = p.has_h_r ? h_r[b * N + j] : Dual(0);
         for (size_t j = 0; j < c.size(); ++j)
           c[j] = p.has_c_r ? c_r[b * H + static_cast<int64_t>(j)] : Dual(0);
@@ -53,8 +53,8 @@ void check_plain(const Problem& p) {
       std::copy(h.begin(), h.end(), before.begin() + at * N);
       const Step<Dual> s = plain_step<Dual>(p, w, gx.data() + at * width, h.data(), c.data());
       for (int64_t j = 0; j < H; ++j) {
-        if (p.lstm()) inner[at * H + j] = s.gates[3 * H + j] * tanh(s.c[j]);
-        if (p.cell == Cell::gru_before) inner[at * H + j] = s.gates[j] * h[j];
+        if (p.lstm()) second_operand[at * H + j] = s.gates[3 * H + j] * tanh(s.c[j]);
+        if (p.cell == Cell::gru_reset_before) second_operand[at * H + j] = s.gates[j] * h[j];
       }
       h = s.h, c = s.c;
       for (int64_t j = 0; j < N; ++j) saved.y[at * N + j] = h[j].v;
@@ -94,16 +94,16 @@ void check_plain(const Problem& p) {
   for (int64_t at = 0; at < all; ++at) {
     for (int64_t k = 0; k < width; ++k) {
       const bool candidate = k >= 2 * H && p.cell == Cell::gru,
-                 textbook = k >= 2 * H && p.cell == Cell::gru_before;
+                 textbook = k >= 2 * H && p.cell == Cell::gru_reset_before;
       const double da = dgx[at * width + k], dah = candidate ? of(Result::dgn)[at * H + k - 2 * H] : da;
       if (p.bias) sum += da * w.b_ih[k].d + dah * w.b_hh[k].d;
       for (int64_t j = 0; j < N; ++j) {
-        sum += dah * w.w_hh[k * N + j].d * (textbook ? inner[at * H + j] : before[at * N + j]).v;
+        sum += dah * w.w_hh[k * N + j].d * (textbook ? second_operand[at * H + j] : before[at * N + j]).v;
       }
     }
     for (int64_t k = 0; k < p.P; ++k) {
       for (int64_t j = 0; j < H; ++j)
-        sum += of(Result::dp)[at * N + k] * w.w_hr[k * H + j].d * inner[at * H + j].v;
+        sum += of(Result::dp)[at * N + k] * w.w_hr[k * H + j].d * second_operand[at * H + j].v;
     }
   }
   // Both are the same sum of products in another order; 1e-10 of the largest terms' size is 2^20 roundings.

@@ -12,17 +12,17 @@ namespace {
 std::atomic<int64_t> calls{0};
 
 template <rnnkit::Parallel parallel>
-void counted(int64_t parts, void* context, Body body) {
+void counted(int64_t slices, void* context, Body body) {
   ++calls;
-  parallel(parts, context, body);
+  parallel(slices, context, body);
 }
 
 std::vector<Way> ways_for(int64_t rows) {
   std::vector<Way> ways{
-      {"2 threads", {2, &counted<&apart>}},          {"3 threads", {3, &counted<&apart>}},
-      {"7 threads", {7, &counted<&apart>}},          {"7 parts unevenly", {7, &counted<&uneven>}},
-      {"3 parts in halves", {3, &counted<&halves>}}, {"3 parts together", {3, &counted<&together>}}};
-  // With four rows for each part they are split, if anything is: then parts need not run at once.
+      {"2 threads", {2, &counted<&apart>}},           {"3 threads", {3, &counted<&apart>}},
+      {"7 threads", {7, &counted<&apart>}},           {"7 slices unevenly", {7, &counted<&uneven>}},
+      {"3 slices in halves", {3, &counted<&halves>}}, {"3 slices together", {3, &counted<&together>}}};
+  // With four rows for each slice threads take rows, if anything: then slices need not run at once.
   if (rows >= 8) ways.push_back({"in turn", {std::min<int64_t>(7, rows / 4), &counted<&in_turn>}});
   return ways;
 }
@@ -55,7 +55,7 @@ void compare(const std::string& how, const char* name, const Values& got, const 
     if (same(got[k], want[k])) continue;
     std::ostringstream out;
     out.precision(17);
-    out << how << ": " << name << "[" << k << "] is " << got[k] << ", alone and in one range " << want[k];
+    out << how << ": " << name << "[" << k << "] is " << got[k] << ", alone and in one chunk " << want[k];
     fail(out.str());
   }
 }
@@ -84,40 +84,40 @@ void hold_forward(const Problem& p, const Ran& ran) {
     for (int64_t b = 0; b < p.B; ++b) {
       const int64_t t = p.time(k), at = t * p.B + b;
       const Values &h_old = ran.h[k], &h_new = ran.h[k + 1], &c_old = ran.c[k], &c_new = ran.c[k + 1];
-      const bool live = p.live(t, b), cut = p.cut(t, b);
+      const bool valid = p.valid(t, b), reset = p.resets_before(t, b);
       std::vector<X> gx, h, c;
       for (int64_t j = 0; j < width; ++j) gx.emplace_back(p.gx[at * width + j]);
       for (int64_t j = 0; j < N; ++j)
-        h.emplace_back(cut ? (p.has_h_r ? p.h_r[b * N + j] : 0) : h_old[b * N + j]);
+        h.emplace_back(reset ? (p.has_h_r ? p.h_r[b * N + j] : 0) : h_old[b * N + j]);
       for (int64_t j = 0; j < H && p.lstm(); ++j) {
-        c.emplace_back(cut ? (p.has_c_r ? p.c_r[b * H + j] : 0) : c_old[b * H + j]);
+        c.emplace_back(reset ? (p.has_c_r ? p.c_r[b * H + j] : 0) : c_old[b * H + j]);
       }
-      const Step<X> s = live ? plain_step<X>(p, w, gx.data(), h.data(), c.data()) : Step<X>{};
+      const Step<X> s = valid ? plain_step<X>(p, w, gx.data(), h.data(), c.data()) : Step<X>{};
       for (int64_t j = 0; j < N; ++j) {
         const double now = h_new[b * N + j];
-        if (live) {
+        if (valid) {
           hold("h", at * N + j, now, s.h[j]);
         } else {
-          exactly("h of a row that does not live", at * N + j, now, h_old[b * N + j]);
+          exactly("h at padding", at * N + j, now, h_old[b * N + j]);
         }
-        exactly("y", at * N + j, ran.saved.y[at * N + j], live ? rounded(now, stored) : 0);
+        exactly("y", at * N + j, ran.saved.y[at * N + j], valid ? rounded(now, stored) : 0);
       }
       for (int64_t j = 0; j < H && p.lstm(); ++j) {
         const double now = c_new[b * H + j];
-        if (live) {
+        if (valid) {
           hold("c", at * H + j, now, s.c[j]);
         } else {
-          exactly("c of a row that does not live", at * H + j, now, c_old[b * H + j]);
+          exactly("c at padding", at * H + j, now, c_old[b * H + j]);
         }
-        exactly("c_kept", at * H + j, ran.saved.c[at * H + j], live ? now : 0);
+        exactly("c_kept", at * H + j, ran.saved.c[at * H + j], valid ? now : 0);
         if (p.all_states)
-          exactly("c_all", at * H + j, ran.c_all[at * H + j], live ? rounded(now, stored) : 0);
+          exactly("c_all", at * H + j, ran.c_all[at * H + j], valid ? rounded(now, stored) : 0);
       }
       for (int64_t j = 0; j < L; ++j) {
-        if (live) {
+        if (valid) {
           hold("gates", at * L + j, ran.saved.gates[at * L + j], s.gates[j]);
         } else {
-          exactly("gates of a row that does not live", at * L + j, ran.saved.gates[at * L + j], 0);
+          exactly("gates at padding", at * L + j, ran.saved.gates[at * L + j], 0);
         }
       }
     }
@@ -154,7 +154,7 @@ struct Settle {
 
 template <class R>
 void hold_all(const Problem& p, const Ran& ran, const Gradients& gradients) {
-  const Format& f = format(p.wide());
+  const Format& f = format(p.opmath());
   Near<R>::u = static_cast<R>(f.u()), Near<R>::eta = static_cast<R>(f.eta());
   hold_forward<R>(p, ran);
   for (int64_t b = 0; b < p.B; ++b) plain_backward<Near<R>>(p, ran.saved, b, Settle<R>{p, gradients});
@@ -180,23 +180,23 @@ void check_rows(const rnnkit::Engine& engine, const Problem& p, const Ran& ran, 
   if (rows.empty()) return;
   const Problem q = with_rows(p, rows);
   const int64_t N = p.N(), H = p.H, width = p.G() * H;
-  const auto cut = [&](const Values& v, int64_t n) { return some(v, p.B, n, rows); };
+  const auto chosen = [&](const Values& v, int64_t n) { return some(v, p.B, n, rows); };
   Ran want;
-  want.saved = {cut(ran.saved.y, N), cut(ran.saved.gates, p.saved() * H), cut(ran.saved.c, H)};
-  want.c_all = cut(ran.c_all, H);
-  want.h = {cut(ran.h.back(), N)}, want.c = {cut(ran.c.back(), H)};
+  want.saved = {chosen(ran.saved.y, N), chosen(ran.saved.gates, p.saved() * H), chosen(ran.saved.c, H)};
+  want.c_all = chosen(ran.c_all, H);
+  want.h = {chosen(ran.h.back(), N)}, want.c = {chosen(ran.c.back(), H)};
   compare("some rows", run_forward(engine, q, How{}), want);
   const int64_t widths[] = {width, H, N, N, H, N, H};
   Gradients gradients;
-  for (int k = 0; k < 7; ++k) gradients.of[k] = cut(g.of[k], widths[k]);
+  for (int k = 0; k < 7; ++k) gradients.of[k] = chosen(g.of[k], widths[k]);
   compare("some rows", run_backward(engine, q, want.saved, Way{"alone", {1, &together}}), gradients);
 }
 
-std::vector<int64_t> random_ranges(int64_t T, Random& r) {
-  std::vector<int64_t> ranges;
-  for (int64_t left = T; left > 0; left -= ranges.back()) ranges.push_back(r.between(0, left));
-  ranges.push_back(0);
-  return ranges;
+std::vector<int64_t> random_chunks(int64_t T, Random& r) {
+  std::vector<int64_t> chunks;
+  for (int64_t left = T; left > 0; left -= chunks.back()) chunks.push_back(r.between(0, left));
+  chunks.push_back(0);
+  return chunks;
 }
 
 }  // namespace
@@ -207,7 +207,7 @@ void check_scan(const rnnkit::Engine& engine, const Problem& p, bool every_way) 
   Random r(p.seed ^ 0x5ca);
   const Way alone{"alone", 1, &together};
   How steps;
-  steps.ranges.assign(p.T, 1);
+  steps.chunks.assign(p.T, 1);
   const Ran ran = run_forward(engine, p, steps);
   const Gradients gradients = run_backward(engine, p, ran.saved, alone);
   if (p.dtype == Dtype::f64) {
@@ -216,16 +216,16 @@ void check_scan(const rnnkit::Engine& engine, const Problem& p, bool every_way) 
     hold_all<double>(p, ran, gradients);
   }
 
-  compare("one range", run_forward(engine, p, How{}), ran);
+  compare("one chunk", run_forward(engine, p, How{}), ran);
   How other;
   other.save = false;
   compare("without saving", run_forward(engine, p, other), ran);
-  other.ranges = random_ranges(p.T, r);
-  compare("without saving, in ranges", run_forward(engine, p, other), ran);
+  other.chunks = random_chunks(p.T, r);
+  compare("without saving, in chunks", run_forward(engine, p, other), ran);
   if (!is_half(p.dtype) && p.saved() != 0) {
     How in_place;
     in_place.in_place = true;
-    in_place.ranges = random_ranges(p.T, r);
+    in_place.chunks = random_chunks(p.T, r);
     compare("in place", run_forward(engine, p, in_place), ran);
   }
   const bool may_multiply = !is_half(p.dtype) && !p.nan;  // 0 NaN is NaN
@@ -233,7 +233,7 @@ void check_scan(const rnnkit::Engine& engine, const Problem& p, bool every_way) 
     How inside;
     inside.inside = true;
     inside.save = r.chance(0.5);
-    inside.ranges = random_ranges(p.T, r);
+    inside.chunks = random_chunks(p.T, r);
     compare("x in the scan", run_forward(engine, p, inside), ran);
   }
   check_rows(engine, p, ran, gradients, r);
@@ -243,17 +243,17 @@ void check_scan(const rnnkit::Engine& engine, const Problem& p, bool every_way) 
   if (!every_way) ways.resize(2);
   for (const Way& way : ways) {
     How among{way, r.chance(0.7), false, {}, false};
-    if (r.chance(0.3)) among.ranges = random_ranges(p.T, r);
+    if (r.chance(0.3)) among.chunks = random_chunks(p.T, r);
     among.inside = may_multiply && r.chance(0.3);
     compare(way.name, run_forward(engine, p, among), ran);
-    const std::vector<int64_t> back = r.chance(0.5) ? random_ranges(p.T, r) : std::vector<int64_t>();
+    const std::vector<int64_t> back = r.chance(0.5) ? random_chunks(p.T, r) : std::vector<int64_t>();
     compare(way.name, run_backward(engine, p, ran.saved, way, back), gradients);
-    Gradients part = run_backward(engine, p, ran.saved, way, back, false);
+    Gradients some_wanted = run_backward(engine, p, ran.saved, way, back, false);
     for (Result not_wanted :
          {Result::dh, Result::dc, Result::dh_r, Result::dc_r}) {  // of resets before the first step
-      part.of[static_cast<int>(not_wanted)] = gradients.of[static_cast<int>(not_wanted)];
+      some_wanted.of[static_cast<int>(not_wanted)] = gradients.of[static_cast<int>(not_wanted)];
     }
-    compare(std::string(way.name) + ", no gradient of the first state", part, gradients);
+    compare(std::string(way.name) + ", no gradient of the first state", some_wanted, gradients);
   }
 }
 
@@ -261,10 +261,10 @@ void check_product(const rnnkit::Engine& engine, uint64_t seed) {
   Random r(seed);
   const Dtype dtype = r.chance(0.5) ? Dtype::f32 : Dtype::f64;
   const bool large = r.chance(0.1), shift = r.chance(0.5);
-  const bool wide = r.chance(0.1);  // so much to pack that the workers share it
-  const int64_t M = r.chance(0.1) ? r.between(0, 1) : r.between(1, wide ? 10 : large ? 250 : 40);
-  const int64_t N = r.chance(0.05) ? 0 : r.between(wide ? 250 : 1, wide ? 300 : 90);
-  const int64_t K = r.chance(0.05) ? 0 : r.between(wide ? 270 : 1, wide ? 300 : 90);
+  const bool many_weights = r.chance(0.1);  // so much to pack that the workers share it
+  const int64_t M = r.chance(0.1) ? r.between(0, 1) : r.between(1, many_weights ? 10 : large ? 250 : 40);
+  const int64_t N = r.chance(0.05) ? 0 : r.between(many_weights ? 250 : 1, many_weights ? 300 : 90);
+  const int64_t K = r.chance(0.05) ? 0 : r.between(many_weights ? 270 : 1, many_weights ? 300 : 90);
   const int64_t ldo = N + r.between(0, 3);
   Values a(M * K), w(N * K);
   for (double& x : a) x = rounded(r.normal(), format(dtype));
@@ -277,7 +277,7 @@ void check_product(const rnnkit::Engine& engine, uint64_t seed) {
   for (bool pack : {true, false}) {
     const auto run = [&](const char* from, int64_t rows, const Way& way) {
       const Buffer out(rows * ldo, dtype, shift);
-      engine.by_rows(dtype, N, K, w_.data(), pack, way.workers)
+      engine.gemm_nt(dtype, N, K, w_.data(), pack, way.workers)
           ->run(rows, from, K, out.data(), ldo, false, way.workers);
       return out.values();
     };

@@ -11,15 +11,15 @@ namespace harness {
 void check_plain(const Problem& p);
 
 // Forward and backward against the plain loops, and bitwise against one another in every way they can be run:
-// ranges of time, in place, without saving, among threads, some rows alone. `every_way`: all ways to run
-// parts, not two of them.
+// chunks of time, in place, without saving, among threads, some rows alone. `every_way`: all ways to run
+// slices, not two of them.
 void check_scan(const rnnkit::Engine& engine, const Problem& p, bool every_way);
 
 // The product of rows with packed and unpacked weights.
 void check_product(const rnnkit::Engine& engine, uint64_t seed);
 
-// That memory which runs out in one part of a scan is an error for the caller, and nobody waits for ever; how
-// often it ran out.
+// That memory which runs out in one slice of a scan is an error for the caller, and nobody waits for ever;
+// how often it ran out.
 int64_t check_failing(const rnnkit::Engine& engine, const Problem& p);
 
 // sigmoid and tanh of every float32 on every engine; the largest errors in ulp are printed. False beyond 4

@@ -1,4 +1,4 @@
-// What happens where memory runs out inside one part of a scan while the others wait for it: the error must
+// What happens where memory runs out inside one slice of a scan while the others wait for it: the error must
 // reach the caller, and nobody may wait for ever.
 
 #include <atomic>
@@ -36,11 +36,11 @@ namespace {
 
 std::atomic<int64_t> failed{0};
 
-// As `apart`, but in the second part the (`which` + 1)-th allocation fails.
+// As `apart`, but in the second slice the (`which` + 1)-th allocation fails.
 template <int which>
-void failing(int64_t parts, void* context, Body body) {
+void failing(int64_t slices, void* context, Body body) {
   std::vector<std::thread> threads;
-  for (int64_t p = 1; p < parts; ++p) {
+  for (int64_t p = 1; p < slices; ++p) {
     threads.emplace_back([=] {
       left = p == 1 ? which : -1;
       body(context, p, p + 1);
@@ -69,7 +69,7 @@ int64_t check_failing(const rnnkit::Engine& engine, const Problem& p) {
         thrown = true;
       }
       if (thrown != (failed > before))
-        throw std::runtime_error("memory ran out in a part, and nobody was told");
+        throw std::runtime_error("memory ran out in a slice, and nobody was told");
       caught += thrown;
     };
     How how;

@@ -117,7 +117,8 @@ int run(const Options& o) {
       static_cast<long long>(split[0]), static_cast<long long>(split[1]), static_cast<long long>(split[2]));
   if (!o.one && o.problems >= 18 && (split[1] == 0 || split[2] == 0 || failures == 0)) {
     std::printf(
-        "FAILED: no scan was split; the sizes in problem.cpp no longer fit Split in csrc/cpu/steps.h\n");
+        "FAILED: no scan was split; the sizes in problem.cpp no longer fit Partition in "
+        "csrc/cpu/partition.h\n");
     return 1;
   }
   return 0;

@@ -20,7 +20,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../csrc/cpu/scan.h"
+#include "../../../csrc/cpu/scan.h"
 
 namespace harness {
 

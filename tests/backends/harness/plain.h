@@ -34,7 +34,7 @@ Step<X> plain_step(const Problem& p, const Recurrent<W>& w, const X* gx, const X
   const auto both = [&](int64_t k) {  // the pre-activation of unit k of the G H
     return sum({gx[k], bias(w.b_ih, k), bias(w.b_hh, k)}, w.w_hh.data() + k * N, 1, h, N);
   };
-  std::vector<X> inner(H);  // what a second product multiplies
+  std::vector<X> second_operand(H);  // what a second product multiplies
   for (int64_t j = 0; j < H; ++j) {
     switch (p.cell) {
       case Cell::rnn_tanh:
@@ -48,7 +48,7 @@ Step<X> plain_step(const Problem& p, const Recurrent<W>& w, const X* gx, const X
         const X o = sigmoid(both(3 * H + j));
         s.gates[j] = i, s.gates[H + j] = f, s.gates[2 * H + j] = g, s.gates[3 * H + j] = o;
         s.c[j] = f * c[j] + i * g;
-        inner[j] = o * tanh(s.c[j]);
+        second_operand[j] = o * tanh(s.c[j]);
         break;
       }
       case Cell::gru: {
@@ -59,22 +59,22 @@ Step<X> plain_step(const Problem& p, const Recurrent<W>& w, const X* gx, const X
         s.h[j] = (X(1.0) - z) * n + z * h[j];
         break;
       }
-      case Cell::gru_before:
+      case Cell::gru_reset_before:
         s.gates[j] = sigmoid(both(j));
         s.gates[H + j] = sigmoid(both(H + j));
-        inner[j] = s.gates[j] * h[j];
+        second_operand[j] = s.gates[j] * h[j];
         break;
     }
   }
-  if (p.lstm() && !p.P) s.h = inner;
+  if (p.lstm() && !p.P) s.h = second_operand;
   for (int64_t k = 0; k < p.P; ++k) {
-    s.h[k] = sum({X(0.0)}, w.w_hr.data() + k * H, 1, inner.data(), H);
+    s.h[k] = sum({X(0.0)}, w.w_hr.data() + k * H, 1, second_operand.data(), H);
   }
-  for (int64_t j = 0; j < H && p.cell == Cell::gru_before; ++j) {
+  for (int64_t j = 0; j < H && p.cell == Cell::gru_reset_before; ++j) {
     const int64_t k = 2 * H + j;
     const X z = s.gates[H + j];
-    s.gates[k] =
-        tanh(sum({gx[k], bias(w.b_ih, k), bias(w.b_hh, k)}, w.w_hh.data() + k * N, 1, inner.data(), H));
+    s.gates[k] = tanh(
+        sum({gx[k], bias(w.b_ih, k), bias(w.b_hh, k)}, w.w_hh.data() + k * N, 1, second_operand.data(), H));
     s.h[j] = (X(1.0) - z) * s.gates[k] + z * h[j];
   }
   return s;
@@ -108,7 +108,7 @@ void plain_backward(const Problem& p, const Saved& saved, int64_t b, Settle sett
       for (int64_t j = 0; j < G * H; ++j) settle(Result::dgx, at * G * H + j, Exact{});
       for (int64_t j = 0; j < H && p.cell == Cell::gru; ++j) settle(Result::dgn, at * H + j, Exact{});
     };
-    if (!p.live(t, b)) {
+    if (!p.valid(t, b)) {
       nothing();
       for (int64_t j = 0; j < p.P; ++j) settle(Result::dp, at * N + j, Exact{});
       continue;
@@ -120,11 +120,11 @@ void plain_backward(const Problem& p, const Saved& saved, int64_t b, Settle sett
       nothing();
       continue;  // and zeros go on
     }
-    const bool cut = p.cut(t, b), start = k == 0 || !p.live(p.time(k - 1), b);
+    const bool reset = p.resets_before(t, b), start = k == 0 || !p.valid(p.time(k - 1), b);
     const int64_t before = k > 0 ? p.time(k - 1) * p.B + b : 0;
     const auto state = [&](bool there, const Values& at_reset, const Values& first, const Values& all,
                            int64_t width, int64_t j) {
-      if (cut) return X(there ? at_reset[b * width + j] : 0.0);
+      if (reset) return X(there ? at_reset[b * width + j] : 0.0);
       return X(start ? first[b * width + j] : all[before * width + j]);
     };
     const auto h_before = [&](int64_t j) { return state(p.has_h_r, p.h_r, p.h_0, saved.y, N, j); };
@@ -170,7 +170,7 @@ void plain_backward(const Problem& p, const Saved& saved, int64_t b, Settle sett
           direct[j] = dm[j] * z;
           break;
         }
-        case Cell::gru_before: {
+        case Cell::gru_reset_before: {
           const X z = gate(1, j), n = gate(2, j);
           give(1, j, dm[j] * (h_before(j) - n) * (z * (one - z)));
           give(2, j, dm[j] * (one - z) * (one - n * n));
@@ -180,14 +180,14 @@ void plain_backward(const Problem& p, const Saved& saved, int64_t b, Settle sett
       }
     }
     int64_t through = G * H;  // rows of w_hh that h_before itself is multiplied by
-    for (int64_t j = 0; j < H && p.cell == Cell::gru_before; ++j) {
+    for (int64_t j = 0; j < H && p.cell == Cell::gru_reset_before; ++j) {
       through = 2 * H;
       const X drh = sum({X(0.0)}, p.w_hh.data() + 2 * H * N + j, N, da.data() + 2 * H, H), r = gate(0, j);
       give(0, j, drh * h_before(j) * (r * (one - r)));
       direct[j] = direct[j] + drh * r;
     }
     for (int64_t j = 0; j < N; ++j) dh[j] = sum({direct[j]}, p.w_hh.data() + j, N, da.data(), through);
-    if (!cut) continue;
+    if (!reset) continue;
     for (int64_t j = 0; j < N; ++j) dh_r[j] = dh_r[j] + dh[j], dh[j] = X(0.0);
     for (size_t j = 0; j < dc.size(); ++j) dc_r[j] = dc_r[j] + dc[j], dc[j] = X(0.0);
   }

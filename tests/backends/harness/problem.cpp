@@ -52,8 +52,8 @@ void choose_gradients(Problem& p, Random& r) {
   p.has_gc_all = p.lstm() && r.chance(0.5);
   if (p.has_gc_all) p.gc_all = draw(r, all * p.H, 1, p.dtype);
   const double none = r.chance(0.3) ? 0 : 1;
-  p.gh_n = draw(r, p.B * N, none, p.wide());
-  if (p.lstm()) p.gc_n = draw(r, p.B * p.H, none, p.wide());
+  p.gh_n = draw(r, p.B * N, none, p.opmath());
+  if (p.lstm()) p.gc_n = draw(r, p.B * p.H, none, p.opmath());
   if (!p.has_gy || p.gy_strides.row != N || p.gy_strides.step != p.B * N) return;
   for (int64_t row = 0; row < all; ++row) {  // rows that no gradient reaches
     if (r.chance(0.8)) continue;
@@ -69,7 +69,7 @@ void poison(Problem& p, Random& r) {
     if (p.T == 0 || p.H == 0 || r.chance(0.5)) continue;
     const int64_t bad = r.between(0, p.T - 1);
     int64_t next = bad + 1;  // in the order of the steps
-    while (next < p.T && !p.cut(p.time(next), b)) ++next;
+    while (next < p.T && !p.resets_before(p.time(next), b)) ++next;
     p.gx[(p.time(bad) * p.B + b) * width + r.between(0, width - 1)] = NAN;
     if (next == p.T || p.gy_strides.row == 0 || p.gy_strides.step == 0) continue;
     for (int64_t k = 0; k < next; ++k) {
@@ -87,7 +87,7 @@ Problem random_problem(uint64_t seed, Size size) {
   Random r(seed);
   Problem p;
   p.seed = seed;
-  p.cell = static_cast<Cell>(r.between(0, 4));
+  p.cell = static_cast<Cell>(r.between(0, rnnkit::cell_count - 1));
   p.dtype = static_cast<Dtype>(r.between(0, 3));
   choose_sizes(p, r, size);
   const int64_t N = p.N(), G = p.G(), all = p.T * p.B;
@@ -118,10 +118,10 @@ Problem random_problem(uint64_t seed, Size size) {
   p.w_hh = draw(r, G * p.H * N, 1 / std::sqrt(N + 1.0), p.dtype);
   if (p.P) p.w_hr = draw(r, p.P * p.H, 1 / std::sqrt(p.H + 1.0), p.dtype);
   if (p.bias) p.b_ih = draw(r, G * p.H, 1, p.dtype), p.b_hh = draw(r, G * p.H, 1, p.dtype);
-  p.h_0 = draw(r, p.B * N, p.has_h_0 ? 1 : 0, p.wide());
-  if (p.lstm()) p.c_0 = draw(r, p.B * p.H, p.has_c_0 ? 1 : 0, p.wide());
-  if (p.has_h_r) p.h_r = draw(r, p.B * N, 1, p.wide());
-  if (p.has_c_r) p.c_r = draw(r, p.B * p.H, 1, p.wide());
+  p.h_0 = draw(r, p.B * N, p.has_h_0 ? 1 : 0, p.opmath());
+  if (p.lstm()) p.c_0 = draw(r, p.B * p.H, p.has_c_0 ? 1 : 0, p.opmath());
+  if (p.has_h_r) p.h_r = draw(r, p.B * N, 1, p.opmath());
+  if (p.has_c_r) p.c_r = draw(r, p.B * p.H, 1, p.opmath());
   choose_gradients(p, r);
   p.nan = r.chance(0.15);
   if (p.nan) poison(p, r);
@@ -161,10 +161,9 @@ Problem with_rows(const Problem& p, const std::vector<int64_t>& rows) {
 }
 
 std::string describe(const Problem& p) {
-  static const char* const cells[] = {"rnn_tanh", "rnn_relu", "lstm", "gru", "gru_before"};
   std::ostringstream out;
-  out << cells[static_cast<int>(p.cell)] << " " << format(p.dtype).name << " T=" << p.T << " B=" << p.B
-      << " H=" << p.H << " P=" << p.P << " seed=" << p.seed;
+  out << rnnkit::cell_names[static_cast<int>(p.cell)] << " " << format(p.dtype).name << " T=" << p.T
+      << " B=" << p.B << " H=" << p.H << " P=" << p.P << " seed=" << p.seed;
   const std::pair<bool, const char*> flags[] = {{p.reverse, "reverse"},
                                                 {p.bias, "bias"},
                                                 {p.has_lengths, "lengths"},

@@ -55,20 +55,22 @@ struct Problem {
   Values gc_all;      // [T, B, H]
   Values gh_n, gc_n;  // [B, N], [B, H]
 
-  int64_t G() const { return cell == Cell::lstm ? 4 : cell == Cell::gru || cell == Cell::gru_before ? 3 : 1; }
+  int64_t G() const {
+    return cell == Cell::lstm ? 4 : cell == Cell::gru || cell == Cell::gru_reset_before ? 3 : 1;
+  }
   int64_t N() const { return P ? P : H; }
   // Blocks of H that the forward keeps: i f g o; r z n and W_hn h + b_hn; r z n.
   int64_t saved() const {
-    return cell == Cell::lstm || cell == Cell::gru ? 4 : cell == Cell::gru_before ? 3 : 0;
+    return cell == Cell::lstm || cell == Cell::gru ? 4 : cell == Cell::gru_reset_before ? 3 : 0;
   }
   bool lstm() const { return cell == Cell::lstm; }
   bool guarded() const { return has_lengths || has_reset; }
-  Dtype wide() const { return computed_in(dtype); }
+  Dtype opmath() const { return computed_in(dtype); }
   int64_t length(int64_t b) const { return has_lengths ? lengths[b] : T; }
-  bool live(int64_t t, int64_t b) const { return t < length(b); }
+  bool valid(int64_t t, int64_t b) const { return t < length(b); }
 
   // Whether the row's state is replaced before step t: a reset at s stands between s - 1 and s.
-  bool cut(int64_t t, int64_t b) const {
+  bool resets_before(int64_t t, int64_t b) const {
     if (!has_reset) return false;
     const int64_t s = reverse ? t + 1 : t;
     return s < length(b) && reset[s * B + b] != 0;

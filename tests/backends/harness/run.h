@@ -31,14 +31,14 @@ struct How {
   Way way{"alone", {1, &together}};
   bool save = true;             // gates and c for the backward
   bool in_place = false;        // gates over gx
-  std::vector<int64_t> ranges;  // numbers of steps, in the order of the forward; empty: all in one
+  std::vector<int64_t> chunks;  // numbers of steps, in the order of the forward; empty: all in one
   bool inside = false;          // the scan multiplies x, which is gx, by a W_ih, which is the identity
 };
 
 struct Ran {
   Saved saved;
   Values c_all;              // [T, B, H]
-  std::vector<Values> h, c;  // the states after each range, the first ones in front
+  std::vector<Values> h, c;  // the states after each chunk, the first ones in front
 };
 
 // Throws std::runtime_error where the engine wrote what it must not.
@@ -48,8 +48,9 @@ struct Gradients {
   Values of[7];  // by Result
 };
 
-// ranges: numbers of steps, in the order of the backward; empty: all in one. wants_first: see Backward.
+// chunks: numbers of steps, in the order of the backward; empty: all in one. wants_initial_grads: see
+// Backward.
 Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Saved& saved, const Way& way,
-                       const std::vector<int64_t>& ranges = {}, bool wants_first = true);
+                       const std::vector<int64_t>& chunks = {}, bool wants_initial_grads = true);
 
 }  // namespace harness

@@ -25,7 +25,7 @@ from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, KINDS, MASKED, P
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 OPERANDS = {"bf16": BF16, "fp16": F16, "tf32": F32, "ieee": F32, "f64": F64}
-CELLS = {"rnn": "rnn_relu", "lstm": "lstm_proj", "gru": "gru", "gru_before": "gru_reset_before"}
+CELLS = {"rnn": "rnn_relu", "lstm": "lstm_proj", "gru": "gru", "gru_reset_before": "gru_reset_before"}
 SEEDS = range(20)
 
 

@@ -2,14 +2,13 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "operators.h"
+#include "schemas.h"
 
 namespace rnnkit {
 namespace {
 
 Cell checked_cell(int64_t cell) {
-  RNNKIT_CHECK(0 <= cell && cell <= static_cast<int64_t>(Cell::gru_before), "cell must lie in [0, 4], got ",
-               cell);
+  if (cell < 0 || cell >= cell_count) unknown_cell(cell);
   return static_cast<Cell>(cell);
 }
 
@@ -24,28 +23,28 @@ LayerInputs inputs(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_
   return in;
 }
 
-// Time first for the engine, or time first turned into batch first: the same either way.
-Tensor in_time(const Tensor& v, bool batch_first) {
+// [B, T, .] as [T, B, .] and back, where batch_first.
+Tensor transpose_batch(const Tensor& v, bool batch_first) {
   RNNKIT_CHECK(v.dim() == 3, "x and y must have 3 dimensions, got ", shown(v.sizes()));
   if (!batch_first) return v;
   return view(v, {v.size(1), v.size(0), v.size(2)}, {v.stride(1), v.stride(0), v.stride(2)}, 0);
 }
 
-// A module's states of one layer [1, B, width] as rows, and rows as such states.
-OptionalTensor rows(const OptionalTensor& v) {
+// A module's states of one layer [1, B, width] as [B, width], and back.
+OptionalTensor drop_layer_dim(const OptionalTensor& v) {
   if (!v.has_value()) return std::nullopt;
   RNNKIT_CHECK(v->dim() == 3 && v->size(0) == 1, "a state must be [1, B, .], got ", shown(v->sizes()));
   return view(*v, {v->size(1), v->size(2)}, {v->stride(1), v->stride(2)}, 0);
 }
-Tensor of_layers(const Tensor& v) {
+Tensor add_layer_dim(const Tensor& v) {
   const int64_t B = v.size(0), N = v.size(1);
   return view(v, {1, B, N}, {B * N, v.stride(0), v.stride(1)}, 0);
 }
 
 LayerInputs single(int64_t cell, const Tensor& x, const OptionalTensor& h_0, const OptionalTensor& c_0,
                    Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, bool batch_first) {
-  return inputs(cell, in_time(x, batch_first), rows(h_0), rows(c_0), w_ih, w_hh, b_ih, b_hh, {}, {}, {}, {},
-                {}, false);
+  return inputs(cell, transpose_batch(x, batch_first), drop_layer_dim(h_0), drop_layer_dim(c_0), w_ih, w_hh,
+                b_ih, b_hh, {}, {}, {}, {}, {}, false);
 }
 
 }  // namespace
@@ -54,10 +53,10 @@ std::vector<Tensor> cpu_layer_forward(int64_t cell, Tensor x, OptionalTensor h_0
                                       Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
                                       OptionalTensor w_hr, OptionalTensor lengths, OptionalTensor reset,
                                       OptionalTensor h_r, OptionalTensor c_r, bool reverse, bool all_states,
-                                      bool save, int64_t chunk) {
+                                      bool save, int64_t chunk_steps) {
   return layer_forward(
       inputs(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r, reverse), all_states,
-      save, chunk);
+      save, chunk_steps);
 }
 
 std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
@@ -77,9 +76,9 @@ std::vector<Tensor> cpu_single(int64_t cell, Tensor x, OptionalTensor h_0, Optio
                                bool save) {
   std::vector<Tensor> out =
       layer_forward(single(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first), false, save, 0);
-  out[0] = in_time(out[0], batch_first);
+  out[0] = transpose_batch(out[0], batch_first);
   const size_t states = checked_cell(cell) == Cell::lstm ? 2 : 1;
-  for (size_t k = 1; k <= states; ++k) out[k] = of_layers(out[k]);
+  for (size_t k = 1; k <= states; ++k) out[k] = add_layer_dim(out[k]);
   return out;
 }
 
@@ -88,14 +87,16 @@ std::vector<Tensor> cpu_single_backward(int64_t cell, Tensor x, OptionalTensor h
                                         bool batch_first, Tensor y, OptionalTensor gates,
                                         OptionalTensor c_kept, OptionalTensor gy, OptionalTensor gh_n,
                                         OptionalTensor gc_n, int64_t needs) {
-  if (gy.has_value()) gy = in_time(*gy, batch_first);
+  if (gy.has_value()) gy = transpose_batch(*gy, batch_first);
   std::vector<Tensor> out = layer_backward(
       single(cell, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first),
-      LayerGradients{in_time(y, batch_first), gates, c_kept, gy, rows(gh_n), rows(gc_n), {}}, needs);
+      LayerGradients{
+          transpose_batch(y, batch_first), gates, c_kept, gy, drop_layer_dim(gh_n), drop_layer_dim(gc_n), {}},
+      needs);
   size_t k = 0;
-  if ((needs & 1) != 0) out[k] = in_time(out[k], batch_first), ++k;
+  if ((needs & 1) != 0) out[k] = transpose_batch(out[k], batch_first), ++k;
   for (int bit : {1, 2}) {
-    if ((needs >> bit & 1) != 0) out[k] = of_layers(out[k]), ++k;
+    if ((needs >> bit & 1) != 0) out[k] = add_layer_dim(out[k]), ++k;
   }
   return out;
 }

@@ -10,13 +10,13 @@ namespace {
 
 // A [B, width] gradient in the compute type that the scan turns from that of the last state into that of the
 // first.
-Tensor carried(const LayerInputs& in, const OptionalTensor& g, const char* name, int64_t width) {
-  const int64_t bytes = in.dtype == Dtype::f64 ? 8 : 4;
-  Tensor d = empty({in.B, width}, wide(in.dtype));
+Tensor state_grad(const LayerInputs& in, const OptionalTensor& g, const char* name, int64_t width) {
+  const int64_t bytes = opmath_bytes(in.dtype);
+  Tensor d = empty({in.B, width}, opmath_type(in.dtype));
   char* to =
       static_cast<char*>(d.mutable_data_ptr());  // null without elements, which memcpy may not be given
   if (g.has_value()) {
-    const Tensor from = wide_copy(expect(*g, name, in.x.scalar_type(), {in.B, width}), in.dtype);
+    const Tensor from = to_opmath(expect(*g, name, in.x.scalar_type(), {in.B, width}), in.dtype);
     std::copy_n(static_cast<const char*>(from.const_data_ptr()), in.B * width * bytes, to);
   } else {
     std::fill_n(to, in.B * width * bytes, 0);
@@ -38,19 +38,19 @@ Tensor matrix(const Tensor& v, int64_t column, int64_t columns) {
   return view(v, {v.size(0) * v.size(1), columns}, {width, 1}, column);
 }
 
-// A range of time, and what the scan gives for it.
-struct Scanned {
+// A chunk of time, and what the scan gives for it.
+struct ChunkGrads {
   int64_t t0, n;
-  Tensor dgx;                     // [n, B, G H]
-  OptionalTensor dgn, dp, inner;  // [n, B, H], [n, B, P], [n, B, H]
+  Tensor dgx;                              // [n, B, G H]
+  OptionalTensor dgn, dp, second_operand;  // [n, B, H], [n, B, P], [n, B, H]
 };
 
-using Rows = std::vector<const void*>;
+using RowPointers = std::vector<const void*>;
 
 // Whether each row of d [n, B, width] holds a gradient: where it is all zero none came, so nothing that
-// stands there may pass on NaN. Empty where `guarded` is false: everywhere.
-std::vector<bool> reached(const Tensor& d, bool guarded) {
-  if (!guarded) return {};
+// stands there may pass on NaN. Empty where `masked` is false: everywhere.
+std::vector<bool> rows_with_grad(const Tensor& d, bool masked) {
+  if (!masked) return {};
   const int64_t count = d.size(0) * d.size(1), width = d.size(2);
   std::vector<bool> any(count);
   const auto look = [&](auto bits) {
@@ -76,11 +76,11 @@ std::vector<bool> reached(const Tensor& d, bool guarded) {
 
 // The rows of v at n steps from t0 on, in any strides of time and batch, where `any` says so (empty:
 // everywhere).
-Rows rows_of(const Tensor& v, int64_t t0, int64_t n, const std::vector<bool>& any) {
+RowPointers rows_of(const Tensor& v, int64_t t0, int64_t n, const std::vector<bool>& any) {
   const int64_t bytes = static_cast<int64_t>(v.element_size()), B = v.size(1);
   const int64_t step = v.stride(0) * bytes, row = v.stride(1) * bytes;
   const char* base = static_cast<const char*>(v.const_data_ptr()) + t0 * step;
-  Rows rows(n * B);
+  RowPointers rows(n * B);
   for (int64_t t = 0, r = 0; t < n; ++t) {
     for (int64_t b = 0; b < B; ++b, ++r)
       rows[r] = any.empty() || any[r] ? base + t * step + b * row : nullptr;
@@ -88,23 +88,23 @@ Rows rows_of(const Tensor& v, int64_t t0, int64_t n, const std::vector<bool>& an
   return rows;
 }
 
-// The states [N] that the range's steps started from.
-Rows before(const LayerInputs& in, const Scanned& s, const Tensor& y, const std::vector<bool>& any,
-            const Cuts& cuts) {
+// The states [N] that the chunk's steps started from.
+RowPointers states_before(const LayerInputs& in, const ChunkGrads& s, const Tensor& y,
+                          const std::vector<bool>& any, const LengthsAndResets& masks) {
   const int64_t bytes = in.N * bytes_of(in.dtype);
   const auto row = [&](const void* base, int64_t r) -> const void* {
     return base == nullptr ? nullptr : static_cast<const char*>(base) + r * bytes;
   };
   const void *states = y.const_data_ptr(), *h_0 = pointer(in.h_0), *h_r = pointer(in.h_r);
-  Rows rows(s.n * in.B);
+  RowPointers rows(s.n * in.B);
   for (int64_t k = 0, r = 0; k < s.n; ++k) {
     const int64_t t = s.t0 + k;
     for (int64_t b = 0; b < in.B; ++b, ++r) {
       const int64_t start =
-          in.reverse ? (cuts.lengths != nullptr ? std::min(cuts.lengths[b], in.T) : in.T) - 1 : 0;
+          in.reverse ? (masks.lengths != nullptr ? std::min(masks.lengths[b], in.T) : in.T) - 1 : 0;
       if (!any.empty() && !any[r]) {
         rows[r] = nullptr;
-      } else if (cuts.cut(t, b, in.reverse)) {
+      } else if (masks.resets_before(t, b, in.reverse)) {
         rows[r] = row(h_r, b);
       } else if (t == start) {
         rows[r] = row(h_0, b);
@@ -119,22 +119,22 @@ Rows before(const LayerInputs& in, const Scanned& s, const Tensor& y, const std:
 // Steps whose pre-activations' gradients are held at a time: rows enough for a weight's gradient to be summed
 // at its rate, but no more than an eighth of all (or 16). All at once where they take no more memory than
 // W_hh, whose packed panels are gone before W_ih is packed, and no gates are made again beside them.
-int64_t steps_at_a_time(const LayerInputs& in, bool again) {
-  if (in.T * in.B <= in.N && !again) return in.T;
+int64_t steps_at_a_time(const LayerInputs& in, bool recompute) {
+  if (in.T * in.B <= in.N && !recompute) return in.T;
   const int64_t rows = std::clamp<int64_t>(in.T * in.B / 8, 16, 512);
   return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));
 }
 
-// The gradients of the weights and of x, range by range.
-class Products {
+// The gradients of the weights and of x, chunk by chunk.
+class WeightGrads {
  public:
-  Products(const LayerInputs& in, const LayerGradients& g, const Cuts& cuts, int64_t needs)
-      : in_(in), g_(g), cuts_(cuts), guarded_(cuts.any()), width_(in.G * in.H) {
+  WeightGrads(const LayerInputs& in, const LayerGradients& g, const LengthsAndResets& masks, int64_t needs)
+      : in_(in), g_(g), masks_(masks), masked_(masks.any()), width_(in.G * in.H) {
     const auto wanted = [&](int bit) { return (needs >> bit & 1) != 0; };
-    // the first range writes them
+    // the first chunk writes them
     const bool written = in.T > 0 && in.B > 0 && in.H > 0;
     const auto sum = [&](std::initializer_list<int64_t> sizes) {
-      return written ? empty(sizes, wide(in.dtype)) : zeros(sizes, wide(in.dtype));
+      return written ? empty(sizes, opmath_type(in.dtype)) : zeros(sizes, opmath_type(in.dtype));
     };
     if (wanted(0)) {
       // without units no product writes it
@@ -151,40 +151,48 @@ class Products {
     if (wanted(7)) dw_hr = sum({in.P, in.H});
   }
 
-  void add(const Scanned& s) {
+  void add(const ChunkGrads& s) {
     const Tensor d = matrix(s.dgx, 0, width_);
     if (dx.has_value()) {
       const int64_t rows = in_.T * in_.B;
       if (!times_w_ih_) times_w_ih_.emplace(in_.w_ih, true, rows, rows > 16);
-      Tensor part = view(*dx, {s.n * in_.B, in_.I}, {in_.I, 1}, s.t0 * in_.B * in_.I);
-      times_w_ih_->run(d, part);
+      Tensor rows_of_dx = view(*dx, {s.n * in_.B, in_.I}, {in_.I, 1}, s.t0 * in_.B * in_.I);
+      times_w_ih_->run(d, rows_of_dx);
     }
     if (!dw_ih && !dw_hh && !db && !dw_hr) return;
-    const std::vector<bool> any = reached(s.dgx, guarded_);
+    const std::vector<bool> any = rows_with_grad(s.dgx, masked_);
     if (dw_ih.has_value()) {
-      outer(d, rows_of(*x_, s.t0, s.n, any), *dw_ih, db, added_);
+      gemm_tn(d, rows_of(*x_, s.t0, s.n, any), *dw_ih, db, added_);
     } else if (db.has_value()) {
       sum(d, *db);
     }
     if (dw_hh.has_value()) {
-      const Rows states = before(in_, s, g_.y, any, cuts_);
+      const RowPointers states = states_before(in_, s, g_.y, any, masks_);
       const auto block = [&](int64_t first, int64_t count) {
         return view(*dw_hh, {count * in_.H, in_.N}, {in_.N, 1}, first * in_.H * in_.N);
       };
-      if (in_.cell == Cell::gru) {
-        outer(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {}, added_);
-        outer(matrix(*s.dgn, 0, in_.H), states, block(2, 1), db_hn, added_);
-      } else if (in_.cell == Cell::gru_before) {
-        outer(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {}, added_);
-        outer(matrix(s.dgx, 2 * in_.H, in_.H), rows_of(*s.inner, 0, s.n, any), block(2, 1), {}, added_);
-      } else {
-        outer(d, states, *dw_hh, {}, added_);
+      switch (in_.cell) {
+        case Cell::rnn_tanh:
+        case Cell::rnn_relu:
+        case Cell::lstm:
+          gemm_tn(d, states, *dw_hh, {}, added_);
+          break;
+        case Cell::gru:
+          gemm_tn(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {}, added_);
+          gemm_tn(matrix(*s.dgn, 0, in_.H), states, block(2, 1), db_hn, added_);
+          break;
+        case Cell::gru_reset_before:
+          gemm_tn(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {}, added_);
+          gemm_tn(matrix(s.dgx, 2 * in_.H, in_.H), rows_of(*s.second_operand, 0, s.n, any), block(2, 1), {},
+                  added_);
+          break;
       }
     } else if (db_hn.has_value()) {
       sum(matrix(*s.dgn, 0, in_.H), *db_hn);
     }
     if (dw_hr.has_value()) {
-      outer(matrix(*s.dp, 0, in_.P), rows_of(*s.inner, 0, s.n, reached(*s.dp, guarded_)), *dw_hr, {}, added_);
+      gemm_tn(matrix(*s.dp, 0, in_.P), rows_of(*s.second_operand, 0, s.n, rows_with_grad(*s.dp, masked_)),
+              *dw_hr, {}, added_);
     }
     added_ = true;
   }
@@ -193,39 +201,39 @@ class Products {
 
  private:
   void sum(const Tensor& d, const Tensor& into) {
-    outer(d, Rows(d.size(0), nullptr), view(into, {d.size(1), 0}, {1, 1}, 0), into, added_);
+    gemm_tn(d, RowPointers(d.size(0), nullptr), view(into, {d.size(1), 0}, {1, 1}, 0), into, added_);
   }
 
   const LayerInputs& in_;
   const LayerGradients& g_;
-  const Cuts cuts_;
-  const bool guarded_;
+  const LengthsAndResets masks_;
+  const bool masked_;
   const int64_t width_;
-  bool added_ = false;  // whether a range was
-  std::optional<RowsTimes> times_w_ih_;
+  bool added_ = false;  // whether there was a chunk before
+  std::optional<PackedGemm> times_w_ih_;
   OptionalTensor x_;
 };
 
-// The gates of a range once more, and c of an LSTM, by the forward's scan from the state before the range.
-class Again {
+// The gates of a chunk once more, and c of an LSTM, by the forward's scan from the state before the chunk.
+class GateRecompute {
  public:
-  // in, g: outlive it. h_0, c_0: in the compute type. most: steps of a range.
-  Again(const LayerInputs& in, const LayerGradients& g, const Layer& layer, const OptionalTensor& h_0,
-        const OptionalTensor& c_0, int64_t most)
+  // in, g: outlive it. h_0, c_0: in the compute type. most: steps of a chunk.
+  GateRecompute(const LayerInputs& in, const LayerGradients& g, const Layer& layer, const OptionalTensor& h_0,
+                const OptionalTensor& c_0, int64_t most)
       : in_(in),
         g_(g),
-        cuts_(layer.cuts),
+        masks_(layer.masks),
         h_0_(h_0),
         c_0_(c_0),
         stride_(saved_of(in.cell) * in.H),
         projection_(in),
-        h_(empty({in.B, in.N}, wide(in.dtype))),
+        h_(empty({in.B, in.N}, opmath_type(in.dtype))),
         y_(empty({most, in.B, in.N}, in.x.scalar_type())),
-        gates_(empty({most, in.B, stride_}, wide(in.dtype))) {
-    if (is_half(in.dtype)) gx_ = empty({most * in.B, in.G * in.H}, wide(in.dtype));
+        gates_(empty({most, in.B, stride_}, opmath_type(in.dtype))) {
+    if (is_half(in.dtype)) gx_ = empty({most * in.B, in.G * in.H}, opmath_type(in.dtype));
     if (in.cell == Cell::lstm) {
-      c_ = empty({in.B, in.H}, wide(in.dtype));
-      c_kept_ = empty({most + 1, in.B, in.H}, wide(in.dtype));
+      c_ = empty({in.B, in.H}, opmath_type(in.dtype));
+      c_kept_ = empty({most + 1, in.B, in.H}, opmath_type(in.dtype));
     }
     const Forward problem{layer,
                           pointer(in.b_ih),
@@ -237,45 +245,47 @@ class Again {
     scan_ = engine().forward(problem, in.T);
   }
 
-  void run(BackwardRange& range) {
-    const int64_t n = range.n, before = in_.reverse ? range.t0 + n : range.t0 - 1;
-    enter(g_.y, h_0_, before, h_.mutable_data_ptr(), in_.N);
-    Range made{};
-    made.t0 = range.t0, made.n = n;
+  void run(BackwardChunk& chunk) {
+    const int64_t n = chunk.n, previous = in_.reverse ? chunk.t0 + n : chunk.t0 - 1;
+    load_state(g_.y, h_0_, previous, h_.mutable_data_ptr(), in_.N);
+    ForwardChunk made{};
+    made.t0 = chunk.t0, made.n = n;
     if (c_.has_value()) {
       const auto at = [&](int64_t step) {
         return static_cast<char*>(c_kept_->mutable_data_ptr()) + step * in_.B * in_.H * bytes();
       };
-      enter(*g_.c_kept, c_0_, before, c_->mutable_data_ptr(), in_.H);
+      load_state(*g_.c_kept, c_0_, previous, c_->mutable_data_ptr(), in_.H);
       std::copy_n(static_cast<const char*>(c_->const_data_ptr()), in_.B * in_.H * bytes(),
                   at(in_.reverse ? n : 0));
       made.c_kept = at(in_.reverse ? 0 : 1);
     }
     made.gx_stride = gx_.has_value() ? in_.G * in_.H : stride_;
-    const Tensor gx = projection_.run(range.t0, n, gx_.has_value() ? *gx_ : gates_, made.gx_stride, 0);
+    const Tensor gx = projection_.run(chunk.t0, n, gx_.has_value() ? *gx_ : gates_, made.gx_stride, 0);
     made.gx = gx.const_data_ptr();
     made.y = y_.mutable_data_ptr();
     made.gates = gates_.mutable_data_ptr();
     made.gates_stride = stride_;
     scan_->run(made);
-    range.gates = made.gates;
-    range.c_kept = made.c_kept;
+    chunk.gates = made.gates;
+    chunk.c_kept = made.c_kept;
   }
 
  private:
-  int64_t bytes() const { return in_.dtype == Dtype::f64 ? 8 : 4; }
+  int64_t bytes() const { return opmath_bytes(in_.dtype); }
 
-  // The state [B, width] in the compute type after step `before`; `first` (null: zeros) where there is none.
-  void enter(const Tensor& states, const OptionalTensor& first, int64_t before, void* to, int64_t width) {
-    const bool inside = before >= 0 && before < in_.T;
+  // The state [B, width] in the compute type after step `previous`; `first` (null: zeros) where there is
+  // none.
+  void load_state(const Tensor& states, const OptionalTensor& first, int64_t previous, void* to,
+                  int64_t width) {
+    const bool inside = previous >= 0 && previous < in_.T;
     OptionalTensor after;
     if (inside) {
-      after = wide_copy(view(states, {in_.B, width}, {width, 1}, before * in_.B * width), in_.dtype);
+      after = to_opmath(view(states, {in_.B, width}, {width, 1}, previous * in_.B * width), in_.dtype);
     }
     const int64_t count = width * bytes();
     char* row = static_cast<char*>(to);
     for (int64_t b = 0; b < in_.B; ++b, row += count) {
-      const void* from = pointer(inside && cuts_.live(before, b) ? after : first);
+      const void* from = pointer(inside && masks_.valid(previous, b) ? after : first);
       if (from == nullptr) {
         std::fill_n(row, count, 0);
       } else {
@@ -286,7 +296,7 @@ class Again {
 
   const LayerInputs& in_;
   const LayerGradients& g_;
-  const Cuts cuts_;
+  const LengthsAndResets masks_;
   const OptionalTensor h_0_, c_0_;
   const int64_t stride_;
   const Projection projection_;
@@ -303,10 +313,10 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   const bool lstm = in.cell == Cell::lstm;
   const int64_t saved = saved_of(in.cell), width = in.G * in.H;
   g.y = expect(g.y, "y", type, {in.T, in.B, in.N});
-  const bool again = saved != 0 && !g.gates.has_value();
+  const bool recompute = saved != 0 && !g.gates.has_value();
   RNNKIT_CHECK(!lstm || g.c_kept.has_value(), "c must be given, as the forward gave it");
-  g.gates = expect(g.gates, "gates", wide(in.dtype), {in.T, in.B, saved * in.H});
-  g.c_kept = expect(g.c_kept, "c", again ? type : wide(in.dtype), {in.T, in.B, in.H});
+  g.gates = expect(g.gates, "gates", opmath_type(in.dtype), {in.T, in.B, saved * in.H});
+  g.c_kept = expect(g.c_kept, "c", recompute ? type : opmath_type(in.dtype), {in.T, in.B, in.H});
   g.gc_all = expect(g.gc_all, "gc_all", type, {in.T, in.B, in.H});
   Backward q{};
   if (g.gy.has_value()) {
@@ -314,14 +324,14 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
     if (g.gy->stride(2) != 1 && g.gy->stride(2) != 0) g.gy = torch::stable::contiguous(*g.gy);
     q.gy_strides = {g.gy->stride(0), g.gy->stride(1), in.N == 1 ? 1 : g.gy->stride(2)};
   }
-  Tensor dh = carried(in, g.gh_n, "gh_n", in.N);
+  Tensor dh = state_grad(in, g.gh_n, "gh_n", in.N);
   OptionalTensor dc, dh_r, dc_r, h_0, c_0;
-  if (lstm) dc = carried(in, g.gc_n, "gc_n", in.H);
+  if (lstm) dc = state_grad(in, g.gc_n, "gc_n", in.H);
   const bool resets = (needs >> 8 & 3) != 0;
-  if (resets) dh_r = zeros({in.B, in.N}, wide(in.dtype));
-  if (resets && lstm) dc_r = zeros({in.B, in.H}, wide(in.dtype));
-  if (in.h_0.has_value()) h_0 = wide_copy(*in.h_0, in.dtype);
-  if (in.c_0.has_value()) c_0 = wide_copy(*in.c_0, in.dtype);
+  if (resets) dh_r = zeros({in.B, in.N}, opmath_type(in.dtype));
+  if (resets && lstm) dc_r = zeros({in.B, in.H}, opmath_type(in.dtype));
+  if (in.h_0.has_value()) h_0 = to_opmath(*in.h_0, in.dtype);
+  if (in.c_0.has_value()) c_0 = to_opmath(*in.c_0, in.dtype);
   q.layer = in.layer();
   q.T = in.T;
   q.gy = pointer(g.gy);
@@ -329,35 +339,42 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   q.y = g.y.const_data_ptr();
   q.h_0 = pointer(h_0);
   q.c_0 = pointer(c_0);
-  q.wants_first = (needs >> 1 & 3) != 0 || resets;
+  q.wants_initial_grads = (needs >> 1 & 3) != 0 || resets;
   q.dh = dh.mutable_data_ptr();
   q.dc = dc.has_value() ? dc->mutable_data_ptr() : nullptr;
   q.dh_r = dh_r.has_value() ? dh_r->mutable_data_ptr() : nullptr;
   q.dc_r = dc_r.has_value() ? dc_r->mutable_data_ptr() : nullptr;
 
-  Products products(in, g, q.layer.cuts, needs);
+  WeightGrads weight_grads(in, g, q.layer.masks, needs);
   if (in.T > 0 && in.B > 0 && in.H > 0) {
-    const int64_t most = std::min(in.T, steps_at_a_time(in, again));
+    const int64_t most = std::min(in.T, steps_at_a_time(in, recompute));
     const auto held = [&](int64_t columns) { return empty({most, in.B, columns}, type); };
-    Scanned s{0, 0, held(width), {}, {}, {}};
+    ChunkGrads s{0, 0, held(width), {}, {}, {}};
     if (in.cell == Cell::gru) s.dgn = held(in.H);
     if (in.P) s.dp = held(in.P);
-    if (in.P || in.cell == Cell::gru_before) s.inner = held(in.H);
+    if (in.P || in.cell == Cell::gru_reset_before) s.second_operand = held(in.H);
     const auto memory = [](const OptionalTensor& v) {
       return v.has_value() ? v->mutable_data_ptr() : nullptr;
     };
-    const BackwardRange range{
-        0, 0, nullptr, saved * in.H, nullptr, memory(s.dgx), memory(s.dgn), memory(s.dp), memory(s.inner)};
-    std::optional<Again> made;
-    if (again) made.emplace(in, g, q.layer, h_0, c_0, most);
-    const int64_t row = in.B * (in.dtype == Dtype::f64 ? 8 : 4);  // bytes of a step for one unit
+    const BackwardChunk chunk{0,
+                              0,
+                              nullptr,
+                              saved * in.H,
+                              nullptr,
+                              memory(s.dgx),
+                              memory(s.dgn),
+                              memory(s.dp),
+                              memory(s.second_operand)};
+    std::optional<GateRecompute> made;
+    if (recompute) made.emplace(in, g, q.layer, h_0, c_0, most);
+    const int64_t row = in.B * opmath_bytes(in.dtype);  // bytes of a step for one unit
     const auto from = [&](const OptionalTensor& v, int64_t offset) -> const void* {
       return v.has_value() ? static_cast<const char*>(v->const_data_ptr()) + offset : nullptr;
     };
     std::unique_ptr<BackwardScan> scan = engine().backward(q);
     for (int64_t done = 0; done < in.T;) {
       const int64_t n = std::min(most, in.T - done);
-      BackwardRange here = range;
+      BackwardChunk here = chunk;
       here.n = n, here.t0 = in.reverse ? done : in.T - done - n;
       if (made.has_value()) {
         made->run(here);
@@ -371,7 +388,7 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
         return view(*v, {n, in.B, v->size(2)}, {in.B * v->size(2), v->size(2), 1}, 0);
       };
       if (done + n == in.T) scan.reset(), made.reset();  // and their panels
-      products.add({here.t0, n, *first(s.dgx), first(s.dgn), first(s.dp), first(s.inner)});
+      weight_grads.add({here.t0, n, *first(s.dgx), first(s.dgn), first(s.dp), first(s.second_operand)});
       done += n;
     }
   }
@@ -379,22 +396,22 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   const auto narrow = [&](const Tensor& v) { return is_half(in.dtype) ? torch::stable::to(v, type) : v; };
   std::vector<Tensor> out;
   const auto wanted = [&](int bit) { return (needs >> bit & 1) != 0; };
-  if (wanted(0)) out.push_back(*products.dx);
+  if (wanted(0)) out.push_back(*weight_grads.dx);
   if (wanted(1)) out.push_back(narrow(dh));
   if (wanted(2)) out.push_back(narrow(*dc));
-  if (wanted(3)) out.push_back(narrow(*products.dw_ih));
-  if (wanted(4)) out.push_back(narrow(*products.dw_hh));
-  if (wanted(5)) out.push_back(narrow(*products.db));
+  if (wanted(3)) out.push_back(narrow(*weight_grads.dw_ih));
+  if (wanted(4)) out.push_back(narrow(*weight_grads.dw_hh));
+  if (wanted(5)) out.push_back(narrow(*weight_grads.db));
   if (wanted(6)) {
-    Tensor recurrent = wanted(5) ? copy_of(*products.db) : *products.db;
-    if (products.db_hn.has_value()) {
-      const int64_t bytes = in.H * (in.dtype == Dtype::f64 ? 8 : 4);
-      std::copy_n(static_cast<const char*>(products.db_hn->const_data_ptr()), bytes,
+    Tensor recurrent = wanted(5) ? copy_of(*weight_grads.db) : *weight_grads.db;
+    if (weight_grads.db_hn.has_value()) {
+      const int64_t bytes = in.H * opmath_bytes(in.dtype);
+      std::copy_n(static_cast<const char*>(weight_grads.db_hn->const_data_ptr()), bytes,
                   static_cast<char*>(recurrent.mutable_data_ptr()) + 2 * bytes);
     }
     out.push_back(narrow(recurrent));
   }
-  if (wanted(7)) out.push_back(narrow(*products.dw_hr));
+  if (wanted(7)) out.push_back(narrow(*weight_grads.dw_hr));
   if (wanted(8)) out.push_back(narrow(*dh_r));
   if (wanted(9)) out.push_back(narrow(*dc_r));
   return out;

@@ -1,23 +1,23 @@
-// The products outside a scan, over all steps and rows: the input projection, the gradient of x, and the
+// The GEMMs outside a scan, over all steps and rows: the input projection, the gradient of x, and the
 // gradient of a weight. Included once per variant, inside its namespace.
 
 template <class S>
-class ProductOf final : public Product {
-  using A = compute_t<S>;
+class TypedGemm final : public GemmKernel {
+  using A = opmath_t<S>;
   static constexpr int L = lanes<A>;
 
  public:
-  Weights<S> weights;
+  GemmWeights<S> weights;
 
-  void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, bool wide,
+  void run(int64_t M, const void* a, int64_t lda, void* out, int64_t ldo, bool out_opmath,
            const Workers& workers) const override {
-    const Split split(workers.threads, M, 1, weights.units * weights.K, 1);
-    run_parts(split, workers.parallel, [&](int64_t first, int64_t last, Meeting&) {
+    const Partition partition(workers.threads, M, 1, weights.units * weights.K, 1);
+    run_slices(partition, workers.parallel, [&](int64_t first, int64_t last, SpinBarrier&) {
       for (int64_t p = first; p < last; ++p) {
-        const Part part = split.part(p, M);
+        const ThreadSlice slice = partition.slice(p, M);
         const S* from = static_cast<const S*>(a);
-        wide ? rows(part.row0, part.row1, from, lda, static_cast<A*>(out), ldo)
-             : rows(part.row0, part.row1, from, lda, static_cast<S*>(out), ldo);
+        out_opmath ? rows(slice.row0, slice.row1, from, lda, static_cast<A*>(out), ldo)
+                   : rows(slice.row0, slice.row1, from, lda, static_cast<S*>(out), ldo);
       }
     });
   }
@@ -29,8 +29,8 @@ class ProductOf final : public Product {
   void rows(int64_t row0, int64_t row1, const S* a, int64_t lda, Out* out, int64_t ldo) const {
     std::array<int32_t, block> in_order;
     for (int64_t r = 0; r < block; ++r) in_order[r] = static_cast<int32_t>(r);
-    Padded<A> converted;
-    if constexpr (!std::is_same_v<S, A>) converted = Padded<A>(std::min(block, row1 - row0), weights.K);
+    PaddedMatrix<A> converted;
+    if constexpr (!std::is_same_v<S, A>) converted = PaddedMatrix<A>(std::min(block, row1 - row0), weights.K);
     for (int64_t m = row0; m < row1; m += block) {
       const int count = static_cast<int>(std::min(block, row1 - m));
       const A* from;
@@ -41,11 +41,11 @@ class ProductOf final : public Product {
         for (int r = 0; r < count; ++r) convert(a + (m + r) * lda, converted.row(r));
         from = converted.row(0), stride = converted.stride;
       }
-      product<1>(
-          weights, 0, weights.count(), in_order.data(), count, from, stride,
+      gemm_panels<1>(
+          weights, 0, weights.panel_count(), in_order.data(), count, from, stride,
           [&](int32_t r, int u, const A* z, const A*) {
             const int64_t j = static_cast<int64_t>(u) * L;
-            store(out + (m + r) * ldo + j, whole<value_t<S>>(z),
+            store(out + (m + r) * ldo + j, loadu<vector_t<S>>(z),
                   static_cast<int>(std::min<int64_t>(L, weights.units - j)));
           },
           [](int32_t, int) {});
@@ -61,28 +61,28 @@ class ProductOf final : public Product {
 
 // A tile of `rows` outputs times up to three vectors of columns, over a block of k whose operands were packed
 // side by side: out += sum over k of a[k, rows]^T b[k, vectors].
-constexpr int outer_rows = registers >= 32 ? 8 : 4;
-constexpr int outer_vectors = 3;
+constexpr int tn_rows = registers >= 32 ? 8 : 4;
+constexpr int tn_vectors = 3;
 
 template <class A, int vectors>
-void outer_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restrict out, int64_t ldo,
-                int rows, int last, bool add) {
+void tn_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restrict out, int64_t ldo,
+             int rows, int last, bool add) {
   using V = typename Vector<A>::Value;
   constexpr int L = lanes<A>;
-  V sum[outer_rows][vectors] = {};
-  for (int64_t k = 0; k < K; ++k, a += outer_rows, b += vectors * L) {
+  V sum[tn_rows][vectors] = {};
+  for (int64_t k = 0; k < K; ++k, a += tn_rows, b += vectors * L) {
     V w[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) w[v] = whole<V>(b + v * L);
+    for (int v = 0; v < vectors; ++v) w[v] = loadu<V>(b + v * L);
 #pragma GCC unroll 8
-    for (int r = 0; r < outer_rows; ++r) {
+    for (int r = 0; r < tn_rows; ++r) {
       const V x = a[r] - V{};
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] += x * w[v];
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < outer_rows; ++r) {
+  for (int r = 0; r < tn_rows; ++r) {
     if (r >= rows) break;
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
@@ -94,24 +94,24 @@ void outer_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __re
 }
 
 template <class S>
-class OuterOf {
-  using A = compute_t<S>;
-  using V = value_t<S>;
+class TypedGemmTN {
+  using A = opmath_t<S>;
+  using V = vector_t<S>;
   static constexpr int L = lanes<A>;
   static constexpr int64_t block = 256;     // of k: a panel of b stays in the first-level cache
   static constexpr int64_t columns = 1008;  // of b at a time: the block stays in the second-level cache
 
  public:
-  explicit OuterOf(const Outer& q) : q_(q) {}
+  explicit TypedGemmTN(const GemmTN& q) : q_(q) {}
 
   void run() {
     if (q_.M == 0) return;
-    const int64_t tiles = ceil_div(q_.M, outer_rows);
-    const Split split(q_.workers.threads, tiles, 1, q_.N * q_.K * outer_rows, 1);
-    run_parts(split, q_.workers.parallel, [&](int64_t first, int64_t last, Meeting&) {
+    const int64_t tiles = ceil_div(q_.M, tn_rows);
+    const Partition partition(q_.workers.threads, tiles, 1, q_.N * q_.K * tn_rows, 1);
+    run_slices(partition, q_.workers.parallel, [&](int64_t first, int64_t last, SpinBarrier&) {
       for (int64_t p = first; p < last; ++p) {
-        const Part part = split.part(p, tiles);
-        rows(part.row0 * outer_rows, std::min(q_.M, part.row1 * outer_rows));
+        const ThreadSlice slice = partition.slice(p, tiles);
+        rows(slice.row0 * tn_rows, std::min(q_.M, slice.row1 * tn_rows));
       }
     });
   }
@@ -120,17 +120,16 @@ class OuterOf {
   // The outputs of rows [m0, m1).
   void rows(int64_t m0, int64_t m1) {
     const int64_t width = std::min(columns, q_.N), padded = ceil_div(width, L) * L;
-    Aligned<A> a(block * outer_rows), b(std::min(block, q_.K) * padded);
+    AlignedBuffer<A> a(block * tn_rows), b(std::min(block, q_.K) * padded);
     for (int64_t j0 = 0; j0 == 0 || j0 < q_.N; j0 += columns) {
       const int64_t n = std::min(columns, q_.N - j0);
-      const int vectors = static_cast<int>(ceil_div(n, L)),
-                panels = (vectors + outer_vectors - 1) / outer_vectors;
+      const int vectors = static_cast<int>(ceil_div(n, L)), panels = (vectors + tn_vectors - 1) / tn_vectors;
       for (int64_t k0 = 0; k0 == 0 || k0 < q_.K; k0 += block) {
         const bool add = q_.add || k0 > 0;
         const int64_t K = std::min(block, q_.K - k0);
         pack_b(k0, K, j0, n, vectors, panels, b.data);
-        for (int64_t m = m0; m < m1; m += outer_rows) {
-          const int here = static_cast<int>(std::min<int64_t>(outer_rows, m1 - m));
+        for (int64_t m = m0; m < m1; m += tn_rows) {
+          const int here = static_cast<int>(std::min<int64_t>(tn_rows, m1 - m));
           const bool sums = j0 == 0 && q_.sum != nullptr;
           pack_a(k0, K, m, here, a.data, sums ? static_cast<A*>(q_.sum) + m : nullptr, add);
           const A* from = b.data;
@@ -141,13 +140,13 @@ class OuterOf {
                 static_cast<int>(std::min<int64_t>(L, n - static_cast<int64_t>(u + in_panel - 1) * L));
             switch (in_panel) {
               case 1:
-                outer_tile<A, 1>(a.data, from, K, to, q_.ldo, here, last, add);
+                tn_tile<A, 1>(a.data, from, K, to, q_.ldo, here, last, add);
                 break;
               case 2:
-                outer_tile<A, 2>(a.data, from, K, to, q_.ldo, here, last, add);
+                tn_tile<A, 2>(a.data, from, K, to, q_.ldo, here, last, add);
                 break;
               default:
-                outer_tile<A, 3>(a.data, from, K, to, q_.ldo, here, last, add);
+                tn_tile<A, 3>(a.data, from, K, to, q_.ldo, here, last, add);
             }
             from += K * in_panel * L;
             u += in_panel;
@@ -173,21 +172,21 @@ class OuterOf {
     }
   }
 
-  // [K, outer_rows] of the columns from m on, zeros beyond `valid`; their sums, where wanted.
+  // [K, tn_rows] of the columns from m on, zeros beyond `valid`; their sums, where wanted.
   void pack_a(int64_t k0, int64_t K, int64_t m, int valid, A* to, A* sum, bool add) const {
     const S* from = static_cast<const S*>(q_.a) + k0 * q_.lda + m;
-    A total[outer_rows] = {};
-    for (int64_t k = 0; k < K; ++k, from += q_.lda, to += outer_rows) {
-      if (valid == outer_rows && std::is_same_v<S, A>) {
-        __builtin_memcpy(to, from, outer_rows * sizeof(A));
+    A total[tn_rows] = {};
+    for (int64_t k = 0; k < K; ++k, from += q_.lda, to += tn_rows) {
+      if (valid == tn_rows && std::is_same_v<S, A>) {
+        __builtin_memcpy(to, from, tn_rows * sizeof(A));
       } else {
-        for (int r = 0; r < outer_rows; ++r) to[r] = r < valid ? load_one(from + r) : A(0);
+        for (int r = 0; r < tn_rows; ++r) to[r] = r < valid ? load_one(from + r) : A(0);
       }
-      for (int r = 0; r < outer_rows; ++r) total[r] += to[r];
+      for (int r = 0; r < tn_rows; ++r) total[r] += to[r];
     }
     if (sum == nullptr) return;
     for (int r = 0; r < valid; ++r) sum[r] = add ? sum[r] + total[r] : total[r];
   }
 
-  const Outer q_;
+  const GemmTN q_;
 };

@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/scan.h"
+#include "../cpu/scan.h"
 
 namespace rnnkit {
 
@@ -25,11 +25,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
+template <class... Words>
+[[noreturn]] void fail(const Words&... words) {
   std::ostringstream message;
   message << "rnnkit: ";
-  (message << ... << parts);
+  (message << ... << words);
   throw std::runtime_error(message.str());
 }
 
@@ -111,13 +111,19 @@ inline Dtype dtype_of(const Tensor& tensor) {
 
 inline bool is_half(Dtype dtype) { return dtype == Dtype::bf16 || dtype == Dtype::f16; }
 
-// The type that a dtype is computed in.
-inline ScalarType wide(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
+// The type that a dtype is computed in, and the size of one number of it.
+inline ScalarType opmath_type(Dtype dtype) {
+  return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+}
+inline int64_t opmath_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-// torch's threads, but one in a process that was forked after this library was loaded: OpenMP's threads are
-// not there.
+// Whether this process was forked after this library was loaded. OpenMP's threads, and torch's, are not
+// there.
+bool was_forked();
+
+// torch's threads, but one in a process that was forked.
 Workers workers();
 
 // Contiguous memory on the CPU. `zeros` fills it.
@@ -127,29 +133,5 @@ Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type);
 // A view of the same memory; `offset` counts elements from the first of `of`.
 Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
             int64_t offset);
-
-// The large products around a scan; products.cpp.
-
-// Whether torch's product is taken for M rows of K times a matrix like w, with N outputs.
-bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K);
-
-// Rows of a [M, K] times one matrix, M at a time, into rows of `out` [M, N].
-class RowsTimes {
- public:
-  // a w^T with w [N, K], packed where `pack`, or (`turned`) a w with w [K, N]; rows: how many there will be
-  // in all.
-  RowsTimes(const Tensor& w, bool turned, int64_t rows, bool pack = true);
-  void run(const Tensor& a, Tensor& out) const;
-
- private:
-  Tensor w_;
-  std::unique_ptr<Product> own_;
-};
-
-// out [M, N] += sum over k of a[k]^T row[k], with a [K, M] and rows of N elements (null: zeros); `sum` [M],
-// where there is one, += the sum over k of a[k]. `out` and `sum` are in the compute type; where not `add`
-// they are written, whatever stands there.
-void outer(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
-           const OptionalTensor& sum, bool add);
 
 }  // namespace rnnkit

@@ -1,11 +1,11 @@
-// The products of a scan: a tile of rows times a panel of packed weights, for any number of rows. Included
-// once per variant, inside its namespace.
+// The GEMMs of a scan: a tile of rows times a panel of packed weights, for any number of rows. Included once
+// per variant, inside its namespace.
 //
 // A panel holds the weights of up to four vectors of outputs side by side: all G gates of one vector of units
 // (G 3 and 4), or several vectors of units (G 1 and 2), k by k, so that a tile reads it from end to end.
 // Every output is summed over k in the same order whatever the tile, so a row's result does not depend on the
 // rows beside it. There are two orders: k by k, and for weights that serve a single step lane by lane, see
-// Weights::dot.
+// GemmWeights::dot.
 
 constexpr int registers = RNNKIT_REGISTERS;
 constexpr int max_rows = 8;
@@ -27,7 +27,7 @@ void tile(const T* const* a, const T* __restrict panel, int64_t K, T* __restrict
   for (int64_t k = 0; k < K; ++k) {
     V w[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) w[v] = whole<V>(panel + v * L);
+    for (int v = 0; v < vectors; ++v) w[v] = loadu<V>(panel + v * L);
     panel += vectors * L;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
@@ -51,7 +51,7 @@ constexpr int64_t lane_stride(int64_t K) {
 }
 
 // For each lane l the sums of rows times one vector over k = l, l + L, ..., and of `count` lanes from l on,
-// the two halves' added. So Weights::dot sums.
+// the two halves' added. So GemmWeights::dot sums.
 template <class T, int rows, int count>
 __attribute__((always_inline)) inline void add_lanes(const T* const* a, const T* panel, int64_t K, int l,
                                                      typename Vector<T>::Value (&sum)[rows]) {
@@ -68,7 +68,7 @@ __attribute__((always_inline)) inline void add_lanes(const T* const* a, const T*
     for (int r = 0; r < rows; ++r) sum[r] = V{};
     panel += l * lane_stride<T>(K) * L;
     for (int64_t k = l; k < K; k += L, panel += L) {
-      const V w = whole<V>(panel);
+      const V w = loadu<V>(panel);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) sum[r] += (a[r][k] - V{}) * w;
     }
@@ -84,9 +84,9 @@ void tile_by_lanes(const T* const* a, const T* panel, int64_t K, T* out, int64_t
   const T* row[rows];
   for (int r = 0; r < rows; ++r) row[r] = a[r];
   for (int i = 0; i < L / together; ++i) {
-    V part[rows];
-    add_lanes<T, rows, together>(row, panel, K, i * together, part);
-    __builtin_memcpy(sum[i], part, sizeof part);
+    V some[rows];
+    add_lanes<T, rows, together>(row, panel, K, i * together, some);
+    __builtin_memcpy(sum[i], some, sizeof some);
   }
   for (int n = L / together; n > 1; n /= 2) {
     for (int i = 0; i < n / 2; ++i) {
@@ -107,8 +107,8 @@ void tile_pair(const T* a, const T* __restrict first, const T* __restrict second
     const V x = a[k] - V{};
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      sum[0][v] += x * whole<V>(first + (k * vectors + v) * L);
-      sum[1][v] += x * whole<V>(second + (k * vectors + v) * L);
+      sum[0][v] += x * loadu<V>(first + (k * vectors + v) * L);
+      sum[1][v] += x * loadu<V>(second + (k * vectors + v) * L);
     }
   }
   __builtin_memcpy(out, sum, sizeof sum);
@@ -141,9 +141,9 @@ void rows_by_lanes(const T* const* a, int rows, const T* panel, int64_t K, T* ou
   if constexpr (most > 1) rows_by_lanes<T, most / 2>(a, rows, panel, K, out, ldo);
 }
 
-// L vectors of L numbers, turned: row r's number k becomes row k's number r.
+// L vectors of L numbers, transposed: row r's number k becomes row k's number r.
 template <class A>
-inline void turn(typename Vector<A>::Value* v) {
+inline void transpose(typename Vector<A>::Value* v) {
   constexpr int L = lanes<A>;
 #if defined(__clang__)
   for (int r = 0; r < L; ++r) {
@@ -206,12 +206,12 @@ __attribute__((always_inline)) inline typename Vector<A>::Value lane_sums(
   }
 }
 
-// Weights as a product wants them: packed into panels. For a single step they stay as they are: a few rows
+// The weights of a GEMM, packed into panels. For a single step they stay as they are: a few rows
 // take lane by lane what lies side by side, and for more each panel is packed into the first-level cache when
 // its turn comes. Weights whose columns are the outputs stay as they are for a few rows, too.
 template <class S>
-struct Weights {
-  using A = compute_t<S>;
+struct GemmWeights {
+  using A = opmath_t<S>;
   static constexpr int L = lanes<A>;
 
   int64_t units = 0, K = 0;
@@ -220,34 +220,35 @@ struct Weights {
   int64_t block = 0;
   const S* columns = nullptr;  // [K, units]: rows `ld` apart; null where packed
   int64_t ld = 0;
-  Aligned<A> panels;
+  AlignedBuffer<A> panels;
 
-  int units_vectors() const { return static_cast<int>(ceil_div(units, L)); }  // vectors of units
-  int wide() const { return gates >= 3 ? 1 : max_vectors / gates; }           // of them in a whole panel
-  int count() const { return static_cast<int>(ceil_div(units_vectors(), wide())); }
-  int in_panel(int p) const { return std::min(wide(), units_vectors() - p * wide()); }
-  int64_t panel_size() const { return static_cast<int64_t>(wide()) * gates * L * K; }
+  int unit_vectors() const { return static_cast<int>(ceil_div(units, L)); }  // vectors of units
+  int panel_width() const { return gates >= 3 ? 1 : max_vectors / gates; }   // of them in a full panel
+  int panel_count() const { return static_cast<int>(ceil_div(unit_vectors(), panel_width())); }
+  int panel_vectors(int p) const { return std::min(panel_width(), unit_vectors() - p * panel_width()); }
+  int64_t panel_size() const { return static_cast<int64_t>(panel_width()) * gates * L * K; }
   const A* panel(int p) const { return panels.data + p * panel_size(); }
 
   // pack(p0, p1) for all panels, shared among the workers.
   template <class Pack>
   void share_panels(const Workers& workers, Pack pack) const {
     constexpr int64_t worth_a_thread = 1 << 15;  // elements: some microseconds
-    const Split split(std::min({workers.threads, int64_t{count()}, panel_size() * count() / worth_a_thread}));
-    run_parts(split, workers.parallel, [&](int64_t first, int64_t last, Meeting&) {
-      for (int64_t part = first; part < last; ++part) {
-        const Part mine = split.part(part, count());
-        pack(static_cast<int>(mine.row0), static_cast<int>(mine.row1));
+    const Partition partition(
+        std::min({workers.threads, int64_t{panel_count()}, panel_size() * panel_count() / worth_a_thread}));
+    run_slices(partition, workers.parallel, [&](int64_t first, int64_t last, SpinBarrier&) {
+      for (int64_t k = first; k < last; ++k) {
+        const ThreadSlice slice = partition.slice(k, panel_count());
+        pack(static_cast<int>(slice.row0), static_cast<int>(slice.row1));
       }
     });
   }
 
   // Outputs are rows of w: out[g, j] = sum over k of w[g * block + j, k] a[k].
-  void by_rows(const S* w, int64_t block_, int gates_, int64_t units_, int64_t K_, bool whole,
+  void gemm_nt(const S* w, int64_t block_, int gates_, int64_t units_, int64_t K_, bool packed,
                const Workers& workers) {
     units = units_, K = K_, gates = gates_, raw = w, block = block_;
-    if (!whole) return;
-    panels = Aligned<A>(static_cast<int64_t>(units_vectors()) * gates * L * K);
+    if (!packed) return;
+    panels = AlignedBuffer<A>(static_cast<int64_t>(unit_vectors()) * gates * L * K);
     share_panels(workers, [&](int p0, int p1) {
       for (int p = p0; p < p1; ++p) pack(p, const_cast<A*>(panel(p)));
     });
@@ -256,9 +257,9 @@ struct Weights {
 
   // Rows a times the outputs of panel p of `raw`, as a tile gives them: [rows, vectors, lanes].
   void dots(int p, const A* const* a, int rows, A* out) const {
-    const int vectors = in_panel(p) * gates;
+    const int vectors = panel_vectors(p) * gates;
     for (int v = 0; v < vectors; ++v) {
-      const int64_t first = (static_cast<int64_t>(p) * wide() + v / gates) * L;
+      const int64_t first = (static_cast<int64_t>(p) * panel_width() + v / gates) * L;
       const S* from = raw + ((v % gates) * block + first) * K;
       for (int r = 0; r < rows; ++r) {
         const auto sums = dot(a[r], from, std::min<int64_t>(L, units - first));
@@ -268,8 +269,8 @@ struct Weights {
   }
 
   // a [K] times L rows of `raw`, of which `valid` exist.
-  value_t<S> dot(const A* a, const S* from, int64_t valid) const {
-    using V = value_t<S>;
+  vector_t<S> dot(const A* a, const S* from, int64_t valid) const {
+    using V = vector_t<S>;
     constexpr int group = std::min(L, 8);  // rows whose addresses stay in registers
     V sum[L];
 #pragma GCC unroll 2
@@ -282,7 +283,7 @@ struct Weights {
       }
       int64_t k = 0;
       for (; k + L <= K; k += L) {
-        const V x = whole<V>(a + k);
+        const V x = loadu<V>(a + k);
 #pragma GCC unroll 8
         for (int j = 0; j < group; ++j) sum[g + j] += x * load(w[j] + k, L);
       }
@@ -294,57 +295,57 @@ struct Weights {
       for (int j = 0; j < group; ++j) store(left[j], load(w[j] + k, n), L);
       asm volatile("" : : "r"(left) : "memory");
 #pragma GCC unroll 8
-      for (int j = 0; j < group; ++j) sum[g + j] += whole<V>(left[group]) * whole<V>(left[j]);
+      for (int j = 0; j < group; ++j) sum[g + j] += loadu<V>(left[group]) * loadu<V>(left[j]);
     }
     return lane_sums<A, L>(sum);
   }
 
   // Panel p of `raw`.
   void pack(int p, A* to) const {
-    const int vectors = in_panel(p) * gates;
+    const int vectors = panel_vectors(p) * gates;
     for (int v = 0; v < vectors; ++v) {
-      turn_rows(p, v, [&](int64_t k, value_t<S> w) { store(to + (k * vectors + v) * L, w, L); });
+      transpose_rows(p, v, [&](int64_t k, vector_t<S> w) { store(to + (k * vectors + v) * L, w, L); });
     }
   }
 
   // The same for rows_by_lanes: a vector after the other.
   int64_t lanes_size() const { return lane_stride<A>(K) * L * L; }
   void pack_lanes(int p, A* to) const {
-    for (int v = 0; v < in_panel(p) * gates; ++v, to += lanes_size()) {
-      turn_rows(p, v,
-                [&](int64_t k, value_t<S> w) { store(to + (k % L * lane_stride<A>(K) + k / L) * L, w, L); });
+    for (int v = 0; v < panel_vectors(p) * gates; ++v, to += lanes_size()) {
+      transpose_rows(
+          p, v, [&](int64_t k, vector_t<S> w) { store(to + (k % L * lane_stride<A>(K) + k / L) * L, w, L); });
     }
   }
 
-  // put(k, w) for each k of vector v of panel p of `raw`.
-  template <class Put>
-  __attribute__((always_inline)) void turn_rows(int p, int v, Put put) const {
-    const int64_t first = (static_cast<int64_t>(p) * wide() + v / gates) * L;
+  // use(k, w) for each k of vector v of panel p of `raw`.
+  template <class Use>
+  __attribute__((always_inline)) void transpose_rows(int p, int v, Use use) const {
+    const int64_t first = (static_cast<int64_t>(p) * panel_width() + v / gates) * L;
     const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
     const S* from = raw + ((v % gates) * block + first) * K;
     for (int64_t k = 0; k < K; k += L) {
       const int n = static_cast<int>(std::min<int64_t>(L, K - k));
-      value_t<S> in[L];
-      for (int j = 0; j < L; ++j) in[j] = j < valid ? load(from + j * K + k, n) : value_t<S>{};
-      turn<A>(in);
-      for (int i = 0; i < n; ++i) put(k + i, in[i]);
+      vector_t<S> in[L];
+      for (int j = 0; j < L; ++j) in[j] = j < valid ? load(from + j * K + k, n) : vector_t<S>{};
+      transpose<A>(in);
+      for (int i = 0; i < n; ++i) use(k + i, in[i]);
     }
   }
 
   // Outputs are columns of w: out[j] = sum over k of a[k] w[k, j].
-  void by_columns(const S* w, int64_t ld_, int64_t units_, int64_t K_, bool whole, const Workers& workers) {
+  void gemm_nn(const S* w, int64_t ld_, int64_t units_, int64_t K_, bool packed, const Workers& workers) {
     units = units_, K = K_, gates = 1, columns = w, ld = ld_;
-    if (!whole) return;
-    panels = Aligned<A>(static_cast<int64_t>(units_vectors()) * L * K);
+    if (!packed) return;
+    panels = AlignedBuffer<A>(static_cast<int64_t>(unit_vectors()) * L * K);
     share_panels(workers, [&](int p0, int p1) {
       constexpr int64_t rows = 16;  // of w at a time, so that few pages are read side by side
       for (int64_t k0 = 0; k0 < K; k0 += rows) {
         for (int p = p0; p < p1; ++p) {
-          const int vectors = in_panel(p);
+          const int vectors = panel_vectors(p);
           A* to = const_cast<A*>(panel(p)) + k0 * vectors * L;
           for (int64_t k = k0; k < std::min(k0 + rows, K); ++k) {
             for (int v = 0; v < vectors; ++v, to += L) {
-              const int64_t first = (static_cast<int64_t>(p) * wide() + v) * L;
+              const int64_t first = (static_cast<int64_t>(p) * panel_width() + v) * L;
               const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
               store(to, load(w + k * ld + first, valid), L);
             }
@@ -370,7 +371,7 @@ struct Weights {
   template <int terms>
   void add_terms(int v0, int v1, const A* a, int64_t lda, const int32_t* rows, int count, int64_t k,
                  A* out) const {
-    using V = value_t<S>;
+    using V = vector_t<S>;
     for (int r = 0; r < count; ++r) {
       V x[terms];
 #pragma GCC unroll 8
@@ -378,7 +379,7 @@ struct Weights {
       for (int v = v0; v < v1; ++v, out += L) {
         const int64_t first = static_cast<int64_t>(v) * L;
         const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
-        V sum = whole<V>(out);
+        V sum = loadu<V>(out);
 #pragma GCC unroll 8
         for (int i = 0; i < terms; ++i) sum += x[i] * load(columns + (k + i) * ld + first, valid);
         store(out, sum, L);
@@ -387,50 +388,52 @@ struct Weights {
   }
 };
 
-// A second product beside the one of the states: rows x[row] times packed weights with the same outputs.
+// The input projection beside the GEMM of the states: rows x[row] times packed weights with the same outputs.
 template <class S>
-struct Beside {
-  const Weights<S>* w = nullptr;
-  const compute_t<S>* x = nullptr;
+struct InputGemm {
+  const GemmWeights<S>* w = nullptr;
+  const opmath_t<S>* x = nullptr;
   int64_t ldx = 0;
 };
 
-// Calls use(row, u, z, zx) for each row of `rows` and each vector u of units in the panels [p0, p1), with z
-// [gates, lanes] the product of a[row] and the weights, and zx that beside it where there is one. Before a
-// tile is summed, ahead(row, u) may ask for the memory that use(row, u) will need: it arrives meanwhile.
-// `use` stands at one place only: in copies of it, one for each kind of tile, the compiler would fuse other
-// multiplications with additions, and a row's result would depend on the rows beside it.
-template <int gates, class S, class Use, class Ahead>
-inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, int count,
-                    const compute_t<S>* a, int64_t lda, Use use, Ahead ahead, const Beside<S>& beside = {}) {
-  using A = compute_t<S>;
+// Calls epilogue(row, u, z, zx) for each row of `rows` and each vector u of units in the panels [p0, p1),
+// with z [gates, lanes] the product of a[row] and the weights, and zx that beside it where there is one.
+// Before a tile is summed, prefetch(row, u) may ask for the memory that epilogue(row, u) will need: it
+// arrives meanwhile. `epilogue` is called from one place only: in copies of it, one for each kind of tile,
+// the compiler would fuse other multiplications with additions, and a row's result would depend on the rows
+// beside it.
+template <int gates, class S, class Epilogue, class Prefetch>
+inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* rows, int count,
+                        const opmath_t<S>* a, int64_t lda, Epilogue epilogue, Prefetch prefetch,
+                        const InputGemm<S>& input = {}) {
+  using A = opmath_t<S>;
   constexpr int L = lanes<A>;
   alignas(64) A out[max_rows * max_vectors * L], out_x[max_rows * max_vectors * L];
   if (count == 0) return;
   const bool single = w.raw != nullptr, dots = single && count <= few_rows, swept = w.columns != nullptr;
-  Aligned<A> once(single && !dots ? w.wide() * w.gates * w.lanes_size() : 0);
-  const int first = p0 * w.wide(), last = std::min(p1 * w.wide(), w.units_vectors());
-  Aligned<A> sums(swept ? static_cast<int64_t>(count) * (last - first) * L : 0);
+  AlignedBuffer<A> once(single && !dots ? w.panel_width() * w.gates * w.lanes_size() : 0);
+  const int first = p0 * w.panel_width(), last = std::min(p1 * w.panel_width(), w.unit_vectors());
+  AlignedBuffer<A> sums(swept ? static_cast<int64_t>(count) * (last - first) * L : 0);
   if (swept) w.sweep(first, last, a, lda, rows, count, sums.data);
   for (int p = p0; p < p1; ++p) {
-    const int in_panel = w.in_panel(p), vectors = in_panel * gates;
-    const bool pair =
-        count == 1 && !single && !swept && p + 1 < p1 && w.in_panel(p + 1) == w.wide() && vectors > 2;
+    const int in_panel = w.panel_vectors(p), vectors = in_panel * gates;
+    const bool pair = count == 1 && !single && !swept && p + 1 < p1 &&
+                      w.panel_vectors(p + 1) == w.panel_width() && vectors > 2;
     if (single && !dots) w.pack_lanes(p, once.data);
     // dots and rows_by_lanes take any number of rows, a tile beside them does not
-    const int fit = single && beside.w == nullptr ? max_rows : tile_rows(vectors),
+    const int fit = single && input.w == nullptr ? max_rows : tile_rows(vectors),
               tiles = (count + fit - 1) / fit;
     for (int i = 0, done = 0; i < tiles; ++i) {
       const int here = (count - done) / (tiles - i);
       const A* row[max_rows];
       for (int r = 0; r < here; ++r) {
         row[r] = a + rows[done + r] * lda;
-        for (int u = 0; u < in_panel; ++u) ahead(rows[done + r], p * w.wide() + u);
+        for (int u = 0; u < in_panel; ++u) prefetch(rows[done + r], p * w.panel_width() + u);
       }
       if (swept) {
         for (int r = 0; r < here; ++r) {
           const A* from =
-              sums.data + ((done + r) * static_cast<int64_t>(last - first) + p * w.wide() - first) * L;
+              sums.data + ((done + r) * static_cast<int64_t>(last - first) + p * w.panel_width() - first) * L;
           std::copy_n(from, vectors * L, out + r * vectors * L);
         }
       } else if (dots) {
@@ -445,11 +448,11 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
       } else {
         tile_for<A>(vectors, here)(row, w.panel(p), w.K, out);
       }
-      if (beside.w != nullptr) {
+      if (input.w != nullptr) {
         const A* row_x[max_rows];
-        for (int r = 0; r < here; ++r) row_x[r] = beside.x + rows[done + r] * beside.ldx;
+        for (int r = 0; r < here; ++r) row_x[r] = input.x + rows[done + r] * input.ldx;
         for (int second = 0; second <= (pair ? 1 : 0); ++second) {
-          tile_for<A>(vectors, here)(row_x, beside.w->panel(p + second), beside.w->K,
+          tile_for<A>(vectors, here)(row_x, input.w->panel(p + second), input.w->K,
                                      out_x + second * vectors * L);
         }
       }
@@ -457,7 +460,7 @@ inline void product(const Weights<S>& w, int p0, int p1, const int32_t* rows, in
       for (int r = 0; r < here; ++r) {
         for (int u = 0; u < units; ++u) {
           const int at = (r * vectors + u * gates) * L;
-          use(rows[done + r], p * w.wide() + u, out + at, out_x + at);
+          epilogue(rows[done + r], p * w.panel_width() + u, out + at, out_x + at);
         }
       }
       done += here;

@@ -1,11 +1,11 @@
-// The operators of ops.cpp as functions, for direct.cpp to call as well. What they take and give is said in
-// layer.h.
+// The operators of schemas.cpp as functions, for python_module.cpp to call as well. What they take and give
+// is in layer.h.
 
 #pragma once
 
 #include <tuple>
 
-#include "layer.h"
+#include "../layer/layer.h"
 
 namespace rnnkit {
 
@@ -13,7 +13,7 @@ std::vector<Tensor> cpu_layer_forward(int64_t cell, Tensor x, OptionalTensor h_0
                                       Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
                                       OptionalTensor w_hr, OptionalTensor lengths, OptionalTensor reset,
                                       OptionalTensor h_r, OptionalTensor c_r, bool reverse, bool all_states,
-                                      bool save, int64_t chunk);
+                                      bool save, int64_t chunk_steps);
 
 std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
                                        Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,

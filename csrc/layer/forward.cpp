@@ -1,26 +1,26 @@
-// The forward of a layer: x is projected in chunks of time, each chunk scanned while it is in the cache, so
-// that inference needs no memory that grows with T beyond its output. In training the projection is written
-// where the gates will stand.
+// The forward of a layer: x is projected in chunks of time, each chunk scanned while it is in the
+// cache, so that inference needs no memory that grows with T beyond its output. In training the projection is
+// written where the gates will stand.
 
 #include "layer.h"
 
 namespace rnnkit {
 
-Tensor wide_copy(const Tensor& v, Dtype dtype) {
-  return is_half(dtype) ? torch::stable::to(v, wide(dtype)) : v;
+Tensor to_opmath(const Tensor& v, Dtype dtype) {
+  return is_half(dtype) ? torch::stable::to(v, opmath_type(dtype)) : v;
 }
 
 Tensor Projection::run(int64_t t0, int64_t n, const Tensor& gx, int64_t stride, int64_t offset) const {
   const Tensor& x = in_.x;
   const int64_t rows = n * in_.B, I = in_.I;
   const auto strides = x.strides();
-  const Tensor part =
+  const Tensor rows_of_x =
       x.is_contiguous() ? view(x, {rows, I}, {I, 1}, t0 * in_.B * I)
                         : view(torch::stable::contiguous(view(
                                    x, {n, in_.B, I}, {strides[0], strides[1], strides[2]}, t0 * strides[0])),
                                {rows, I}, {I, 1}, 0);
   Tensor out = view(gx, {rows, in_.G * in_.H}, {stride, 1}, offset);
-  product_.run(part, out);
+  gemm_.run(rows_of_x, out);
   return out;
 }
 
@@ -57,30 +57,30 @@ void LayerInputs::check() {
 }
 
 Layer LayerInputs::layer() {
-  if (h_r.has_value()) h_r_wide = wide_copy(*h_r, dtype);
-  if (c_r.has_value()) c_r_wide = wide_copy(*c_r, dtype);
+  if (h_r.has_value()) h_r_opmath = to_opmath(*h_r, dtype);
+  if (c_r.has_value()) c_r_opmath = to_opmath(*c_r, dtype);
   Layer l{};
   l.cell = cell, l.dtype = dtype;
   l.B = B, l.H = H, l.P = P;
   l.reverse = reverse;
-  l.cuts = {static_cast<const int64_t*>(pointer(lengths)), static_cast<const bool*>(pointer(reset)), T, B};
+  l.masks = {static_cast<const int64_t*>(pointer(lengths)), static_cast<const bool*>(pointer(reset)), T, B};
   l.w_hh = w_hh.const_data_ptr();
   l.w_hr = pointer(w_hr);
-  l.h_r = pointer(h_r_wide);
-  l.c_r = pointer(c_r_wide);
+  l.h_r = pointer(h_r_opmath);
+  l.c_r = pointer(c_r_opmath);
   l.workers = workers();
   return l;
 }
 
 namespace {
 
-// The state [B, width] in the compute type, for a scan to carry; in the end in the dtype of x.
-class Carried {
+// The state [B, width] in the compute type, which a scan updates; in the end in the dtype of x.
+class StateBuffer {
  public:
-  Carried(const OptionalTensor& first, int64_t rows, int64_t width, Dtype dtype)
-      : dtype_(dtype), state_(empty({rows, width}, wide(dtype))) {
+  StateBuffer(const OptionalTensor& first, int64_t rows, int64_t width, Dtype dtype)
+      : dtype_(dtype), state_(empty({rows, width}, opmath_type(dtype))) {
     if (first.has_value()) {
-      const Tensor from = wide_copy(*first, dtype);
+      const Tensor from = to_opmath(*first, dtype);
       std::copy_n(static_cast<const char*>(from.const_data_ptr()), bytes(), static_cast<char*>(data()));
     } else {
       std::fill_n(static_cast<char*>(data()), bytes(), 0);
@@ -90,7 +90,7 @@ class Carried {
   Tensor result(ScalarType type) const { return is_half(dtype_) ? torch::stable::to(state_, type) : state_; }
 
  private:
-  int64_t bytes() const { return state_.numel() * (dtype_ == Dtype::f64 ? 8 : 4); }
+  int64_t bytes() const { return state_.numel() * opmath_bytes(dtype_); }
 
   Dtype dtype_;
   Tensor state_;
@@ -106,9 +106,9 @@ int64_t steps_at_a_time(const LayerInputs& in) {
   return std::max<int64_t>(1, rows / std::max<int64_t>(1, in.B));
 }
 
-// Whether the scan multiplies x itself, so that the product is neither written nor read. It reads W_ih at
+// Whether the scan multiplies x itself, so that the projection is neither written nor read. It reads W_ih at
 // every step then, which pays where there are rows enough to use it: measured on a Zen 4, see docs/cpu.md.
-bool inside_the_scan(const LayerInputs& in) {
+bool scan_multiplies_x(const LayerInputs& in) {
   if (in.I == 0 || in.I > 8 * in.B || in.T == 1 || is_half(in.dtype)) return false;
   if (in.I > 1 && in.x.stride(2) != 1) return false;
   return in.I <= 8 || !torch_multiplies(in.w_ih, in.T * in.B, in.G * in.H, in.I);
@@ -117,74 +117,74 @@ bool inside_the_scan(const LayerInputs& in) {
 char* at(void* base, int64_t elements, int64_t bytes) { return static_cast<char*>(base) + elements * bytes; }
 
 // Projects x and scans, some steps at a time.
-template <class RangeOf>
-void in_chunks(const LayerInputs& in, int64_t chunk, const OptionalTensor& gates, int64_t saved,
-               const RangeOf& range_of, const Forward& problem) {
+template <class ChunkAt>
+void project_and_scan(const LayerInputs& in, int64_t chunk_steps, const OptionalTensor& gates, int64_t saved,
+                      const ChunkAt& chunk_at, const Forward& problem) {
   const int64_t width = in.G * in.H;
   std::optional<Projection> projection(in);
   std::unique_ptr<ForwardScan> scan;
-  const int64_t most = std::min(in.T, chunk > 0 ? chunk : steps_at_a_time(in));
+  const int64_t most = std::min(in.T, chunk_steps > 0 ? chunk_steps : steps_at_a_time(in));
   const bool in_place = saved && !is_half(in.dtype);
   const int64_t stride = in_place ? saved * in.H : width;
   OptionalTensor buffer;
-  if (!in_place) buffer = empty({most * in.B, width}, wide(in.dtype));
+  if (!in_place) buffer = empty({most * in.B, width}, opmath_type(in.dtype));
   for (int64_t done = 0; done < in.T;) {
     const int64_t n = std::min(most, in.T - done);
     const int64_t t0 = in.reverse ? in.T - done - n : done;
     const Tensor gx =
         projection->run(t0, n, in_place ? *gates : *buffer, stride, in_place ? t0 * in.B * stride : 0);
-    Range range = range_of(t0, n);
-    range.gx = gx.const_data_ptr();
-    range.gx_stride = stride;
+    ForwardChunk chunk = chunk_at(t0, n);
+    chunk.gx = gx.const_data_ptr();
+    chunk.gx_stride = stride;
     if (done + n == in.T) projection.reset();
     if (scan == nullptr) scan = engine().forward(problem, in.T);
-    scan->run(range);
+    scan->run(chunk);
     done += n;
   }
 }
 
 }  // namespace
 
-std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk) {
+std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk_steps) {
   in.check();
   const ScalarType type = in.x.scalar_type();
   const bool lstm = in.cell == Cell::lstm;
   const int64_t saved = save ? saved_of(in.cell) : 0;
-  Carried h(in.h_0, in.B, in.N, in.dtype);
-  std::optional<Carried> c;
+  StateBuffer h(in.h_0, in.B, in.N, in.dtype);
+  std::optional<StateBuffer> c;
   if (lstm) c.emplace(in.c_0, in.B, in.H, in.dtype);
 
   Tensor y = empty({in.T, in.B, in.N}, type);
   OptionalTensor c_all, gates, c_kept;
   if (lstm && all_states) c_all = empty({in.T, in.B, in.H}, type);
-  if (saved) gates = empty({in.T, in.B, saved * in.H}, wide(in.dtype));
-  if (saved && lstm) c_kept = empty({in.T, in.B, in.H}, wide(in.dtype));
+  if (saved) gates = empty({in.T, in.B, saved * in.H}, opmath_type(in.dtype));
+  if (saved && lstm) c_kept = empty({in.T, in.B, in.H}, opmath_type(in.dtype));
 
   if (in.T > 0 && in.B > 0 && in.H > 0) {
-    const bool inside = inside_the_scan(in);
+    const bool inside = scan_multiplies_x(in);
     Forward problem{in.layer(), pointer(in.b_ih),           pointer(in.b_hh),
                     h.data(),   lstm ? c->data() : nullptr, inside ? in.w_ih.const_data_ptr() : nullptr,
                     in.I};
-    const int64_t bytes = bytes_of(in.dtype), wide_bytes = in.dtype == Dtype::f64 ? 8 : 4;
-    const auto range_of = [&](int64_t t0, int64_t n) {
-      Range range{};
-      range.t0 = t0, range.n = n;
-      range.y = at(y.mutable_data_ptr(), t0 * in.B * in.N, bytes);
-      if (c_all.has_value()) range.c_all = at(c_all->mutable_data_ptr(), t0 * in.B * in.H, bytes);
+    const int64_t bytes = bytes_of(in.dtype), opmath_size = opmath_bytes(in.dtype);
+    const auto chunk_at = [&](int64_t t0, int64_t n) {
+      ForwardChunk chunk{};
+      chunk.t0 = t0, chunk.n = n;
+      chunk.y = at(y.mutable_data_ptr(), t0 * in.B * in.N, bytes);
+      if (c_all.has_value()) chunk.c_all = at(c_all->mutable_data_ptr(), t0 * in.B * in.H, bytes);
       if (gates.has_value()) {
-        range.gates = at(gates->mutable_data_ptr(), t0 * in.B * saved * in.H, wide_bytes);
-        range.gates_stride = saved * in.H;
+        chunk.gates = at(gates->mutable_data_ptr(), t0 * in.B * saved * in.H, opmath_size);
+        chunk.gates_stride = saved * in.H;
       }
-      if (c_kept.has_value()) range.c_kept = at(c_kept->mutable_data_ptr(), t0 * in.B * in.H, wide_bytes);
-      return range;
+      if (c_kept.has_value()) chunk.c_kept = at(c_kept->mutable_data_ptr(), t0 * in.B * in.H, opmath_size);
+      return chunk;
     };
     if (inside) {
-      Range range = range_of(0, in.T);
-      range.x = in.x.const_data_ptr();
-      range.x_step = in.x.stride(0), range.x_row = in.x.stride(1);
-      engine().forward(problem, in.T)->run(range);
+      ForwardChunk chunk = chunk_at(0, in.T);
+      chunk.x = in.x.const_data_ptr();
+      chunk.x_step = in.x.stride(0), chunk.x_row = in.x.stride(1);
+      engine().forward(problem, in.T)->run(chunk);
     } else {
-      in_chunks(in, chunk, gates, saved, range_of, problem);
+      project_and_scan(in, chunk_steps, gates, saved, chunk_at, problem);
     }
   }
   std::vector<Tensor> out{y, h.result(type)};
@@ -206,34 +206,34 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
   RNNKIT_CHECK(b_ih.has_value() == b_hh.has_value(), "b_ih and b_hh must both be given, or neither");
   const Tensor input = expect(x, "x", type, {B, I}), w = expect(w_ih, "w_ih", type, {width, I});
   const Tensor recurrent = expect(w_hh, "w_hh", type, {width, H});
-  const OptionalTensor bias = expect(b_ih, "b_ih", type, {width}),
-                       inner = expect(b_hh, "b_hh", type, {width});
+  const OptionalTensor bias_ih = expect(b_ih, "b_ih", type, {width}),
+                       bias_hh = expect(b_hh, "b_hh", type, {width});
   const OptionalTensor h_0 = expect(h, "h", type, {B, H}), c_0 = expect(c, "c", type, {B, H});
-  Carried state(h_0, B, H, dtype);
-  std::optional<Carried> cell_state;
+  StateBuffer state(h_0, B, H, dtype);
+  std::optional<StateBuffer> cell_state;
   if (cell == Cell::lstm) cell_state.emplace(c_0, B, H, dtype);
   if (B > 0 && H > 0) {
     Forward problem{};
     Layer& l = problem.layer;
-    l.cell = cell, l.dtype = dtype, l.B = B, l.H = H, l.cuts.T = 1, l.cuts.B = B;
+    l.cell = cell, l.dtype = dtype, l.B = B, l.H = H, l.masks.T = 1, l.masks.B = B;
     l.w_hh = recurrent.const_data_ptr();
     l.workers = workers();
-    problem.b_ih = pointer(bias), problem.b_hh = pointer(inner);
+    problem.b_ih = pointer(bias_ih), problem.b_hh = pointer(bias_hh);
     problem.h = state.data();
     problem.c = cell_state ? cell_state->data() : nullptr;
     const int64_t bytes = bytes_of(dtype);
-    const int64_t wide_bytes = dtype == Dtype::f64 ? 8 : 4;
+    const int64_t opmath_size = opmath_bytes(dtype);
     // gx, and the step's output, which is the state as well
-    std::vector<char> memory(B * (width * wide_bytes + H * bytes));
+    std::vector<char> memory(B * (width * opmath_size + H * bytes));
     engine()
-        .by_rows(dtype, width, I, w.const_data_ptr(), false, l.workers)
+        .gemm_nt(dtype, width, I, w.const_data_ptr(), false, l.workers)
         ->run(B, input.const_data_ptr(), I, memory.data(), width, true, l.workers);
-    Range range{};
-    range.n = 1;
-    range.gx = memory.data();
-    range.gx_stride = width;
-    range.y = memory.data() + B * width * wide_bytes;
-    engine().forward(problem, 1)->run(range);
+    ForwardChunk chunk{};
+    chunk.n = 1;
+    chunk.gx = memory.data();
+    chunk.gx_stride = width;
+    chunk.y = memory.data() + B * width * opmath_size;
+    engine().forward(problem, 1)->run(chunk);
   }
   return {state.result(type), cell_state ? OptionalTensor(cell_state->result(type)) : std::nullopt};
 }

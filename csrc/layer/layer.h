@@ -1,4 +1,4 @@
-// One layer in one direction over all T on the CPU: what ops.cpp registers. Shapes as in
+// One layer in one direction over all T on the CPU: what torch/schemas.cpp registers. Shapes as in
 // rnnkit/backends/spec.py.
 
 #pragma once
@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "tensors.h"
+#include "gemm.h"
 
 namespace rnnkit {
 
@@ -28,16 +28,16 @@ struct LayerInputs {
 
   // Checks every tensor, makes them contiguous but x, and fills in the sizes.
   void check();
-  // What the scans are told of it. The wide copies that it points to live in `h_r_wide` and `c_r_wide`.
+  // What the scans are told of it. It points into `h_r_opmath` and `c_r_opmath`.
   Layer layer();
 
-  OptionalTensor h_r_wide, c_r_wide;  // h_r and c_r in the compute type
+  OptionalTensor h_r_opmath, c_r_opmath;  // h_r and c_r in the compute type
 };
 
 // y [T, B, N], h_n [B, N]; for an LSTM c_n [B, H]; with all_states c_all [T, B, H]; with save what the
-// backward wants: gates [T, B, saved H] in the compute type, and for an LSTM c [T, B, H] in it. chunk: steps
-// that are projected at a time, 0: as many as serve the caches.
-std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk);
+// backward wants: gates [T, B, saved H] in the compute type, and for an LSTM c [T, B, H] in it. chunk_steps:
+// steps that are projected at a time, 0: as many as serve the caches.
+std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk_steps);
 
 // One step of a cell: x [B, I], h [B, H] and c [B, H] (zeros where missing) -> the new h, and c of an LSTM.
 std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const OptionalTensor& h,
@@ -45,25 +45,25 @@ std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const Op
                                             const OptionalTensor& b_ih, const OptionalTensor& b_hh);
 
 // A copy in the compute type; `v` itself where it is in it.
-Tensor wide_copy(const Tensor& v, Dtype dtype);
+Tensor to_opmath(const Tensor& v, Dtype dtype);
 
 // x W_ih^T, without biases, for some steps at a time.
 class Projection {
  public:
   // in: outlives it.
-  explicit Projection(const LayerInputs& in) : in_(in), product_(in.w_ih, false, in.T * in.B, in.T > 1) {}
+  explicit Projection(const LayerInputs& in) : in_(in), gemm_(in.w_ih, false, in.T * in.B, in.T > 1) {}
   // The steps t0 .. t0 + n - 1 into [n B, G H], rows `stride` apart, from the first of `gx` on plus `offset`.
   // The rows as a tensor.
   Tensor run(int64_t t0, int64_t n, const Tensor& gx, int64_t stride, int64_t offset) const;
 
  private:
   const LayerInputs& in_;
-  RowsTimes product_;
+  PackedGemm gemm_;
 };
 
 struct LayerGradients {
   Tensor y;  // [T, B, N] as the forward gave it
-  // As the forward saved them. Without gates they are made again, range by range of time, and c_kept is
+  // As the forward saved them. Without gates they are made again, chunk by chunk of time, and c_kept is
   // c_all, [T, B, H] in the dtype of x.
   OptionalTensor gates, c_kept;
   OptionalTensor gy, gh_n, gc_n, gc_all;

@@ -14,17 +14,17 @@
 #include <tuple>
 #include <utility>
 
-#include "operators.h"
+#include "schemas.h"
 
 namespace rnnkit {
 namespace {
 
-// What `bind` was given; borrowed for good, the module holds them.
-struct Bound {
+// What `bind` was given; it keeps a reference to each for good.
+struct PythonObjects {
   PyObject *to_handle = nullptr, *to_tensors = nullptr;
   PyObject *tensor = nullptr, *parameter = nullptr, *is_neg = nullptr;
   std::array<PyObject*, 2> operators{};
-} bound;
+} python;
 
 // Raised in Python already.
 struct PythonError {};
@@ -34,7 +34,7 @@ T from_python(PyObject* o) {
   if constexpr (std::is_same_v<T, OptionalTensor>) {
     return o == Py_None ? OptionalTensor() : OptionalTensor(from_python<Tensor>(o));
   } else if constexpr (std::is_same_v<T, Tensor>) {
-    PyObject* capsule = PyObject_CallFunctionObjArgs(bound.to_handle, o, nullptr);
+    PyObject* capsule = PyObject_CallFunctionObjArgs(python.to_handle, o, nullptr);
     if (capsule == nullptr) throw PythonError{};
     void* handle = PyCapsule_GetPointer(capsule, nullptr);
     Py_DecRef(capsule);
@@ -56,7 +56,7 @@ PyObject* to_python(const std::vector<Tensor>& all) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(all[k].get(), &handle));
     PyList_SetItem(capsules, static_cast<Py_ssize_t>(k), PyCapsule_New(handle, nullptr, nullptr));
   }
-  PyObject* made = PyObject_CallFunctionObjArgs(bound.to_tensors, capsules, nullptr);
+  PyObject* made = PyObject_CallFunctionObjArgs(python.to_tensors, capsules, nullptr);
   Py_DecRef(capsules);
   if (made == nullptr) throw PythonError{};
   return made;
@@ -79,10 +79,10 @@ PyObject* to_python(const std::tuple<Tensor, Tensor>& pair) {
 }
 
 // Lets other Python threads run while the engine works.
-class WithoutGil {
+class ReleaseGil {
  public:
-  WithoutGil() : state_(PyEval_SaveThread()) {}
-  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  ReleaseGil() : state_(PyEval_SaveThread()) {}
+  ~ReleaseGil() { PyEval_RestoreThread(state_); }
 
  private:
   PyThreadState* state_;
@@ -90,10 +90,10 @@ class WithoutGil {
 
 // Whether the memory of a tensor holds its values: in a subclass, and where torch keeps a minus sign back
 // until someone looks (the imaginary part of a conjugate), it does not.
-bool plain(PyObject* o) {
+bool is_plain_tensor(PyObject* o) {
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(o));
-  if (type != bound.tensor && type != bound.parameter) return false;
-  PyObject* negative = PyObject_CallFunctionObjArgs(bound.is_neg, o, nullptr);
+  if (type != python.tensor && type != python.parameter) return false;
+  PyObject* negative = PyObject_CallFunctionObjArgs(python.is_neg, o, nullptr);
   if (negative == nullptr) PyErr_Clear();
   Py_DecRef(negative);
   return negative == Py_False;
@@ -103,9 +103,9 @@ bool plain(PyObject* o) {
 template <class T>
 bool fits(PyObject* o) {
   if constexpr (std::is_same_v<T, OptionalTensor>) {
-    return o == Py_None || plain(o);
+    return o == Py_None || is_plain_tensor(o);
   } else if constexpr (std::is_same_v<T, Tensor>) {
-    return plain(o);
+    return is_plain_tensor(o);
   } else {
     return PyLong_Check(o);
   }
@@ -120,7 +120,7 @@ template <class Result, class... Args, size_t... k>
 PyObject* call(Result (*f)(Args...), PyObject* const* given, std::index_sequence<k...>) {
   std::tuple<Args...> args{from_python<Args>(given[k])...};
   Result found = [&] {
-    const WithoutGil released;
+    const ReleaseGil released;
     return f(std::get<k>(args)...);  // copies: `args` goes when the GIL is back
   }();
   return to_python(found);
@@ -128,7 +128,7 @@ PyObject* call(Result (*f)(Args...), PyObject* const* given, std::index_sequence
 
 // Where an argument is no plain tensor: calls operator `number`, or gives None where that is -1.
 template <int number>
-PyObject* otherwise(PyObject* const* given, Py_ssize_t count) {
+PyObject* call_operator(PyObject* const* given, Py_ssize_t count) {
   if constexpr (number < 0) {
     Py_IncRef(Py_None);
     return Py_None;
@@ -139,7 +139,7 @@ PyObject* otherwise(PyObject* const* given, Py_ssize_t count) {
       Py_IncRef(given[k]);
       PyTuple_SetItem(all, k, given[k]);
     }
-    PyObject* found = PyObject_Call(bound.operators[number], all, nullptr);
+    PyObject* found = PyObject_Call(python.operators[number], all, nullptr);
     Py_DecRef(all);
     return found;
   }
@@ -151,12 +151,13 @@ PyObject* checked(Result (*f)(Args...), PyObject* const* given, Py_ssize_t count
     return PyErr_Format(PyExc_TypeError, "rnnkit: %zd arguments must be given, got %zd",
                         static_cast<Py_ssize_t>(sizeof...(Args)), count);
   }
-  if (!all_fit<Args...>(given, std::index_sequence_for<Args...>{})) return otherwise<number>(given, count);
+  if (!all_fit<Args...>(given, std::index_sequence_for<Args...>{}))
+    return call_operator<number>(given, count);
   try {
     return call(f, given, std::index_sequence_for<Args...>{});
   } catch (const PythonError&) {
   } catch (const NoMemory&) {
-    return otherwise<number>(given, count);
+    return call_operator<number>(given, count);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
@@ -173,7 +174,7 @@ PyObject* method(PyObject*, PyObject* const* given, Py_ssize_t count) {
 PyObject* bind(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 7) return PyErr_Format(PyExc_TypeError, "rnnkit: 7 arguments must be given, got %zd", count);
   for (Py_ssize_t k = 0; k < count; ++k) Py_IncRef(given[k]);
-  bound = {given[0], given[1], given[2], given[3], given[4], {given[5], given[6]}};
+  python = {given[0], given[1], given[2], given[3], given[4], {given[5], given[6]}};
   Py_IncRef(Py_None);
   return Py_None;
 }
@@ -210,7 +211,7 @@ PyMethodDef methods[] = {
     {"layer_backward", function(&method<1, &cpu_layer_backward>), METH_FASTCALL,
      "rnnkit::cpu_layer_backward"},
     {"single", function(&method<-1, &cpu_single>), METH_FASTCALL,
-     "cpu_single of csrc/operators.h; None where an argument is no plain tensor"},
+     "cpu_single of csrc/torch/schemas.h; None where an argument is no plain tensor"},
     {"single_backward", function(&method<-1, &cpu_single_backward>), METH_FASTCALL,
      "Its gradients, likewise"},
     {"step", function(&method<-1, &cpu_step>), METH_FASTCALL, "rnnkit::cpu_step, likewise"},

@@ -1,0 +1,34 @@
+// The GEMMs around a scan, over all steps and rows at once.
+
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "tensors.h"
+
+namespace rnnkit {
+
+// Whether torch's GEMM is taken for M rows of K times a matrix like w, with N outputs.
+bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K);
+
+// Rows of a [M, K] times one matrix, M at a time, into rows of `out` [M, N].
+class PackedGemm {
+ public:
+  // a w^T with w [N, K], packed where `pack`, or where `nn` a w with w [K, N]; rows: how many there
+  // will be in all.
+  PackedGemm(const Tensor& w, bool nn, int64_t rows, bool pack = true);
+  void run(const Tensor& a, Tensor& out) const;
+
+ private:
+  Tensor w_;
+  std::unique_ptr<GemmKernel> own_;
+};
+
+// out [M, N] += sum over k of a[k]^T row[k], with a [K, M] and rows of N elements (null: zeros); `sum` [M],
+// where there is one, += the sum over k of a[k]. `out` and `sum` are in the compute type; where not `add`
+// they are written, whatever stands there.
+void gemm_tn(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
+             const OptionalTensor& sum, bool add);
+
+}  // namespace rnnkit

@@ -1,0 +1,77 @@
+// Memory, views and threads for the files of this folder, by torch's stable ABI.
+
+#include "tensors.h"
+
+#include <pthread.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+
+namespace rnnkit {
+namespace {
+
+bool forked = false;
+// Torch's own GEMMs would wait for the parent's threads in a child.
+const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+int32_t number_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
+}  // namespace
+
+bool was_forked() { return forked; }
+
+// By torch's C interface: torch::stable::new_empty goes by the dispatcher, at three times the price.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[d]))
+    strides[d] = stride;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                         strides.data(), number_of(type),
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  const Tensor memory(made);
+  // Torch fills new memory with NaN only where its operators make it, so tests ask for the same here.
+  static const bool fill = std::getenv("RNNKIT_FILL_NEW_MEMORY") != nullptr;
+  const auto bytes = memory.numel() * static_cast<int64_t>(memory.element_size());
+  if (fill && bytes > 0) std::memset(memory.mutable_data_ptr(), 0xff, bytes);
+  return memory;
+}
+
+Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type) {
+  const Tensor made = empty(sizes, type);
+  const auto bytes = made.numel() * static_cast<int64_t>(made.element_size());
+  if (bytes > 0) std::memset(made.mutable_data_ptr(), 0, bytes);
+  return made;
+}
+
+Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+            int64_t offset) {
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      of.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset, &made));
+  return Tensor(made);
+}
+
+Workers workers() {
+  RNNKIT_CHECK(watching_forks == 0, "pthread_atfork failed with error ", watching_forks);
+  const int64_t threads = forked ? 1 : torch::stable::get_num_threads();
+  return {threads, [](int64_t slices, void* context, void (*body)(void*, int64_t, int64_t)) {
+            torch::stable::parallel_for(0, slices, 1,
+                                        [&](int64_t first, int64_t last) { body(context, first, last); });
+          }};
+}
+
+}  // namespace rnnkit
