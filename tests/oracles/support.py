@@ -16,10 +16,11 @@ import functools
 import itertools
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -363,3 +364,8 @@ def lacks_onednn_lstm(half: torch.dtype) -> bool:
         assert "could not create a primitive descriptor" in str(reason)
         return True
     return False
+
+
+def some(values: Iterable[Any], every: int = 8) -> list[Any]:
+    """What a test is parametrized by where it asks the same of many: all but every n-th are left to `make test-all`."""
+    return [pytest.param(v, marks=() if k % every == 0 else pytest.mark.long) for k, v in enumerate(values)]

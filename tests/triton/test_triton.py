@@ -58,6 +58,7 @@ def test_recompute_in_the_interpreter() -> None:
 
 
 @needs_triton
+@pytest.mark.long
 def test_mutations_and_what_is_shared_in_the_interpreter() -> None:
     interpreted(
         str(TESTS / "triton" / "interpreted" / "test_triton_mutations.py"),

@@ -138,6 +138,7 @@ def test_no_step_and_no_row(kind: str, sizes: tuple[int, int], regime: str) -> N
         assert v.grad is not None and not v.grad.any()
 
 
+@pytest.mark.long
 def test_more_steps_than_16_bits_count() -> None:
     """One unit, with a reset beyond the 65,536th step: against torch.nn, which gets the steps before it and those after
     it as two sequences."""

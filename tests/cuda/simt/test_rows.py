@@ -14,6 +14,7 @@ import pytest
 import torch
 from sequences import F32, F64, compare
 from simt import run as simt
+from support import some
 from torch import Tensor
 
 import rnnkit
@@ -88,7 +89,7 @@ def test_every_row(name: str) -> None:
         found(of_row)
 
 
-@every_row
+@pytest.mark.parametrize("name", some(ROWS))
 def test_twenty_schedules(name: str) -> None:
     """The same bits whatever the order of threads and blocks, all four manners of drawing one among them."""
     first: parity_cases.Values = {}
