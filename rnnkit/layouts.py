@@ -13,6 +13,8 @@ from torch.nested import nested_tensor_from_jagged
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from .checks import BadValue
+
 
 class Layout:
     """How one input was laid out. `x` is [T, B, I]; `lengths` [B] where the input itself brought them."""
@@ -125,7 +127,8 @@ class JaggedLayout(Layout):
     """A nested tensor [B, j, I] of layout torch.jagged: values [sum of lengths, I] and offsets [B + 1].
 
     Its ragged dimension says which one is time, so `batch_first` concerns the layout of `all_states` alone, as with a
-    PackedSequence. The longest row is looked up, which waits for a GPU.
+    PackedSequence. The longest row is looked up, which waits for a GPU; the same look says whether each value lies in a
+    row. Compiled code does not ask that: there a value outside touches nothing, and its output is zero.
     """
 
     def __init__(self, input: Tensor, batch_first: bool) -> None:
@@ -134,12 +137,28 @@ class JaggedLayout(Layout):
         values: Tensor = input.values()
         lengths = self.offsets.diff()
         self.lengths, self.rows = lengths, lengths.shape[0]
-        self.shortest, self.longest = _extremes(lengths)
+        self.count = values.shape[0]
+        self.shortest, self.longest = _extremes(lengths, self.offsets, self.count)
         self.steps = max(self.longest, 1)  # rows may all be empty
-        place = torch.arange(values.shape[0], device=values.device)
+        place = torch.arange(self.count, device=values.device)
         row = torch.searchsorted(self.offsets, place, right=True) - 1
         self.index = (place - self.offsets[row]) * self.rows + row
+        self.outside: Tensor | None = None  # [sum of lengths] of bool, where nobody has looked
+        if torch.compiler.is_compiling():
+            self.outside = (row < 0) | (row >= self.rows)
+            self.index = self.index.where(~self.outside, self.steps * self.rows)
         self.x = self._pad(values)
+
+    def _pad(self, data: Tensor) -> Tensor:
+        if self.outside is None:
+            return super()._pad(data)
+        blank = data.new_zeros((self.steps * self.rows + 1, *data.shape[1:]))  # the last is for what lies outside
+        return blank.index_copy(0, self.index, data)[:-1].view(self.steps, self.rows, *data.shape[1:])  # type: ignore[arg-type]
+
+    def _pack(self, y: Tensor) -> Tensor:
+        if self.outside is None:
+            return super()._pack(y)
+        return F.pad(y.flatten(0, 1), (0, 0, 0, 1)).index_select(0, self.index)  # type: ignore[arg-type]
 
     def dropout(self, y: Tensor, p: float) -> Tensor:
         """Drawn over the values, as for a PackedSequence."""
@@ -152,7 +171,10 @@ class JaggedLayout(Layout):
             raise TypeError(f"with a nested input, reset must be nested too, of layout torch.jagged, got {got}")
         if not torch.compiler.is_compiling() and not torch.equal(reset.offsets(), self.offsets):  # type: ignore[attr-defined]
             raise ValueError("reset must be nested with the input's lengths: its offsets differ")
-        return self._pad(_marks(reset.values()))
+        marks: Tensor = reset.values()
+        if marks.shape[0] != self.count:
+            raise ValueError(f"reset must have {self.count} values as the input, got {marks.shape[0]}")
+        return self._pad(_marks(marks))
 
     def output(self, y: Tensor) -> Tensor:
         """[T, B, N] -> [B, j, N] with the input's offsets, so that it meets other tensors that have them."""
@@ -162,14 +184,21 @@ class JaggedLayout(Layout):
         return nested_tensor_from_jagged(values, self.offsets, min_seqlen=self.shortest, max_seqlen=self.longest)
 
 
-def _extremes(lengths: Tensor) -> tuple[int | None, int]:
-    """The shortest length and the longest, in one look at the device. Compiled code looks for the longest alone."""
-    if not lengths.shape[0]:
-        return None, 0
+def _extremes(lengths: Tensor, offsets: Tensor, count: int) -> tuple[int | None, int]:
+    """The shortest length and the longest, in one look at the device, where each of `count` values lies in a row.
+    Compiled code looks for the longest alone."""
     if torch.compiler.is_compiling():
-        return None, int(lengths.max())
-    shortest, longest = torch.stack(lengths.aminmax()).tolist()
-    return shortest, longest
+        return None, int(lengths.max()) if lengths.shape[0] else 0
+    shortest, longest = lengths.aminmax() if lengths.shape[0] else (lengths.sum(), lengths.sum())
+    least, most, first, last = torch.stack([shortest, longest, offsets[0], offsets[-1]]).tolist()
+    if first != 0 or last != count:
+        raise BadValue(
+            f"the offsets of a nested input must go from 0 to {count}, the number of its values, got {first} to {last}; "
+            "pass nested_tensor_from_jagged(values[offsets[0]:offsets[-1]], offsets - offsets[0])"
+        )
+    if least < 0:
+        raise BadValue(f"the offsets of a nested input must not decrease, got a row of {least} steps")
+    return (least, most) if lengths.shape[0] else (None, 0)
 
 
 def layout_of(input: Tensor | PackedSequence, batch_first: bool) -> Layout:

@@ -177,6 +177,47 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
 }
 
 
+OUTSIDE = {
+    (0, 6, 7): "must go from 0 to 9, the number of its values, got 0 to 7; pass nested_tensor_from_jagged",
+    (1, 6, 9): "got 1 to 9",
+    (2, 6, 7): "got 2 to 7",
+    (0, 6, 12): "got 0 to 12",
+    (0,): "got 0 to 0",
+    (0, 8, 6, 9): "must not decrease, got a row of -2 steps",
+}
+"""Offsets that do not hold each of nine values in one row."""
+
+
+@pytest.mark.parametrize("offsets", OUTSIDE, ids=str)
+def test_values_outside_of_every_row_are_refused(offsets: tuple[int, ...]) -> None:
+    module = rnnkit.GRU(I, H)
+    x = nested_tensor_from_jagged(torch.randn(9, I), torch.tensor(offsets))
+    with pytest.raises(ValueError, match=OUTSIDE[offsets]):
+        functional.gru(x, None, list(module.parameters()))
+    with pytest.raises(Exception, match="."):  # torch's, as for every mistake in its arguments
+        module(x)
+
+
+@pytest.mark.parametrize("offsets", [[0, 6, 7], [2, 6, 9], [1, 6, 7]], ids=str)
+def test_compiled_no_value_outside_lands_in_a_row(offsets: list[int]) -> None:
+    """Compiled code does not look at offsets. What no row holds touches nothing, and zeros stand for it."""
+    module = rnnkit.GRU(I, H, batch_first=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    first, last = offsets[0], offsets[-1]
+    values = torch.randn(9, I, requires_grad=True)
+    twin = values.detach()[first:last].requires_grad_()
+    y, state = compiled(nested_tensor_from_jagged(values, torch.tensor(offsets)))
+    expected, end = module(nested_tensor_from_jagged(twin, torch.tensor(offsets) - first))
+    torch.testing.assert_close(y.values()[first:last], expected.values())
+    torch.testing.assert_close(state, end)
+    assert not y.values()[:first].any() and not y.values()[last:].any()
+    (grad,) = torch.autograd.grad(y.values().sin().sum() + state.sum(), values)
+    torch.testing.assert_close(
+        grad[first:last], torch.autograd.grad(expected.values().sin().sum() + end.sum(), twin)[0]
+    )
+    assert not grad[:first].any() and not grad[last:].any()
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_layer_refuses(case: str) -> None:
@@ -197,6 +238,8 @@ def test_the_ways_out_are_ways() -> None:
     x = strided()
     assert module(torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged))[0].shape[2] == H
     assert module(gaps().contiguous())[0].shape[2] == H
+    values, offsets = torch.randn(9, I), torch.tensor([2, 6, 7])
+    assert module(nested_tensor_from_jagged(values[offsets[0] : offsets[-1]], offsets - offsets[0]))[0].shape[2] == H
 
 
 def test_a_mistake_beside_a_nested_input() -> None:
@@ -209,6 +252,9 @@ def test_a_mistake_beside_a_nested_input() -> None:
         module(nested, reset=torch.zeros(5, 2))
     with pytest.raises(ValueError, match="its offsets differ"):
         module(nested, reset=other)
+    for count in (7, 9):
+        with pytest.raises(ValueError, match=rf"reset must have 8 values as the input, got {count}"):
+            module(nested, reset=nested_tensor_from_jagged(torch.zeros(count), nested.offsets()))
     with pytest.raises(RuntimeError, match=r"Expected hidden size|input\.size"):
         module(nested, torch.zeros(1, 3, H))
 
