@@ -193,8 +193,8 @@ def _extremes(lengths: Tensor, offsets: Tensor, count: int) -> tuple[int | None,
     least, most, first, last = torch.stack([shortest, longest, offsets[0], offsets[-1]]).tolist()
     if first != 0 or last != count:
         raise BadValue(
-            f"the offsets of a nested input must go from 0 to {count}, the number of its values, got {first} to {last}; "
-            "pass nested_tensor_from_jagged(values[offsets[0]:offsets[-1]], offsets - offsets[0])"
+            f"the offsets of a nested input must go from 0 to {count}, the number of its values, got {first} to "
+            f"{last}; pass nested_tensor_from_jagged(values[offsets[0]:offsets[-1]], offsets - offsets[0])"
         )
     if least < 0:
         raise BadValue(f"the offsets of a nested input must not decrease, got a row of {least} steps")
