@@ -332,16 +332,16 @@ def sequence(
 
 def _expect_count(value: object, name: str, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise BadType(f"{name} must be an integer, got {value!r}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise BadValue(f"{name} must be at least {least}, got {value}")
 
 
 def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, proj_size: int) -> list[Sequence[Tensor]]:
     """The flat list of weights, cut into one piece for each layer and direction."""
     kind = cell_named(cell)
     if type(weights) is not list and not isinstance(weights, list | tuple):
-        raise TypeError(f"weights must be a list of tensors, got {type(weights).__name__}")
+        raise BadType(f"weights must be a list of tensors, got {type(weights).__name__}")
     if type(layers) is not int or type(proj_size) is not int or layers < 1 or proj_size < 0:
         _expect_count(layers, "num_layers", 1)
         _expect_count(proj_size, "proj_size", 0)
@@ -349,26 +349,26 @@ def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, pr
     each, rest = divmod(len(weights), count)
     expected = (3, 5) if proj_size else (2, 4)
     if rest or each not in expected:
-        raise ValueError(
+        raise BadValue(
             f"{kind.name} with {layers} layers, {directions} direction(s) and proj_size={proj_size} has "
             f"{count * expected[0]} weights, or {count * expected[1]} with biases; got {len(weights)}"
         )
     for k, w in enumerate(weights):
         if type(w) is not Parameter and not isinstance(w, Tensor):
-            raise TypeError(f"weights[{k}] must be a tensor, got {type(w).__name__}")
+            raise BadType(f"weights[{k}] must be a tensor, got {type(w).__name__}")
     if weights[0].dim() != 2:
-        raise ValueError(f"weights[0] must be w_ih [{kind.gates}·H, I], got {shape(weights[0])}")
+        raise BadValue(f"weights[0] must be w_ih [{kind.gates}·H, I], got {shape(weights[0])}")
     if proj_size and weights[each - 1].shape[:1] != (proj_size,):
         got = shape(weights[each - 1])
-        raise ValueError(f"weights[{each - 1}] must be w_hr [P, H] with P = proj_size = {proj_size}, got {got}")
+        raise BadValue(f"weights[{each - 1}] must be w_hr [P, H] with P = proj_size = {proj_size}, got {got}")
     return [weights] if count == 1 else [weights[k * each : (k + 1) * each] for k in range(count)]
 
 
 def probability(p: object) -> None:
     if (type(p) is not float and not isinstance(p, int | float)) or isinstance(p, bool):
-        raise TypeError(f"dropout must be a number, got {p!r}")
+        raise BadType(f"dropout must be a number, got {p!r}")
     if not 0 <= p <= 1:
-        raise ValueError(f"dropout must lie in [0, 1], got {p}")
+        raise BadValue(f"dropout must lie in [0, 1], got {p}")
 
 
 def weights_before_dropout(cell: str, x: Tensor, pieces: Sequence[Sequence[Tensor]], directions: int) -> None:
