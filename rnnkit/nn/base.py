@@ -208,7 +208,7 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
         super(nn.RNNBase, self).__setattr__(attr, value)  # RNNBase's own would read the list
         held = self.__dict__.get("_weight_list")  # not by the class, which may be what was set
         if held is not None and attr in self._flat_weights_names:
-            held.set(self._flat_weights_names.index(attr), value)
+            held.set(self, attr, value)
 
     def _init_flat_weights(self) -> None:
         """Forget what was written: torch does so after each move. No weight is computed for it."""

@@ -91,10 +91,12 @@ class WeightList:
             self.served.pop(k, None)
         return self.items
 
-    def set(self, k: int, value: Any) -> None:
-        """Weight `k` was set to `value`."""
+    def set(self, layer: nn.RNNBase, name: str, value: Any) -> None:
+        """The weight `name` was set to `value`."""
+        k = layer._flat_weights_names.index(name)
         if k < len(self.items):
             self.items[k] = self.own[k] = value
+            self.sources[k] = _source(layer, name)  # what is written from now on is written for this one
 
     def _own_items(self) -> list[Any]:
         """`items`, and where that is a list of the program's, a copy of it."""

@@ -213,6 +213,31 @@ def test_until_that_weight_is_set_loaded_or_moved(name: str, after: Any, write: 
     torch.testing.assert_close(ours(x_of())[0], theirs(x_of())[0])
 
 
+class Unchanged(nn.Module):
+    """A parametrization whose weight may be set."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+    right_inverse = forward
+
+
+@pytest.mark.parametrize("computed", [False, True])
+@layers
+def test_what_is_written_after_the_weight_was_set_is_used(name: str, computed: bool) -> None:
+    """By the list that was there before. torch.nn forgets this write too."""
+    layer = getattr(rnnkit, name)(I, H)
+    expected = copy.deepcopy(layer)
+    if computed:
+        nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", Unchanged())
+    held, value = layer._flat_weights, torch.randn_like(layer.weight_hh_l0)
+    layer.weight_hh_l0 = value if computed else nn.Parameter(value)
+    held[1] = value * 0.5
+    with torch.no_grad():
+        expected.weight_hh_l0.copy_(held[1])
+    assert torch.equal(layer(x_of())[0], expected(x_of())[0])
+
+
 @layers
 def test_another_weight_that_is_set_forgets_nothing(name: str) -> None:
     """torch.nn forgets every write then, without a word."""
