@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,16 +27,18 @@ Given = TypeVar("Given", bound=Sequence[Tensor | None] | None)
 _compiling = torch.compiler.is_compiling
 _enter = torch._C._autograd._record_function_with_args_enter
 _leave = torch._C._autograd._record_function_with_args_exit
+_LOADED = ctypes.DEFAULT_MODE | getattr(os, "RTLD_NOLOAD", 0)  # only what torch has loaded, never a second copy
 
 
 def _any_callbacks() -> Callable[[], bool]:
     """at::hasCallbacks of torch's library: whether anybody records in this thread, also observers that another thread
     or a C++ program has added. torch's question for Python sees profilers of this thread alone; it serves where the
-    library does not export the other. The extension asks faster than ctypes does."""
+    library does not export the other, or is another file than the one that is loaded. The extension asks faster than
+    ctypes does."""
     known: Callable[[], bool] = torch._C._autograd._profiler_enabled
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
-        with contextlib.suppress(OSError, AttributeError):  # a file that is no library; a symbol that is not there
-            found = ctypes.PyDLL(str(library))._ZN2at12hasCallbacksEv
+        with contextlib.suppress(OSError, AttributeError):  # a file that is not loaded; a symbol that is not there
+            found = ctypes.PyDLL(str(library), _LOADED)._ZN2at12hasCallbacksEv
             found.argtypes, found.restype = [], ctypes.c_bool
             direct: Any = extension.direct
             if not hasattr(direct, "recording"):  # not built, or by older sources

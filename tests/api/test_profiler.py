@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import ctypes
 import json
+import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -314,6 +316,17 @@ def test_the_question_is_torchs_own() -> None:
     with torch.profiler.profile():
         assert profiler.recording() is by_ctypes() is True
     assert profiler.recording() is by_ctypes() is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by /proc/self/maps")
+def test_a_library_that_is_not_loaded_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another copy of torch's would have flags, and observers, of its own."""
+    copied = tmp_path / "lib" / "libtorch_cpu.so"
+    copied.parent.mkdir()
+    shutil.copy(torch._C.__file__, copied)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    assert profiler._any_callbacks() is torch._C._autograd._profiler_enabled
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.skipif(not hasattr(extension.direct, "recording"), reason="the extension is not built")
