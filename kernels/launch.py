@@ -95,13 +95,13 @@ def empty_grads(cell: Cell, y: Tensor, o: Operands, dtype: torch.dtype) -> ScanG
     n, rows, size = y.shape
     dgx = y.new_empty((n, rows, o.w_hh.shape[0]))
     state, cells = y.new_empty((rows, size), dtype=dtype), y.new_empty((rows, o.hidden), dtype=dtype)
-    cut = o.reset is not None
+    has_reset = o.reset is not None
     return ScanGradients(
         dgx,
         torch.empty_like(dgx) if cell.reset_after else dgx,
         state,
         cells if cell.has_c else None,
-        torch.empty_like(state) if cut else None,
-        torch.empty_like(cells) if cut and cell.has_c else None,
+        torch.empty_like(state) if has_reset else None,
+        torch.empty_like(cells) if has_reset and cell.has_c else None,
         torch.empty_like(y) if o.w_hr is not None else None,
     )

@@ -324,7 +324,9 @@ def stack(
         if streams.on_gpu(x):
             given, how = (h_0, c_0, h_r, c_r), LayerOptions(True, return_all_states, recompute)
             last = pieces[2 * k + 1]
-            if ops.overlaps(cell, x, last, *given, lengths=lengths, reset=reset_mask, options=how, backend=backend):
+            if ops.directions_overlap(
+                cell, x, last, *given, lengths=lengths, reset=reset_mask, options=how, backend=backend
+            ):
                 side = streams.side_stream_of(x)
                 if side is not None:
                     return _at_once(functools.partial(direction, k), x, side)

@@ -26,7 +26,7 @@ from .layer.override import override_layer
 from .layer.profiler import annotated
 from .layer.quick import quick_layer, quick_step, single
 
-__all__ = ["computed_by", "layer", "overlaps", "override_layer", "single", "step"]
+__all__ = ["computed_by", "directions_overlap", "layer", "override_layer", "single", "step"]
 
 _plain_eager, _transforming = checks.is_plain_eager, checks.transforming
 _grad = torch.is_grad_enabled
@@ -103,7 +103,7 @@ def step(
     return h_n, c_n
 
 
-def overlaps(
+def directions_overlap(
     cell: str,
     x: Tensor,
     weights: Sequence[Tensor],

@@ -165,9 +165,9 @@ def _examine(findings: Findings, device: str, case: ParityCase, backends: Sequen
     there = device if case.long else "cpu"
     truth = _pooled([numbers(runner, case, given, torch.float64, there) for given in drawn])
     if case.tf32:
-        yardstick = _pooled([numbers(by_tf32, case, given, case.dtype, "cpu") for given in drawn])
+        baseline = _pooled([numbers(by_tf32, case, given, case.dtype, "cpu") for given in drawn])
     else:
-        yardstick = _pooled([numbers(runner, case, given, case.dtype, device) for given in drawn])
+        baseline = _pooled([numbers(runner, case, given, case.dtype, device) for given in drawn])
     for name in able:
         key = (name, case.precision)
         findings.ran[key] = findings.ran.get(key, 0) + 1
@@ -184,7 +184,7 @@ def _examine(findings: Findings, device: str, case: ParityCase, backends: Sequen
         for what in differing(again, samples[0]):
             findings.blame(name, case, f"{what} has other bits the second time")
         findings.kernels |= _kernels(name, case)
-        _judge(findings, key, case, _pooled(samples), truth, yardstick)
+        _judge(findings, key, case, _pooled(samples), truth, baseline)
         if case.calls:
             with precision_and_regime(case):
                 for complaint in bitwise_checks.complaints(name, case, drawn[0], device):
@@ -221,7 +221,7 @@ def _kernels(name: str, case: ParityCase) -> set[triton_configs.CompiledKernel |
 
 
 def _judge(
-    findings: Findings, key: tuple[str, str], case: ParityCase, got: Values, truth: Values, yardstick: Values
+    findings: Findings, key: tuple[str, str], case: ParityCase, got: Values, truth: Values, baseline: Values
 ) -> None:
     """Each number against what it may be off by."""
     name = key[0]
@@ -232,7 +232,7 @@ def _judge(
         if v.dtype != case.dtype:
             findings.blame(name, case, f"{what} is {v.dtype}, expected {case.dtype}")
         off = error(v, truth[what])
-        allowed = 2 * error(yardstick[what], truth[what]) + band(truth[what], case.dtype)
+        allowed = 2 * error(baseline[what], truth[what]) + band(truth[what], case.dtype)
         if not off <= allowed:
             findings.blame(name, case, f"{what} is off by {off:.3g}, allowed {allowed:.3g}")
         share = off / allowed if allowed else float(off > 0)

@@ -3,7 +3,7 @@
 What torch.nn does not know by itself it is helped to: every piece between two resets becomes a row of its own. Where
 it has no such case (a GRU that resets before the product, all cell states), the reference serves, called step by
 step, so that its state is rounded at each step. TF32 is the reference too, with the operands of its recurrent products
-cut by hand, as a GPU cuts them; torch's own layers use it for all their products, or for none.
+truncated by hand, as a GPU does it; torch's own layers use it for all their products, or for none.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def by_pieces(case: ParityCase, given: CaseInputs, leaves: Values, weights: Valu
     resets = torch.zeros(x.shape[:2]) if given.resets is None else given.resets
     pieces = []  # row, first step, the step after its last
     for b, valid in enumerate(given.valid):
-        cuts = [0, *(t for t in range(1, valid) if resets[t, b]), valid]
-        pieces += [(b, begin, end) for begin, end in itertools.pairwise(cuts) if end]
+        borders = [0, *(t for t in range(1, valid) if resets[t, b]), valid]
+        pieces += [(b, begin, end) for begin, end in itertools.pairwise(borders) if end]
     where = [(t - begin, k, t, b) for k, (b, begin, end) in enumerate(pieces) for t in range(begin, end)]
     i, k, t, b = torch.tensor(where, device=x.device).T
     sizes = torch.tensor([end - begin for _, begin, end in pieces])
@@ -174,8 +174,8 @@ def by_steps(
             for t in reversed(range(steps)) if d else range(steps):
                 border = t + d  # a reset lies between this step and the one before it, whichever comes first
                 if resets is not None and border < steps:
-                    cut = resets[border][:, None] & (border < valid)
-                    state = [torch.where(cut, r, s) for r, s in zip(again, state, strict=True)]
+                    reset_here = resets[border][:, None] & (border < valid)
+                    state = [torch.where(reset_here, r, s) for r, s in zip(again, state, strict=True)]
                 c = state[1] if len(state) > 1 else None
                 h, c = advance(kind.cell, x[t : t + 1], state[0], c, w)
                 new = [h] if c is None else [h, c]
@@ -221,19 +221,19 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(a, w)
-        return cut(a) @ cut(w)
+        return truncate_to_tf32(a) @ truncate_to_tf32(w)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         a, w = ctx.saved_tensors
-        return cut(g) @ cut(w).T, a.T @ g
+        return truncate_to_tf32(g) @ truncate_to_tf32(w).T, a.T @ g
 
 
 PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul)
 LOST = 13  # bits of float32 that TF32 has not
 
 
-def cut(v: Tensor) -> Tensor:
+def truncate_to_tf32(v: Tensor) -> Tensor:
     """float32 without the bits that TF32 has not."""
     return (v.view(torch.int32) >> LOST << LOST).view(torch.float32)
 

@@ -95,7 +95,7 @@ class CudaRecord(NamedTuple):
         return None
 
 
-Found = tuple[str, str, Usage]
+FunctionUsage = tuple[str, str, Usage]
 """Side, function, and what it takes."""
 COLUMNS = (*CudaKernelName._fields, *Usage._fields, "limit", "fits", "source")
 
@@ -144,7 +144,7 @@ def digest_of(job: CudaBuildJob) -> str:
     return digest(source(job.row), SOURCES, flags(job, nvcc))
 
 
-def lines(job: CudaBuildJob, version: str, found: Iterable[Found], asked: dict[str, int]) -> list[CudaRecord]:
+def lines(job: CudaBuildJob, version: str, found: Iterable[FunctionUsage], asked: dict[str, int]) -> list[CudaRecord]:
     """What is known of a row's functions, of several instantiations of one the most of each."""
     row, most = job.row, dict[tuple[str, str], Usage]()
     for side, function, usage in found:
@@ -157,7 +157,7 @@ def lines(job: CudaBuildJob, version: str, found: Iterable[Found], asked: dict[s
     return [CudaRecord(CudaKernelName(*facts, *name), most[name], compiled) for name in order]
 
 
-def said(text: str) -> Iterator[Found]:
+def said(text: str) -> Iterator[FunctionUsage]:
     """Each kernel and what ptxas -v says of it; shared memory is what the kernel itself declares."""
     for block in text.split("Compiling entry function ")[1:]:
         spilled = max(find_number(rf"(\d+) bytes spill {what}", block) for what in ("stores", "loads"))

@@ -85,7 +85,7 @@ class TritonBuildJob(NamedTuple):
     chip: str
     hidden: int
     proj: int
-    plan: configs.LaunchConfig
+    config: configs.LaunchConfig
 
 
 class TritonKernelName(NamedTuple):
@@ -149,18 +149,18 @@ def jobs() -> Iterator[TritonBuildJob]:
 def forms(job: TritonBuildJob, found: Iterable[Usage]) -> Iterator[Form]:
     """Those that are compiled besides everything on, which takes `found`."""
     amd = job.chip.startswith("gfx")
-    most = min(2048 // job.plan.warps, 512 if amd else 255)  # registers a thread can have
-    if job.plan.regime == "persistent" and any(usage.registers + SPARE > most for usage in found):
+    most = min(2048 // job.config.warps, 512 if amd else 255)  # registers a thread can have
+    if job.config.regime == "persistent" and any(usage.registers + SPARE > most for usage in found):
         for form in FORMS:
             if (amd or form.rows != MANY) and (job.kind == "half" or not form.wide):
                 yield form
 
 
-class Launch(NamedTuple):
+class KernelLaunch(NamedTuple):
     """A kernel as a scan starts it."""
 
     kernel: Any
-    plan: configs.LaunchConfig
+    config: configs.LaunchConfig
     arguments: dict[str, Any]
 
     @property
@@ -174,7 +174,9 @@ class Launch(NamedTuple):
         return configs.MULTIPLES[terms.do_not_specialize]
 
 
-def launches(job: TritonBuildJob, form: Form = EVERYTHING, make: Callable[..., Tensor] = torch.empty) -> list[Launch]:
+def launches(
+    job: TritonBuildJob, form: Form = EVERYTHING, make: Callable[..., Tensor] = torch.empty
+) -> list[KernelLaunch]:
     """The kernels that the scan starts, each kind once. Tensors are on `meta`, those that it is given by `make`."""
     from rnnkit.kernels import persistent, step
 
@@ -200,20 +202,20 @@ def launches(job: TritonBuildJob, form: Form = EVERYTHING, make: Callable[..., T
         c_reset=some(batch, hidden) if form.states and cell.has_c else None,
     )
     b_hn = some(hidden) if cell.reset_after else None
-    seen: dict[tuple[Any, ...], Launch] = {}
+    seen: dict[tuple[Any, ...], KernelLaunch] = {}
 
-    def see(kernel: Any, grid: tuple[int, ...], plan: configs.LaunchConfig, **arguments: Any) -> None:
+    def see(kernel: Any, grid: tuple[int, ...], config: configs.LaunchConfig, **arguments: Any) -> None:
         key = (id(kernel), *map(_sort, arguments.values()))
-        seen[key] = Launch(kernel, plan, arguments)
+        seen[key] = KernelLaunch(kernel, config, arguments)
 
-    regime: Any = persistent if job.plan.regime == "persistent" else step
+    regime: Any = persistent if job.config.regime == "persistent" else step
     gx = some(steps, batch, cell.gates * hidden)
-    found = regime.forward(cell, gx, t.h_0, t.c_0, t, b_hn, t0=0, reverse=False, save=True, config=job.plan, run=see)
+    found = regime.forward(cell, gx, t.h_0, t.c_0, t, b_hn, t0=0, reverse=False, save=True, config=job.config, run=see)
     if job.side == "backward":
         seen.clear()
         y, h_n, c_n, c_all, gates = found
         grads = LayerOutputs(y, h_n, c_n, c_all)
-        regime.backward(cell, grads, y, c_all, gates, t, b_hn, reverse=False, config=job.plan, run=see)
+        regime.backward(cell, grads, y, c_all, gates, t, b_hn, reverse=False, config=job.config, run=see)
     return list(seen.values())
 
 
@@ -222,14 +224,14 @@ def _sort(value: Any) -> str:
     return f"{value.dtype} {value.data_ptr()}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def named(job: TritonBuildJob, launch: Launch, triton: str) -> TritonKernelName:
+def named(job: TritonBuildJob, launch: KernelLaunch, triton: str) -> TritonKernelName:
     """What the result calls a launch that Triton of this version compiles."""
-    shape, plan = launch.arguments, launch.plan
+    shape, config = launch.arguments, launch.config
     scan = (job.kernel, job.cell, job.side, launch.function, job.hidden, job.proj)
     if launch.function in PRODUCTS:
         scan = ("", "", "", launch.function, launch.multiple, 0)
-    tile = (shape["BLOCK_B"], shape.get("BLOCK_H") or shape["BLOCK_N"], plan.warps, plan.stages)
-    return TritonKernelName(triton, job.plan.regime, *scan, job.dtype, job.kind, job.chip, *tile)
+    tile = (shape["BLOCK_B"], shape.get("BLOCK_H") or shape["BLOCK_N"], config.warps, config.stages)
+    return TritonKernelName(triton, job.config.regime, *scan, job.dtype, job.kind, job.chip, *tile)
 
 
 def build(job: TritonBuildJob) -> list[TritonRecord] | str:
@@ -253,7 +255,7 @@ def build(job: TritonBuildJob) -> list[TritonRecord] | str:
 Pairs = tuple[tuple[Any, Any], ...]
 
 
-def specialized(launch: Launch, chip: str) -> tuple[Pairs, Pairs, Pairs, Pairs]:
+def specialized(launch: KernelLaunch, chip: str) -> tuple[Pairs, Pairs, Pairs, Pairs]:
     """What Triton's own `JITFunction.run` makes of a launch: types, constants, what is known of arguments, options."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -261,7 +263,7 @@ def specialized(launch: Launch, chip: str) -> tuple[Pairs, Pairs, Pairs, Pairs]:
     from rnnkit.kernels.launch import options
 
     kernel, backend = launch.kernel, make_backend(_target(chip))
-    asked = options(launch.plan, amd=chip.startswith("gfx"))
+    asked = options(launch.config, amd=chip.startswith("gfx"))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, found, _ = bind(**launch.arguments, **asked)
     _, types, constants, known = kernel._pack_args(backend, asked, bound, found, asked)
@@ -340,9 +342,9 @@ def _tried(row: configs.CompiledKernel) -> configs.CompiledKernel:
 
 def _of(row: configs.CompiledKernel, chip: str) -> list[TritonBuildJob]:
     hidden, proj = configs.fullest(row)
-    plan = configs.persistent_config(row, "")
+    config = configs.persistent_config(row, "")
     return [
-        TritonBuildJob(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, plan)
+        TritonBuildJob(row.kernel, cell, row.side, dtype, row.kind, chip, hidden, proj, config)
         for cell in configs.CELLS_OF[row.kernel]
         for dtype in DTYPES[row.kind]
     ]
@@ -377,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(options.workers) as pool:
         for done, (job, found) in enumerate(zip(mine, pool.map(build, mine), strict=True), 1):
             size = f"H={job.hidden} P={job.proj}" if job.proj else f"H={job.hidden}"
-            name = f"{job.plan.regime} {job.cell} {job.side} {size} {job.dtype} {job.kind} {job.chip}"
+            name = f"{job.config.regime} {job.cell} {job.side} {size} {job.dtype} {job.kind} {job.chip}"
             if isinstance(found, str):
                 wrong.append(f"{name}: {found}")
             else:

@@ -26,6 +26,7 @@ from rnnkit.backends.triton import configs as triton_configs
 from rnnkit.benchmarks.gpu_check import bitwise_checks, parity, parity_cases, reference_runs, worker_pool
 from rnnkit.benchmarks.gpu_check import main as gpu_check
 from rnnkit.benchmarks.gpu_check.parity_cases import BF16, F16, F32, KINDS, ParityCase, Variant, kernels_of, select
+from rnnkit.benchmarks.gpu_check.reference_runs import truncate_to_tf32
 from rnnkit.benchmarks.speed.targets import FUSED
 
 SMALL = Variant((4, 7, 2, 5), lengths=True, resets=True, reset_state=True)
@@ -137,14 +138,14 @@ def test_tf32_is_held_to_ten_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_tf32_costs_is_what_its_bits_cost() -> None:
-    """One step from h_0 by hand: the baseline loses what cut operands lose, and its gradient likewise."""
+    """One step from h_0 by hand: the baseline loses what truncated operands lose, and its gradient likewise."""
     case = ParityCase("rnn_tanh", Variant((1, 3, 2, 5)), F32, tf32=True)
     given = parity_cases.draw(case, 0)
     leaves, weights = given.to(F32, "cpu")
     v = {**leaves, **weights}
-    h = reference_runs.cut(v["h_0"][0].detach())
+    h = truncate_to_tf32(v["h_0"][0].detach())
     inside = leaves["x"][0] @ v["weight_ih_l0"].T + v["bias_ih_l0"] + v["bias_hh_l0"]
-    wanted = torch.tanh(inside + h @ reference_runs.cut(v["weight_hh_l0"].detach()).T)
+    wanted = torch.tanh(inside + h @ truncate_to_tf32(v["weight_hh_l0"].detach()).T)
     got = reference_runs.by_tf32(case, given, leaves, weights)["y"][0]
     assert (
         (got - wanted).abs().max()
@@ -153,8 +154,9 @@ def test_what_tf32_costs_is_what_its_bits_cost() -> None:
     )
     da = 1 - wanted.detach() ** 2
     back = torch.autograd.grad(got.sum(), leaves["h_0"])[0][0]
-    assert (back - reference_runs.cut(da) @ reference_runs.cut(v["weight_hh_l0"].detach())).abs().max() < 1e-6
-    assert float((reference_runs.cut(v["x"].detach()) / v["x"].detach() - 1).abs().max()) < 2**-10
+    expected = truncate_to_tf32(da) @ truncate_to_tf32(v["weight_hh_l0"].detach())
+    assert (back - expected).abs().max() < 1e-6
+    assert float((truncate_to_tf32(v["x"].detach()) / v["x"].detach() - 1).abs().max()) < 2**-10
 
 
 def a_stale_graph(work: Callable[[], object]) -> Callable[[], object]:

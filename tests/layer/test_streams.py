@@ -197,7 +197,7 @@ def nobody(*_: Any, **__: Any) -> Any:
 
 def test_nothing_of_it_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "side_stream_of", nobody)
-    monkeypatch.setattr(ops, "overlaps", nobody)
+    monkeypatch.setattr(ops, "directions_overlap", nobody)
     backend = Noting()
     monkeypatch.setattr(Noting, "_note", lambda self, what, reverse: self.noted.append((what, reverse, {})))
     put(monkeypatch, backend)

@@ -48,8 +48,8 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
     from rnnkit.benchmarks.usage.triton_usage import launches, specialized
 
     def facts(hidden: int, chip: str, rows: int) -> tuple[dict[str, str], dict[str, list[str]]]:
-        plan = configs.step_config(configs.STEP[0], "half", "")
-        job = triton_usage.TritonBuildJob("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, plan)
+        config = configs.step_config(configs.STEP[0], "half", "")
+        job = triton_usage.TritonBuildJob("lstm", "lstm", "forward", "bf16", "half", chip, hidden, 0, config)
         form = triton_usage.Form(rows=rows)
         (launch,) = [launch for launch in launches(job, form) if launch.function == "product.product"]
         types, constants, known, _ = specialized(launch, chip)
@@ -81,9 +81,9 @@ def test_no_launch_is_of_another_kind_than_the_record(kernel: str) -> None:
         return {(launch.kernel, specialized(launch, job.chip)[0::2]) for launch in launches(job, form, make)}
 
     mine = [job for job in jobs() if job.kernel == kernel and job.chip == "sm_90" and job.dtype in ("bf16", "fp32")]
-    plans = {(job.cell, job.side, job.dtype, job.kind, job.plan.regime): job for job in mine}
+    scans = {(job.cell, job.side, job.dtype, job.kind, job.config.regime): job for job in mine}
     recorded = set().union(*map(kinds, mine))
-    for job in plans.values():
+    for job in scans.values():
         for hidden, rows in itertools.product((1, 2, 5, 8, 16, 20, 24, 48, 127, 128), (1, 16, 33)):
             projections = [p for p in (1, 3, 16, 20, 48) if p < hidden] if kernel == "lstm_proj" else [0]
             for proj, make in itertools.product(projections, (torch.empty, unaligned)):
