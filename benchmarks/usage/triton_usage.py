@@ -369,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.search:
         for row in search(options.search):
-            print(f"    Row{tuple(row)},", flush=True)
+            print(f"    {type(row).__name__}{tuple(row)},", flush=True)
         return 0
     every = list(jobs())
     mine = every[options.part[0] - 1 :: options.part[1]]

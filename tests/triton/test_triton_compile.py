@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import os
 import subprocess
@@ -103,6 +104,19 @@ def test_a_run_replaces_what_its_own_triton_said(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n")
     with pytest.raises(ValueError, match=r"has the columns \['a', 'b'\], expected triton, .*; remove it"):
         read(tmp_path / "other.csv")
+
+
+@needs_triton
+def test_what_a_search_prints_is_a_row_of_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As configs.py has it, to be copied there."""
+    from rnnkit.benchmarks.usage import triton_usage
+
+    rows = configs.PERSISTENT[:2]
+    monkeypatch.setattr(triton_usage, "search", lambda kernel: iter(rows))
+    assert triton_usage.main(["--search", "gru"]) == 0
+    assert ast.literal_eval("[" + capsys.readouterr().out.replace(type(rows[0]).__name__, "") + "]") == list(rows)
 
 
 @needs_triton
