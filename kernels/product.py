@@ -5,8 +5,8 @@ follow one another on the stream and never wait for the host. Programs share a m
 
 A product's sizes are numbers at run time, so one serves every H. Triton compiles a kernel anew for each set of numbers
 and addresses that are multiples of 16, or 1: so there are two of each product, of one source. The one is started
-where all its sizes are multiples of 16, which it knows then, and reads rows 16 bytes at once; `_unaligned` knows
-nothing of its sizes and addresses.
+where all its sizes are multiples of 16, which it knows then, and reads rows 16 bytes at once; `unaligned` makes
+the other, which knows nothing of its sizes and addresses.
 """
 
 from typing import Any

@@ -2,8 +2,9 @@
 
 `side.work()` launches beside the stream that was current, after all that was launched there before; `side.join()` has
 that stream, `main`, wait. So to everybody else it is as if `main` had done it. Autograd runs a node's backward on the
-stream of its forward, and makes that stream wait for what it is given and others for what it gives; `ops` joins again
-at the end of the node's backward, for the reason below. All of it is recorded by a CUDA graph as a fork and a join.
+stream of its forward, and makes that stream wait for what it is given and others for what it gives; `layer.autograd`
+joins again at the end of the node's backward, for the reason below. All of it is recorded by a CUDA graph as a fork and
+a join.
 
 Memory. torch's allocator gives a block to whoever asks next on the stream that it was made for, and knows nothing of
 other streams that use it. What `main` made and `side` reads (x, states, weights) is held by the caller until the join
@@ -18,7 +19,7 @@ none is left there is no side, and the directions go one after the other. `recor
 is free only when the GPU has come to its end of use, and a host that runs ahead takes another.
 
 What runs on both does not wait for the other to get multiprocessors, or two might wait for one another for ever. So a
-backend says whether it may (`Backend.overlaps`).
+backend says whether it may (`Backend.concurrent_directions`).
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """What the documents name exists: a path of the tree in backticks, and a module that a command runs.
 
 A path begins with a folder of the tree. `<cell>` and `*` in it stand for anything; a file that is made somewhere else,
-such as `benchmarks/results/<device>-probes.csv`, needs its folder alone.
+such as `benchmarks/results/<device>-probes.csv`, needs its folder alone. Of a docstring each name in backticks is asked
+for, by its words: some code has it.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,47 @@ def missing(text: str, root: Path = ROOT) -> Iterator[str]:
         file = root / place.replace(".", "/")
         if not file.with_suffix(".py").exists() and not (file / "__init__.py").exists():
             yield module
+
+
+NAME = re.compile(r"`(_?[A-Za-z]\w*(?:\.\w+)*)`")
+FOREIGN = {
+    "JITFunction",
+    "aot_eager",
+    "encoder",
+    "episode_starts",
+    "is_init",
+    "l0",
+    "l0_reverse",
+    "record_stream",
+    "sixth",
+}
+
+
+def stale_names(code: dict[str, str], elsewhere: set[str]) -> Iterator[str]:
+    """What docstrings name and neither code nor `elsewhere` has. code: a file's text by its name."""
+    trees = {name: ast.parse(text) for name, text in code.items()}
+    known, told = set(elsewhere), list[tuple[str, str]]()
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            for field in ("id", "attr", "arg", "name", "asname", "module"):
+                value = getattr(node, field, None)
+                known.update(value.split(".") if isinstance(value, str) else ())
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                told += [(file, name) for name in NAME.findall(ast.get_docstring(node) or "")]
+    yield from (f"{file}: {name}" for file, name in told if not known.issuperset(name.split(".")))
+
+
+def test_what_docstrings_name_exists() -> None:
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    others = [*(path for path in ROOT.glob("csrc/**/*.*") if path.suffix in (".h", ".cpp", ".cu")), ROOT / "Makefile"]
+    words = {word for path in others for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    words |= {part for path in files for part in path.relative_to(ROOT).with_suffix("").parts}
+    assert list(stale_names({str(p): p.read_text(encoding="utf-8") for p in files}, words | FOREIGN)) == []
+
+
+def test_a_stale_name_is_found() -> None:
+    code = {"a": '"""`Kept.size`, `gone`, `Kept.gone` and `x = 1`."""\nclass Kept:\n    size = 1\n'}
+    assert list(stale_names(code, set())) == ["a: gone", "a: Kept.gone"]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

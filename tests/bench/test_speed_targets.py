@@ -110,7 +110,7 @@ def test_memory_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nowhere_below_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what `auto` takes when `choose` has read the rows: it goes by those in float32."""
+    """By what `auto` takes when fit_dispatch has read the rows: it goes by those in float32."""
     only(monkeypatch, *(BenchCase("grid", n, 1, 64, 64, cells=("GRU",), modes=("training",)) for n in (1, 32)))
     group = "plain, as auto"
 
