@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import rnnkit
+
 ROOT = Path(__file__).resolve().parents[2]
 FORGE = ROOT / ".github"
 COMMANDS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -40,6 +42,9 @@ def test_the_citation_is_of_this_version() -> None:
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{citation["version"]}"' in project and f'license = "{citation["license"]}"' in project
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert citation["version"] == rnnkit.__version__ and f"version = {{{rnnkit.__version__}}}" in readme
+    assert f"title = {{{citation['title']}}}" in re.sub(" +", " ", readme)
 
 
 def test_the_security_policy_says_how_to_report() -> None:
