@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(not (ROOT / "examples").is_dir(), reason="not a clone: examples/ is not here")
+pytestmark = pytest.mark.skipif(not (ROOT / "examples").is_dir(), reason="a wheel carries no examples")
 
 
 def run(name: str, *options: str) -> str:

@@ -23,7 +23,7 @@ from rnnkit.benchmarks.speed import machine, pages, picture, report, rows, targe
 from rnnkit.benchmarks.speed.bench_cases import TABLE, BadInput, BenchCase
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDED = pytest.mark.skipif(not rows.RESULTS.is_dir(), reason="not a clone: an sdist carries no results")
+RECORDED = pytest.mark.skipif(not rows.RESULTS.is_dir(), reason="a wheel carries no results")
 
 
 # Targets.
