@@ -1,4 +1,5 @@
-"""The documents hang together: every link leads somewhere, and every variable of the environment is told of."""
+"""The documents hang together: every link leads somewhere, every variable of the environment is told of, and so is
+every test that is left to `make test-all`."""
 
 from __future__ import annotations
 
@@ -77,3 +78,12 @@ def test_every_variable_of_the_environment_is_told_of() -> None:
     assert {"RNNKIT_CPU_ISA", "RNNKIT_CUDA", "RNNKIT_CUDA_ARCH", "RNNKIT_CUDA_REGIME", "RNNKIT_EXTENSION"} <= read
     told = set(re.findall(r"`(RNNKIT_\w+)`", (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")))
     assert told == read
+
+
+def test_what_is_marked_long_is_told_of() -> None:
+    page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    _, section = page.split("## What `make test` leaves to `make test-all`\n")
+    told = set(re.findall(r"^- `(tests/[\w/]+\.py)`:", section.partition("\n## ")[0], re.M))
+    marked = re.compile(r"^@pytest\.mark\.long$|^@pytest\.mark\.parametrize\(.*\bsome\(", re.M)
+    files = [path for path in ROOT.glob("tests/**/test_*.py") if marked.search(path.read_text(encoding="utf-8"))]
+    assert told and told == {path.relative_to(ROOT).as_posix() for path in files}
