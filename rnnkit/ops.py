@@ -160,19 +160,27 @@ def _layer(
 def _run(
     cell: str, t: LayerInputs, o: LayerOptions, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Where the call is not plain, or was not before autocast had its way."""
+    """Where the call is not plain, or was not before autocast's casts."""
     train = _grad() and any_requires_grad(t)
     chosen = select_backend(backend, describe(cell, t, o, train=train), cache=False)
     compiling = torch.compiler.is_compiling()
     onnx = compiling and torch.onnx.is_in_onnx_export()
-    if compiling and not onnx:
+    if compiling and not onnx and not _compiling_a_transform():
         return _opaque(cell, chosen.name, t, o, train)
     with no_autocast(t.x.device.type):
-        if onnx or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0:
+        if compiling or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0:
             return annotated(cell, lambda: REFERENCE.forward(cell, t, o, train=False).outputs, t)
         if _plain_eager(*t) and not t.x.is_meta:
             return direct(cell, chosen, t, o, train)
     return _opaque(cell, chosen.name, t, o, train)
+
+
+@torch.compiler.assume_constant_result
+def _compiling_a_transform() -> bool:
+    """Whether torch.compile traces this call inside of a transform of torch.func, which needs formulas that it can
+    differentiate: of the opaque operator it would take the derivative for zero. Dynamo guards on the transforms, so the
+    answer holds as long as the compiled code does."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _opaque(cell: str, backend: str, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
