@@ -40,11 +40,11 @@ def _any_callbacks() -> Callable[[], bool]:
         with contextlib.suppress(OSError, AttributeError):  # a file that is not loaded; a symbol that is not there
             found = ctypes.PyDLL(str(library), _LOADED)._ZN2at12hasCallbacksEv
             found.argtypes, found.restype = [], ctypes.c_bool
-            direct: Any = extension.direct
-            if not hasattr(direct, "recording"):  # not built, or by older sources
+            native: Any = extension.native
+            if not hasattr(native, "recording"):  # not built, or by older sources
                 return found
-            direct.bind_recording(ctypes.cast(found, ctypes.c_void_p).value)
-            return direct.recording
+            native.bind_recording(ctypes.cast(found, ctypes.c_void_p).value)
+            return native.recording
     return known
 
 

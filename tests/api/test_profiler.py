@@ -329,9 +329,9 @@ def test_a_library_that_is_not_loaded_stays_so(tmp_path: Path, monkeypatch: pyte
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
-@pytest.mark.skipif(not hasattr(extension.direct, "recording"), reason="the extension is not built")
+@pytest.mark.skipif(not hasattr(extension.native, "recording"), reason="the extension is not built")
 def test_the_extension_asks() -> None:
-    assert profiler.recording is extension.direct.recording
+    assert profiler.recording is extension.native.recording
     with pytest.raises(ValueError, match="must not be 0"):
-        extension.direct.bind_recording(0)
+        extension.native.bind_recording(0)
     assert profiler.recording() is False

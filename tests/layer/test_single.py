@@ -29,9 +29,9 @@ from rnnkit.backends import select
 from rnnkit.backends.cpu import extension
 from rnnkit.backends.cpu.backend import CPU
 
-direct = extension.direct
+native = extension.native
 no_way = extension.reason() or "this torch lacks torch._C._aoti, by which tensors reach C++; torch 2.13 has it"
-pytestmark = pytest.mark.skipif(direct is None, reason=no_way)
+pytestmark = pytest.mark.skipif(native is None, reason=no_way)
 LONG = 40  # steps, more than the engine takes at a time
 BOTH = ["single", "single_backward"]
 every_kind = pytest.mark.parametrize(("name", "options"), KINDS)
@@ -92,7 +92,7 @@ def both_ways(call: Callable[[], Any], went: list[str], took: list[str]) -> list
     short = call()
     assert went == took and same(short, ordinary(call)) and went == took
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extension, "direct", None)
+        patch.setattr(extension, "native", None)
         patch.setattr(select, "_selected", {})
         patch.setitem(backends.BY_NAME, "cpu", alone := CPU())
         assert not alone.singles and same(short, call()) and same(short, call()) and went == took
@@ -276,15 +276,15 @@ def test_the_functions_say_what_is_wrong():
     for name, count in {**counts, "bind": 7}.items():
         for wrong in (0, count - 1, count + 1):
             with pytest.raises(TypeError, match=f"^rnnkit: {count} arguments must be given, got {wrong}$"):
-                getattr(direct, name)(*[None] * wrong)
+                getattr(native, name)(*[None] * wrong)
     x, h, w = torch.randn(T, B, H), torch.randn(B, H), torch.randn(H, H)
     good, operator = (0, x, h, None, w, w, *[None] * 7, False, False, False, 0), torch.ops.rnnkit.cpu_layer_forward
     for at, value in ((0, 9), (0, -1), (0, 3.0), (1, x[0]), (1, x.long()), (1, "x"), (2, h[:1]), (6, w[0]), (13, "no")):
         args = (*good[:at], value, *good[at + 1 :])
-        found, truth = (outcome(lambda f=f, a=args: f(*a)) for f in (direct.layer_forward, operator.default))
+        found, truth = (outcome(lambda f=f, a=args: f(*a)) for f in (native.layer_forward, operator.default))
         assert found[0] is truth[0] and found[1].splitlines()[0] == truth[1].splitlines()[0]
     with pytest.raises(RuntimeError, match=r"^rnnkit: h_0 must be Float \[2, 4\], got Float \[1, 4\]$"):
-        direct.single(0, x, h[None, :1], None, w, w, None, None, False, False)
+        native.single(0, x, h[None, :1], None, w, w, None, None, False, False)
 
 
 def test_a_mode_sees_operators():
@@ -306,7 +306,7 @@ def test_memory_stays_flat_and_references_are_given_back(name, went):
                 layer(x, hx)
             torch.autograd.grad(layer(leaf, hx)[0].sum(), leaf)
             for cell in (0, 0.5):  # x is no state, 0.5 no cell
-                outcome(lambda cell=cell: direct.single(cell, x, x[0], None, *layer.parameters(), True, True))
+                outcome(lambda cell=cell: native.single(cell, x, x[0], None, *layer.parameters(), True, True))
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return resident, [(sys.getrefcount(v), v._use_count()) for v in held]
 

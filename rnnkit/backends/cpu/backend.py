@@ -41,7 +41,7 @@ class CPU(Backend):
 
     def __init__(self) -> None:
         if extension.available():
-            ops, found = torch.ops.rnnkit, extension.direct
+            ops, found = torch.ops.rnnkit, extension.native
             self._operators = ops.cpu_layer_forward.default, ops.cpu_layer_backward.default
             self._direct = self._operators
             self._step, self._lstm_step = ops.cpu_step.default, ops.cpu_lstm_step.default

@@ -118,5 +118,5 @@ def _bind() -> ModuleType | None:
     return module
 
 
-direct = _bind()
+native = _bind()
 """The module of functions, or None where this torch has no way for tensors to cross."""
