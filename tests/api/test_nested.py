@@ -154,29 +154,6 @@ def test_compile() -> None:
         )
 
 
-def strided() -> Tensor:
-    rows = [torch.randn(3, I), torch.randn(5, I)]
-    return nested_tensor(rows, layout=torch.strided)
-
-
-def jagged(*shapes: tuple[int, ...]) -> Tensor:
-    return nested_tensor([torch.randn(shape) for shape in shapes], layout=torch.jagged)
-
-
-def gaps() -> Tensor:
-    return torch.nested.narrow(torch.randn(2, 5, I), 1, torch.tensor([0, 1]), torch.tensor([3, 2]), layout=torch.jagged)
-
-
-REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
-    "strided": (strided, ["layout torch.jagged", "as_nested_tensor(list(input.unbind()), layout=torch.jagged)"]),
-    "two dimensions": (lambda: jagged((3,), (5,)), ["[B, j, I]"]),
-    "four dimensions": (lambda: jagged((3, I, 2), (5, I, 2)), ["[B, j, I]"]),
-    "ragged elsewhere": (lambda: jagged((3, I), (5, I)).transpose(1, 2), ["[B, j, I]", "second dimension"]),
-    "gaps": (gaps, ["no gaps", "input.contiguous()"]),
-    "features": (lambda: jagged((3, 2), (5, 2)), ["input_size = 3", "got 2"]),
-}
-
-
 OUTSIDE = {
     (0, 6, 7): "must go from 0 to 9, the number of its values, got 0 to 7; pass nested_tensor_from_jagged",
     (1, 6, 9): "got 1 to 9",
@@ -220,6 +197,37 @@ def test_compiled_no_value_outside_lands_in_a_row(offsets: list[int]) -> None:
     assert not grad[:first].any() and not grad[last:].any()
 
 
+@pytest.mark.parametrize("count", [7, 9])
+def test_a_reset_has_a_value_for_each_of_the_input(count: int) -> None:
+    _, nested, _ = ragged([3, 5])
+    reset = nested_tensor_from_jagged(torch.zeros(count), nested.offsets())
+    with pytest.raises(ValueError, match=rf"reset must have 8 values as the input, got {count}"):
+        rnnkit.GRU(I, H)(nested, reset=reset)
+
+
+def strided() -> Tensor:
+    rows = [torch.randn(3, I), torch.randn(5, I)]
+    return nested_tensor(rows, layout=torch.strided)
+
+
+def jagged(*shapes: tuple[int, ...]) -> Tensor:
+    return nested_tensor([torch.randn(shape) for shape in shapes], layout=torch.jagged)
+
+
+def gaps() -> Tensor:
+    return torch.nested.narrow(torch.randn(2, 5, I), 1, torch.tensor([0, 1]), torch.tensor([3, 2]), layout=torch.jagged)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "strided": (strided, ["layout torch.jagged", "as_nested_tensor(list(input.unbind()), layout=torch.jagged)"]),
+    "two dimensions": (lambda: jagged((3,), (5,)), ["[B, j, I]"]),
+    "four dimensions": (lambda: jagged((3, I, 2), (5, I, 2)), ["[B, j, I]"]),
+    "ragged elsewhere": (lambda: jagged((3, I), (5, I)).transpose(1, 2), ["[B, j, I]", "second dimension"]),
+    "gaps": (gaps, ["no gaps", "input.contiguous()"]),
+    "features": (lambda: jagged((3, 2), (5, 2)), ["input_size = 3", "got 2"]),
+}
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_layer_refuses(case: str) -> None:
@@ -254,9 +262,6 @@ def test_a_mistake_beside_a_nested_input() -> None:
         module(nested, reset=torch.zeros(5, 2))
     with pytest.raises(ValueError, match="its offsets differ"):
         module(nested, reset=other)
-    for count in (7, 9):
-        with pytest.raises(ValueError, match=rf"reset must have 8 values as the input, got {count}"):
-            module(nested, reset=nested_tensor_from_jagged(torch.zeros(count), nested.offsets()))
     with pytest.raises(RuntimeError, match=r"Expected hidden size|input\.size"):
         module(nested, torch.zeros(1, 3, H))
 
