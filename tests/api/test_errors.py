@@ -308,11 +308,11 @@ CALLING: dict[str, Mistake] = {
 }
 
 
-def called_with(name: str, value: object, proj_size: int = 0) -> Mistake:
+def called_with(name: str, value: object) -> Mistake:
     """A call of a layer of which `name` was set after it was made."""
 
     def call(place: Any) -> Any:
-        layer = place.LSTM(I, H, 2, proj_size=proj_size)
+        layer = place.LSTM(I, H, 2)
         setattr(layer, name, value)
         return layer(x)
 
@@ -320,14 +320,11 @@ def called_with(name: str, value: object, proj_size: int = 0) -> Mistake:
 
 
 CALLING |= {
-    "no bias": called_with("bias_hh_l0", None),
     "num_layers 3 set": called_with("num_layers", 3),
     "num_layers 0 set": called_with("num_layers", 0),
     "num_layers 1.5 set": called_with("num_layers", 1.5),
-    "proj_size set": called_with("proj_size", 2),
     "dropout text set": called_with("dropout", "x"),
     "dropout 2 set": called_with("dropout", 2.0),
-    "projection": called_with("weight_hr_l0", nn.Parameter(torch.zeros(3, H)), proj_size=2),
 }
 
 
