@@ -280,8 +280,11 @@ _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0", "reset_state", "
 def _same(x: Tensor, names: Sequence[str], others: Sequence[Tensor | None]) -> None:
     """One floating dtype (any under autocast) and one device. `names` are those of `others`, w_ih first."""
     dtype, device = x.dtype, x.device
+    w_ih: Tensor = others[0]  # type: ignore[assignment]
+    if w_ih.is_complex():
+        raise BadType("complex numbers are not supported; rnnkit.revert(layer) gives torch's layer")
     if not dtype.is_floating_point:
-        raise BadType(f"x must be of a floating dtype, got {dtype}; pass x.to({others[0].dtype})")  # type: ignore[union-attr]
+        raise BadType(f"x must be of a floating dtype, got {dtype}; pass x.to({w_ih.dtype})")
     expect_dense(x, "x", BadType)
     for name, v in zip(names, others, strict=True):
         if v is None:

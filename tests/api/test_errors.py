@@ -201,6 +201,12 @@ FUNCTIONS: list[Case] = [
     ("convert a class", lambda: rnnkit.convert(nn.GRU), TypeError, ["an nn.Module", "got type"]),
     ("revert", lambda: rnnkit.revert("model"), TypeError, ["rnnkit.revert takes an nn.Module", "got str"]),
     ("revert GRU", lambda: rnnkit.revert(gru(reset_after=False)), ValueError, ["changed nothing", "reset_after=False"]),
+    (
+        "complex layer",
+        lambda: rnnkit.LSTM(I, H, dtype=torch.cfloat)(x.cfloat()),
+        TypeError,
+        ["complex numbers are not supported", "rnnkit.revert(layer) gives torch's layer"],
+    ),
     ("explain", lambda: rnnkit.explain(torch.tanh, x), TypeError, ["rnnkit.explain takes an nn.Module", "got"]),
 ]
 OURS = {
