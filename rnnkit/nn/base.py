@@ -191,6 +191,9 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
         if recompute:
             self.recompute = True
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+
     @property
     def _flat_weights(self) -> list[Any]:
         """The weights of this moment, in torch's order, in a list that may be written to."""
