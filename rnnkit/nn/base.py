@@ -126,7 +126,9 @@ class Recurrent(nn.Module):
 
     def _raise_torch_error(self, error: Exception, weights: Sequence[Tensor | None], *args: Any) -> None:
         """Raise what torch raises for these weights and arguments, with the words of `error` added to it, or else
-        `error`."""
+        `error`. A nested input torch's layers never take, so that what they raise would say nothing."""
+        if isinstance(args[0], Tensor) and args[0].is_nested:
+            raise error
         try:
             self._torch_twin(weights).forward(*args)
         except Exception as theirs:
