@@ -192,6 +192,12 @@ def states_of(cell: Cell, state: object, name: str) -> tuple[Tensor | None, Tens
     return h, c
 
 
+def expect_no_lengths(hx: Tensor) -> None:
+    """Of hx of a layer: whole numbers [B] are lengths in the wrong place."""
+    if hx.dim() == 1 and hx.dtype != torch.bool and not (hx.is_floating_point() or hx.is_complex()):
+        raise BadType(f"hx must be a state, got {shape(hx)} of {hx.dtype}; lengths go by keyword: lengths=...")
+
+
 def _weights(cell: Cell, weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """w_ih, w_hh, b_ih, b_hh, w_hr with None for what is absent, each of a size that fits the others."""
     if not isinstance(weights, list | tuple):

@@ -274,6 +274,8 @@ def stack(
 
     layout = layout_of(input, batch_first)
     sizes = (layout.dims, packed or nested, data.shape[-1], layout.steps, layout.rows)
+    if isinstance(hx, Tensor):
+        checks.expect_no_lengths(hx)
     h_0, c_0 = checks.states_of(kind, hx, "hx")
     checks.sequence(cell, *sizes, (h_0, c_0), weights, num_layers, directions, proj_size)
     h_r = c_r = None

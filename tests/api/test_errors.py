@@ -334,6 +334,8 @@ SENTENCES: dict[str, tuple[Mistake, str]] = {
     "a state that is no pair": (lambda p: p.LSTM(I, H)(x, state), "hx must be a pair (h, c) for lstm, got Tensor"),
     "c of another dtype": (lambda p: p.LSTM(I, H)(x, (state, state.double())), "x is torch.float32 and c_0 torch.fl"),
     "half a pair": (lambda p: p.LSTM(I, H)(x, (state, None)), "hx[1] must be a tensor, got NoneType"),
+    "lengths by place": (lambda p: p.GRU(I, H)(x, torch.tensor([5, 3])), "lengths go by keyword: lengths=..."),
+    "an LSTM's lengths by place": (lambda p: p.LSTM(I, H)(x, torch.tensor([5, 3])), "keyword: lengths=..."),
     "a pair for one": (lambda p: p.GRU(I, H)(x, (state, state)), "hx must be one tensor for gru, got tuple"),
     "a list": (lambda p: p.RNN(I, H)([1.0]), "input must be a tensor [T, B, I], got list"),
     "a sparse input": (lambda p: p.GRU(I, H)(x.to_sparse()), "x must be a dense tensor"),
