@@ -152,6 +152,16 @@ def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> 
     return whole.to(device).clamp(0, steps)
 
 
+def expect_length_per_row(lengths: object, rows: int, steps: int, batch_first: bool) -> None:
+    """Of a batch as the caller laid it out: with a length for each step, B and T were taken for one another."""
+    if isinstance(lengths, Tensor) and lengths.dim() == 1 and lengths.shape[0] != rows and lengths.shape[0] == steps:
+        read, other = ("[B, T, I]", "[T, B, I]") if batch_first else ("[T, B, I]", "[B, T, I]")
+        raise ValueError(
+            f"lengths must be [B] = [{rows}], got {shape(lengths)}; the input is read as {read}; "
+            f"batch_first={not batch_first} reads {other}"
+        )
+
+
 def reset_of(reset: object, steps: int, rows: int, device: torch.device) -> Tensor:
     """`reset` as bool [T, B] on the device."""
     if not isinstance(reset, Tensor):

@@ -290,6 +290,8 @@ def stack(
             raise ValueError(f"lengths must be None with a {kind_of_input}, which brings its own")
         if layout.dims == 2 and isinstance(lengths, Tensor) and lengths.dim() == 0:
             lengths = lengths[None]
+        if layout.dims == 3:
+            checks.expect_length_per_row(lengths, layout.rows, layout.steps, batch_first)
     reset_mask = None if reset is None else layout.reset_mask(reset)
     if layout.dims == 2:
         h_0, c_0, h_r, c_r = (layout.states_to_internal(v) for v in (h_0, c_0, h_r, c_r))

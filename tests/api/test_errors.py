@@ -58,6 +58,18 @@ LENGTHS: list[Case] = [
     ("mask", lambda: gru()(x, lengths=torch.ones(T, B, dtype=torch.bool)), TypeError, ["torch.bool", "mask"]),
     ("complex", lambda: gru()(x, lengths=torch.zeros(B, dtype=torch.cfloat)), TypeError, ["torch.complex64"]),
     ("count", lambda: gru()(x, lengths=torch.tensor([5, 3, 1])), ValueError, ["[B] = [2]", "got [3]"]),
+    (
+        "batch first",
+        lambda: lstm()(x.transpose(0, 1), lengths=torch.tensor([5, 3])),
+        ValueError,
+        ["[B] = [5], got [2]", "the input is read as [T, B, I]; batch_first=True reads [B, T, I]"],
+    ),
+    (
+        "time first",
+        lambda: lstm(batch_first=True)(x, lengths=torch.tensor([5, 3])),
+        ValueError,
+        ["[B] = [5], got [2]", "the input is read as [B, T, I]; batch_first=False reads [T, B, I]"],
+    ),
     ("rank", lambda: gru()(x, lengths=torch.tensor([[5, 3]])), ValueError, ["[B] = [2]", "got [1, 2]"]),
     ("scalar", lambda: gru()(x, lengths=torch.tensor(5)), ValueError, ["[B] = [2]", "got []"]),
     ("above", lambda: gru()(x, lengths=torch.tensor([5, 57])), ValueError, ["[0, T=5]", "got 57 at row 1"]),
