@@ -136,9 +136,11 @@ def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> 
             "pass torch.as_tensor(lengths)"
         )
     if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
-        raise TypeError(
-            f"lengths must hold integers, got {lengths.dtype}; for a mask of valid steps pass mask.sum over time"
-        )
+        if lengths.dtype == torch.bool:
+            way = "; of a mask of valid steps pass mask.sum(0), with batch_first mask.sum(1)"
+        else:
+            way = "; pass lengths.long()" if lengths.is_floating_point() else ""
+        raise TypeError(f"lengths must hold integers, got {lengths.dtype}{way}")
     expect_dense(lengths, "lengths")
     if tuple(lengths.shape) != (rows,):
         raise ValueError(f"lengths must be [B] = [{rows}], got {shape(lengths)}")

@@ -54,8 +54,13 @@ def packed(lengths: tuple[int, ...] = (5, 3), features: int = I) -> PackedSequen
 Case = tuple[str, Callable[[], Any], type[Exception], list[str]]
 LENGTHS: list[Case] = [
     ("list", lambda: gru()(x, lengths=[5, 3]), TypeError, ["lengths", "tensor", "got list", "torch.as_tensor"]),
-    ("float", lambda: gru()(x, lengths=torch.tensor([5.0, 3.0])), TypeError, ["integers", "torch.float32"]),
-    ("mask", lambda: gru()(x, lengths=torch.ones(T, B, dtype=torch.bool)), TypeError, ["torch.bool", "mask"]),
+    ("float", lambda: gru()(x, lengths=torch.tensor([5.0, 3.0])), TypeError, ["torch.float32; pass lengths.long()"]),
+    (
+        "mask",
+        lambda: gru()(x, lengths=ones.bool()),
+        TypeError,
+        ["torch.bool", "mask.sum(0), with batch_first mask.sum(1)"],
+    ),
     ("complex", lambda: gru()(x, lengths=torch.zeros(B, dtype=torch.cfloat)), TypeError, ["torch.complex64"]),
     ("count", lambda: gru()(x, lengths=torch.tensor([5, 3, 1])), ValueError, ["[B] = [2]", "got [3]"]),
     (
