@@ -128,6 +128,12 @@ def cell_named(name: str) -> Cell:
     return CELLS[name]
 
 
+def expect_values(v: Tensor, name: str, device: torch.device) -> None:
+    """Of what is moved to the input's device: a meta tensor has nothing to move."""
+    if v.device.type == "meta" and device.type != "meta":
+        raise RuntimeError(f"{name} is on meta, input on {device}; move one")
+
+
 def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> Tensor:
     """`lengths` as int64 [B] on the device, within [0, T]."""
     if not isinstance(lengths, Tensor):
@@ -144,6 +150,7 @@ def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> 
     expect_dense(lengths, "lengths")
     if tuple(lengths.shape) != (rows,):
         raise ValueError(f"lengths must be [B] = [{rows}], got {shape(lengths)}")
+    expect_values(lengths, "lengths", device)
     whole = lengths.to(torch.int64)  # before T is compared: an int8 would wrap it, unsigned types know no order
     if can_read_values(lengths) and lengths.numel():
         wrong = (whole < 0) | (whole > steps)
@@ -175,6 +182,7 @@ def reset_of(reset: object, steps: int, rows: int, device: torch.device) -> Tens
         reset = reset.squeeze(-1)
     if tuple(reset.shape) != (steps, rows):
         raise ValueError(f"reset must be [T, B] = [{steps}, {rows}], got {shape(reset)}")
+    expect_values(reset, "reset", device)
     if reset.dtype == torch.bool:
         return reset.to(device=device)
     if can_read_values(reset) and reset.numel():

@@ -413,5 +413,9 @@ def test_the_warning_is_torchs() -> None:
 def test_devices_that_differ() -> None:
     with pytest.raises(RuntimeError):
         rnnkit.GRU(I, H)(x.to("meta"))
+    with pytest.raises(RuntimeError, match="^lengths is on meta, input on cpu; move one$"):
+        gru()(x, lengths=torch.tensor([5, 3], device="meta"))
+    with pytest.raises(RuntimeError, match="^reset is on meta, input on cpu; move one$"):
+        gru()(x, reset=ones.to("meta"))
     with pytest.raises(RuntimeError, match="x is on cpu and h_0 on meta"):
         ops.layer("gru", x, torch.zeros(B, H, device="meta"), None, weights_of())
