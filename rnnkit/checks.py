@@ -174,7 +174,10 @@ def expect_length_per_row(lengths: object, rows: int, steps: int, batch_first: b
 def reset_of(reset: object, steps: int, rows: int, device: torch.device) -> Tensor:
     """`reset` as bool [T, B] on the device."""
     if not isinstance(reset, Tensor):
-        raise TypeError(f"reset must be a tensor [T={steps}, B={rows}] of 0 and 1, got {type(reset).__name__}")
+        raise TypeError(
+            f"reset must be a tensor [T={steps}, B={rows}] of 0 and 1, got {type(reset).__name__}; "
+            "pass torch.as_tensor(reset)"
+        )
     if reset.is_complex():
         raise TypeError(f"reset must hold 0 and 1 in a real dtype, got {reset.dtype}")
     expect_dense(reset, "reset")

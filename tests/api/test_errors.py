@@ -85,7 +85,14 @@ LENGTHS: list[Case] = [
     ("small", lambda: gru()(x, lengths=torch.tensor([6, 1], dtype=torch.uint8)), ValueError, ["[0, T=5]", "got 6"]),
 ]
 RESETS: list[Case] = [
-    ("list", lambda: gru()(x, reset=[0, 1]), TypeError, ["reset", "tensor", "got list"]),
+    ("list", lambda: gru()(x, reset=[0, 1]), TypeError, ["reset", "got list; pass torch.as_tensor(reset)"]),
+    ("array", lambda: gru()(x, reset=ones.numpy()), TypeError, ["got ndarray; pass torch.as_tensor(reset)"]),
+    (
+        "list for ops",
+        lambda: ops.layer("gru", x, None, None, weights_of(), reset=[0, 1]),
+        TypeError,
+        ["got list; pass torch.as_tensor(reset)"],
+    ),
     ("value", lambda: gru()(x, reset=ones * 2), ValueError, ["0 and 1", "got 2.0 at step 0, row 0"]),
     ("nan", lambda: gru()(x, reset=ones * torch.nan), ValueError, ["0 and 1", "got nan"]),
     ("integer", lambda: gru()(x, reset=-ones.long()), ValueError, ["0 and 1", "got -1"]),
@@ -413,9 +420,9 @@ def test_the_warning_is_torchs() -> None:
 def test_devices_that_differ() -> None:
     with pytest.raises(RuntimeError):
         rnnkit.GRU(I, H)(x.to("meta"))
-    with pytest.raises(RuntimeError, match="^lengths is on meta, input on cpu; move one$"):
+    with pytest.raises(RuntimeError, match=r"^lengths is on meta, input on cpu; move one$"):
         gru()(x, lengths=torch.tensor([5, 3], device="meta"))
-    with pytest.raises(RuntimeError, match="^reset is on meta, input on cpu; move one$"):
+    with pytest.raises(RuntimeError, match=r"^reset is on meta, input on cpu; move one$"):
         gru()(x, reset=ones.to("meta"))
     with pytest.raises(RuntimeError, match="x is on cpu and h_0 on meta"):
         ops.layer("gru", x, torch.zeros(B, H, device="meta"), None, weights_of())
