@@ -160,7 +160,7 @@ NAMES: list[Case] = [
         "torch with two more",
         lambda: rnnkit.GRU(I, H, reset_after=False, backend="torch")(x, reset=ones),
         NotImplementedError,
-        ["do not know reset", "before the product"],
+        ["do not know reset", "do not know the cell 'gru_reset_before'"],
     ),
 ]
 FUNCTIONS: list[Case] = [
