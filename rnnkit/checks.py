@@ -387,13 +387,37 @@ def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, pr
         )
     for k, w in enumerate(weights):
         if type(w) is not Parameter and not isinstance(w, Tensor):
-            raise TypeError(f"weights[{k}] must be a tensor, got {type(w).__name__}")
+            raise BadType(f"weights[{k}] must be a tensor, got {type(w).__name__}")
     if weights[0].dim() != 2:
-        raise ValueError(f"weights[0] must be w_ih [{kind.gates}·H, I], got {shape(weights[0])}")
+        raise BadValue(f"weights[0] must be w_ih [{kind.gates}·H, I], got {shape(weights[0])}")
     if proj_size and weights[each - 1].shape[:1] != (proj_size,):
         got = shape(weights[each - 1])
-        raise ValueError(f"weights[{each - 1}] must be w_hr [P, H] with P = proj_size = {proj_size}, got {got}")
+        raise BadValue(f"weights[{each - 1}] must be w_hr [P, H] with P = proj_size = {proj_size}, got {got}")
     return [weights] if count == 1 else [weights[k * each : (k + 1) * each] for k in range(count)]
+
+
+def parameters(
+    cell: str,
+    names: Sequence[str],
+    weights: Sequence[object],
+    input_size: int,
+    hidden_size: int,
+    proj_size: int = 0,
+    directions: int = 1,
+) -> None:
+    """A module's weights against the sizes that it was made with; names are its parameters', weight_ih_l0 or weight_ih,
+    of which weights may have the first ones alone."""
+    gates, size = cell_named(cell).gates, proj_size or hidden_size
+    rows, n = gates * hidden_size, "P" if proj_size else "H"
+    for name, v in zip(names, weights, strict=False):
+        kind, _, place = name.partition("_l")  # place: 0, 0_reverse, 1, ...; empty of a cell
+        width, i = (input_size, "I") if place in ("", "0", "0_reverse") else (directions * size, f"D·{n}")
+        form, wanted = {
+            "weight_ih": (f"[{gates}·H, {i}]", (rows, width)),
+            "weight_hh": (f"[{gates}·H, {n}]", (rows, size)),
+            "weight_hr": ("[P, H]", (size, hidden_size)),
+        }.get(kind, (f"[{gates}·H]", (rows,)))
+        expect_shape(v, name, form, wanted)
 
 
 def probability(p: object) -> None:

@@ -94,7 +94,7 @@ class Recurrent(nn.Module):
         try:
             return list(map(held.__getitem__, names))  # in half the time of a comprehension
         except KeyError:
-            return [getattr(self, name, None) for name in names]
+            return [getattr(self, name) for name in names]
 
     def _through_torch(self, weight: Tensor | None, input: object, hx: object, **extras: object) -> bool:
         """Whether this call goes to torch's own operator: so that a trace or an ONNX graph is the one it makes; for
@@ -123,6 +123,12 @@ class Recurrent(nn.Module):
         given = {k: v for k, v in kwargs.items() if v is not None and v is not False}
         tracer: Any = proxy.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, given)
+
+    def _check_parameters(self, cell: str, names: Sequence[str], weights: Sequence[Tensor | None]) -> None:
+        """Of a call that cannot run: name the parameter that does not fit this module's sizes, where one does not.
+        torch is not asked then: its oneDNN reads beyond the end of one that is too small."""
+        proj_size, directions = getattr(self, "proj_size", 0), 2 if getattr(self, "bidirectional", False) else 1
+        checks.parameters(cell, names, weights, self.input_size, self.hidden_size, proj_size, directions)
 
     def _raise_torch_error(self, error: Exception, weights: Sequence[Tensor | None], *args: Any) -> None:
         """Raise what torch raises for these weights and arguments, with the words of `error` added to it, or else
@@ -310,6 +316,7 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
             )
         except checks.BadInput as mistake:
             error = mistake
+        self._check_parameters(cell, self._flat_weights_names, weights)
         return self._raise_torch_error(error, weights, input, hx)
 
     def _written(self, input: object, hx: object) -> list[Any]:
@@ -353,4 +360,5 @@ class RecurrentCell(Recurrent, nn.RNNCellBase):
             return tuple(v.squeeze(0) for v in new) if isinstance(new, tuple) else new.squeeze(0)
         except checks.BadInput as mistake:
             error = mistake
+        self._check_parameters(cell, CELL_WEIGHTS, given)
         return self._raise_torch_error(error, weights, input, hx)
