@@ -48,9 +48,9 @@ def answered_by_torch(name: str) -> Callable[[Init], Init]:
                 raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
             try:
                 signature.bind(self, *args, **kwargs)
-            except TypeError:
+            except TypeError as error:
                 TORCH[name](*args, **{k: v for k, v in kwargs.items() if k not in OURS})
-                raise
+                raise TypeError(f"{init.__qualname__}() {error}") from None
             init(self, *args, **kwargs)
 
         return __init__  # type: ignore[return-value]
