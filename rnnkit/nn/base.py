@@ -176,6 +176,19 @@ def _add_words(theirs: Exception, ours: Exception) -> None:
         theirs.__cause__ = ours
 
 
+def _paired_biases(weights: list[Any]) -> list[Any]:
+    """A cell's weights with both biases or none: torch's cells take one alone, zeros stand for the other."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    if b_ih is None and b_hh is None:
+        return [w_ih, w_hh]
+    return [
+        w_ih,
+        w_hh,
+        torch.zeros_like(b_hh) if b_ih is None else b_ih,
+        torch.zeros_like(b_ih) if b_hh is None else b_hh,
+    ]
+
+
 def as_torch(module: Recurrent) -> nn.Module:
     """A torch.nn layer that holds the same Parameters, hooks and mode."""
     weights = () if isinstance(module, nn.RNNBase) else module._weights(CELL_WEIGHTS)
@@ -351,7 +364,7 @@ class RecurrentCell(Recurrent, nn.RNNCellBase):
                 return node
             if self._through_torch(weights[0], input, hx):
                 return self._torch_twin(weights).forward(input, hx)
-        given: Any = weights[:2] if weights[2] is None or weights[3] is None else weights
+        given: Any = _paired_biases(weights) if weights[2] is None or weights[3] is None else weights
         try:
             if isinstance(input, Tensor) and input.dim() == 2:
                 return functional.step(cell, input, hx, given, self.backend)
