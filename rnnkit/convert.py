@@ -53,7 +53,7 @@ def convert(module: ModuleType, *, backend: str = "auto", subclasses: bool = Fal
         if isinstance(child, Recurrent):
             continue
         base = _base(child)
-        if not isinstance(child, tuple(TORCH.values())):
+        if not any(isinstance(child, cls) for cls in TORCH.values()):
             continue
         if any(weight.is_complex() for weight in child.parameters()):
             complex_weights.append(name or "(itself)")

@@ -62,6 +62,8 @@ class Recurrent(nn.Module):
     """What every layer and cell has beside torch's parameters."""
 
     TORCH_NAME = ""
+    input_size: int
+    hidden_size: int
     backend = "auto"
     reset_after = True
 
