@@ -108,6 +108,16 @@ def test_no_device_is_3(bench: Callable[..., int], capsys: pytest.CaptureFixture
     assert "no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@HERE
+def test_a_backend_of_another_device_says_so_at_once(
+    bench: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert bench("--quick", "--backend", "CUDA") == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert said.err.startswith("rnnkit bench: backend 'cuda' has nothing to do on cpu: runs on the device cuda")
+
+
 def test_a_backend_that_cannot_says_why(bench: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("--case", "resets/64x64x32x128", "--cell", "rnn", "--mode", "inference", "--backend", "torch") == 2
     said = capsys.readouterr()
