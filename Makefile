@@ -1,4 +1,4 @@
-# The verbs of the project. Each makes .venv itself, once, and again when what is compiled or needed has changed.
+# The commands of the project. Each makes .venv itself, once, and again when what is compiled or needed has changed.
 # Another Python, torch or Triton: `make clean`, then `make test PYTHON=python3.12 TORCH=torch==2.11.0 TRITON=triton==3.6.0`.
 
 PYTHON ?= python3
@@ -24,13 +24,13 @@ EMULATOR ?= qemu-aarch64
 .PHONY: help demo test test-all test-long test-reference test-avx2 variants bench gpu-check triton-compile other-triton \
   cuda-compile lint docs workflows harness sanitize aarch64 simt simt-sanitize wheel wheel-cuda manylinux compat clean
 
-help: ## say what the verbs do
+help: ## say what the commands do
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed ## the main job, on real text, for each cell
 	set -e; for cell in lstm gru rnn; do $(BIN)/python -m rnnkit demo --cell $$cell --out demo-out/$$cell; done
 
-test: .venv/installed ## the tests, in two processes; what takes long and asks the same of more cases is left to test-all
+test: .venv/installed ## the tests, without the slow ones (test-all has them)
 	$(BIN)/python -m pytest -n 2 -q -m 'not long'
 
 test-all: .venv/installed ## every test, the long matrices too

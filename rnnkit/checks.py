@@ -1,7 +1,7 @@
-"""Every check of shapes, dtypes, devices and values, in one voice: what was got, what was expected, the way out.
+"""Every check of shapes, dtypes, devices and values, in one form: what was got, what was expected, the way out.
 
 Sizes, ranks and values raise ValueError, types and dtypes TypeError. `BadInput` marks the mistakes that torch.nn's
-layers know too: the modules let torch speak first there, so that a program sees the exception it saw before.
+layers know too: the modules let torch raise first there, so that a program sees the exception it saw before.
 """
 
 from __future__ import annotations

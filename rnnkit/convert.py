@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .backends import check_name
-from .bystanders import warn_of_libraries
+from .libraries import warn_of_libraries
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .nn.base import OURS, TORCH, Recurrent, RecurrentLayer
 from .nn.flat_weights import init_flat_weights, take_flat_weights

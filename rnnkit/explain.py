@@ -14,7 +14,7 @@ from .nn.base import Recurrent
 UNMEASURED = "in the table's order: nothing is recorded of this cell on this device"
 NOTE = (
     "vmap, torch.func, forward mode and derivatives beyond the first run the reference's formulas, whatever backend "
-    "is named."
+    "is named. A named backend must still be able to run the layer."
 )
 
 

@@ -45,7 +45,7 @@ def table(files: dict[str, list[BenchRow]]) -> list[list[str]]:
 
 
 def orders(rows: list[BenchRow]) -> Callable[[BenchRow], str]:
-    """By what `auto` would run a row's layer, were these rows all that is recorded: the name of a backend."""
+    """The backend `auto` would choose if only these rows were recorded."""
     lines = (dict(zip([*dispatch_times.FACTS, *BY_NAME], line, strict=True)) for line in table({"these": rows}))
     known = dispatch_times.parsed(lines)
 

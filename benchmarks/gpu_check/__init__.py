@@ -1,1 +1,1 @@
-"""How right on this machine's GPU: `python -m rnnkit gpu-check`, parity first, then probes and the benchmark."""
+"""Correctness on this machine's GPU: `python -m rnnkit gpu-check`, parity first, then probes and the benchmark."""

@@ -8,7 +8,7 @@ cuDNN, those cases first by which the fused backends are judged, each result che
 not timed in the cells and dtypes in which something was found. At the end the targets, each met, missed or not
 measured. It needs Python and torch alone, nothing is downloaded, nothing is built: without compiled CUDA kernels
 backend cuda is not examined, which is said with the command that builds them (`make gpu-check` does both). Skipped
-checks print NOT EXAMINED, for want of time or since torch itself fails; the exit code is then 1. Rows go into
+checks print NOT EXAMINED, because time ran out or torch itself failed; the exit code is then 1. Rows go into
 benchmarks/results/ of the clone, or into the folder that --out names; Ctrl-C keeps what there is.
 """
 
@@ -180,7 +180,7 @@ def driver() -> str:
 
 
 def capability() -> int | None:
-    """Of the GPU, as rnnkit/backends/triton/configs.py numbers them; None where no kernel of that table runs on it."""
+    """The GPU's compute capability, numbered as in triton/configs.py; None where no kernel of that table runs on it."""
     return triton.capability() if triton.missing() is None else None
 
 

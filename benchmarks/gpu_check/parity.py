@@ -61,12 +61,12 @@ class Findings:
     """Of the kernels in the tables those that ran: Triton's persistent ones, and CUDA's."""
 
     def blame(self, backend: str, case: ParityCase, what: str) -> None:
-        """Put a failure down."""
+        """Record a failure."""
         self.culprits.add((backend, case.kind, case.precision))
         self.wrong.append(f"{backend}: {what}, in {case}")
 
     def stumbled(self, case: ParityCase, error: Exception) -> None:
-        """Put down an error of the examination itself, or of what all backends stand on."""
+        """Record an error of the examination itself, or of what all backends stand on."""
         self.wrong.append(f"{first_line(error)}, where this is examined: {case}")
 
     def add(self, other: Findings) -> None:
@@ -109,7 +109,7 @@ def examine(
     tell: Callable[[int, str], None] | None = None,
     seconds: float = float("inf"),
 ) -> None:
-    """Run the cases on every backend that can, and on `auto`, and put down what is found.
+    """Run the cases on every backend that can, and on `auto`, and record what is found.
 
     `tell` hears how many are done, and which. Begins no case after so many seconds. Ends early where the device
     fails: a kernel that wrote where it must not leaves one that nothing runs on.
@@ -192,7 +192,7 @@ def _examine(findings: Findings, device: str, case: ParityCase, backends: Sequen
 
 
 def _able(findings: Findings, device: str, case: ParityCase, backends: Sequence[str]) -> list[str]:
-    """The backends that can run it; why others cannot is put down. Asked of few steps and rows of it."""
+    """The backends that can run it; why others cannot is recorded. Asked of few steps and rows of it."""
     asked = [name for name in backends if name in FUSED or not case.fused]
     steps, rows, features, hidden = case.variant.size
     size = (min(steps, 2), min(rows, 2), features, hidden)

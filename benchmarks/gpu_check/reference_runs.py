@@ -1,6 +1,6 @@
 """Runs a case of parity_cases.py: by a backend of rnnkit, by torch.nn, by the reference step by step.
 
-What torch.nn does not know by itself it is helped to: every piece between two resets becomes a row of its own. Where
+What torch.nn has no argument for is done around it: every piece between two resets becomes a row of its own. Where
 it has no such case (a GRU that resets before the product, all cell states), the reference serves, called step by
 step, so that its state is rounded at each step. TF32 is the reference too, with the operands of its recurrent products
 cut by hand, as a GPU cuts them; torch's own layers use it for all their products, or for none.

@@ -79,7 +79,7 @@ def examine(findings: Findings, seconds: float, out: Path) -> list[str]:
 
 
 def _judge(findings: Findings, check: str, code: int | None, child: TimedProcess) -> list[str]:
-    """What became of a check, and what it did not watch; what it found is put down."""
+    """The outcome of a check, and what it did not watch; what it found is recorded."""
     text = child.text()
     ours, others = reports(text)
     for report, count in ours.items():
@@ -103,7 +103,7 @@ def _judge(findings: Findings, check: str, code: int | None, child: TimedProcess
 
 
 def _unwatched(findings: Findings, check: str, text: str, done: int, late: bool) -> list[str]:
-    """The kernels that a check has not watched to their end, put down and named. late: for want of time."""
+    """The kernels that a check has not watched to their end, recorded and named. late: because time ran out."""
     order = re.search(ORDER.format("(.*)"), text)
     more = "; a larger --limit takes them in" if late else ""
     if order is None:

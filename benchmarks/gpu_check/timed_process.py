@@ -1,6 +1,6 @@
-"""Another process of this Python with an end to it: for what may hang a GPU, crash, or be watched by a tool.
+"""A subprocess with a timeout, in this Python: for what may hang a GPU, crash, or be watched by a tool.
 
-What it says goes into a file, which is read when it has ended. It finds the packages that this process has found, be
+Its output goes into a file, which is read when it has ended. It finds the packages that this process has found, be
 they installed or a clone's. One that does not end in time is killed, with whatever it started.
 """
 
@@ -51,11 +51,11 @@ class TimedProcess:
             self.stop()
 
     def stop(self) -> None:
-        """Nobody is left behind."""
+        """Kill the process and its children."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def text(self) -> str:
-        """What it has said so far."""
+        """Its output so far."""
         return self.said.read_text(encoding="utf-8", errors="replace")

@@ -1,9 +1,9 @@
 """Parity in several processes at once: nearly all of its time is compilers of kernels and Python between launches.
 
 A device's minutes are few, and its host has many cores. Each process takes the next case, in the order in which
-they matter, and hands back what it found. It starts afresh (a CUDA context does not survive a fork). One that ends by
-itself (a compiler that crashes takes its process with it) or comes to no end is said with the case that it had; the
-rest goes on where the device still runs.
+they matter, and hands back what it found. It starts afresh (a CUDA context does not survive a fork). One that
+crashes (a compiler can take its process with it) or runs out of time is reported with its case; the rest goes on
+where the device still runs.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _take(findings: Findings, future: Future[Findings], case: ParityCase) -> boo
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
-    """Nobody is left behind, whatever it waits for."""
+    """Kill the processes that are left, whatever they wait for."""
     processes = list((pool._processes or {}).values())
     for process in processes:
         process.terminate()

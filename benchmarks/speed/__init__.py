@@ -1,1 +1,1 @@
-"""How fast: `python -m rnnkit bench` and what it is made of, every result checked before it is timed."""
+"""Speed: `python -m rnnkit bench` and its parts. Every result is checked before it is timed."""

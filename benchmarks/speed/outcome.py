@@ -1,4 +1,4 @@
-"""What came of a run: its rows, what was wrong, what is to be noted; written to files and printed at the end."""
+"""The outcome of a run: rows, errors and notes, written to files and printed at the end."""
 
 from __future__ import annotations
 

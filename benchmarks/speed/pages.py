@@ -1,4 +1,4 @@
-"""The pages that tell of recorded rows: README's number and table, docs/performance.md's tables, the picture.
+"""Writes the pages that show recorded rows: README's number and table, docs/performance.md's tables, the picture.
 
     python -m rnnkit.benchmarks.speed.pages      writes them in this clone, from benchmarks/results/ alone
 

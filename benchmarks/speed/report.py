@@ -1,4 +1,4 @@
-"""What is said of rows: the tables of a run, and the summary of recorded rows that pages.py puts into docs/.
+"""Tables and summaries of result rows: those of a run, and of recorded rows, which pages.py puts into docs/.
 
 python -m rnnkit.benchmarks.speed.report bench-out/rows.csv     a run's targets once more
 """

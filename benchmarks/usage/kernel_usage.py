@@ -1,4 +1,4 @@
-"""What the two tables of compiled kernels share: a part of the jobs, what a kernel takes, a record to read back."""
+"""Shared by the CUDA and Triton usage records: picking jobs, one kernel's usage, reading a record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
 // The variant for x86-64 processors with AVX2 and FMA.
+// Only the choice of instructions stands here; the code is in simd.h, panels.h, forward.h and backward.h,
+// which variant.h includes.
 
 #if defined(__x86_64__)
 

@@ -1,4 +1,6 @@
 // The variant that every processor of an architecture runs: SSE2 on x86-64, NEON on aarch64.
+// Only the choice of instructions stands here; the code is in simd.h, panels.h, forward.h and backward.h,
+// which variant.h includes.
 
 #include "headers.h"
 

@@ -1,4 +1,4 @@
-"""The seam for those who look inside (rnnkit.diagnostics): every layer computed by a function in a backend's place."""
+"""Lets rnnkit.diagnostics replace the backend: for a while one function computes every layer."""
 
 from __future__ import annotations
 

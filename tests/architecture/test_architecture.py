@@ -24,7 +24,7 @@ FLOORS: list[tuple[str, ...]] = [
     (
         "rnnkit.cells",
         "rnnkit.masks",
-        "rnnkit.bystanders",
+        "rnnkit.libraries",
         "rnnkit.backends.spec",
         "rnnkit.backends.cpu.extension",
         "rnnkit.backends.cuda.configs",

@@ -1,4 +1,4 @@
-"""What a public forge reads: workflows that call verbs which exist, issue forms and a citation that parse.
+"""What a public forge reads: workflows that call commands which exist, issue forms and a citation that parse.
 
 Workflows are linted by `make workflows`; here is what a linter of their form cannot know.
 """
@@ -13,14 +13,14 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 FORGE = ROOT / ".github"
-VERBS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+COMMANDS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 FORMS = sorted(path for path in (FORGE / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
 
 
 @pytest.mark.parametrize("path", sorted((FORGE / "workflows").glob("*.yml")), ids=lambda path: path.name)
-def test_workflows_call_verbs_that_exist(path: Path) -> None:
+def test_workflows_call_commands_that_exist(path: Path) -> None:
     called = re.findall(r"\bmake ([a-z0-9-]+)", path.read_text(encoding="utf-8"))
-    assert called and set(called) <= VERBS, set(called) - VERBS
+    assert called and set(called) <= COMMANDS, set(called) - COMMANDS
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)

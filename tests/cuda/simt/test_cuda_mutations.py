@@ -197,7 +197,7 @@ def compare(like: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
             elif like.kind == "rnn_relu":
                 test_rows.test_every_number_is_rounded_once(like.operands, like.regime, like.hidden)
             else:
-                test_rows.found(test_rows.problem(like.kind, like.operands, like.regime, variant))
+                test_rows.found(test_rows.case(like.kind, like.operands, like.regime, variant))
 
 
 def where(error: Mutation) -> tuple[str, ...]:

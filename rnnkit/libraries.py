@@ -18,7 +18,7 @@ COUNT = (
 QUANTIZE = "quantize rnnkit.revert(model)"
 
 
-class Bystander(NamedTuple):
+class Library(NamedTuple):
     """A library that asks for torch's classes."""
 
     module: str
@@ -33,38 +33,38 @@ class Bystander(NamedTuple):
 
 # Read in the sources that stand beside each line. Not listed: torch.ao.quantization.quantize_dynamic, which asks too,
 # but `import torch` loads it, so its presence says nothing.
-BYSTANDERS: tuple[Bystander, ...] = (
+LIBRARIES: tuple[Library, ...] = (
     # pytorch/opacus, opacus/validators/lstm.py, module_validator.py: `type(sub_module) in FIXERS`, keyed by nn.LSTM
-    Bystander(
+    Library(
         "opacus",
         "ModuleValidator replaces no rnnkit.LSTM by its DPLSTM",
         "call ModuleValidator.fix before rnnkit.convert, or rnnkit.revert(model) first",
         True,
     ),
     # deepspeedai/DeepSpeed, deepspeed/profiling/flops_profiler/profiler.py: `type(module) in MODULE_HOOK_MAPPING`
-    Bystander("deepspeed.profiling.flops_profiler", "the flops profiler counts 0 for rnnkit layers", COUNT, True),
+    Library("deepspeed.profiling.flops_profiler", "the flops profiler counts 0 for rnnkit layers", COUNT, True),
     # sovrasov/flops-counter.pytorch, ptflops/pytorch_engine.py: `type(module) in MODULES_MAPPING`, else a zero-op
-    Bystander("ptflops", "get_model_complexity_info counts 0 for rnnkit layers", COUNT, True),
+    Library("ptflops", "get_model_complexity_info counts 0 for rnnkit layers", COUNT, True),
     # Lyken17/pytorch-OpCounter and ultralytics/thop, thop/profile.py: `type(m) in register_hooks`
-    Bystander("thop", "profile counts 0 for rnnkit layers", COUNT, True),
+    Library("thop", "profile counts 0 for rnnkit layers", COUNT, True),
     # VainF/Torch-Pruning, torch_pruning/ops.py: `isinstance(module, TORCH_LSTM)`, which is nn.LSTM as imported
-    Bystander(
+    Library(
         "torch_pruning",
         "an rnnkit.LSTM is taken for an elementwise operation and its weights are not pruned",
         "prune rnnkit.revert(model) and convert it afterwards",
         True,
     ),
     # Xilinx/brevitas, brevitas/graph/quantize_impl.py: `isinstance(model, tuple(layer_map.keys()))`, keyed by nn.LSTM
-    Bystander("brevitas", "layers of rnnkit are not replaced by its quantized ones", QUANTIZE, True),
+    Library("brevitas", "layers of rnnkit are not replaced by its quantized ones", QUANTIZE, True),
     # intel/intel-extension-for-pytorch, nn/utils/_lstm_convert.py: `isinstance(child, torch.nn.LSTM)`
-    Bystander(
+    Library(
         "intel_extension_for_pytorch",
         "optimize replaces no rnnkit.LSTM by its own",
         "nothing where rnnkit's kernels shall run; else call optimize before rnnkit.convert",
         False,
     ),
     # pytorch/pytorch, torch/ao/quantization/fx/utils.py: `isinstance(mod, torch.nn.LSTM)`, and its backend's patterns
-    Bystander("torch.ao.quantization.quantize_fx", "layers of rnnkit stay in float", QUANTIZE, True),
+    Library("torch.ao.quantization.quantize_fx", "layers of rnnkit stay in float", QUANTIZE, True),
 )
 _said: set[str] = set()
 
@@ -74,7 +74,7 @@ def warn_of_libraries(what: str, *, patched: bool) -> None:
 
     what: the call that made them, for the text. patched: whether torch.nn's names mean ours from now on.
     """
-    for library in BYSTANDERS:
+    for library in LIBRARIES:
         if library.module not in sys.modules or library.module in _said or (patched and not library.at_import):
             continue
         _said.add(library.module)

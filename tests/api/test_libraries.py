@@ -12,17 +12,17 @@ import pytest
 from torch import nn
 
 import rnnkit
-from rnnkit import bystanders
-from rnnkit.bystanders import BYSTANDERS, Bystander
+from rnnkit import libraries
+from rnnkit.libraries import LIBRARIES, Library
 
-IDS = [library.module for library in BYSTANDERS]
+IDS = [library.module for library in LIBRARIES]
 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No library is loaded and none was named, whatever ran before in this process."""
-    monkeypatch.setattr(bystanders, "_said", set())
-    for library in BYSTANDERS:
+    monkeypatch.setattr(libraries, "_said", set())
+    for library in LIBRARIES:
         monkeypatch.delitem(sys.modules, library.module, raising=False)
     yield
 
@@ -47,8 +47,8 @@ def test_nothing_is_said_where_none_is_loaded() -> None:
     assert said(convert) == said(patch) == []
 
 
-@pytest.mark.parametrize("library", BYSTANDERS, ids=IDS)
-def test_a_loaded_library_is_named_once(library: Bystander, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", LIBRARIES, ids=IDS)
+def test_a_loaded_library_is_named_once(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library.module, types.ModuleType(library.module))
     (text,) = said(convert)
     for fragment in (library.module.split(".")[0], "rnnkit.convert(model)", library.passes, library.instead):
@@ -56,10 +56,8 @@ def test_a_loaded_library_is_named_once(library: Bystander, monkeypatch: pytest.
     assert said(convert) == said(patch) == []
 
 
-@pytest.mark.parametrize("library", BYSTANDERS, ids=IDS)
-def test_patch_torch_warns_of_those_that_hold_torchs_classes(
-    library: Bystander, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("library", LIBRARIES, ids=IDS)
+def test_patch_torch_warns_of_those_that_hold_torchs_classes(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others ask for nn.LSTM when they are called, and inside of the patch that is ours."""
     monkeypatch.setitem(sys.modules, library.module, types.ModuleType(library.module))
     texts = said(patch)
@@ -85,8 +83,8 @@ def test_the_warning_points_at_the_caller(monkeypatch: pytest.MonkeyPatch) -> No
 def test_importing_rnnkit_loads_none_of_them_and_torch_brings_none() -> None:
     code = """if True:
         import sys
-        from rnnkit.bystanders import BYSTANDERS
-        print([library.module for library in BYSTANDERS if library.module in sys.modules])
+        from rnnkit.libraries import LIBRARIES
+        print([library.module for library in LIBRARIES if library.module in sys.modules])
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
