@@ -3,7 +3,10 @@
 Replace `nn.LSTM` by `rnnkit.LSTM`, or call `rnnkit.convert(model)`; everything else stays as it is.
 """
 
+import importlib as _importlib
 from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if not (_Path(__file__).parent / "benchmarks").exists():  # a clone that runs as it is: they lie beside this folder
     __path__.append(str(_Path(__file__).parent.parent))
@@ -13,6 +16,18 @@ from .backends import use_backend
 from .convert import convert, patch_torch, revert
 from .explain import explain
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+if _TYPE_CHECKING:
+    from . import diagnostics as diagnostics
+    from . import sequence as sequence
+else:
+
+    def __getattr__(name: str) -> _ModuleType:
+        """`rnnkit.diagnostics` and `rnnkit.sequence` are imported when they are first asked for."""
+        if name in ("diagnostics", "sequence"):
+            return _importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

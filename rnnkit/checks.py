@@ -128,6 +128,12 @@ def cell_named(name: str) -> Cell:
     return CELLS[name]
 
 
+def expect_values(v: Tensor, name: str, device: torch.device) -> None:
+    """Of what is moved to the input's device: a meta tensor has nothing to move."""
+    if v.device.type == "meta" and device.type != "meta":
+        raise RuntimeError(f"{name} is on meta, input on {device}; move one")
+
+
 def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> Tensor:
     """`lengths` as int64 [B] on the device, within [0, T]."""
     if not isinstance(lengths, Tensor):
@@ -136,12 +142,15 @@ def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> 
             "pass torch.as_tensor(lengths)"
         )
     if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
-        raise TypeError(
-            f"lengths must hold integers, got {lengths.dtype}; for a mask of valid steps pass mask.sum over time"
-        )
+        if lengths.dtype == torch.bool:
+            way = "; of a mask of valid steps pass mask.sum(0), with batch_first mask.sum(1)"
+        else:
+            way = "; pass lengths.long()" if lengths.is_floating_point() else ""
+        raise TypeError(f"lengths must hold integers, got {lengths.dtype}{way}")
     expect_dense(lengths, "lengths")
     if tuple(lengths.shape) != (rows,):
         raise ValueError(f"lengths must be [B] = [{rows}], got {shape(lengths)}")
+    expect_values(lengths, "lengths", device)
     whole = lengths.to(torch.int64)  # before T is compared: an int8 would wrap it, unsigned types know no order
     if can_read_values(lengths) and lengths.numel():
         wrong = (whole < 0) | (whole > steps)
@@ -152,10 +161,23 @@ def lengths_of(lengths: object, rows: int, steps: int, device: torch.device) -> 
     return whole.to(device).clamp(0, steps)
 
 
+def expect_length_per_row(lengths: object, rows: int, steps: int, batch_first: bool) -> None:
+    """Of a batch as the caller laid it out: with a length for each step, B and T were taken for one another."""
+    if isinstance(lengths, Tensor) and lengths.dim() == 1 and lengths.shape[0] != rows and lengths.shape[0] == steps:
+        read, other = ("[B, T, I]", "[T, B, I]") if batch_first else ("[T, B, I]", "[B, T, I]")
+        raise ValueError(
+            f"lengths must be [B] = [{rows}], got {shape(lengths)}; the input is read as {read}; "
+            f"batch_first={not batch_first} reads {other}"
+        )
+
+
 def reset_of(reset: object, steps: int, rows: int, device: torch.device) -> Tensor:
     """`reset` as bool [T, B] on the device."""
     if not isinstance(reset, Tensor):
-        raise TypeError(f"reset must be a tensor [T={steps}, B={rows}] of 0 and 1, got {type(reset).__name__}")
+        raise TypeError(
+            f"reset must be a tensor [T={steps}, B={rows}] of 0 and 1, got {type(reset).__name__}; "
+            "pass torch.as_tensor(reset)"
+        )
     if reset.is_complex():
         raise TypeError(f"reset must hold 0 and 1 in a real dtype, got {reset.dtype}")
     expect_dense(reset, "reset")
@@ -163,6 +185,7 @@ def reset_of(reset: object, steps: int, rows: int, device: torch.device) -> Tens
         reset = reset.squeeze(-1)
     if tuple(reset.shape) != (steps, rows):
         raise ValueError(f"reset must be [T, B] = [{steps}, {rows}], got {shape(reset)}")
+    expect_values(reset, "reset", device)
     if reset.dtype == torch.bool:
         return reset.to(device=device)
     if can_read_values(reset) and reset.numel():
@@ -190,6 +213,12 @@ def states_of(cell: Cell, state: object, name: str) -> tuple[Tensor | None, Tens
         k = int(isinstance(h, Tensor))
         raise bad(f"{name}[{k}] must be a tensor, got {type(state[k]).__name__}")
     return h, c
+
+
+def expect_no_lengths(hx: Tensor) -> None:
+    """Of hx of a layer: whole numbers [B] are lengths in the wrong place."""
+    if hx.dim() == 1 and hx.dtype != torch.bool and not (hx.is_floating_point() or hx.is_complex()):
+        raise BadType(f"hx must be a state, got {shape(hx)} of {hx.dtype}; lengths go by keyword: lengths=...")
 
 
 def _weights(cell: Cell, weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -280,8 +309,11 @@ _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0", "reset_state", "
 def _same(x: Tensor, names: Sequence[str], others: Sequence[Tensor | None]) -> None:
     """One floating dtype (any under autocast) and one device. `names` are those of `others`, w_ih first."""
     dtype, device = x.dtype, x.device
+    w_ih: Tensor = others[0]  # type: ignore[assignment]
+    if w_ih.is_complex():
+        raise BadType("complex numbers are not supported; rnnkit.revert(layer) gives torch's layer")
     if not dtype.is_floating_point:
-        raise BadType(f"x must be of a floating dtype, got {dtype}; pass x.to({others[0].dtype})")  # type: ignore[union-attr]
+        raise BadType(f"x must be of a floating dtype, got {dtype}; pass x.to({w_ih.dtype})")
     expect_dense(x, "x", BadType)
     for name, v in zip(names, others, strict=True):
         if v is None:
@@ -362,6 +394,30 @@ def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, pr
         got = shape(weights[each - 1])
         raise BadValue(f"weights[{each - 1}] must be w_hr [P, H] with P = proj_size = {proj_size}, got {got}")
     return [weights] if count == 1 else [weights[k * each : (k + 1) * each] for k in range(count)]
+
+
+def parameters(
+    cell: str,
+    names: Sequence[str],
+    weights: Sequence[object],
+    input_size: int,
+    hidden_size: int,
+    proj_size: int = 0,
+    directions: int = 1,
+) -> None:
+    """A module's weights against the sizes that it was made with; names are its parameters', weight_ih_l0 or weight_ih,
+    of which weights may have the first ones alone."""
+    gates, size = cell_named(cell).gates, proj_size or hidden_size
+    rows, n = gates * hidden_size, "P" if proj_size else "H"
+    for name, v in zip(names, weights, strict=False):
+        kind, _, place = name.partition("_l")  # place: 0, 0_reverse, 1, ...; empty of a cell
+        width, i = (input_size, "I") if place in ("", "0", "0_reverse") else (directions * size, f"D·{n}")
+        form, wanted = {
+            "weight_ih": (f"[{gates}·H, {i}]", (rows, width)),
+            "weight_hh": (f"[{gates}·H, {n}]", (rows, size)),
+            "weight_hr": ("[P, H]", (size, hidden_size)),
+        }.get(kind, (f"[{gates}·H]", (rows,)))
+        expect_shape(v, name, form, wanted)
 
 
 def probability(p: object) -> None:

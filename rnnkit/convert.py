@@ -31,7 +31,8 @@ def convert(module: ModuleType, *, backend: str = "auto", subclasses: bool = Fal
 
     Args:
         module: any module tree. Shared modules stay shared; Parameters, hooks, train/eval mode, requires_grad,
-            device, dtype and parametrized weights are kept.
+            device, dtype and parametrized weights are kept. Layers of complex weights are left alone and named in a
+            warning.
         backend: for each converted layer.
         subclasses: also convert subclasses of torch's layers; `super()` in their methods then means ours, and
             isinstance keeps answering as before. Without it they are left alone and named in a warning.
@@ -47,13 +48,18 @@ def convert(module: ModuleType, *, backend: str = "auto", subclasses: bool = Fal
     _expect_module(module, "convert")
     plan: list[tuple[nn.Module, type[nn.Module]]] = []
     left: list[str] = []
+    complex_weights: list[str] = []
     for name, child in module.named_modules():
         if isinstance(child, Recurrent):
             continue
         base = _base(child)
-        if base in _TO_OURS:
+        if not any(isinstance(child, cls) for cls in TORCH.values()):
+            continue
+        if any(weight.is_complex() for weight in child.parameters()):
+            complex_weights.append(name or "(itself)")
+        elif base in _TO_OURS:
             plan.append((child, _rebased(child, _TO_OURS[base])))
-        elif any(isinstance(child, cls) for cls in TORCH.values()):
+        else:
             if subclasses:
                 plan.append((child, _rebased(child, _above(base))))
             else:
@@ -70,6 +76,12 @@ def convert(module: ModuleType, *, backend: str = "auto", subclasses: bool = Fal
         warnings.warn(
             f"rnnkit.convert left these subclasses of torch's layers alone: {', '.join(left)}; "
             "pass subclasses=True to convert them too",
+            stacklevel=2,
+        )
+    if complex_weights:
+        warnings.warn(
+            f"rnnkit.convert left these layers torch's, since complex numbers are not supported: "
+            f"{', '.join(complex_weights)}",
             stacklevel=2,
         )
     return module

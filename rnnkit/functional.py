@@ -274,6 +274,8 @@ def stack(
 
     layout = layout_of(input, batch_first)
     sizes = (layout.dims, packed or nested, data.shape[-1], layout.steps, layout.rows)
+    if isinstance(hx, Tensor):
+        checks.expect_no_lengths(hx)
     h_0, c_0 = checks.states_of(kind, hx, "hx")
     checks.sequence(cell, *sizes, (h_0, c_0), weights, num_layers, directions, proj_size)
     h_r = c_r = None
@@ -288,6 +290,8 @@ def stack(
             raise ValueError(f"lengths must be None with a {kind_of_input}, which brings its own")
         if layout.dims == 2 and isinstance(lengths, Tensor) and lengths.dim() == 0:
             lengths = lengths[None]
+        if layout.dims == 3:
+            checks.expect_length_per_row(lengths, layout.rows, layout.steps, batch_first)
     reset_mask = None if reset is None else layout.reset_mask(reset)
     if layout.dims == 2:
         h_0, c_0, h_r, c_r = (layout.states_to_internal(v) for v in (h_0, c_0, h_r, c_r))

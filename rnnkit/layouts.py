@@ -71,7 +71,8 @@ class Layout:
                 raise ValueError("reset must be packed in the input's order of rows: its sorted_indices differ")
             return self._pad(_marks(reset.data))
         if not isinstance(reset, Tensor):
-            raise TypeError(f"reset must be a tensor of 0 and 1 in the input's layout, got {type(reset).__name__}")
+            way = "" if isinstance(reset, PackedSequence) else "; pass torch.as_tensor(reset)"
+            raise TypeError(f"reset must be a tensor of 0 and 1 in the input's layout, got {type(reset).__name__}{way}")
         lead = 1 if self.dims == 2 else 2
         wanted: tuple[int, ...]
         if reset.dim() == lead + 1 and reset.shape[-1] == 1:

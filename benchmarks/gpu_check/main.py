@@ -66,13 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Check, measure, judge; returns the exit code."""
-    missing = machine.no_device()
-    if missing is not None:
-        return _complain(missing, 3)
     begin, out = time.monotonic(), options.out or OUT
     try:
         check_out(out)
         backends = known("backend", options.backend, NAMES) or NAMES
+        known("dtype", options.dtype, DTYPES)
+        missing = machine.no_device()
+        if missing is not None:
+            return _complain(missing, 3)
         bench = _bench(options, out)
     except (BadInput, InputError) as error:
         return _complain(error, 2)

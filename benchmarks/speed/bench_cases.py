@@ -8,6 +8,7 @@ does by splitting and packing.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -183,9 +184,10 @@ def select(
     both = tuple(f"{case.group}/{case.name}" for case in here)
     for name in cases:
         if name.lower() not in (*GROUPS, *shapes, *both):
+            near = ", ".join(difflib.get_close_matches(name.lower(), (*shapes, *both)))
             raise BadInput(
-                f"unknown case {name!r} on {device}; there are the groups {', '.join(GROUPS)}, the shapes (BxTxIxH) "
-                f"{', '.join(shapes)}, and both as grid/{shapes[0]}"
+                f"unknown case {name!r} on {device}; there are the groups {', '.join(GROUPS)}, and in each shapes "
+                f"BxTxIxH, {f'close to it {near}' if near else f'as grid/{shapes[0]}'}"
             )
     cells, modes = known("cell", cells, CELLS), known("mode", modes, MODES)
     dtypes = known("dtype", dtypes, DTYPES) or DTYPES[:1]

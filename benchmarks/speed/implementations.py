@@ -15,7 +15,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnkit
-from rnnkit.backends import BY_NAME, REFERENCE, LayerInputs, LayerOptions, record
+from rnnkit.backends import BY_NAME, REFERENCE, LayerInputs, LayerOptions, LayerSpec, record
 
 from .bench_cases import GATES, BadInput, BenchJob
 
@@ -111,6 +111,24 @@ class Setup:
         except Exception as error:  # no primitive for this dtype on this processor, say
             self.unable.append(f"{self.baseline.name}'s error is unknown, the reference's counts: {first_line(error)}")
             return self.reference().numbers(self.x, train)
+
+
+def incapable(backends: Sequence[str], jobs: Sequence[BenchJob], device: str) -> str | None:
+    """Why none of these backends does any of the jobs, resets and lengths aside; None where one does one."""
+    if "auto" in backends:
+        return None
+    reasons: dict[str, list[str]] = {}
+    for name in backends:
+        for job in jobs:
+            case, cell = job.case, "rnn_tanh" if job.cell == "RNN" else job.cell.lower()
+            sizes = (case.steps, case.batch, case.inputs, case.hidden, 0)
+            spec = LayerSpec(cell, device, getattr(torch, job.dtype), *sizes, bias=True, train=job.train)
+            found = BY_NAME[name].unsupported(spec)
+            if not found:
+                return None
+            reasons.setdefault(name, found)
+    said = [f"backend {name!r} has nothing to do on {device}: {'; '.join(found)}" for name, found in reasons.items()]
+    return ". ".join(said) or None
 
 
 def setup(

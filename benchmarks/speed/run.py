@@ -108,6 +108,9 @@ class Bench:
                 raise NoDevice(f"--device cuda: {missing}")
             if options.tf32:
                 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32 == "on"
+        why = implementations.incapable(self.backends, self.jobs, self.device)
+        if why is not None:
+            raise BadInput(why)
         if options.module is not None:
             fitting = [job for job in self.jobs if implementations.custom(options.module, job) is not None]
             if not fitting:

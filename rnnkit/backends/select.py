@@ -7,6 +7,7 @@ cached for eager calls.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from types import TracebackType
@@ -50,8 +51,9 @@ class _Thread(threading.local):  # not a ContextVar: torch.compile cannot trace 
 _thread = _Thread()
 
 
-class use_backend:
-    """Context manager: every layer run in this block and thread uses this backend, whatever it was made with.
+class use_backend(contextlib.ContextDecorator):
+    """Context manager: every layer run in this block and thread uses this backend, whatever it was made with. As a
+    decorator, in every call of the function.
 
     name: a backend's name or "auto". Raises ValueError for an unknown one.
     """
@@ -59,6 +61,10 @@ class use_backend:
     def __init__(self, name: str) -> None:
         check_name(name)
         self.name = name
+
+    def _recreate_cm(self) -> use_backend:
+        """For each call of a decorated function: torch.compile traces a manager that is made where it is entered."""
+        return use_backend(self.name)
 
     def __enter__(self) -> use_backend:
         _thread.override = (self.name, _thread.override)  # the thread's own: one object may nest

@@ -10,7 +10,7 @@ import argparse
 from types import ModuleType
 from typing import NoReturn
 
-from .. import demo, experiments
+from .. import __version__, demo, experiments
 from ..benchmarks.gpu_check import main as gpu_check
 from ..benchmarks.speed import run as bench
 from . import info
@@ -36,7 +36,8 @@ class OneLine(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = OneLine(prog="python -m rnnkit", description="Recurrent layers for PyTorch.", epilog=CODES)
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    top.add_argument("--version", action="version", version=f"rnnkit {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in COMMANDS.items():
         first, _, rest = (module.__doc__ or "").partition("\n\n")
         about = first.removeprefix(f"`python -m rnnkit {name}`: ")
@@ -53,7 +54,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` (by default the process's) name; returns the exit code."""
-    options = parser().parse_args(arguments)
+    top = parser()
+    options = top.parse_args(arguments)
+    if options.command is None:
+        top.error(f"the following arguments are required: COMMAND ({', '.join(COMMANDS)})")
     try:
         return COMMANDS[options.command].main(options)
     except KeyboardInterrupt:

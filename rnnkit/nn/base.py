@@ -48,9 +48,9 @@ def answered_by_torch(name: str) -> Callable[[Init], Init]:
                 raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
             try:
                 signature.bind(self, *args, **kwargs)
-            except TypeError:
+            except TypeError as error:
                 TORCH[name](*args, **{k: v for k, v in kwargs.items() if k not in OURS})
-                raise
+                raise TypeError(f"{init.__qualname__}() {error}") from None
             init(self, *args, **kwargs)
 
         return __init__  # type: ignore[return-value]
@@ -62,6 +62,8 @@ class Recurrent(nn.Module):
     """What every layer and cell has beside torch's parameters."""
 
     TORCH_NAME = ""
+    input_size: int
+    hidden_size: int
     backend = "auto"
     reset_after = True
 
@@ -94,7 +96,7 @@ class Recurrent(nn.Module):
         try:
             return list(map(held.__getitem__, names))  # in half the time of a comprehension
         except KeyError:
-            return [getattr(self, name, None) for name in names]
+            return [getattr(self, name) for name in names]
 
     def _through_torch(self, weight: Tensor | None, input: object, hx: object, **extras: object) -> bool:
         """Whether this call goes to torch's own operator: so that a trace or an ONNX graph is the one it makes; for
@@ -124,9 +126,17 @@ class Recurrent(nn.Module):
         tracer: Any = proxy.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, given)
 
+    def _check_parameters(self, cell: str, names: Sequence[str], weights: Sequence[Tensor | None]) -> None:
+        """Of a call that cannot run: name the parameter that does not fit this module's sizes, where one does not.
+        torch is not asked then: its oneDNN reads beyond the end of one that is too small."""
+        proj_size, directions = getattr(self, "proj_size", 0), 2 if getattr(self, "bidirectional", False) else 1
+        checks.parameters(cell, names, weights, self.input_size, self.hidden_size, proj_size, directions)
+
     def _raise_torch_error(self, error: Exception, weights: Sequence[Tensor | None], *args: Any) -> None:
         """Raise what torch raises for these weights and arguments, with the words of `error` added to it, or else
-        `error`."""
+        `error`. A nested input torch's layers never take, so that what they raise would say nothing."""
+        if isinstance(args[0], Tensor) and args[0].is_nested:
+            raise error
         try:
             self._torch_twin(weights).forward(*args)
         except Exception as theirs:
@@ -168,6 +178,19 @@ def _add_words(theirs: Exception, ours: Exception) -> None:
         theirs.__cause__ = ours
 
 
+def _paired_biases(weights: list[Any]) -> list[Any]:
+    """A cell's weights with both biases or none: torch's cells take one alone, zeros stand for the other."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    if b_ih is None and b_hh is None:
+        return [w_ih, w_hh]
+    return [
+        w_ih,
+        w_hh,
+        torch.zeros_like(b_hh) if b_ih is None else b_ih,
+        torch.zeros_like(b_ih) if b_hh is None else b_hh,
+    ]
+
+
 def as_torch(module: Recurrent) -> nn.Module:
     """A torch.nn layer that holds the same Parameters, hooks and mode."""
     weights = () if isinstance(module, nn.RNNBase) else module._weights(CELL_WEIGHTS)
@@ -190,6 +213,9 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
         checks.expect_bool(recompute, "recompute")
         if recompute:
             self.recompute = True
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     @property
     def _flat_weights(self) -> list[Any]:
@@ -305,6 +331,7 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
             )
         except checks.BadInput as mistake:
             error = mistake
+        self._check_parameters(cell, self._flat_weights_names, weights)
         return self._raise_torch_error(error, weights, input, hx)
 
     def _written(self, input: object, hx: object) -> list[Any]:
@@ -339,7 +366,7 @@ class RecurrentCell(Recurrent, nn.RNNCellBase):
                 return node
             if self._through_torch(weights[0], input, hx):
                 return self._torch_twin(weights).forward(input, hx)
-        given: Any = weights[:2] if weights[2] is None or weights[3] is None else weights
+        given: Any = _paired_biases(weights) if weights[2] is None or weights[3] is None else weights
         try:
             if isinstance(input, Tensor) and input.dim() == 2:
                 return functional.step(cell, input, hx, given, self.backend)
@@ -348,4 +375,5 @@ class RecurrentCell(Recurrent, nn.RNNCellBase):
             return tuple(v.squeeze(0) for v in new) if isinstance(new, tuple) else new.squeeze(0)
         except checks.BadInput as mistake:
             error = mistake
+        self._check_parameters(cell, CELL_WEIGHTS, given)
         return self._raise_torch_error(error, weights, input, hx)

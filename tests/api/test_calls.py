@@ -379,6 +379,16 @@ def test_an_empty_batch(kind: str) -> None:
         assert not any(g.any() for g in grads)
 
 
+@pytest.mark.parametrize("kind", [k for k in KINDS if "Cell" in k])
+@pytest.mark.parametrize("absent", ["bias_ih", "bias_hh"])
+def test_a_cell_with_one_bias(kind: str, absent: str) -> None:
+    for theirs, mine in twins(kind, torch.float64):
+        setattr(theirs, absent, None)
+        setattr(mine, absent, None)
+        x = torch.randn(B, I, dtype=torch.float64)
+        all_close(mine(x), theirs(x))
+
+
 @layers
 def test_no_steps(kind: str) -> None:
     """T = 0 raises what torch.nn raises."""

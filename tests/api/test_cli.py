@@ -35,6 +35,20 @@ def test_a_wrong_command_line_is_refused(arguments: list[str], capsys: pytest.Ca
     assert "error:" in capsys.readouterr().err
 
 
+def test_without_a_command_those_that_exist_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "COMMAND (info, bench, demo, experiments, gpu-check)" in said
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"rnnkit {__version__}\n"
+
+
 def test_info_as_json_from_a_process_of_its_own() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "rnnkit", "info", "--json"]

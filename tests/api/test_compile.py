@@ -306,6 +306,19 @@ def test_use_backend_inside_compiled_code() -> None:
     assert watch.seen[3] == rnnkit.explain(module, x).to_dict()["layers"][0]["backend"]
 
 
+def test_use_backend_decorates_what_is_compiled() -> None:
+    module, x = rnnkit.LSTM(I, H), torch.randn(4, 2, I)
+    watch = Watch()
+
+    @torch.compile(fullgraph=True, backend=watch)
+    @rnnkit.use_backend("reference")
+    def whole(v: Tensor) -> Any:
+        return module(v)[0]
+
+    close(whole(x), module(x)[0])
+    assert watch.seen == ["reference"]
+
+
 def test_use_backend_inside_compiled_code_comes_first() -> None:
     """In a process where no choice was ever made outside of compiled code; what is compiled later, and an eager choice
     around it, work as ever."""

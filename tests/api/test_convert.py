@@ -237,6 +237,13 @@ def test_subclasses_are_left_alone_and_named() -> None:
     assert type(model["first"]) is Residual and type(model["second"]) is rnnkit.GRU
 
 
+def test_complex_weights_are_left_alone_and_named() -> None:
+    model = nn.ModuleDict({"first": nn.LSTM(I, H, dtype=torch.cfloat), "second": nn.GRU(I, H)})
+    with pytest.warns(UserWarning, match=r"left these layers torch's, since complex numbers are not supported: first$"):
+        rnnkit.convert(model, subclasses=True)
+    assert type(model["first"]) is nn.LSTM and type(model["second"]) is rnnkit.GRU
+
+
 @pytest.mark.filterwarnings("error")
 def test_subclasses_on_request() -> None:
     model = nn.ModuleDict({"a": Residual(I, scale=2.0), "b": Named(I, I)})

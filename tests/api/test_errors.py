@@ -54,10 +54,27 @@ def packed(lengths: tuple[int, ...] = (5, 3), features: int = I) -> PackedSequen
 Case = tuple[str, Callable[[], Any], type[Exception], list[str]]
 LENGTHS: list[Case] = [
     ("list", lambda: gru()(x, lengths=[5, 3]), TypeError, ["lengths", "tensor", "got list", "torch.as_tensor"]),
-    ("float", lambda: gru()(x, lengths=torch.tensor([5.0, 3.0])), TypeError, ["integers", "torch.float32"]),
-    ("mask", lambda: gru()(x, lengths=torch.ones(T, B, dtype=torch.bool)), TypeError, ["torch.bool", "mask"]),
+    ("float", lambda: gru()(x, lengths=torch.tensor([5.0, 3.0])), TypeError, ["torch.float32; pass lengths.long()"]),
+    (
+        "mask",
+        lambda: gru()(x, lengths=ones.bool()),
+        TypeError,
+        ["torch.bool", "mask.sum(0), with batch_first mask.sum(1)"],
+    ),
     ("complex", lambda: gru()(x, lengths=torch.zeros(B, dtype=torch.cfloat)), TypeError, ["torch.complex64"]),
     ("count", lambda: gru()(x, lengths=torch.tensor([5, 3, 1])), ValueError, ["[B] = [2]", "got [3]"]),
+    (
+        "batch first",
+        lambda: lstm()(x.transpose(0, 1), lengths=torch.tensor([5, 3])),
+        ValueError,
+        ["[B] = [5], got [2]", "the input is read as [T, B, I]; batch_first=True reads [B, T, I]"],
+    ),
+    (
+        "time first",
+        lambda: lstm(batch_first=True)(x, lengths=torch.tensor([5, 3])),
+        ValueError,
+        ["[B] = [5], got [2]", "the input is read as [B, T, I]; batch_first=False reads [T, B, I]"],
+    ),
     ("rank", lambda: gru()(x, lengths=torch.tensor([[5, 3]])), ValueError, ["[B] = [2]", "got [1, 2]"]),
     ("scalar", lambda: gru()(x, lengths=torch.tensor(5)), ValueError, ["[B] = [2]", "got []"]),
     ("above", lambda: gru()(x, lengths=torch.tensor([5, 57])), ValueError, ["[0, T=5]", "got 57 at row 1"]),
@@ -68,7 +85,14 @@ LENGTHS: list[Case] = [
     ("small", lambda: gru()(x, lengths=torch.tensor([6, 1], dtype=torch.uint8)), ValueError, ["[0, T=5]", "got 6"]),
 ]
 RESETS: list[Case] = [
-    ("list", lambda: gru()(x, reset=[0, 1]), TypeError, ["reset", "tensor", "got list"]),
+    ("list", lambda: gru()(x, reset=[0, 1]), TypeError, ["reset", "got list; pass torch.as_tensor(reset)"]),
+    ("array", lambda: gru()(x, reset=ones.numpy()), TypeError, ["got ndarray; pass torch.as_tensor(reset)"]),
+    (
+        "list for ops",
+        lambda: ops.layer("gru", x, None, None, weights_of(), reset=[0, 1]),
+        TypeError,
+        ["got list; pass torch.as_tensor(reset)"],
+    ),
     ("value", lambda: gru()(x, reset=ones * 2), ValueError, ["0 and 1", "got 2.0 at step 0, row 0"]),
     ("nan", lambda: gru()(x, reset=ones * torch.nan), ValueError, ["0 and 1", "got nan"]),
     ("integer", lambda: gru()(x, reset=-ones.long()), ValueError, ["0 and 1", "got -1"]),
@@ -136,7 +160,7 @@ NAMES: list[Case] = [
         "torch with two more",
         lambda: rnnkit.GRU(I, H, reset_after=False, backend="torch")(x, reset=ones),
         NotImplementedError,
-        ["do not know reset", "before the product"],
+        ["do not know reset", "do not know the cell 'gru_reset_before'"],
     ),
 ]
 FUNCTIONS: list[Case] = [
@@ -201,6 +225,12 @@ FUNCTIONS: list[Case] = [
     ("convert a class", lambda: rnnkit.convert(nn.GRU), TypeError, ["an nn.Module", "got type"]),
     ("revert", lambda: rnnkit.revert("model"), TypeError, ["rnnkit.revert takes an nn.Module", "got str"]),
     ("revert GRU", lambda: rnnkit.revert(gru(reset_after=False)), ValueError, ["changed nothing", "reset_after=False"]),
+    (
+        "complex layer",
+        lambda: rnnkit.LSTM(I, H, dtype=torch.cfloat)(x.cfloat()),
+        TypeError,
+        ["complex numbers are not supported", "rnnkit.revert(layer) gives torch's layer"],
+    ),
     ("explain", lambda: rnnkit.explain(torch.tanh, x), TypeError, ["rnnkit.explain takes an nn.Module", "got"]),
 ]
 OURS = {
@@ -348,6 +378,8 @@ SENTENCES: dict[str, tuple[Mistake, str]] = {
     "a state that is no pair": (lambda p: p.LSTM(I, H)(x, state), "hx must be a pair (h, c) for lstm, got Tensor"),
     "c of another dtype": (lambda p: p.LSTM(I, H)(x, (state, state.double())), "x is torch.float32 and c_0 torch.fl"),
     "half a pair": (lambda p: p.LSTM(I, H)(x, (state, None)), "hx[1] must be a tensor, got NoneType"),
+    "lengths by place": (lambda p: p.GRU(I, H)(x, torch.tensor([5, 3])), "lengths go by keyword: lengths=..."),
+    "an LSTM's lengths by place": (lambda p: p.LSTM(I, H)(x, torch.tensor([5, 3])), "keyword: lengths=..."),
     "a pair for one": (lambda p: p.GRU(I, H)(x, (state, state)), "hx must be one tensor for gru, got tuple"),
     "a list": (lambda p: p.RNN(I, H)([1.0]), "input must be a tensor [T, B, I], got list"),
     "a sparse input": (lambda p: p.GRU(I, H)(x.to_sparse()), "x must be a dense tensor"),
@@ -365,6 +397,48 @@ def test_our_sentence_is_added_to_torchs_exception(call: Mistake, sentence: str)
     added = getattr(ours, "__notes__", None) or [str(ours.__cause__)]
     assert len(added) == 1 and sentence in added[0]
     assert sentence in "".join(traceback.format_exception(ours))
+
+
+def replaced(module: nn.Module, name: str, *sizes: int) -> nn.Module:
+    setattr(module, name, nn.Parameter(torch.zeros(sizes)))
+    return module
+
+
+NAMED: dict[str, tuple[nn.Module, str]] = {
+    "w_hh": (replaced(gru(), "weight_hh_l0", 12, 3), "weight_hh_l0 must be [3·H, H] = [12, 4], got [12, 3]"),
+    "of another H": (replaced(gru(), "weight_hh_l0", 6, 2), "weight_hh_l0 must be [3·H, H] = [12, 4], got [6, 2]"),
+    "w_ih": (replaced(lstm(), "weight_ih_l0", 16, 5), "weight_ih_l0 must be [4·H, I] = [16, 3], got [16, 5]"),
+    "rank": (replaced(lstm(), "weight_ih_l0", 5), "weight_ih_l0 must be [4·H, I] = [16, 3], got [5]"),
+    "bias": (replaced(gru(), "bias_hh_l0", 5), "bias_hh_l0 must be [3·H] = [12], got [5]"),
+    "second layer": (
+        replaced(lstm(num_layers=2, bidirectional=True), "weight_ih_l1_reverse", 16, 3),
+        "weight_ih_l1_reverse must be [4·H, D·H] = [16, 8], got [16, 3]",
+    ),
+    "w_hr": (replaced(lstm(proj_size=2), "weight_hr_l0", 3, 4), "weight_hr_l0 must be [P, H] = [2, 4], got [3, 4]"),
+    "cell": (replaced(rnnkit.GRUCell(I, H), "weight_hh", 12, 3), "weight_hh must be [3·H, H] = [12, 4], got [12, 3]"),
+}
+
+
+@pytest.mark.parametrize("module, sentence", NAMED.values(), ids=NAMED)
+def test_a_parameter_that_does_not_fit_is_named(module: nn.Module, sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:  # not torch's: its oneDNN reads beyond the end of what is too small
+        module(x if isinstance(module, nn.RNNBase) else x[0])
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_parameter_that_is_missing_is_named(listed: bool) -> None:
+    layer, cell = gru(), rnnkit.GRUCell(I, H)
+    if listed:
+        assert layer._flat_weights
+    layer.weight_hh_l0 = None
+    with pytest.raises(TypeError, match=r"weight_hh_l0 must be a tensor \[3·H, H\], got NoneType"):
+        layer(x)
+    del layer.weight_hh_l0, cell.weight_hh
+    with pytest.raises((AttributeError, TypeError), match="weight_hh_l0"):
+        layer(x)
+    with pytest.raises(AttributeError, match="'GRUCell' object has no attribute 'weight_hh'"):  # torch's
+        cell(x[0])
 
 
 @pytest.mark.parametrize("call", [call for name, call in CALLING.items() if name != "missing input"])
@@ -408,5 +482,9 @@ def test_the_warning_is_torchs() -> None:
 def test_devices_that_differ() -> None:
     with pytest.raises(RuntimeError):
         rnnkit.GRU(I, H)(x.to("meta"))
+    with pytest.raises(RuntimeError, match=r"^lengths is on meta, input on cpu; move one$"):
+        gru()(x, lengths=torch.tensor([5, 3], device="meta"))
+    with pytest.raises(RuntimeError, match=r"^reset is on meta, input on cpu; move one$"):
+        gru()(x, reset=ones.to("meta"))
     with pytest.raises(RuntimeError, match="x is on cpu and h_0 on meta"):
         ops.layer("gru", x, torch.zeros(B, H, device="meta"), None, weights_of())

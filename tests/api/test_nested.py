@@ -225,6 +225,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "ragged elsewhere": (lambda: jagged((3, I), (5, I)).transpose(1, 2), ["[B, j, I]", "second dimension"]),
     "gaps": (gaps, ["no gaps", "input.contiguous()"]),
     "features": (lambda: jagged((3, 2), (5, 2)), ["input_size = 3", "got 2"]),
+    "dtype": (lambda: jagged((3, I), (5, I)).double(), ["x is torch.float64 and w_ih torch.float32"]),
 }
 
 
@@ -235,11 +236,10 @@ def test_what_a_layer_refuses(case: str) -> None:
     module = rnnkit.LSTM(I, H, batch_first=True)
     with pytest.raises((ValueError, TypeError)) as caught:
         functional.lstm(make(), None, list(module.parameters()))
-    assert all(fragment in str(caught.value) for fragment in fragments), caught.value
-    with pytest.raises(Exception) as caught:  # torch's, and our words below them
+    with pytest.raises((ValueError, TypeError)) as of_module:  # torch's layers take none: their words would not help
         module(make())
-    words = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", []), str(caught.value.__cause__)])
-    assert all(fragment in words for fragment in fragments), words
+    for words in (str(caught.value), str(of_module.value)):
+        assert all(fragment in words for fragment in fragments), words
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -262,7 +262,7 @@ def test_a_mistake_beside_a_nested_input() -> None:
         module(nested, reset=torch.zeros(5, 2))
     with pytest.raises(ValueError, match="its offsets differ"):
         module(nested, reset=other)
-    with pytest.raises(RuntimeError, match=r"Expected hidden size|input\.size"):
+    with pytest.raises(ValueError, match=r"hx must be \[L·D, B, H\] = \[1, 2, \d+\], got \[1, 3, \d+\]"):
         module(nested, torch.zeros(1, 3, H))
 
 
@@ -272,7 +272,5 @@ def test_a_cell_refuses(make: Callable[[], Tensor]) -> None:
     cell = rnnkit.LSTMCell(I, H)
     with pytest.raises(TypeError, match="one step of dense rows"):
         functional.lstm_cell(make(), None, list(cell.parameters()))
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(TypeError, match="one step of dense rows"):
         cell(make())
-    words = [str(caught.value), *getattr(caught.value, "__notes__", []), str(caught.value.__cause__)]
-    assert any("a cell takes one step" in text for text in words)

@@ -68,3 +68,19 @@ def test_quantization_after_revert() -> None:
     quantized = quantize(rnnkit.revert(model), {nn.LSTM})
     assert type(quantized[0]) is torch.ao.nn.quantized.dynamic.LSTM
     assert quantized(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
+
+
+def test_the_rooms_for_programs_are_imported_when_they_are_asked_for() -> None:
+    code = """if True:
+        import sys, rnnkit
+        rooms = ("rnnkit.diagnostics", "rnnkit.sequence")
+        assert not [room for room in rooms if room in sys.modules]
+        assert rnnkit.diagnostics.gates and rnnkit.sequence.fit
+        assert all(room in sys.modules for room in rooms)
+        try:
+            rnnkit.nothing
+        except AttributeError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "module 'rnnkit' has no attribute 'nothing'\n", done.stderr

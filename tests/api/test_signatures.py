@@ -92,6 +92,12 @@ def test_every_argument_by_name(name: str) -> None:
     assert {k: v.dtype for k, v in ours.state_dict().items()} == {k: v.dtype for k, v in theirs.state_dict().items()}
 
 
+@pytest.mark.parametrize("name", ["LSTM", "RNN"])
+def test_an_argument_of_another_layer_is_refused_by_the_class(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) got an unexpected keyword argument 'reset_after'$"):
+        getattr(rnnkit, name)(I, H, reset_after=False)
+
+
 @names
 def test_skip_init(name: str) -> None:
     cls = getattr(rnnkit, name)

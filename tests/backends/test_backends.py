@@ -126,6 +126,18 @@ def test_use_backend_entered_twice() -> None:
     assert chosen(rnnkit.GRU(I, H, backend="reference"), x) == ["reference"]
 
 
+def test_use_backend_as_a_decorator() -> None:
+    module, x = rnnkit.GRU(3, 4), torch.zeros(2, 1, 3)
+
+    @rnnkit.use_backend("reference")
+    def asked(deep: bool) -> list[str]:
+        inner = asked(False) if deep else []
+        return [*inner, rnnkit.explain(module, x).to_dict()["layers"][0]["asked"]]
+
+    assert asked(True) == ["reference", "reference"]
+    assert rnnkit.explain(module, x).to_dict()["layers"][0]["asked"] == "auto"
+
+
 def test_use_backend_is_one_threads_own() -> None:
     layer, seen = rnnkit.GRU(I, H, backend="torch"), {}
     inside, leave = threading.Event(), threading.Event()

@@ -69,10 +69,12 @@ def test_without_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     ("options", "named"),
     [(["--backend", "mkl"], "'mkl'"), (["--out", __file__], "is not a folder"), (["--dtype", "int8"], "'int8'")],
 )
+@pytest.mark.parametrize("device", [True, False])
 def test_bad_input(cuda: None, tmp_path: Path, options: list[str], named: str, capsys: pytest.CaptureFixture[str],
-                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+                   monkeypatch: pytest.MonkeyPatch, device: bool) -> None:  # fmt: skip
+    """Before a device is asked for."""
     monkeypatch.undo()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
     assert check(tmp_path, *options) == 2
     assert named in capsys.readouterr().err and not list(tmp_path.iterdir())
 

@@ -70,7 +70,10 @@ def test_filters() -> None:
     ("options", "named"),
     [
         (["--case", "grid/7x33x19x46"], ["'grid/7x33x19x46'", "grid, field", "7x33x19x45"]),
-        (["--case", "grid,nonsense"], ["'nonsense'", "lengths"]),
+        (
+            ["--case", "grid,nonsense"],
+            ["'nonsense'", "grid, field, sweep, scan, step, resets, lengths", "as grid/1x1x64x64"],
+        ),
         (["--cell", "lstmcell"], ["'lstmcell'", "RNN, LSTM, GRU"]),
         (["--mode", "eval"], ["'eval'", "inference, training"]),
         (["--backend", "cpu,mkl"], ["'mkl'", "auto, cuda, triton, cpu, torch, reference"]),
@@ -92,6 +95,7 @@ def test_what_does_not_exist_is_refused(
     assert said.err.startswith("rnnkit bench: ") and said.err.count("\n") == 1 and not said.out
     for words in named:
         assert words in said.err
+    assert len(said.err) < 300, "a line, not the table"
     assert not list(tmp_path.iterdir())
 
 
@@ -106,6 +110,16 @@ def test_bad_values(options: list[str], capsys: pytest.CaptureFixture[str]) -> N
 def test_no_device_is_3(bench: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert bench("--device", "cuda") == 3
     assert "no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@HERE
+def test_a_backend_of_another_device_says_so_at_once(
+    bench: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert bench("--quick", "--backend", "CUDA") == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert said.err.startswith("rnnkit bench: backend 'cuda' has nothing to do on cpu: runs on the device cuda")
 
 
 def test_a_backend_that_cannot_says_why(bench: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
