@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import some
 from torch import nn
 
 import rnnkit
@@ -37,7 +38,7 @@ os._exit(0)  # a thread of gloo's may outlive its group, and an ordinary end the
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some(KINDS))
 def test_two_processes_train_as_one(kind: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED.format(kind=kind))

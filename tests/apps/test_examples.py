@@ -38,6 +38,7 @@ def test_the_first_program(place: str, tmp_path: Path) -> None:
     assert "the last output is the last state: True" in done.stdout
 
 
+@pytest.mark.long
 def test_the_story(tmp_path: Path) -> None:
     """Its claims hold in the numbers that it prints: two past values beat one and the naive model, a forecast's band
     grows, gradients vanish and explode with the spectral radius, the LSTM keeps them, the GRU's weights sum to one, and

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import some
 
 from rnnkit.__main__ import main
 from rnnkit.experiments import EXPERIMENTS, common, gates, gradient_flow, gru_vs_lstm, memory, models
@@ -49,7 +50,7 @@ def test_an_lstm_keeps_its_gradient_where_the_rnn_has_lost_ten_orders(seed: int,
     assert gradient_flow.measure("RNN tanh", radius, hidden, seed).moved() < -10  # -76 to -21
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", some(SEEDS))
 def test_gated_cells_solve_the_adding_problem_where_the_tanh_rnn_does_not(seed: int) -> None:
     loss = {cell: memory.train("adding", cell, 100, memory.QUICK.budget, seed).loss for cell in memory.CELLS}
     tenth = memory.SOLVED / 6  # 0.0167
@@ -57,7 +58,7 @@ def test_gated_cells_solve_the_adding_problem_where_the_tanh_rnn_does_not(seed: 
     assert loss["RNN tanh"] > 7 * tenth, loss  # 0.159 to 0.169
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", some(SEEDS))
 def test_a_gru_copies_where_the_tanh_rnn_does_not(seed: int) -> None:
     gru, rnn = (memory.train("copying", cell, 25, memory.QUICK.budget, seed) for cell in ("GRU", "RNN tanh"))
     assert gru.loss < memory.SOLVED * gru.baseline and gru.solved > 0.9  # 0.015 to 0.064 of it, 91 % and more

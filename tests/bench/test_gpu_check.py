@@ -141,6 +141,7 @@ def test_kernels_that_are_not_built(
     assert gpu_check.unbuilt() is None, "nothing to build for AMD's"
 
 
+@pytest.mark.long
 def test_what_the_sanitizer_finds_is_not_timed(
     cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +170,7 @@ def test_what_the_sanitizer_finds_is_not_timed(
     assert check(tmp_path, "--backend", "reference") == 0 and asked == [], "of one backend alone"
 
 
+@pytest.mark.long
 def test_what_the_sanitizer_did_not_watch_is_not_right(
     cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +288,7 @@ def test_what_a_backend_raises_is_a_failure(
     assert {r.implementation for r in rows.read(tmp_path / "rows.csv")} == {"torch"}
 
 
+@pytest.mark.long
 def test_a_device_with_too_little_memory_does_the_rest(
     cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
