@@ -42,7 +42,13 @@ def interpreted(*arguments: str, **given: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("which", ["budget", "not budget"])
 def test_kernels_in_the_interpreter(which: str) -> None:
-    interpreted(str(TESTS / "triton" / "interpreted" / "test_kernels.py"), "-k", which)
+    interpreted(str(TESTS / "triton" / "interpreted" / "test_kernels.py"), "-k", which, "-m", "not long")
+
+
+@needs_triton
+@pytest.mark.long
+def test_more_kernels_in_the_interpreter() -> None:
+    interpreted(str(TESTS / "triton" / "interpreted" / "test_kernels.py"), "-m", "long")
 
 
 @needs_triton

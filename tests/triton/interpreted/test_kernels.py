@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sequences import F32, KINDS, Case, check, ours
-from support import CELLS, Config, by_lengths, by_reset, in_two, parity
+from support import CELLS, Config, by_lengths, by_reset, in_two, parity, some
 from test_nan import assert_unseen, everything, unseen_places
 from torch import Tensor
 
@@ -58,7 +58,9 @@ def test_odd_sizes(kind: str, sizes: dict[str, Any], regime: str) -> None:
 
 
 @kinds
-@pytest.mark.parametrize(("rows", "tile"), [(17, 32), (33, 64), (100, 128)])
+@pytest.mark.parametrize(
+    ("rows", "tile"), [(17, 32), *(pytest.param(*v, marks=pytest.mark.long) for v in ((33, 64), (100, 128)))]
+)
 def test_tall_tiles(kind: str, rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of many rows by many units, here at few units; with a projection to 3, which is not aligned, 32 rows."""
     monkeypatch.setattr(triton.regimes, "only", "step")
@@ -86,7 +88,7 @@ def test_more_units_than_any_chip_holds() -> None:
     check(Case("gru", hidden=257, steps=2, rows=2, resets=((1, 1),)), "triton", F32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", some([torch.bfloat16, torch.float32, torch.float16]), ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_dtype_within_the_budget(cell: str, dtype: torch.dtype, regime: str) -> None:
     """Through the public layers; lengths against packing, resets against two calls."""
