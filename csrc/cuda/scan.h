@@ -2,8 +2,8 @@
 // torch, and no CUDA: ops.cpp fills these structures in from tensors, the tests from memory of a CPU.
 //
 // Every regime stands behind the same two functions, Kernel::bytes and Kernel::run: cta.cuh and step.cuh are
-// two, another one is another file and further rows of rnnkit/backends/cuda/configs.py. Each row is compiled as
-// a source of its own (generate.py), which enters its kernel here under its name.
+// two, another one is another file and further rows of rnnkit/backends/cuda/configs.py. Each row is compiled
+// as a source of its own (generate.py), which enters its kernel here under its name.
 //
 // Shapes: n steps, B rows, H units, N the size of the state (P with a projection, else H), G gates, K blocks
 // of H that are saved. Everything is contiguous. S is the type that is stored, A the one that is computed in:
