@@ -66,7 +66,7 @@ def sources(copy: Path, folder: Path) -> Iterator[None]:
 
 
 class State(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("wide", ctypes.c_bool))
+    _fields_ = (("data", ctypes.c_void_p), ("opmath", ctypes.c_bool))
 
 
 SIZES = ("n", "B", "H", "N", "t0", "total")
@@ -203,8 +203,8 @@ def structure(side: str, fields: Mapping[str, Field]) -> Forward | Backward:
         shape = tuple(sizes[letter] for letter in SHAPES[name]) if name in SHAPES else tuple(value.shape)
         if tuple(value.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
-        wide = value.dtype in (torch.float32, torch.float64)
-        setattr(result, name, State(value.data_ptr(), wide) if kinds[name] is State else value.data_ptr())
+        opmath = value.dtype in (torch.float32, torch.float64)
+        setattr(result, name, State(value.data_ptr(), opmath) if kinds[name] is State else value.data_ptr())
     return result
 
 

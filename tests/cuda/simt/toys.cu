@@ -250,7 +250,7 @@ struct Marks {
   float next = 1;
   void operator()(const void* field) { *static_cast<float*>(const_cast<void*>(field)) = next++; }
   void operator()(State state) {
-    if (!state.wide) throw std::runtime_error("a state of float32 is wide");
+    if (!state.opmath) throw std::runtime_error("a state of float32 is in the compute type");
     (*this)(state.data);
   }
 };
