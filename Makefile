@@ -31,13 +31,13 @@ demo: .venv/installed ## the main job, on real text, for each cell
 	set -e; for cell in lstm gru rnn; do $(BIN)/python -m rnnkit demo --cell $$cell --out demo-out/$$cell; done
 
 test: .venv/installed ## the tests, without the slow ones (test-all has them)
-	$(BIN)/python -m pytest -n 2 -q -m 'not long'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not long'
 
 test-all: .venv/installed ## every test, the long matrices too
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 test-long: .venv/installed ## what test leaves to test-all
-	$(BIN)/python -m pytest -n 2 -q -m long
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m long
 
 # Where the extension is not built: what a layer is and computes, by the reference.
 test-reference: .venv/installed ## numbers, lengths, resets, states and errors, without the extension
@@ -48,15 +48,15 @@ test-reference: .venv/installed ## numbers, lengths, resets, states and errors, 
 # which of torch's operators exist, and in which dtype.
 HELD := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 RNNKIT_CPU_ISA=avx2
 test-avx2: .venv/installed ## what depends on the instruction set, with every library held to AVX2
-	$(HELD) $(BIN)/python -m pytest -n 2 -q -m 'not long' tests/api/test_autocast.py tests/api/test_parity.py tests/layer/test_memory.py \
+	$(HELD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not long' tests/api/test_autocast.py tests/api/test_parity.py tests/layer/test_memory.py \
 	  tests/backends tests/bench/test_gpu_check.py
 	$(HELD) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton/interpreted/test_in_torch.py -k autocast
 
 variants: .venv/installed ## parity, lengths and resets on the instruction sets that make test did not choose
 	@set -e; for isa in $$($(BIN)/python -c 'import torch, rnnkit; chosen, *able = torch.ops.rnnkit.cpu_variants().split(); print(*[v for v in able if v != chosen])'); do \
 	  echo "RNNKIT_CPU_ISA=$$isa"; \
-	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 -q tests/api/test_lengths.py tests/api/test_resets.py tests/api/test_states.py -k cpu; \
-	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 -q tests/api/test_parity.py -k 'cells or wide_and_long'; \
+	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/api/test_lengths.py tests/api/test_resets.py tests/api/test_states.py -k cpu; \
+	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/api/test_parity.py -k 'cells or wide_and_long'; \
 	done
 
 bench: .venv/installed ## every backend against torch.nn; BENCH=--quick for a minute of it

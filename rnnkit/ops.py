@@ -175,12 +175,15 @@ def _run(
     return _opaque(cell, chosen.name, t, o, train)
 
 
-@torch.compiler.assume_constant_result
 def _compiling_a_transform() -> bool:
     """Whether torch.compile traces this call inside of a transform of torch.func, which needs formulas that it can
     differentiate: of the opaque operator it would take the derivative for zero. Dynamo guards on the transforms, so the
     answer holds as long as the compiled code does."""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler with the package.
+_compiling_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _opaque(cell: str, backend: str, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:

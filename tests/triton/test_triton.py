@@ -52,6 +52,7 @@ def test_more_kernels_in_the_interpreter() -> None:
 
 
 @needs_triton
+@pytest.mark.long
 def test_inside_torch_in_the_interpreter() -> None:
     interpreted(str(TESTS / "triton" / "interpreted" / "test_in_torch.py"))
 
@@ -73,6 +74,7 @@ def test_mutations_and_what_is_shared_in_the_interpreter() -> None:
 
 
 @needs_triton
+@pytest.mark.long
 def test_what_gpu_check_asks_in_the_interpreter() -> None:
     interpreted(str(TESTS / "triton" / "interpreted" / "test_examined.py"))
 

@@ -50,7 +50,6 @@ ROWS = {
     **{row.name: of_step(row) for row in STEP},
 }
 assert ROWS.keys() == {row.name for row in cuda_configs.ROWS}
-every_row = pytest.mark.parametrize("name", ROWS)
 # Every regime that serves a cell by a kind of operands; a projection and float64 go step by step alone.
 WAYS = [
     (cell, operands, regime)
@@ -81,7 +80,7 @@ def found(case: ParityCase) -> None:
     assert sum(findings.ran.values()) == 1
 
 
-@every_row
+@pytest.mark.parametrize("name", some(ROWS, 4))
 def test_every_row(name: str) -> None:
     of_row = ROWS[name]
     assert parity_cases.compiled_for(of_row, 90).name == name
