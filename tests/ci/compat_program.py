@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkit
-from rnnkit.backends import extension
+from rnnkit.backends.cpu import extension
 
 
 def close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
