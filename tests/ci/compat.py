@@ -9,6 +9,7 @@ torch.nn's with gradients, lengths, resets, and torch.compile. A torch with CUDA
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,16 +20,26 @@ PAIRS = ("3.12:2.11.0", "3.10:2.13.0", "3.13:2.13.0")
 PROGRAM = Path(__file__).with_name("compat_program.py")
 
 
+def interpreter(version: str) -> str | None:
+    """A Python of this version that runs: on the PATH, or among those of pyenv, whose shims may refuse to run."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    installed = sorted(map(str, pyenv.glob(f"{version}.*/bin/python{version}")))
+    for python in filter(None, [shutil.which(f"python{version}"), *installed]):
+        if subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0:
+            return python
+    return None
+
+
 def tried(wheel: Path, python: str, torch: str) -> bool:
     """Whether the wheel works beside this pair. What fails prints its own reasons."""
     with tempfile.TemporaryDirectory() as folder:
-        interpreter = Path(folder) / "env" / "bin" / "python"
-        pip = [interpreter, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+        inside = Path(folder) / "env" / "bin" / "python"
+        pip = [inside, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
         commands = (
             [python, "-m", "venv", Path(folder) / "env"],
             [*pip, f"torch=={torch}", "numpy", "setuptools"],
             [*pip, "--no-deps", wheel],
-            [interpreter, PROGRAM],
+            [inside, PROGRAM],
         )
         # Away from the clone, whose rnnkit would be found first.
         return all(subprocess.run(command, cwd=folder).returncode == 0 for command in commands)
@@ -38,7 +49,7 @@ def main(wheel: str, *pairs: str) -> int:
     results = []
     for pair in pairs or PAIRS:
         version, torch = pair.split(":")
-        python = shutil.which(f"python{version}")
+        python = interpreter(version)
         if python is None:
             print(f"compat: left out, there is no python{version} here (torch {torch})", flush=True)
             continue
