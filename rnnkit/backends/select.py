@@ -131,8 +131,9 @@ def preference(spec: LayerSpec) -> tuple[Backend, ...]:
 
 def _comparable(spec: LayerSpec) -> bool:
     """Whether recorded times hold for this dtype. On a CPU they are of float32, which torch hands to oneDNN. Where it
-    does not, torch runs a chain of small operators, two to five times slower than the engine (LSTM, H = 256 to 768, one
-    thread, Zen 4, also held to AVX2): with oneDNN off, in float64 and float16, and in bfloat16 without AVX-512.
+    does not, torch runs a chain of small operators: with oneDNN off, in float64 and float16, and in bfloat16 without
+    AVX-512. In float16, and in bfloat16 held to AVX2, that was two to seven times slower than the engine (LSTM,
+    H = 256 to 768, one thread, Zen 4); float64 and oneDNN off were not measured.
     """
     if spec.device != "cpu" or spec.cell != "lstm":  # of which torch has no other operator than that chain
         return True
