@@ -134,6 +134,8 @@ std::string cpu_variants() {
   return names;
 }
 
+std::string cpu_native_bf16() { return native_bf16(); }
+
 }  // namespace
 }  // namespace rnnkit
 
@@ -156,6 +158,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       "(Tensor, Tensor)");
   m.def("cpu_function(int which, Tensor x) -> Tensor");
   m.def("cpu_variants() -> str");
+  m.def("cpu_native_bf16() -> str");
 #undef RNNKIT_LAYER
 }
 
@@ -169,4 +172,5 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkit, CompositeExplicitAutograd, m) {
   m.impl("cpu_variants", TORCH_BOX(&rnnkit::cpu_variants));
+  m.impl("cpu_native_bf16", TORCH_BOX(&rnnkit::cpu_native_bf16));
 }
