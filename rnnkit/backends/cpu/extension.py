@@ -62,6 +62,7 @@ def _variants() -> tuple[tuple[str, ...], str]:
 variants, refusal = _variants()
 """The variants of the engine on this processor, the chosen one first; and why there are none, else empty."""
 
+
 def _native_bf16() -> str:
     if _reason or not hasattr(torch.ops.rnnkit, "cpu_native_bf16"):  # built before it was asked
         return ""
