@@ -5,6 +5,7 @@
 template <class S>
 class TypedBackwardScan final : public BackwardScan {
   using A = opmath_t<S>;
+  using Element = element_t<S>;
   using V = vector_t<S>;
   using M = Math<A>;
   static constexpr int L = lanes<A>;
@@ -17,7 +18,7 @@ class TypedBackwardScan final : public BackwardScan {
         N_(l_.P ? l_.P : l_.H),
         G_(gates_of(l_.cell)),
         masked_(l_.masks.any()),
-        dgx_is_operand_(std::is_same_v<S, A> && l_.cell != Cell::gru) {
+        dgx_is_operand_(std::is_same_v<S, Element> && l_.cell != Cell::gru && H_ % per_operand<S> == 0) {
     const S* w = static_cast<const S*>(l_.w_hh);
     const bool pack = q.T * l_.B > few_rows, last = q.T > 1 || q.wants_initial_grads;
     if (l_.cell == Cell::gru_reset_before) {
@@ -36,8 +37,9 @@ class TypedBackwardScan final : public BackwardScan {
     if (q.dh_r != nullptr) std::fill_n(static_cast<A*>(q.dh_r), l_.B * N_, A(0));
     if (q.dc_r != nullptr) std::fill_n(static_cast<A*>(q.dc_r), l_.B * H_, A(0));
     if (!dgx_is_operand_) {
-      for (PaddedMatrix<A>& da : da_) da = PaddedMatrix<A>(l_.B, G_ * H_);
+      for (PaddedMatrix<Element>& da : da_) da = PaddedMatrix<Element>(l_.B, G_ * H_);
     }
+    if (l_.P && !std::is_same_v<Element, A>) rounded_dh_ = PaddedMatrix<Element>(l_.B, N_);
   }
 
   void run(const BackwardChunk& chunk) override {
@@ -121,6 +123,7 @@ class TypedBackwardScan final : public BackwardScan {
         store(to, dh, L);
       }
       if (r_.dp != nullptr) store(static_cast<S*>(r_.dp) + p.out * N_ + p.j, dh, p.n);
+      if (rounded_dh_.stride != 0) store(rounded_dh_.row(p.b) + p.j, dh, p.n);  // zeros after them
       if (masked_) has_grad[p.b] |= nonzero(dh, p.n);
     });
     if (l_.cell != Cell::lstm) return;
@@ -215,8 +218,8 @@ class TypedBackwardScan final : public BackwardScan {
   }
 
   // What the recurrent products of step t multiply: [B, G H], rows stride() apart.
-  const A* gate_grads(int64_t t, int now) const {
-    if (dgx_is_operand_) return static_cast<const A*>(r_.dgx) + (t - r_.t0) * l_.B * G_ * H_;
+  const Element* gate_grads(int64_t t, int now) const {
+    if (dgx_is_operand_) return static_cast<const Element*>(r_.dgx) + (t - r_.t0) * l_.B * G_ * H_;
     return da_[now].row(0);
   }
   int64_t stride() const { return dgx_is_operand_ ? G_ * H_ : da_[0].stride; }
@@ -282,8 +285,18 @@ class TypedBackwardScan final : public BackwardScan {
             p.n);
   }
 
+  // What the product with W_hr multiplies.
+  const PaddedMatrix<Element>& projected_grad() const {
+    if constexpr (std::is_same_v<Element, A>) {
+      return dh_;
+    } else {
+      return rounded_dh_;
+    }
+  }
+
   void backprop_projection(const ThreadSlice& slice, const ActiveRows& rows, int64_t t, int now) {
-    gemm(slice, rows, inner_weights_, dh_.row(0), dh_.stride, [&](int32_t b, int u, const A* z, const A*) {
+    const PaddedMatrix<Element>& dh = projected_grad();
+    gemm(slice, rows, inner_weights_, dh.row(0), dh.stride, [&](int32_t b, int u, const A* z, const A*) {
       lstm(unit_vector(t, b, u, H_), t, now, loadu<V>(z));
     });
   }
@@ -328,7 +341,7 @@ class TypedBackwardScan final : public BackwardScan {
   }
 
   template <class Epilogue>
-  void gemm(const ThreadSlice& slice, const ActiveRows& rows, const GemmWeights<S>& w, const A* a,
+  void gemm(const ThreadSlice& slice, const ActiveRows& rows, const GemmWeights<S>& w, const Element* a,
             int64_t lda, Epilogue epilogue) {
     int first, last;
     slice.vectors(w.units, L, &first, &last);
@@ -344,7 +357,8 @@ class TypedBackwardScan final : public BackwardScan {
   const bool masked_;
   const bool dgx_is_operand_;  // the recurrent GEMM reads dgx itself
   GemmWeights<S> inner_weights_, state_weights_;
-  PaddedMatrix<A> dh_, dc_;        // [B, N], [B, H]
-  PaddedMatrix<A> da_[2];          // [B, G H] what the recurrent GEMM multiplies, a double buffer
+  PaddedMatrix<A> dh_, dc_;           // [B, N], [B, H]
+  PaddedMatrix<Element> rounded_dh_;  // [B, N] dh as the product with W_hr reads it, where that is rounded
+  PaddedMatrix<Element> da_[2];       // [B, G H] what the recurrent GEMM multiplies, a double buffer
   std::vector<uint8_t> has_grad_;  // [slices, B]: whether a gradient came to the row, as far as a slice sees
 };

@@ -16,6 +16,9 @@
 namespace rnnkit {
 
 #if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const Engine engine;
+}
 namespace avx512 {
 extern const Engine engine;
 }
@@ -79,7 +82,7 @@ const std::vector<const Engine*>& engines() {
     std::vector<const Engine*> found;
     for (const Engine* e : {
 #if defined(__x86_64__)
-             &avx512::engine, &avx2::engine,
+             &avx512_bf16::engine, &avx512::engine, &avx2::engine,
 #endif
              &baseline::engine}) {
       if (e->supported()) found.push_back(e);

@@ -5,9 +5,11 @@
 template <class S>
 class TypedForwardScan final : public ForwardScan {
   using A = opmath_t<S>;
+  using Element = element_t<S>;
   using V = vector_t<S>;
   using M = Math<A>;
   static constexpr int L = lanes<A>;
+  static constexpr bool rounded = !std::is_same_v<Element, A>;  // products read the state as it is stored
 
  public:
   TypedForwardScan(const Forward& f, int64_t T)
@@ -42,9 +44,12 @@ class TypedForwardScan final : public ForwardScan {
       }
     }
     for (PaddedMatrix<A>& h : h_) h = PaddedMatrix<A>(l_.B, N_);
+    if constexpr (rounded) {
+      for (PaddedMatrix<Element>& h : rounded_h_) h = PaddedMatrix<Element>(l_.B, N_);
+    }
     if (l_.cell == Cell::lstm) c_ = PaddedMatrix<A>(l_.B, H_);
     if (l_.cell == Cell::gru_reset_before || l_.P) {
-      second_operand_ = PaddedMatrix<A>(l_.B, H_);
+      second_operand_ = PaddedMatrix<Element>(l_.B, H_);
       z_ = PaddedMatrix<A>(l_.cell == Cell::gru_reset_before ? l_.B : 0, H_);
     }
   }
@@ -52,6 +57,7 @@ class TypedForwardScan final : public ForwardScan {
   void run(const ForwardChunk& chunk) override {
     r_ = chunk;
     h_[0].fill(f_.h, l_.B, N_);
+    for (int64_t b = 0; rounded && b < l_.B; ++b) round_state(0, b, 0, N_);
     if (l_.cell == Cell::lstm) c_.fill(f_.c, l_.B, H_);
     const Partition partition(l_.workers.threads, l_.B, ceil_div(ceil_div(std::min(H_, N_), L), max_vectors),
                               G_ * H_ * N_, chunk.n);
@@ -100,6 +106,7 @@ class TypedForwardScan final : public ForwardScan {
     columns(slice, H_, &h0, &h);
     for (int32_t b : rows.reset) {
       load_reset_state(static_cast<const A*>(l_.h_r), b, N_, n0, n, h_[now].row(b));
+      round_state(now, b, n0, n);
       if (l_.cell == Cell::lstm) load_reset_state(static_cast<const A*>(l_.c_r), b, H_, h0, h, c_.row(b));
     }
     if (l_.masks.lengths == nullptr) return;
@@ -108,12 +115,32 @@ class TypedForwardScan final : public ForwardScan {
       const int64_t at = step * l_.B + b;
       std::fill_n(static_cast<S*>(r_.y) + at * N_ + n0, n, S{});
       std::copy_n(h_[now].row(b) + n0, n, h_[now ^ 1].row(b) + n0);
+      round_state(now ^ 1, b, n0, n);
       if (r_.c_all != nullptr) std::fill_n(static_cast<S*>(r_.c_all) + at * H_ + h0, h, S{});
       if (r_.gates == nullptr) continue;
       for (int64_t g = 0; g < K_; ++g) {
         std::fill_n(static_cast<A*>(r_.gates) + at * r_.gates_stride + g * H_ + h0, h, A(0));
       }
       if (r_.c_kept != nullptr) std::fill_n(static_cast<A*>(r_.c_kept) + at * H_ + h0, h, A(0));
+    }
+  }
+
+  // What products read of some columns of a row's state, from a whole vector on. What follows the last column
+  // stays zero, as for the second operand: the last pair may end there.
+  void round_state([[maybe_unused]] int now, [[maybe_unused]] int64_t b, [[maybe_unused]] int64_t first,
+                   [[maybe_unused]] int64_t count) {
+    if constexpr (rounded) {
+      for (int64_t j = first; j < first + count; j += L) {
+        store(rounded_h_[now].row(b) + j, loadu<V>(h_[now].row(b) + j),
+              static_cast<int>(std::min<int64_t>(L, N_ - j)));
+      }
+    }
+  }
+  const PaddedMatrix<Element>& state_operand(int now) const {
+    if constexpr (rounded) {
+      return rounded_h_[now];
+    } else {
+      return h_[now];
     }
   }
 
@@ -152,6 +179,7 @@ class TypedForwardScan final : public ForwardScan {
   void store_state(const UnitVector& p, int now, V h) {
     store(static_cast<S*>(r_.y) + p.at * N_ + p.j, h, p.n);
     store(h_[now ^ 1].row(p.b) + p.j, h, L);
+    if constexpr (rounded) store(rounded_h_[now ^ 1].row(p.b) + p.j, h, p.n);
   }
 
   void panels(const ThreadSlice& slice, const GemmWeights<S>& w, int* first, int* last) const {
@@ -162,12 +190,12 @@ class TypedForwardScan final : public ForwardScan {
 
   template <int gates, class Epilogue>
   void gemm(const ThreadSlice& slice, const ActiveRows& rows, int64_t step, const GemmWeights<S>& w,
-            const PaddedMatrix<A>& a, Epilogue epilogue, const GemmWeights<S>* w_x = nullptr) {
+            const PaddedMatrix<Element>& a, Epilogue epilogue, const GemmWeights<S>* w_x = nullptr) {
     int first, last;
     panels(slice, w, &first, &last);
     InputGemm<S> x;
     if (w_x != nullptr && f_.w_ih != nullptr) {
-      x = {w_x, static_cast<const A*>(r_.x) + step * r_.x_step, r_.x_row};
+      x = {w_x, static_cast<const Element*>(r_.x) + step * r_.x_step, r_.x_row};
     }
     gemm_panels<gates>(
         w, first, last, rows.valid.data(), static_cast<int>(rows.valid.size()), a.row(0), a.stride, epilogue,
@@ -192,7 +220,7 @@ class TypedForwardScan final : public ForwardScan {
 
   // The GEMM with the state; its epilogue is all that can be made of it at once.
   void first_gemm(const ThreadSlice& slice, const ActiveRows& rows, int64_t step, int now) {
-    const PaddedMatrix<A>& h = h_[now];
+    const PaddedMatrix<Element>& h = state_operand(now);
     switch (l_.cell) {
       case Cell::rnn_tanh:
         gemm<1>(
@@ -226,7 +254,7 @@ class TypedForwardScan final : public ForwardScan {
               const V hn = loadu<V>(z + 2 * L) + bias(p, 3);
               const auto s =
                   GruResetAfter::step<M>(input(p, 0, zx) + loadu<V>(z), input(p, 1, zx) + loadu<V>(z + L),
-                                         input(p, 2, zx), hn, loadu<V>(h.row(b) + p.j));
+                                         input(p, 2, zx), hn, loadu<V>(h_[now].row(b) + p.j));
               save_gate(p, 0, s.r), save_gate(p, 1, s.z), save_gate(p, 2, s.n), save_gate(p, 3, hn);
               store_state(p, now, s.h);
             },
@@ -241,7 +269,7 @@ class TypedForwardScan final : public ForwardScan {
               const V update = M::sigmoid(input(p, 1, zx) + loadu<V>(z + L));
               save_gate(p, 0, r), save_gate(p, 1, update);
               store(z_.row(b) + p.j, update, L);
-              store(second_operand_.row(b) + p.j, r * loadu<V>(h.row(b) + p.j), L);
+              store(second_operand_.row(b) + p.j, r * loadu<V>(h_[now].row(b) + p.j), p.n);
             },
             &first_input_weights_);
         break;
@@ -258,7 +286,7 @@ class TypedForwardScan final : public ForwardScan {
     if (r_.c_kept != nullptr) store(static_cast<A*>(r_.c_kept) + p.at * H_ + p.j, s.c, p.n);
     if (r_.c_all != nullptr) store(static_cast<S*>(r_.c_all) + p.at * H_ + p.j, s.c, p.n);
     if (l_.P) {
-      store(second_operand_.row(p.b) + p.j, s.m, L);
+      store(second_operand_.row(p.b) + p.j, s.m, p.n);
     } else {
       store_state(p, now, s.m);
     }
@@ -291,8 +319,9 @@ class TypedForwardScan final : public ForwardScan {
   GemmWeights<S> first_weights_, second_weights_;
   GemmWeights<S> first_input_weights_, second_input_weights_;  // those that multiply x, where the scan does
   PaddedMatrix<A> bias_;                                       // [G, H], and b_hn of a GRU with reset after
-  PaddedMatrix<A> h_[2];            // [B, N] the state before the step and after it, a double buffer
-  PaddedMatrix<A> c_;               // [B, H]
-  PaddedMatrix<A> second_operand_;  // [B, H] what the second GEMM multiplies: r h, or o tanh(c)
-  PaddedMatrix<A> z_;               // [B, H] the textbook GRU's update gate between its two products
+  PaddedMatrix<A> h_[2];                  // [B, N] the state before the step and after it, a double buffer
+  PaddedMatrix<Element> rounded_h_[2];    // [B, N] the same as products read it, where that is rounded
+  PaddedMatrix<A> c_;                     // [B, H]
+  PaddedMatrix<Element> second_operand_;  // [B, H] what the second GEMM multiplies: r h, or o tanh(c)
+  PaddedMatrix<A> z_;                     // [B, H] the textbook GRU's update gate between its two products
 };

@@ -4,6 +4,7 @@
 template <class S>
 class TypedGemm final : public GemmKernel {
   using A = opmath_t<S>;
+  using Element = element_t<S>;
   static constexpr int L = lanes<A>;
 
  public:
@@ -29,15 +30,15 @@ class TypedGemm final : public GemmKernel {
   void rows(int64_t row0, int64_t row1, const S* a, int64_t lda, Out* out, int64_t ldo) const {
     std::array<int32_t, block> in_order;
     for (int64_t r = 0; r < block; ++r) in_order[r] = static_cast<int32_t>(r);
-    PaddedMatrix<A> converted;
-    if constexpr (!std::is_same_v<S, A>) converted = PaddedMatrix<A>(std::min(block, row1 - row0), weights.K);
+    // A row of pairs whose last is half of one ends in the next row, or beyond the end.
+    const bool direct = std::is_same_v<S, Element> && weights.width % per_operand<S> == 0;
+    PaddedMatrix<Element> converted;
+    if (!direct) converted = PaddedMatrix<Element>(std::min(block, row1 - row0), weights.width);
     for (int64_t m = row0; m < row1; m += block) {
       const int count = static_cast<int>(std::min(block, row1 - m));
-      const A* from;
+      const Element* from = reinterpret_cast<const Element*>(a + m * lda);
       int64_t stride = lda;
-      if constexpr (std::is_same_v<S, A>) {
-        from = a + m * lda;
-      } else {
+      if (!direct) {
         for (int r = 0; r < count; ++r) convert(a + (m + r) * lda, converted.row(r));
         from = converted.row(0), stride = converted.stride;
       }
@@ -52,22 +53,23 @@ class TypedGemm final : public GemmKernel {
     }
   }
 
-  void convert(const S* from, A* to) const {
-    for (int64_t k = 0; k < weights.K; k += L) {
-      store(to + k, load(from + k, static_cast<int>(std::min<int64_t>(L, weights.K - k))), L);
+  void convert(const S* from, Element* to) const {
+    for (int64_t k = 0; k < weights.width; k += L) {
+      store(to + k, load(from + k, static_cast<int>(std::min<int64_t>(L, weights.width - k))), L);
     }
   }
 };
 
-// A tile of `rows` outputs times up to three vectors of columns, over a block of k whose operands were packed
-// side by side: out += sum over k of a[k, rows]^T b[k, vectors].
+// A tile of `rows` outputs times up to three vectors of columns, over a block of k whose operands, of type T,
+// were packed side by side: out += sum over k of a[k, rows]^T b[k, vectors].
 constexpr int tn_rows = registers >= 32 ? 8 : 4;
 constexpr int tn_vectors = 3;
 
-template <class A, int vectors>
-void tn_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restrict out, int64_t ldo,
-             int rows, int last, bool add) {
-  using V = typename Vector<A>::Value;
+template <class T, int vectors>
+void tn_tile(const T* __restrict a, const T* __restrict b, int64_t K, opmath_t<T>* __restrict out,
+             int64_t ldo, int rows, int last, bool add) {
+  using A = opmath_t<T>;
+  using V = vector_t<T>;
   constexpr int L = lanes<A>;
   V sum[tn_rows][vectors] = {};
   for (int64_t k = 0; k < K; ++k, a += tn_rows, b += vectors * L) {
@@ -76,9 +78,9 @@ void tn_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restr
     for (int v = 0; v < vectors; ++v) w[v] = loadu<V>(b + v * L);
 #pragma GCC unroll 8
     for (int r = 0; r < tn_rows; ++r) {
-      const V x = a[r] - V{};
+      const V x = broadcast(a + r);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] += x * w[v];
+      for (int v = 0; v < vectors; ++v) sum[r][v] = add_product<T>(sum[r][v], x, w[v]);
     }
   }
 #pragma GCC unroll 8
@@ -97,9 +99,11 @@ template <class S>
 class TypedGemmTN {
   using A = opmath_t<S>;
   using V = vector_t<S>;
+  using Operand = operand_t<S>;
   static constexpr int L = lanes<A>;
-  static constexpr int64_t block = 256;     // of k: a panel of b stays in the first-level cache
-  static constexpr int64_t columns = 1008;  // of b at a time: the block stays in the second-level cache
+  static constexpr int per = per_operand<S>;
+  static constexpr int64_t block = 256 * per;  // of k: a panel of b stays in the first-level cache
+  static constexpr int64_t columns = 1008;     // of b at a time: the block stays in the second-level cache
 
  public:
   explicit TypedGemmTN(const GemmTN& q) : q_(q) {}
@@ -120,7 +124,7 @@ class TypedGemmTN {
   // The outputs of rows [m0, m1).
   void rows(int64_t m0, int64_t m1) {
     const int64_t width = std::min(columns, q_.N), padded = ceil_div(width, L) * L;
-    AlignedBuffer<A> a(block * tn_rows), b(std::min(block, q_.K) * padded);
+    AlignedBuffer<Operand> a(block / per * tn_rows), b(ceil_div(std::min(block, q_.K), per) * padded);
     for (int64_t j0 = 0; j0 == 0 || j0 < q_.N; j0 += columns) {
       const int64_t n = std::min(columns, q_.N - j0);
       const int vectors = static_cast<int>(ceil_div(n, L)), panels = (vectors + tn_vectors - 1) / tn_vectors;
@@ -132,7 +136,8 @@ class TypedGemmTN {
           const int here = static_cast<int>(std::min<int64_t>(tn_rows, m1 - m));
           const bool sums = j0 == 0 && q_.sum != nullptr;
           pack_a(k0, K, m, here, a.data, sums ? static_cast<A*>(q_.sum) + m : nullptr, add);
-          const A* from = b.data;
+          const Operand* from = b.data;
+          const int64_t count = ceil_div(K, per);
           for (int p = 0, u = 0; p < panels; ++p) {
             const int in_panel = (vectors - u) / (panels - p);
             A* to = static_cast<A*>(q_.out) + m * q_.ldo + j0 + static_cast<int64_t>(u) * L;
@@ -140,15 +145,15 @@ class TypedGemmTN {
                 static_cast<int>(std::min<int64_t>(L, n - static_cast<int64_t>(u + in_panel - 1) * L));
             switch (in_panel) {
               case 1:
-                tn_tile<A, 1>(a.data, from, K, to, q_.ldo, here, last, add);
+                tn_tile<Operand, 1>(a.data, from, count, to, q_.ldo, here, last, add);
                 break;
               case 2:
-                tn_tile<A, 2>(a.data, from, K, to, q_.ldo, here, last, add);
+                tn_tile<Operand, 2>(a.data, from, count, to, q_.ldo, here, last, add);
                 break;
               default:
-                tn_tile<A, 3>(a.data, from, K, to, q_.ldo, here, last, add);
+                tn_tile<Operand, 3>(a.data, from, count, to, q_.ldo, here, last, add);
             }
-            from += K * in_panel * L;
+            from += count * in_panel * L;
             u += in_panel;
           }
         }
@@ -156,33 +161,47 @@ class TypedGemmTN {
     }
   }
 
-  // Panels [K, in_panel, L] one after another.
-  void pack_b(int64_t k0, int64_t K, int64_t j0, int64_t n, int vectors, int panels, A* to) const {
+  // Panels [K, in_panel, L] of operands one after another.
+  void pack_b(int64_t k0, int64_t K, int64_t j0, int64_t n, int vectors, int panels, Operand* to) const {
     for (int p = 0, u = 0; p < panels; ++p) {
       const int in_panel = (vectors - u) / (panels - p);
-      for (int64_t k = 0; k < K; ++k) {
-        const S* row = static_cast<const S*>(q_.rows[k0 + k]);
+      for (int64_t k = 0; k < K; k += per) {
+        const S* const row = static_cast<const S*>(q_.rows[k0 + k]);
+        const S* const next = k + 1 < K ? static_cast<const S*>(q_.rows[k0 + k + 1]) : nullptr;
         for (int v = 0; v < in_panel; ++v, to += L) {
           const int64_t j = static_cast<int64_t>(u + v) * L;
-          store(to, row == nullptr ? V{} : load(row + j0 + j, static_cast<int>(std::min<int64_t>(L, n - j))),
-                L);
+          const V from =
+              load_columns(row == nullptr ? row : row + j0 + j, next == nullptr ? next : next + j0 + j,
+                           static_cast<int>(std::min<int64_t>(L, n - j)));
+          __builtin_memcpy(to, &from, sizeof from);
         }
       }
       u += in_panel;
     }
   }
 
-  // [K, tn_rows] of the columns from m on, zeros beyond `valid`; their sums, where wanted.
-  void pack_a(int64_t k0, int64_t K, int64_t m, int valid, A* to, A* sum, bool add) const {
+  // Operands [K, tn_rows] of the columns from m on, zeros beyond `valid`; their sums, where wanted.
+  void pack_a(int64_t k0, int64_t K, int64_t m, int valid, Operand* to, A* sum, bool add) const {
     const S* from = static_cast<const S*>(q_.a) + k0 * q_.lda + m;
     A total[tn_rows] = {};
-    for (int64_t k = 0; k < K; ++k, from += q_.lda, to += tn_rows) {
-      if (valid == tn_rows && std::is_same_v<S, A>) {
-        __builtin_memcpy(to, from, tn_rows * sizeof(A));
+    for (int64_t k = 0; k < K; k += per, to += tn_rows) {
+      if constexpr (per == 2) {
+        S both[2][tn_rows] = {};
+        for (int i = 0; i < std::min<int64_t>(2, K - k); ++i, from += q_.lda) {
+          valid == tn_rows ? __builtin_memcpy(both[i], from, sizeof both[i])
+                           : std::copy_n(from, valid, both[i]);
+          for (int r = 0; r < tn_rows; ++r) total[r] += load_one(both[i] + r);
+        }
+        for (int r = 0; r < tn_rows; ++r) to[r] = {both[0][r], both[1][r]};
       } else {
-        for (int r = 0; r < tn_rows; ++r) to[r] = r < valid ? load_one(from + r) : A(0);
+        if (valid == tn_rows && std::is_same_v<S, A>) {
+          __builtin_memcpy(to, from, tn_rows * sizeof(A));
+        } else {
+          for (int r = 0; r < tn_rows; ++r) to[r] = r < valid ? load_one(from + r) : A(0);
+        }
+        for (int r = 0; r < tn_rows; ++r) total[r] += to[r];
+        from += q_.lda;
       }
-      for (int r = 0; r < tn_rows; ++r) total[r] += to[r];
     }
     if (sum == nullptr) return;
     for (int r = 0; r < valid; ++r) sum[r] = add ? sum[r] + total[r] : total[r];

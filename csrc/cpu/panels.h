@@ -16,10 +16,10 @@ constexpr int tile_rows(int vectors) {
   return fit < max_rows ? fit : max_rows;
 }
 
-// out [rows, vectors, lanes] = a [rows, K] panel [K, vectors, lanes]
+// out [rows, vectors, lanes] = a [rows, K] panel [K, vectors, lanes], of operands of type T
 template <class T, int vectors, int rows>
-void tile(const T* const* a, const T* __restrict panel, int64_t K, T* __restrict out) {
-  using V = typename Vector<T>::Value;
+void tile(const T* const* a, const T* __restrict panel, int64_t K, opmath_t<T>* __restrict out) {
+  using V = vector_t<T>;
   constexpr int L = lanes<T>;
   V sum[rows][vectors] = {};
   const T* row[rows];
@@ -31,9 +31,9 @@ void tile(const T* const* a, const T* __restrict panel, int64_t K, T* __restrict
     panel += vectors * L;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const V x = row[r][k] - V{};
+      const V x = broadcast(row[r] + k);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] += x * w[v];
+      for (int v = 0; v < vectors; ++v) sum[r][v] = add_product<T>(sum[r][v], x, w[v]);
     }
   }
 #pragma GCC unroll 8
@@ -54,8 +54,8 @@ constexpr int64_t lane_stride(int64_t K) {
 // the two halves' added. So GemmWeights::dot sums.
 template <class T, int rows, int count>
 __attribute__((always_inline)) inline void add_lanes(const T* const* a, const T* panel, int64_t K, int l,
-                                                     typename Vector<T>::Value (&sum)[rows]) {
-  using V = typename Vector<T>::Value;
+                                                     vector_t<T> (&sum)[rows]) {
+  using V = vector_t<T>;
   constexpr int L = lanes<T>;
   if constexpr (count > 1) {
     V second[rows];
@@ -70,15 +70,15 @@ __attribute__((always_inline)) inline void add_lanes(const T* const* a, const T*
     for (int64_t k = l; k < K; k += L, panel += L) {
       const V w = loadu<V>(panel);
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) sum[r] += (a[r][k] - V{}) * w;
+      for (int r = 0; r < rows; ++r) sum[r] = add_product<T>(sum[r], broadcast(a[r] + k), w);
     }
   }
 }
 
 // A tile of one vector of weights for a single step; rows of `out` are ldo apart.
 template <class T, int rows>
-void tile_by_lanes(const T* const* a, const T* panel, int64_t K, T* out, int64_t ldo) {
-  using V = typename Vector<T>::Value;
+void tile_by_lanes(const T* const* a, const T* panel, int64_t K, opmath_t<T>* out, int64_t ldo) {
+  using V = vector_t<T>;
   constexpr int L = lanes<T>, together = std::min(L, 4);  // lanes whose sums stay in registers
   V sum[L / together][rows];
   const T* row[rows];
@@ -99,23 +99,23 @@ void tile_by_lanes(const T* const* a, const T* panel, int64_t K, T* out, int64_t
 // One row times two neighbouring panels: twice the sums in flight, to hide the latency of a multiply-add.
 template <class T, int vectors>
 void tile_pair(const T* a, const T* __restrict first, const T* __restrict second, int64_t K,
-               T* __restrict out) {
-  using V = typename Vector<T>::Value;
+               opmath_t<T>* __restrict out) {
+  using V = vector_t<T>;
   constexpr int L = lanes<T>;
   V sum[2][vectors] = {};
   for (int64_t k = 0; k < K; ++k) {
-    const V x = a[k] - V{};
+    const V x = broadcast(a + k);
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      sum[0][v] += x * loadu<V>(first + (k * vectors + v) * L);
-      sum[1][v] += x * loadu<V>(second + (k * vectors + v) * L);
+      sum[0][v] = add_product<T>(sum[0][v], x, loadu<V>(first + (k * vectors + v) * L));
+      sum[1][v] = add_product<T>(sum[1][v], x, loadu<V>(second + (k * vectors + v) * L));
     }
   }
   __builtin_memcpy(out, sum, sizeof sum);
 }
 
 template <class T>
-using Tile = void (*)(const T* const* a, const T* panel, int64_t K, T* out);
+using Tile = void (*)(const T* const* a, const T* panel, int64_t K, opmath_t<T>* out);
 
 template <class T, int vectors, int... rows>
 constexpr std::array<Tile<T>, max_rows + 1> tiles_of(std::integer_sequence<int, rows...>) {
@@ -134,7 +134,7 @@ inline Tile<T> tile_for(int vectors, int rows) {
 
 // Any number of rows, as many at a time as leave registers for the sums of some lanes.
 template <class T, int most = registers / 4>
-void rows_by_lanes(const T* const* a, int rows, const T* panel, int64_t K, T* out, int64_t ldo) {
+void rows_by_lanes(const T* const* a, int rows, const T* panel, int64_t K, opmath_t<T>* out, int64_t ldo) {
   for (; rows >= most; rows -= most, a += most, out += most * ldo) {
     tile_by_lanes<T, most>(a, panel, K, out, ldo);
   }
@@ -212,22 +212,25 @@ __attribute__((always_inline)) inline typename Vector<A>::Value lane_sums(
 template <class S>
 struct GemmWeights {
   using A = opmath_t<S>;
+  using Operand = operand_t<S>;
   static constexpr int L = lanes<A>;
+  static constexpr int per = per_operand<S>;
 
-  int64_t units = 0, K = 0;
+  int64_t units = 0, width = 0,
+          K = 0;  // width: numbers that each output sums over; K: operands that hold them
   int gates = 1;
-  const S* raw = nullptr;  // [gates, units, K]: rows of K, gates `block` rows apart; null where packed
+  const S* raw = nullptr;  // [gates, units, width], gates `block` rows apart; null where packed
   int64_t block = 0;
-  const S* columns = nullptr;  // [K, units]: rows `ld` apart; null where packed
+  const S* columns = nullptr;  // [width, units]: rows `ld` apart; null where packed
   int64_t ld = 0;
-  AlignedBuffer<A> panels;
+  AlignedBuffer<Operand> panels;
 
   int unit_vectors() const { return static_cast<int>(ceil_div(units, L)); }  // vectors of units
   int panel_width() const { return gates >= 3 ? 1 : max_vectors / gates; }   // of them in a full panel
   int panel_count() const { return static_cast<int>(ceil_div(unit_vectors(), panel_width())); }
   int panel_vectors(int p) const { return std::min(panel_width(), unit_vectors() - p * panel_width()); }
   int64_t panel_size() const { return static_cast<int64_t>(panel_width()) * gates * L * K; }
-  const A* panel(int p) const { return panels.data + p * panel_size(); }
+  const Operand* panel(int p) const { return panels.data + p * panel_size(); }
 
   // pack(p0, p1) for all panels, shared among the workers.
   template <class Pack>
@@ -244,23 +247,23 @@ struct GemmWeights {
   }
 
   // Outputs are rows of w: out[g, j] = sum over k of w[g * block + j, k] a[k].
-  void gemm_nt(const S* w, int64_t block_, int gates_, int64_t units_, int64_t K_, bool packed,
+  void gemm_nt(const S* w, int64_t block_, int gates_, int64_t units_, int64_t width_, bool packed,
                const Workers& workers) {
-    units = units_, K = K_, gates = gates_, raw = w, block = block_;
+    units = units_, width = width_, K = ceil_div(width, per), gates = gates_, raw = w, block = block_;
     if (!packed) return;
-    panels = AlignedBuffer<A>(static_cast<int64_t>(unit_vectors()) * gates * L * K);
+    panels = AlignedBuffer<Operand>(static_cast<int64_t>(unit_vectors()) * gates * L * K);
     share_panels(workers, [&](int p0, int p1) {
-      for (int p = p0; p < p1; ++p) pack(p, const_cast<A*>(panel(p)));
+      for (int p = p0; p < p1; ++p) pack(p, const_cast<Operand*>(panel(p)));
     });
     raw = nullptr;
   }
 
   // Rows a times the outputs of panel p of `raw`, as a tile gives them: [rows, vectors, lanes].
-  void dots(int p, const A* const* a, int rows, A* out) const {
+  void dots(int p, const Operand* const* a, int rows, A* out) const {
     const int vectors = panel_vectors(p) * gates;
     for (int v = 0; v < vectors; ++v) {
       const int64_t first = (static_cast<int64_t>(p) * panel_width() + v / gates) * L;
-      const S* from = raw + ((v % gates) * block + first) * K;
+      const S* from = raw + ((v % gates) * block + first) * width;
       for (int r = 0; r < rows; ++r) {
         const auto sums = dot(a[r], from, std::min<int64_t>(L, units - first));
         __builtin_memcpy(out + (r * vectors + v) * L, &sums, sizeof sums);
@@ -269,7 +272,7 @@ struct GemmWeights {
   }
 
   // a [K] times L rows of `raw`, of which `valid` exist.
-  vector_t<S> dot(const A* a, const S* from, int64_t valid) const {
+  vector_t<S> dot(const Operand* a, const S* from, int64_t valid) const {
     using V = vector_t<S>;
     constexpr int group = std::min(L, 8);  // rows whose addresses stay in registers
     V sum[L];
@@ -278,42 +281,47 @@ struct GemmWeights {
       const S* w[group];
 #pragma GCC unroll 8
       for (int j = 0; j < group; ++j) {
-        w[j] = from + std::min<int64_t>(g + j, valid - 1) * K;
+        w[j] = from + std::min<int64_t>(g + j, valid - 1) * width;
         sum[g + j] = V{};
       }
       int64_t k = 0;
-      for (; k + L <= K; k += L) {
-        const V x = loadu<V>(a + k);
+      for (; k + L * per <= width; k += L * per) {
+        const V x = loadu<V>(a + k / per);
 #pragma GCC unroll 8
-        for (int j = 0; j < group; ++j) sum[g + j] += x * load(w[j] + k, L);
+        for (int j = 0; j < group; ++j)
+          sum[g + j] = add_product<Operand>(sum[g + j], x, load_operands(w[j] + k, L * per));
       }
-      if (k == K) continue;
+      if (k == width) continue;
       // What is left goes through memory: element by element the compiler would round each product.
       alignas(64) A left[group + 1][L];
-      const int n = static_cast<int>(K - k);
-      store(left[group], load(a + k, n), L);
-      for (int j = 0; j < group; ++j) store(left[j], load(w[j] + k, n), L);
+      const int n = static_cast<int>(width - k);
+      store(left[group], load_operands(reinterpret_cast<const element_t<S>*>(a) + k, n), L);
+      for (int j = 0; j < group; ++j) store(left[j], load_operands(w[j] + k, n), L);
       asm volatile("" : : "r"(left) : "memory");
 #pragma GCC unroll 8
-      for (int j = 0; j < group; ++j) sum[g + j] += loadu<V>(left[group]) * loadu<V>(left[j]);
+      for (int j = 0; j < group; ++j)
+        sum[g + j] = add_product<Operand>(sum[g + j], loadu<V>(left[group]), loadu<V>(left[j]));
     }
     return lane_sums<A, L>(sum);
   }
 
   // Panel p of `raw`.
-  void pack(int p, A* to) const {
+  void pack(int p, Operand* to) const {
     const int vectors = panel_vectors(p) * gates;
     for (int v = 0; v < vectors; ++v) {
-      transpose_rows(p, v, [&](int64_t k, vector_t<S> w) { store(to + (k * vectors + v) * L, w, L); });
+      transpose_rows(p, v, [&](int64_t k, vector_t<S> w) {
+        __builtin_memcpy(to + (k * vectors + v) * L, &w, sizeof w);
+      });
     }
   }
 
   // The same for rows_by_lanes: a vector after the other.
   int64_t lanes_size() const { return lane_stride<A>(K) * L * L; }
-  void pack_lanes(int p, A* to) const {
+  void pack_lanes(int p, Operand* to) const {
     for (int v = 0; v < panel_vectors(p) * gates; ++v, to += lanes_size()) {
-      transpose_rows(
-          p, v, [&](int64_t k, vector_t<S> w) { store(to + (k % L * lane_stride<A>(K) + k / L) * L, w, L); });
+      transpose_rows(p, v, [&](int64_t k, vector_t<S> w) {
+        __builtin_memcpy(to + (k % L * lane_stride<A>(K) + k / L) * L, &w, sizeof w);
+      });
     }
   }
 
@@ -322,32 +330,31 @@ struct GemmWeights {
   __attribute__((always_inline)) void transpose_rows(int p, int v, Use use) const {
     const int64_t first = (static_cast<int64_t>(p) * panel_width() + v / gates) * L;
     const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
-    const S* from = raw + ((v % gates) * block + first) * K;
-    for (int64_t k = 0; k < K; k += L) {
-      const int n = static_cast<int>(std::min<int64_t>(L, K - k));
+    const S* from = raw + ((v % gates) * block + first) * width;
+    for (int64_t k = 0; k < width; k += L * per) {
+      const int n = static_cast<int>(std::min<int64_t>(L * per, width - k));
       vector_t<S> in[L];
-      for (int j = 0; j < L; ++j) in[j] = j < valid ? load(from + j * K + k, n) : vector_t<S>{};
+      for (int j = 0; j < L; ++j) in[j] = j < valid ? load_operands(from + j * width + k, n) : vector_t<S>{};
       transpose<A>(in);
-      for (int i = 0; i < n; ++i) use(k + i, in[i]);
+      for (int i = 0; i * per < n; ++i) use(k / per + i, in[i]);
     }
   }
 
   // Outputs are columns of w: out[j] = sum over k of a[k] w[k, j].
-  void gemm_nn(const S* w, int64_t ld_, int64_t units_, int64_t K_, bool packed, const Workers& workers) {
-    units = units_, K = K_, gates = 1, columns = w, ld = ld_;
+  void gemm_nn(const S* w, int64_t ld_, int64_t units_, int64_t width_, bool packed, const Workers& workers) {
+    units = units_, width = width_, K = ceil_div(width, per), gates = 1, columns = w, ld = ld_;
     if (!packed) return;
-    panels = AlignedBuffer<A>(static_cast<int64_t>(unit_vectors()) * L * K);
+    panels = AlignedBuffer<Operand>(static_cast<int64_t>(unit_vectors()) * L * K);
     share_panels(workers, [&](int p0, int p1) {
-      constexpr int64_t rows = 16;  // of w at a time, so that few pages are read side by side
+      constexpr int64_t rows = 16;  // of operands at a time, so that few pages are read side by side
       for (int64_t k0 = 0; k0 < K; k0 += rows) {
         for (int p = p0; p < p1; ++p) {
           const int vectors = panel_vectors(p);
-          A* to = const_cast<A*>(panel(p)) + k0 * vectors * L;
+          Operand* to = const_cast<Operand*>(panel(p)) + k0 * vectors * L;
           for (int64_t k = k0; k < std::min(k0 + rows, K); ++k) {
             for (int v = 0; v < vectors; ++v, to += L) {
-              const int64_t first = (static_cast<int64_t>(p) * panel_width() + v) * L;
-              const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
-              store(to, load(w + k * ld + first, valid), L);
+              const auto from = column_operands(k, p * panel_width() + v);
+              __builtin_memcpy(to, &from, sizeof from);
             }
           }
         }
@@ -359,29 +366,36 @@ struct GemmWeights {
   // Rows a times the outputs of the vectors [v0, v1) of `columns`: out [rows, v1 - v0, lanes]. Every sum
   // takes its terms k by k, as a tile's; some rows of w serve all rows of `a` while they are in the
   // first-level cache.
-  void sweep(int v0, int v1, const A* a, int64_t lda, const int32_t* rows, int count, A* out) const {
+  void sweep(int v0, int v1, const element_t<S>* a, int64_t lda, const int32_t* rows, int count,
+             A* out) const {
     constexpr int64_t block_k = 8;
     std::fill_n(out, static_cast<int64_t>(count) * (v1 - v0) * L, A(0));
     int64_t k = 0;
-    for (; k + block_k <= K; k += block_k) add_terms<block_k>(v0, v1, a + k, lda, rows, count, k, out);
-    for (; k < K; ++k) add_terms<1>(v0, v1, a + k, lda, rows, count, k, out);
+    for (; k + block_k <= K; k += block_k) add_terms<block_k>(v0, v1, a, lda, rows, count, k, out);
+    for (; k < K; ++k) add_terms<1>(v0, v1, a, lda, rows, count, k, out);
   }
 
  private:
+  // Operand k of the outputs of vector v of `columns`.
+  vector_t<S> column_operands(int64_t k, int v) const {
+    const int64_t first = static_cast<int64_t>(v) * L;
+    const S* const from = columns + k * per * ld + first;
+    return load_columns(from, k * per + 1 < width ? from + ld : nullptr,
+                        static_cast<int>(std::min<int64_t>(L, units - first)));
+  }
+
   template <int terms>
-  void add_terms(int v0, int v1, const A* a, int64_t lda, const int32_t* rows, int count, int64_t k,
-                 A* out) const {
+  void add_terms(int v0, int v1, const element_t<S>* a, int64_t lda, const int32_t* rows, int count,
+                 int64_t k, A* out) const {
     using V = vector_t<S>;
     for (int r = 0; r < count; ++r) {
       V x[terms];
 #pragma GCC unroll 8
-      for (int i = 0; i < terms; ++i) x[i] = a[rows[r] * lda + i] - V{};
+      for (int i = 0; i < terms; ++i) x[i] = broadcast(operands(a + rows[r] * lda) + k + i);
       for (int v = v0; v < v1; ++v, out += L) {
-        const int64_t first = static_cast<int64_t>(v) * L;
-        const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
         V sum = loadu<V>(out);
 #pragma GCC unroll 8
-        for (int i = 0; i < terms; ++i) sum += x[i] * load(columns + (k + i) * ld + first, valid);
+        for (int i = 0; i < terms; ++i) sum = add_product<Operand>(sum, x[i], column_operands(k + i, v));
         store(out, sum, L);
       }
     }
@@ -392,7 +406,7 @@ struct GemmWeights {
 template <class S>
 struct InputGemm {
   const GemmWeights<S>* w = nullptr;
-  const opmath_t<S>* x = nullptr;
+  const element_t<S>* x = nullptr;
   int64_t ldx = 0;
 };
 
@@ -404,14 +418,15 @@ struct InputGemm {
 // beside it.
 template <int gates, class S, class Epilogue, class Prefetch>
 inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* rows, int count,
-                        const opmath_t<S>* a, int64_t lda, Epilogue epilogue, Prefetch prefetch,
+                        const element_t<S>* a, int64_t lda, Epilogue epilogue, Prefetch prefetch,
                         const InputGemm<S>& input = {}) {
   using A = opmath_t<S>;
+  using Operand = operand_t<S>;
   constexpr int L = lanes<A>;
   alignas(64) A out[max_rows * max_vectors * L], out_x[max_rows * max_vectors * L];
   if (count == 0) return;
   const bool single = w.raw != nullptr, dots = single && count <= few_rows, swept = w.columns != nullptr;
-  AlignedBuffer<A> once(single && !dots ? w.panel_width() * w.gates * w.lanes_size() : 0);
+  AlignedBuffer<Operand> once(single && !dots ? w.panel_width() * w.gates * w.lanes_size() : 0);
   const int first = p0 * w.panel_width(), last = std::min(p1 * w.panel_width(), w.unit_vectors());
   AlignedBuffer<A> sums(swept ? static_cast<int64_t>(count) * (last - first) * L : 0);
   if (swept) w.sweep(first, last, a, lda, rows, count, sums.data);
@@ -425,9 +440,9 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
               tiles = (count + fit - 1) / fit;
     for (int i = 0, done = 0; i < tiles; ++i) {
       const int here = (count - done) / (tiles - i);
-      const A* row[max_rows];
+      const Operand* row[max_rows];
       for (int r = 0; r < here; ++r) {
-        row[r] = a + rows[done + r] * lda;
+        row[r] = operands(a + rows[done + r] * lda);
         for (int u = 0; u < in_panel; ++u) prefetch(rows[done + r], p * w.panel_width() + u);
       }
       if (swept) {
@@ -443,17 +458,17 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
           rows_by_lanes(row, here, once.data + v * w.lanes_size(), w.K, out + v * L, vectors * L);
         }
       } else if (pair) {
-        vectors == 4 ? tile_pair<A, 4>(row[0], w.panel(p), w.panel(p + 1), w.K, out)
-                     : tile_pair<A, 3>(row[0], w.panel(p), w.panel(p + 1), w.K, out);
+        vectors == 4 ? tile_pair<Operand, 4>(row[0], w.panel(p), w.panel(p + 1), w.K, out)
+                     : tile_pair<Operand, 3>(row[0], w.panel(p), w.panel(p + 1), w.K, out);
       } else {
-        tile_for<A>(vectors, here)(row, w.panel(p), w.K, out);
+        tile_for<Operand>(vectors, here)(row, w.panel(p), w.K, out);
       }
       if (input.w != nullptr) {
-        const A* row_x[max_rows];
-        for (int r = 0; r < here; ++r) row_x[r] = input.x + rows[done + r] * input.ldx;
+        const Operand* row_x[max_rows];
+        for (int r = 0; r < here; ++r) row_x[r] = operands(input.x + rows[done + r] * input.ldx);
         for (int second = 0; second <= (pair ? 1 : 0); ++second) {
-          tile_for<A>(vectors, here)(row_x, input.w->panel(p + second), input.w->K,
-                                     out_x + second * vectors * L);
+          tile_for<Operand>(vectors, here)(row_x, input.w->panel(p + second), input.w->K,
+                                           out_x + second * vectors * L);
         }
       }
       const int units = pair ? 2 * in_panel : in_panel;

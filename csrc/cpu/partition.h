@@ -143,7 +143,7 @@ struct PaddedMatrix {
   PaddedMatrix() = default;
   PaddedMatrix(int64_t rows, int64_t width)
       : stride(ceil_div(width, lanes<A>) * lanes<A>), memory(rows * stride) {
-    std::fill_n(memory.data, rows * stride, A(0));
+    std::fill_n(memory.data, rows * stride, A{});
   }
   A* row(int64_t b) const { return memory.data + b * stride; }
 

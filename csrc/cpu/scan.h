@@ -1,5 +1,6 @@
 // The recurrence of every cell over time on plain pointers: what csrc/layer and the harness call. No torch.
-// Each processor variant (avx512.cpp, avx2.cpp, baseline.cpp) compiles the same templates into an Engine.
+// Each processor variant (avx512_bf16.cpp, avx512.cpp, avx2.cpp, baseline.cpp) compiles the same templates
+// into an Engine.
 //
 // Shapes: T steps in all, n of them in a chunk, B rows, H units, P projected units (0: none), N = P or H the
 // size of the state, G gates, S the storage type of `dtype`, A the type it is computed in (float, or double
@@ -208,6 +209,9 @@ struct GemmTN {
 
 struct Engine {
   const char* name;
+  // Whether bfloat16 is multiplied as it is stored, by dot products: what products read is rounded to it, the
+  // state and the gradients of pre-activations too. Elsewhere it is widened, and they are not.
+  bool multiplies_bf16;
   bool (*supported)();
   std::unique_ptr<ForwardScan> (*forward)(const Forward& problem, int64_t T);
   std::unique_ptr<BackwardScan> (*backward)(const Backward& problem);

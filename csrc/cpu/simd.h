@@ -53,6 +53,13 @@ inline V load_partial(const T* p, int n) {
 
 #if defined(RNNKIT_AVX512)
 template <>
+inline Vector<float>::Half load_partial(const uint16_t* p, int n) {
+  return (Vector<float>::Half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+}
+inline void store_partial(uint16_t* p, Vector<float>::Half v, int n) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)v);
+}
+template <>
 inline Vector<float>::Value load_partial(const float* p, int n) {
   return (Vector<float>::Value)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
 }
@@ -117,7 +124,7 @@ inline void store_bits16(void* p, Vector<float>::Unsigned bits, int n) {
   if (n == lanes<float>) {
     __builtin_memcpy(q, &h, sizeof h);
   } else {
-    for (int k = 0; k < n; ++k) q[k] = h[k];
+    store_partial(q, h, n);
   }
 }
 
@@ -162,6 +169,12 @@ inline void store(Fp16* p, Vector<float>::Value v, int n) {
 template <class S>
 inline opmath_t<S> load_one(const S* p) {
   return load(p, 1)[0];
+}
+inline float load_one(const Bf16* p) {
+  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
 }
 inline float load_one(const float* p) { return *p; }
 inline double load_one(const double* p) { return *p; }

@@ -5,11 +5,13 @@
 
 namespace rnnkit {
 namespace RNNKIT_VARIANT {
+extern const Engine engine;
 namespace {
 
 // Each builds on those before it.
 // clang-format off
 #include "simd.h"
+#include "operands.h"
 #include "math.h"
 #include "partition.h"
 #include "panels.h"
@@ -18,8 +20,15 @@ namespace {
 #include "gemm.h"
 // clang-format on
 
+#if !defined(RNNKIT_NATIVE_BF16)
+const Engine& other_dtypes() { return engine; }
+#endif
+// Where dot products of bfloat16 are what a variant has beside another, that one serves every other dtype.
+bool elsewhere(Dtype dtype) { return multiplies_bf16 && dtype != Dtype::bf16; }
+
 template <class Use>
 auto dispatch(Dtype dtype, Use use) {
+  if constexpr (multiplies_bf16) return use(Bf16{});
   switch (dtype) {
     case Dtype::f64:
       return use(double{});
@@ -33,12 +42,14 @@ auto dispatch(Dtype dtype, Use use) {
 }
 
 std::unique_ptr<ForwardScan> forward(const Forward& problem, int64_t T) {
+  if (elsewhere(problem.layer.dtype)) return other_dtypes().forward(problem, T);
   return dispatch(problem.layer.dtype, [&](auto s) -> std::unique_ptr<ForwardScan> {
     return std::make_unique<TypedForwardScan<decltype(s)>>(problem, T);
   });
 }
 
 std::unique_ptr<BackwardScan> backward(const Backward& problem) {
+  if (elsewhere(problem.layer.dtype)) return other_dtypes().backward(problem);
   return dispatch(problem.layer.dtype, [&](auto s) -> std::unique_ptr<BackwardScan> {
     return std::make_unique<TypedBackwardScan<decltype(s)>>(problem);
   });
@@ -46,6 +57,7 @@ std::unique_ptr<BackwardScan> backward(const Backward& problem) {
 
 std::unique_ptr<GemmKernel> gemm_nt(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
                                     const Workers& workers) {
+  if (elsewhere(dtype)) return other_dtypes().gemm_nt(dtype, N, K, w, pack, workers);
   return dispatch(dtype, [&](auto s) -> std::unique_ptr<GemmKernel> {
     using S = decltype(s);
     auto made = std::make_unique<TypedGemm<S>>();
@@ -56,6 +68,7 @@ std::unique_ptr<GemmKernel> gemm_nt(Dtype dtype, int64_t N, int64_t K, const voi
 
 std::unique_ptr<GemmKernel> gemm_nn(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
                                     const Workers& workers) {
+  if (elsewhere(dtype)) return other_dtypes().gemm_nn(dtype, N, K, w, pack, workers);
   return dispatch(dtype, [&](auto s) -> std::unique_ptr<GemmKernel> {
     using S = decltype(s);
     auto made = std::make_unique<TypedGemm<S>>();
@@ -65,10 +78,12 @@ std::unique_ptr<GemmKernel> gemm_nn(Dtype dtype, int64_t N, int64_t K, const voi
 }
 
 void gemm_tn(const GemmTN& problem) {
+  if (elsewhere(problem.dtype)) return other_dtypes().gemm_tn(problem);
   dispatch(problem.dtype, [&](auto s) { TypedGemmTN<decltype(s)>(problem).run(); });
 }
 
 void function(int which, Dtype dtype, int64_t n, const void* in, void* out) {
+  if (elsewhere(dtype)) return other_dtypes().function(which, dtype, n, in, out);
   const auto run = [&](auto t) {
     using T = decltype(t);
     for (int64_t k = 0; k < n; k += lanes<T>) {
@@ -82,8 +97,8 @@ void function(int which, Dtype dtype, int64_t n, const void* in, void* out) {
 
 }  // namespace
 
-extern const Engine engine;
-const Engine engine = {RNNKIT_NAME, &supported, &forward, &backward, &gemm_nt, &gemm_nn, &gemm_tn, &function};
+const Engine engine = {RNNKIT_NAME, multiplies_bf16, &supported, &forward, &backward,
+                       &gemm_nt,    &gemm_nn,        &gemm_tn,   &function};
 
 }  // namespace RNNKIT_VARIANT
 }  // namespace rnnkit

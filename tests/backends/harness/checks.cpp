@@ -143,6 +143,7 @@ struct Settle {
     const R half = static_cast<R>(f.u() * std::fabs(x) + f.eta());
     if (std::isinf(x) && std::fabs(want.v) + want.e >= std::ldexp(1.0, f.largest) * (1 - f.u())) return want;
     hold(result_names[static_cast<int>(which)], index, x, X(want.v, want.e + half));
+    if (X::dot_products && x == x) return X(x);  // which is what the product reads
     return want.e <= half || x != x ? want : X(x, half);
   }
   // A zero of either sign.
@@ -153,9 +154,15 @@ struct Settle {
 };
 
 template <class R>
-void hold_all(const Problem& p, const Ran& ran, const Gradients& gradients) {
-  const Format& f = format(p.opmath());
+void judge_by(const rnnkit::Engine& engine, Dtype dtype) {
+  const Format& f = format(computed_in(dtype));
   Near<R>::u = static_cast<R>(f.u()), Near<R>::eta = static_cast<R>(f.eta());
+  Near<R>::dot_products = engine.multiplies_bf16 && dtype == Dtype::bf16;
+}
+
+template <class R>
+void hold_all(const rnnkit::Engine& engine, const Problem& p, const Ran& ran, const Gradients& gradients) {
+  judge_by<R>(engine, p.dtype);
   hold_forward<R>(p, ran);
   for (int64_t b = 0; b < p.B; ++b) plain_backward<Near<R>>(p, ran.saved, b, Settle<R>{p, gradients});
 }
@@ -211,9 +218,9 @@ void check_scan(const rnnkit::Engine& engine, const Problem& p, bool every_way) 
   const Ran ran = run_forward(engine, p, steps);
   const Gradients gradients = run_backward(engine, p, ran.saved, alone);
   if (p.dtype == Dtype::f64) {
-    hold_all<long double>(p, ran, gradients);
+    hold_all<long double>(engine, p, ran, gradients);
   } else {
-    hold_all<double>(p, ran, gradients);
+    hold_all<double>(engine, p, ran, gradients);
   }
 
   compare("one chunk", run_forward(engine, p, How{}), ran);
@@ -259,7 +266,8 @@ void check_scan(const rnnkit::Engine& engine, const Problem& p, bool every_way) 
 
 void check_product(const rnnkit::Engine& engine, uint64_t seed) {
   Random r(seed);
-  const Dtype dtype = r.chance(0.5) ? Dtype::f32 : Dtype::f64;
+  const Dtype dtype = r.chance(0.35) ? Dtype::f32 : r.chance(0.5) ? Dtype::f64 : Dtype::bf16;
+  const Dtype computed = computed_in(dtype);
   const bool large = r.chance(0.1), shift = r.chance(0.5);
   const bool many_weights = r.chance(0.1);  // so much to pack that the workers share it
   const int64_t M = r.chance(0.1) ? r.between(0, 1) : r.between(1, many_weights ? 10 : large ? 250 : 40);
@@ -271,14 +279,14 @@ void check_product(const rnnkit::Engine& engine, uint64_t seed) {
   for (double& x : w) x = rounded(r.normal(), format(dtype));
   const Buffer a_(a, dtype, shift), w_(w, dtype, shift);
   using X = Near<long double>;
-  X::u = format(dtype).u(), X::eta = format(dtype).eta();
+  judge_by<long double>(engine, dtype);
   std::ostringstream what;
   what << "product " << format(dtype).name << " M=" << M << " N=" << N << " K=" << K << " ldo=" << ldo;
   for (bool pack : {true, false}) {
     const auto run = [&](const char* from, int64_t rows, const Way& way) {
-      const Buffer out(rows * ldo, dtype, shift);
+      const Buffer out(rows * ldo, computed, shift);
       engine.gemm_nt(dtype, N, K, w_.data(), pack, way.workers)
-          ->run(rows, from, K, out.data(), ldo, false, way.workers);
+          ->run(rows, from, K, out.data(), ldo, true, way.workers);
       return out.values();
     };
     const Values out = run(a_.data(), M, Way{"alone", {1, &together}});

@@ -8,6 +8,9 @@
 // ulp (the promise of csrc/cpu/math.h), and underflow the smallest subnormal number, with u the unit roundoff
 // of the type that is computed in. Errors of operands go through by the chain rule. Nothing in it was set by
 // what passed.
+//
+// Dot products of bfloat16 read operands rounded to it, add with an error of at most 2 u (Arm rounds to odd)
+// and take for zero what is below the smallest normal number, in operands and in sums.
 
 #pragma once
 
@@ -119,6 +122,7 @@ struct Near {
   Near() = default;
   Near(R value, R error = 0) : v(value), e(error) {}
   static inline R u = 0, eta = 0;
+  static inline bool dot_products = false;  // of bfloat16
 
   static Near rounding(R v, R e) { return {v, e + u * (std::fabs(v) + e) + eta}; }
   friend Near operator+(Near a, Near b) { return rounding(a.v + b.v, a.e + b.e); }
@@ -137,6 +141,20 @@ struct Dual {
   friend Dual operator-(Dual a, Dual b) { return {a.v - b.v, a.d - b.d}; }
   friend Dual operator*(Dual a, Dual b) { return {a.v * b.v, a.v * b.d + b.v * a.d}; }
 };
+
+// What a product reads of a number.
+template <class X>
+X operand(X x) {
+  return x;
+}
+template <class R>
+Near<R> operand(Near<R> x) {
+  if (!Near<R>::dot_products) return x;
+  const Format& f = format(Dtype::bf16);
+  const R r = static_cast<R>(rounded(static_cast<double>(x.v), f));
+  if (x.e == 0) return r;
+  return {r, x.e + static_cast<R>(2 * f.u()) * (std::fabs(x.v) + x.e) + static_cast<R>(f.eta())};
+}
 
 inline double value(double x) { return x; }
 inline double value(Dual x) { return x.v; }
@@ -196,16 +214,20 @@ X sum(std::initializer_list<X> terms, const W* w, int64_t step, const X* a, int6
 
 template <class R, class W>
 Near<R> sum(std::initializer_list<Near<R>> terms, const W* w, int64_t step, const Near<R>* a, int64_t K) {
-  R v = 0, magnitude = 0, error = 0;
+  const R smallest_normal = static_cast<R>(0x1p-126);
+  R v = 0, magnitude = 0, error = 0, flushed = 0;
   for (const Near<R>& x : terms) v += x.v, magnitude += std::fabs(x.v) + x.e, error += x.e;
   for (int64_t k = 0; k < K; ++k) {
     const R weight = w[k * step];
     v += weight * a[k].v;
     magnitude += std::fabs(weight) * (std::fabs(a[k].v) + a[k].e);
     error += std::fabs(weight) * a[k].e;
+    if (Near<R>::dot_products) flushed += smallest_normal * (std::fabs(weight) + std::fabs(a[k].v) + a[k].e);
   }
-  const R m = static_cast<R>(K + static_cast<int64_t>(terms.size())), u = Near<R>::u;
-  return {v, error + m * u / (1 - m * u) * magnitude + m * Near<R>::eta};
+  const R m = static_cast<R>(K + static_cast<int64_t>(terms.size()));
+  const bool dots = K > 0 && Near<R>::dot_products;
+  const R u = dots ? 2 * Near<R>::u : Near<R>::u, eta = dots ? smallest_normal : Near<R>::eta;
+  return {v, error + flushed + m * u / (1 - m * u) * magnitude + m * eta};
 }
 
 template <class X>

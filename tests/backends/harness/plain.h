@@ -31,8 +31,10 @@ Step<X> plain_step(const Problem& p, const Recurrent<W>& w, const X* gx, const X
   Step<X> s;
   s.h.resize(N), s.gates.resize(p.saved() * H), s.c.resize(p.lstm() ? H : 0);
   const auto bias = [&](const std::vector<W>& b, int64_t k) { return p.bias ? X(b[k]) : X(0.0); };
+  std::vector<X> read;  // of h, by the product
+  for (int64_t k = 0; k < N; ++k) read.push_back(operand(h[k]));
   const auto both = [&](int64_t k) {  // the pre-activation of unit k of the G H
-    return sum({gx[k], bias(w.b_ih, k), bias(w.b_hh, k)}, w.w_hh.data() + k * N, 1, h, N);
+    return sum({gx[k], bias(w.b_ih, k), bias(w.b_hh, k)}, w.w_hh.data() + k * N, 1, read.data(), N);
   };
   std::vector<X> second_operand(H);  // what a second product multiplies
   for (int64_t j = 0; j < H; ++j) {
@@ -53,7 +55,7 @@ Step<X> plain_step(const Problem& p, const Recurrent<W>& w, const X* gx, const X
       }
       case Cell::gru: {
         const X r = sigmoid(both(j)), z = sigmoid(both(H + j));
-        const X hn = sum({bias(w.b_hh, 2 * H + j)}, w.w_hh.data() + (2 * H + j) * N, 1, h, N);
+        const X hn = sum({bias(w.b_hh, 2 * H + j)}, w.w_hh.data() + (2 * H + j) * N, 1, read.data(), N);
         const X n = tanh(sum({gx[2 * H + j], bias(w.b_ih, 2 * H + j), r * hn}));
         s.gates[j] = r, s.gates[H + j] = z, s.gates[2 * H + j] = n, s.gates[3 * H + j] = hn;
         s.h[j] = (X(1.0) - z) * n + z * h[j];
@@ -67,6 +69,7 @@ Step<X> plain_step(const Problem& p, const Recurrent<W>& w, const X* gx, const X
     }
   }
   if (p.lstm() && !p.P) s.h = second_operand;
+  for (X& x : second_operand) x = operand(x);
   for (int64_t k = 0; k < p.P; ++k) {
     s.h[k] = sum({X(0.0)}, w.w_hr.data() + k * H, 1, second_operand.data(), H);
   }
