@@ -12,6 +12,7 @@ namespace {
 #include "simd.h"
 #include "math.h"
 #include "partition.h"
+#include "tiles.h"
 #include "panels.h"
 #include "forward.h"
 #include "backward.h"
