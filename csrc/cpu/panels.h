@@ -1,145 +1,15 @@
-// The GEMMs of a scan: a tile of rows times a panel of packed weights, for any number of rows. Included once
-// per variant, inside its namespace.
+// The GEMMs of a scan: rows times packed weights, for any number of rows. Included once per variant, inside
+// its namespace.
 //
-// A panel holds the weights of up to four vectors of outputs side by side: all G gates of one vector of units
-// (G 3 and 4), or several vectors of units (G 1 and 2), k by k, so that a tile reads it from end to end.
+// A panel holds all G gates of one or more vectors of units, so that the gate math of those units can follow
+// when it is summed. It is packed as strips of as many vectors as a tile takes, one after another.
 // Every output is summed over k in the same order whatever the tile, so a row's result does not depend on the
 // rows beside it. There are two orders: k by k, and for weights that serve a single step lane by lane, see
 // GemmWeights::dot.
 
-constexpr int registers = RNNKIT_REGISTERS;
-constexpr int max_rows = 8;
-constexpr int few_rows = 16;  // up to here weights for a single step are not packed
-// Rows of a tile so that its sums, a panel's vectors and one broadcast stay in registers.
-constexpr int tile_rows(int vectors) {
-  const int fit = registers >= 32 ? (registers - vectors - 2) / vectors : (registers - 1) / vectors;
-  return fit < max_rows ? fit : max_rows;
-}
-
-// out [rows, vectors, lanes] = a [rows, K] panel [K, vectors, lanes], of operands of type T
-template <class T, int vectors, int rows>
-void tile(const T* const* a, const T* __restrict panel, int64_t K, opmath_t<T>* __restrict out) {
-  using V = vector_t<T>;
-  constexpr int L = lanes<T>;
-  V sum[rows][vectors] = {};
-  const T* row[rows];
-  for (int r = 0; r < rows; ++r) row[r] = a[r];
-  for (int64_t k = 0; k < K; ++k) {
-    V w[vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) w[v] = loadu<V>(panel + v * L);
-    panel += vectors * L;
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const V x = broadcast(row[r] + k);
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] = add_product<T>(sum[r][v], x, w[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) __builtin_memcpy(out + (r * vectors + v) * L, &sum[r][v], sizeof(V));
-  }
-}
-
-// How far apart the weights of two lanes stand in a panel for a single step, in k: an odd number, so that
-// they fall into different sets of the first-level cache.
-template <class T>
-constexpr int64_t lane_stride(int64_t K) {
-  return (K + lanes<T> - 1) / lanes<T> | 1;
-}
-
-// For each lane l the sums of rows times one vector over k = l, l + L, ..., and of `count` lanes from l on,
-// the two halves' added. So GemmWeights::dot sums.
-template <class T, int rows, int count>
-__attribute__((always_inline)) inline void add_lanes(const T* const* a, const T* panel, int64_t K, int l,
-                                                     vector_t<T> (&sum)[rows]) {
-  using V = vector_t<T>;
-  constexpr int L = lanes<T>;
-  if constexpr (count > 1) {
-    V second[rows];
-    add_lanes<T, rows, count / 2>(a, panel, K, l, sum);
-    add_lanes<T, rows, count / 2>(a, panel, K, l + count / 2, second);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) sum[r] += second[r];
-  } else {
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) sum[r] = V{};
-    panel += l * lane_stride<T>(K) * L;
-    for (int64_t k = l; k < K; k += L, panel += L) {
-      const V w = loadu<V>(panel);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) sum[r] = add_product<T>(sum[r], broadcast(a[r] + k), w);
-    }
-  }
-}
-
-// A tile of one vector of weights for a single step; rows of `out` are ldo apart.
-template <class T, int rows>
-void tile_by_lanes(const T* const* a, const T* panel, int64_t K, opmath_t<T>* out, int64_t ldo) {
-  using V = vector_t<T>;
-  constexpr int L = lanes<T>, together = std::min(L, 4);  // lanes whose sums stay in registers
-  V sum[L / together][rows];
-  const T* row[rows];
-  for (int r = 0; r < rows; ++r) row[r] = a[r];
-  for (int i = 0; i < L / together; ++i) {
-    V some[rows];
-    add_lanes<T, rows, together>(row, panel, K, i * together, some);
-    __builtin_memcpy(sum[i], some, sizeof some);
-  }
-  for (int n = L / together; n > 1; n /= 2) {
-    for (int i = 0; i < n / 2; ++i) {
-      for (int r = 0; r < rows; ++r) sum[i][r] = sum[2 * i][r] + sum[2 * i + 1][r];
-    }
-  }
-  for (int r = 0; r < rows; ++r) __builtin_memcpy(out + r * ldo, &sum[0][r], sizeof(V));
-}
-
-// One row times two neighbouring panels: twice the sums in flight, to hide the latency of a multiply-add.
-template <class T, int vectors>
-void tile_pair(const T* a, const T* __restrict first, const T* __restrict second, int64_t K,
-               opmath_t<T>* __restrict out) {
-  using V = vector_t<T>;
-  constexpr int L = lanes<T>;
-  V sum[2][vectors] = {};
-  for (int64_t k = 0; k < K; ++k) {
-    const V x = broadcast(a + k);
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      sum[0][v] = add_product<T>(sum[0][v], x, loadu<V>(first + (k * vectors + v) * L));
-      sum[1][v] = add_product<T>(sum[1][v], x, loadu<V>(second + (k * vectors + v) * L));
-    }
-  }
-  __builtin_memcpy(out, sum, sizeof sum);
-}
-
-template <class T>
-using Tile = void (*)(const T* const* a, const T* panel, int64_t K, opmath_t<T>* out);
-
-template <class T, int vectors, int... rows>
-constexpr std::array<Tile<T>, max_rows + 1> tiles_of(std::integer_sequence<int, rows...>) {
-  return {nullptr,
-          (rows + 1 <= tile_rows(vectors) ? &tile<T, vectors, (rows + 1 <= tile_rows(vectors) ? rows + 1 : 1)>
-                                          : nullptr)...};
-}
-
-template <class T>
-inline Tile<T> tile_for(int vectors, int rows) {
-  using Rows = std::make_integer_sequence<int, max_rows>;
-  static constexpr std::array<Tile<T>, max_rows + 1> all[max_vectors] = {
-      tiles_of<T, 1>(Rows{}), tiles_of<T, 2>(Rows{}), tiles_of<T, 3>(Rows{}), tiles_of<T, 4>(Rows{})};
-  return all[vectors - 1][rows];
-}
-
-// Any number of rows, as many at a time as leave registers for the sums of some lanes.
-template <class T, int most = registers / 4>
-void rows_by_lanes(const T* const* a, int rows, const T* panel, int64_t K, opmath_t<T>* out, int64_t ldo) {
-  for (; rows >= most; rows -= most, a += most, out += most * ldo) {
-    tile_by_lanes<T, most>(a, panel, K, out, ldo);
-  }
-  if constexpr (most > 1) rows_by_lanes<T, most / 2>(a, rows, panel, K, out, ldo);
-}
+constexpr int few_rows = 16;     // up to here weights for a single step are not packed
+constexpr int widest_panel = 8;  // vectors
+constexpr int block_rows = 96;   // whose sums are made panel by panel, and stay in the cache
 
 // L vectors of L numbers, transposed: row r's number k becomes row k's number r.
 template <class A>
@@ -226,11 +96,19 @@ struct GemmWeights {
   AlignedBuffer<Operand> panels;
 
   int unit_vectors() const { return static_cast<int>(ceil_div(units, L)); }  // vectors of units
-  int panel_width() const { return gates >= 3 ? 1 : max_vectors / gates; }   // of them in a full panel
+  int panel_width() const {                                                  // of them in a full panel
+    return gates == 3 ? (widest_strip == 2 ? 2 : 1) : max_vectors / gates;
+  }
   int panel_count() const { return static_cast<int>(ceil_div(unit_vectors(), panel_width())); }
   int panel_vectors(int p) const { return std::min(panel_width(), unit_vectors() - p * panel_width()); }
   int64_t panel_size() const { return static_cast<int64_t>(panel_width()) * gates * L * K; }
   const Operand* panel(int p) const { return panels.data + p * panel_size(); }
+  // Of panel p's strips, which are equally wide.
+  int strip_width(int p) const {
+    const int vectors = panel_vectors(p) * gates;
+    return vectors % widest_strip == 0 ? widest_strip : vectors;
+  }
+  int64_t strip_size(int p) const { return strip_width(p) * L * K; }
 
   // pack(p0, p1) for all panels, shared among the workers.
   template <class Pack>
@@ -307,11 +185,11 @@ struct GemmWeights {
 
   // Panel p of `raw`.
   void pack(int p, Operand* to) const {
-    const int vectors = panel_vectors(p) * gates;
-    for (int v = 0; v < vectors; ++v) {
-      transpose_rows(p, v, [&](int64_t k, vector_t<S> w) {
-        __builtin_memcpy(to + (k * vectors + v) * L, &w, sizeof w);
-      });
+    const int strip = strip_width(p);
+    for (int v = 0; v < panel_vectors(p) * gates; ++v) {
+      Operand* first = to + v / strip * strip_size(p) + v % strip * L;
+      transpose_rows(
+          p, v, [&](int64_t k, vector_t<S> w) { __builtin_memcpy(first + k * strip * L, &w, sizeof w); });
     }
   }
 
@@ -349,12 +227,13 @@ struct GemmWeights {
       constexpr int64_t rows = 16;  // of operands at a time, so that few pages are read side by side
       for (int64_t k0 = 0; k0 < K; k0 += rows) {
         for (int p = p0; p < p1; ++p) {
-          const int vectors = panel_vectors(p);
-          Operand* to = const_cast<Operand*>(panel(p)) + k0 * vectors * L;
+          const int strip = strip_width(p);
+          Operand* to = const_cast<Operand*>(panel(p));
           for (int64_t k = k0; k < std::min(k0 + rows, K); ++k) {
-            for (int v = 0; v < vectors; ++v, to += L) {
+            for (int v = 0; v < panel_vectors(p); ++v) {
               const auto from = column_operands(k, p * panel_width() + v);
-              __builtin_memcpy(to, &from, sizeof from);
+              __builtin_memcpy(to + v / strip * strip_size(p) + (k * strip + v % strip) * L, &from,
+                               sizeof from);
             }
           }
         }
@@ -410,6 +289,50 @@ struct InputGemm {
   int64_t ldx = 0;
 };
 
+// The product of some rows and a panel, or two neighbours: passes over its strips, each a block of k of as
+// many strips as a tile takes.
+template <class T>
+struct PanelGemm {
+  const T* panel = nullptr;
+  int64_t K = 0, strip_size = 0;
+  int width = 0, strips = 0;  // of a strip in vectors; strips in all
+  int together = 1;           // strips of a tile
+  int64_t block = 0;          // k of a pass
+
+  template <class S>
+  PanelGemm(const GemmWeights<S>& w, int p, int panels, int rows)
+      : panel(w.panel(p)), K(w.K), strip_size(w.strip_size(p)), width(w.strip_width(p)) {
+    strips = panels * w.panel_vectors(p) * w.gates / width;
+    together = std::min(strips, tile_strips(width, rows));
+    // a strip that serves one tile need not stay in the cache
+    block = rows > tile_rows(width) ? block_k<T> : std::max<int64_t>(K, 1);
+  }
+
+  int groups() const { return (strips + together - 1) / together; }
+  int passes() const { return static_cast<int>(ceil_div(std::max<int64_t>(K, 1), block)) * groups(); }
+
+  // Adds a pass of `rows` rows of a tile to out [rows, strips, width, lanes].
+  void run(int pass, const T* const* a, int rows, opmath_t<T>* out) const {
+    constexpr int L = lanes<T>;
+    const int64_t k0 = pass / groups() * block;
+    const int first = pass % groups() * together;
+    tile_for<T>(width, std::min(together, strips - first), rows)(
+        a, k0, panel + first * strip_size + k0 * width * L, strip_size, std::min(block, K - k0),
+        out + first * width * L, strips * width * L, k0 > 0);
+  }
+};
+
+// use(first, count) for each tile of `rows` rows, none of more than `most`: about equally many each.
+template <class Use>
+__attribute__((always_inline)) inline void each_tile(int rows, int most, Use use) {
+  const int tiles = (rows + most - 1) / most;
+  for (int i = 0, done = 0; i < tiles; ++i) {
+    const int here = (rows - done) / (tiles - i);
+    use(done, here);
+    done += here;
+  }
+}
+
 // Calls epilogue(row, u, z, zx) for each row of `rows` and each vector u of units in the panels [p0, p1),
 // with z [gates, lanes] the product of a[row] and the weights, and zx that beside it where there is one.
 // Before a tile is summed, prefetch(row, u) may ask for the memory that epilogue(row, u) will need: it
@@ -423,63 +346,65 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
   using A = opmath_t<S>;
   using Operand = operand_t<S>;
   constexpr int L = lanes<A>;
-  alignas(64) A out[max_rows * max_vectors * L], out_x[max_rows * max_vectors * L];
   if (count == 0) return;
+  alignas(64) A out[block_rows * widest_panel * L], out_x[block_rows * widest_panel * L];
   const bool single = w.raw != nullptr, dots = single && count <= few_rows, swept = w.columns != nullptr;
   AlignedBuffer<Operand> once(single && !dots ? w.panel_width() * w.gates * w.lanes_size() : 0);
-  const int first = p0 * w.panel_width(), last = std::min(p1 * w.panel_width(), w.unit_vectors());
-  AlignedBuffer<A> sums(swept ? static_cast<int64_t>(count) * (last - first) * L : 0);
-  if (swept) w.sweep(first, last, a, lda, rows, count, sums.data);
+  const int first_vector = p0 * w.panel_width(),
+            last_vector = std::min(p1 * w.panel_width(), w.unit_vectors());
+  const int64_t swept_vectors = last_vector - first_vector;
+  AlignedBuffer<A> sums(swept ? count * swept_vectors * L : 0);
+  if (swept) w.sweep(first_vector, last_vector, a, lda, rows, count, sums.data);
   for (int p = p0; p < p1; ++p) {
     const int in_panel = w.panel_vectors(p), vectors = in_panel * gates;
-    const bool pair = count == 1 && !single && !swept && p + 1 < p1 &&
-                      w.panel_vectors(p + 1) == w.panel_width() && vectors > 2;
+    // one row takes two panels at a time: enough sums to hide the latency of a multiply-add
+    const bool pair = count == 1 && !single && !swept && p + 1 < p1 && w.panel_vectors(p + 1) == in_panel &&
+                      2 * vectors <= widest_panel;
+    const int units = pair ? 2 * in_panel : in_panel;
     if (single && !dots) w.pack_lanes(p, once.data);
-    // dots and rows_by_lanes take any number of rows, a tile beside them does not
-    const int fit = single && input.w == nullptr ? max_rows : tile_rows(vectors),
-              tiles = (count + fit - 1) / fit;
-    for (int i = 0, done = 0; i < tiles; ++i) {
-      const int here = (count - done) / (tiles - i);
-      const Operand* row[max_rows];
-      for (int r = 0; r < here; ++r) {
-        row[r] = operands(a + rows[done + r] * lda);
-        for (int u = 0; u < in_panel; ++u) prefetch(rows[done + r], p * w.panel_width() + u);
-      }
-      if (swept) {
-        for (int r = 0; r < here; ++r) {
-          const A* from =
-              sums.data + ((done + r) * static_cast<int64_t>(last - first) + p * w.panel_width() - first) * L;
-          std::copy_n(from, vectors * L, out + r * vectors * L);
-        }
-      } else if (dots) {
-        w.dots(p, row, here, out);
-      } else if (single) {
-        for (int v = 0; v < vectors; ++v) {
-          rows_by_lanes(row, here, once.data + v * w.lanes_size(), w.K, out + v * L, vectors * L);
-        }
-      } else if (pair) {
-        vectors == 4 ? tile_pair<Operand, 4>(row[0], w.panel(p), w.panel(p + 1), w.K, out)
-                     : tile_pair<Operand, 3>(row[0], w.panel(p), w.panel(p + 1), w.K, out);
-      } else {
-        tile_for<Operand>(vectors, here)(row, w.panel(p), w.K, out);
-      }
+    each_tile(count, block_rows, [&](int block, int in_block) __attribute__((always_inline)) {
+      const Operand *row[block_rows], *row_x[block_rows];
+      for (int r = 0; r < in_block; ++r) row[r] = operands(a + rows[block + r] * lda);
+      const PanelGemm<Operand> product(w, p, pair ? 2 : 1, in_block);
+      const int fit = single ? max_rows : tile_rows(product.width), last = product.passes() - 1;
+      const auto pass = [&](const PanelGemm<Operand>& gemm, int number, const Operand* const* from, A* to) {
+        each_tile(in_block, tile_rows(gemm.width), [&](int first, int here) {
+          gemm.run(number, from + first, here, to + first * gemm.strips * gemm.width * L);
+        });
+      };
       if (input.w != nullptr) {
-        const Operand* row_x[max_rows];
-        for (int r = 0; r < here; ++r) row_x[r] = operands(input.x + rows[done + r] * input.ldx);
-        for (int second = 0; second <= (pair ? 1 : 0); ++second) {
-          tile_for<Operand>(vectors, here)(row_x, input.w->panel(p + second), input.w->K,
-                                           out_x + second * vectors * L);
-        }
+        for (int r = 0; r < in_block; ++r) row_x[r] = operands(input.x + rows[block + r] * input.ldx);
+        const PanelGemm<Operand> product_x(*input.w, p, pair ? 2 : 1, in_block);
+        for (int k = 0; k < product_x.passes(); ++k) pass(product_x, k, row_x, out_x);
       }
-      const int units = pair ? 2 * in_panel : in_panel;
-      for (int r = 0; r < here; ++r) {
-        for (int u = 0; u < units; ++u) {
-          const int at = (r * vectors + u * gates) * L;
-          epilogue(rows[done + r], p * w.panel_width() + u, out + at, out_x + at);
+      for (int k = 0; k < last && !single && !swept; ++k) pass(product, k, row, out);
+      each_tile(in_block, fit, [&](int first, int here) __attribute__((always_inline)) {
+        A* const z = out + first * units * gates * L;
+        for (int r = first; r < first + here; ++r) {
+          for (int u = 0; u < units; ++u) prefetch(rows[block + r], p * w.panel_width() + u);
         }
-      }
-      done += here;
-    }
+        if (swept) {
+          for (int r = 0; r < here; ++r) {
+            const int64_t at = (block + first + r) * swept_vectors + p * w.panel_width() - first_vector;
+            std::copy_n(sums.data + at * L, vectors * L, z + r * vectors * L);
+          }
+        } else if (dots) {
+          w.dots(p, row + first, here, z);
+        } else if (single) {
+          for (int v = 0; v < vectors; ++v) {
+            rows_by_lanes(row + first, here, once.data + v * w.lanes_size(), w.K, z + v * L, vectors * L);
+          }
+        } else {
+          product.run(last, row + first, here, z);
+        }
+        for (int r = first; r < first + here; ++r) {
+          for (int u = 0; u < units; ++u) {
+            const int at = (r * units + u) * gates * L;
+            epilogue(rows[block + r], p * w.panel_width() + u, out + at, out_x + at);
+          }
+        }
+      });
+    });
     if (pair) ++p;
   }
 }

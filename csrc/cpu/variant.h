@@ -14,6 +14,7 @@ namespace {
 #include "operands.h"
 #include "math.h"
 #include "partition.h"
+#include "tiles.h"
 #include "panels.h"
 #include "forward.h"
 #include "backward.h"
