@@ -132,9 +132,25 @@ inline Vector<float>::Value load(const Bf16* p, int n) {
   return (Vector<float>::Value)(load_bits16(p, n) << 16);
 }
 
+#if defined(RNNKIT_AVX512) && defined(RNNKIT_NATIVE_BF16)
+constexpr int subnormal = 0x20;  // a class of vfpclassps; the conversion takes those for zero
+inline bool has_subnormal(Vector<float>::Value v) { return _mm512_fpclass_ps_mask((__m512)v, subnormal) != 0; }
+inline void store_converted(Bf16* p, Vector<float>::Value v, int n) {
+  const __m256i h = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  if (n == lanes<float>) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+  } else {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), h);
+  }
+}
+#endif
+
 // To nearest, ties to even; a NaN stays one.
 inline void store(Bf16* p, Vector<float>::Value v, int n) {
   using U = Vector<float>::Unsigned;
+#if defined(RNNKIT_AVX512) && defined(RNNKIT_NATIVE_BF16)
+  if (__builtin_expect(!has_subnormal(v), 1)) return store_converted(p, v, n);
+#endif
   const U bits = (U)v;
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U quiet = (bits >> 16) | 0x40u;
