@@ -18,7 +18,7 @@ HARNESS_HEADERS := $(wildcard tests/backends/harness/*.h csrc/cpu/*.h csrc/cells
 # How many random problems, each in its several ways: for the harness alone, with sanitizers, emulated.
 PROBLEMS ?= 2000
 CROSS ?= aarch64-linux-gnu-g++
-EMULATOR ?= qemu-aarch64
+EMULATOR ?= qemu-aarch64 -cpu max
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-long test-reference test-avx2 variants bench gpu-check triton-compile other-triton \

@@ -26,6 +26,11 @@ namespace avx2 {
 extern const Engine engine;
 }
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+namespace neon_bf16 {
+extern const Engine engine;
+}
+#endif
 namespace baseline {
 extern const Engine engine;
 }
@@ -83,6 +88,8 @@ const std::vector<const Engine*>& engines() {
     for (const Engine* e : {
 #if defined(__x86_64__)
              &avx512_bf16::engine, &avx512::engine, &avx2::engine,
+#elif defined(__aarch64__) && defined(__linux__)
+             &neon_bf16::engine,
 #endif
              &baseline::engine}) {
       if (e->supported()) found.push_back(e);

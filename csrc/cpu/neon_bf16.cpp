@@ -1,0 +1,40 @@
+// The variant for aarch64 processors with dot products of bfloat16 (BFDOT), which it takes for that dtype. For
+// the others it is baseline.
+// Only the choice of instructions stands here; the code is in simd.h, panels.h, forward.h and backward.h,
+// which variant.h includes.
+
+#if defined(__aarch64__) && defined(__linux__)
+
+#include <arm_neon.h>
+
+#include "headers.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("bf16"))), apply_to = function)
+#else
+#pragma GCC target("arch=armv8.2-a+bf16")
+#endif
+
+#define RNNKIT_VARIANT neon_bf16
+#define RNNKIT_NAME "neon_bf16"
+#define RNNKIT_NATIVE_BF16
+#define RNNKIT_BYTES 16
+#define RNNKIT_REGISTERS 32
+
+namespace rnnkit {
+namespace baseline {
+extern const Engine engine;
+}
+namespace neon_bf16 {
+static const Engine& other_dtypes() { return baseline::engine; }
+static bool supported() { return *native_bf16() != '\0'; }
+}  // namespace neon_bf16
+}  // namespace rnnkit
+
+#include "variant.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif
