@@ -1,7 +1,6 @@
-// The variant for aarch64 processors with dot products of bfloat16 (BFDOT), which it takes for that dtype. For
-// the others it is baseline.
-// Only the choice of instructions stands here; the code is in simd.h, panels.h, forward.h and backward.h,
-// which variant.h includes.
+// The variant for aarch64 processors with dot products of bfloat16 (BFDOT), which it takes for that dtype.
+// For the others it is baseline. Only the choice of instructions stands here; the code is in simd.h,
+// panels.h, forward.h and backward.h, which variant.h includes.
 
 #if defined(__aarch64__) && defined(__linux__)
 
@@ -13,6 +12,8 @@
 #pragma clang attribute push(__attribute__((target("bf16"))), apply_to = function)
 #else
 #pragma GCC target("arch=armv8.2-a+bf16")
+#pragma GCC optimize( \
+    "no-schedule-insns")  // which loads all rows of a tile at once, and its sums leave registers
 #endif
 
 #define RNNKIT_VARIANT neon_bf16

@@ -107,7 +107,7 @@ struct ForwardChunk {
   int64_t t0, n;   // the steps t0 .. t0 + n - 1
   const void* gx;  // A [n, B, gx_stride >= G H] x W_ih^T, without biases; null where the scan multiplies x
   int64_t gx_stride;
-  const void* x;  // A [n, B, I] by these strides; see Forward::w_ih
+  const void* x;  // S [n, B, I] by these strides; see Forward::w_ih
   int64_t x_step, x_row;
   void* y;      // S [n, B, N], 0 where the step is padding
   void* c_all;  // S [n, B, H], or null
@@ -133,8 +133,8 @@ struct Forward {
   void* h;           // A [B, N]
   void* c;           // A [B, H], LSTM
   const void*
-      w_ih;   // A [G H, I] where the scan shall multiply x itself, tile by tile, null where it gets gx.
-  int64_t I;  // Only for types that are stored as they are computed in
+      w_ih;   // S [G H, I] where the scan shall multiply x itself, tile by tile, null where it gets gx.
+  int64_t I;  // Only for types that are multiplied as they are stored; for bfloat16 I is even
 };
 
 // Strides of a gradient that came from outside: unit is 1, or 0 for a gradient expanded from one number a

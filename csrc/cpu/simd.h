@@ -134,7 +134,9 @@ inline Vector<float>::Value load(const Bf16* p, int n) {
 
 #if defined(RNNKIT_AVX512) && defined(RNNKIT_NATIVE_BF16)
 constexpr int subnormal = 0x20;  // a class of vfpclassps; the conversion takes those for zero
-inline bool has_subnormal(Vector<float>::Value v) { return _mm512_fpclass_ps_mask((__m512)v, subnormal) != 0; }
+inline bool has_subnormal(Vector<float>::Value v) {
+  return _mm512_fpclass_ps_mask((__m512)v, subnormal) != 0;
+}
 inline void store_converted(Bf16* p, Vector<float>::Value v, int n) {
   const __m256i h = (__m256i)_mm512_cvtneps_pbh((__m512)v);
   if (n == lanes<float>) {

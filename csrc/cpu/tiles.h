@@ -17,7 +17,7 @@
 
 constexpr int registers = RNNKIT_REGISTERS;
 constexpr int widest_strip = RNNKIT_BYTES == 32 ? 2 : 4;  // vectors
-constexpr int most_sums = registers >= 32 ? 24 : 12;     // beside them a strip's vectors and a broadcast
+constexpr int most_sums = registers >= 32 ? 24 : 12;      // beside them a strip's vectors and a broadcast
 constexpr int max_rows = registers >= 32 ? 12 : 6;
 constexpr int few_sums = 8;  // in flight hide the latency of a multiply-add: fewer rows take more strips
 constexpr int max_strips = few_sums / widest_strip;

@@ -109,7 +109,10 @@ int64_t steps_at_a_time(const LayerInputs& in) {
 // Whether the scan multiplies x itself, so that the projection is neither written nor read. It reads W_ih at
 // every step then, which pays where there are rows enough to use it: measured on a Zen 4, see docs/cpu.md.
 bool scan_multiplies_x(const LayerInputs& in) {
-  if (in.I == 0 || in.I > 8 * in.B || in.T == 1 || is_half(in.dtype)) return false;
+  if (in.I == 0 || in.I > 8 * in.B || in.T == 1) return false;
+  // half types that are widened it would widen at every step; dot products read pairs
+  const bool pairs = in.dtype == Dtype::bf16 && engine().multiplies_bf16 && in.I % 2 == 0;
+  if (is_half(in.dtype) && !pairs) return false;
   if (in.I > 1 && in.x.stride(2) != 1) return false;
   return in.I <= 8 || !torch_multiplies(in.w_ih, in.T * in.B, in.G * in.H, in.I);
 }

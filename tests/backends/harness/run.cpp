@@ -96,7 +96,8 @@ Ran run_forward(const rnnkit::Engine& engine, const Problem& p, const How& how) 
   const int64_t gates_stride = how.in_place ? gx_stride : kept + p.gap;
   const int64_t in = format(p.dtype).bytes, opmath = format(p.opmath()).bytes;
   const Common common(p, how.way);
-  const Buffer gx(spread(p.gx, all, width, gx_stride), p.opmath(), p.unaligned);
+  const Dtype x_dtype = how.inside ? p.dtype : p.opmath();
+  const Buffer gx(spread(p.gx, all, width, gx_stride), x_dtype, p.unaligned);
   const Buffer gates(how.in_place || kept == 0 ? 0 : all * gates_stride, p.opmath(), p.unaligned);
   const Buffer b_ih(p.b_ih, p.dtype, p.unaligned), b_hh(p.b_hh, p.dtype, p.unaligned);
   const Buffer h(p.h_0, p.opmath(), p.unaligned), c(p.c_0, p.opmath(), p.unaligned);
@@ -118,7 +119,7 @@ Ran run_forward(const rnnkit::Engine& engine, const Problem& p, const How& how) 
     const int64_t t0 = p.reverse ? p.T - done - n : done, first = t0 * p.B;
     rnnkit::ForwardChunk r{};
     r.t0 = t0, r.n = n;
-    (how.inside ? r.x : r.gx) = gx.data() + first * gx_stride * opmath;
+    (how.inside ? r.x : r.gx) = gx.data() + first * gx_stride * format(x_dtype).bytes;
     r.gx_stride = r.x_row = gx_stride, r.x_step = p.B * gx_stride;
     r.y = y.data() + first * N * in;
     if (p.all_states) r.c_all = c_all.data() + first * H * in;
