@@ -79,6 +79,7 @@ void tn_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restr
       const V x = a[r] - V{};
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] += x * w[v];
+      keep_order();
     }
   }
 #pragma GCC unroll 8

@@ -36,6 +36,14 @@ constexpr int tile_strips(int width, int rows) {
 template <class T>
 constexpr int64_t block_k = 1024 / static_cast<int64_t>(sizeof(T));
 
+// Between the rows of a tile. For aarch64 gcc would load the operands of all rows first, and sums would be
+// stored to the stack for want of registers.
+inline void keep_order() {
+#if defined(__aarch64__)
+  asm volatile("" : : : "memory");
+#endif
+}
+
 // out [rows, strips, width, lanes] = a [rows, k0 .. k0 + K] strips [strips, K, width, lanes], += where `add`.
 // Rows of `out` are ldo apart, strips `next`.
 template <class T, int width, int strips, int rows>
@@ -67,6 +75,7 @@ void tile(const T* const* a, int64_t k0, const T* __restrict strip, int64_t next
       const V x = row[r][k] - V{};
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) sum[r][v] += x * w[v];
+      keep_order();
     }
   }
 #pragma GCC unroll 16
