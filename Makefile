@@ -111,7 +111,9 @@ sanitize: build/harness/asan/harness build/harness/tsan/harness .venv/installed 
 	build/harness/tsan/harness --threads --problems $(shell expr $(PROBLEMS) / 10) --seed 3
 	$(BIN)/python tests/ci/sanitize.py --problems $(PROBLEMS)
 
-aarch64: build/harness/aarch64/harness ## the engine built for aarch64, emulated
+aarch64: build/harness/aarch64/harness ## the engine built for aarch64, disassembled and emulated
+	$(PYTHON) tests/ci/spills.py --objdump $(CROSS:g++=objdump) build/harness/aarch64/csrc/cpu/baseline.o
+	$(PYTHON) tests/ci/spills.py --objdump $(CROSS:g++=objdump) build/harness/aarch64/csrc/cpu/neon_bf16.o
 	$(EMULATOR) $< --problems $(shell expr $(PROBLEMS) / 20) --seed 4
 
 # A way to build the harness: name, compiler, flags. Of UBSan's checks those that AddressSanitizer makes too, later, are

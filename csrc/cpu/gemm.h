@@ -81,6 +81,7 @@ void tn_tile(const T* __restrict a, const T* __restrict b, int64_t K, opmath_t<T
       const V x = broadcast(a + r);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] = add_product<T>(sum[r][v], x, w[v]);
+      keep_order();
     }
   }
 #pragma GCC unroll 8

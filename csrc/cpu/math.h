@@ -10,10 +10,12 @@ struct Constants;
 template <>
 struct Constants<float> {
   static constexpr float round = 0x1.8p23f;  // added and taken away: rounds to an integer
+  static constexpr int lift = 64;            // by so many powers of 2 exp's least results are normal
+  static constexpr float lower = 0x1p-64f;   // 2^-lift
   static constexpr float log2e = 0x1.715476p0f, ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
   static constexpr float least = -105.0f;  // exp is 0 from here on down
   static constexpr float large = 40.0f;    // 2 / (1 + exp(x)) is nothing beside 1 from here on up
-  static constexpr int mantissa = 23, bias = 127;
+  static constexpr int mantissa = 23;
   // Minimax for r² q(r) against exp(r) on the interval, 3e-9.
   static constexpr float q[] = {1.3950631e-3f, 8.3689699e-3f, 4.16662022e-2f, 1.66665182e-1f, 0.5f};
 };
@@ -21,10 +23,12 @@ struct Constants<float> {
 template <>
 struct Constants<double> {
   static constexpr double round = 0x1.8p52;
+  static constexpr int lift = 128;
+  static constexpr double lower = 0x1p-128;
   static constexpr double log2e = 0x1.71547652b82fep0, ln2_high = 0x1.62e42feep-1,
                           ln2_low = 0x1.a39ef35793c76p-33;
   static constexpr double least = -746.0, large = 60.0;
-  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr int mantissa = 52;
   // 1 / k!, k = 14 .. 2: the next term is below 2^-60.
   static constexpr double q[] = {1.1470745597729725e-11,
                                  1.6059043836821613e-10,
@@ -41,27 +45,6 @@ struct Constants<double> {
                                  0.5};
 };
 
-// v 2^n for an integer n: rounded once where the result is subnormal.
-template <class V>
-inline V scale_by_power_of_two(V v, V n) {
-  using T = std::decay_t<decltype(v[0])>;
-  using Bits = typename Vector<T>::Bits;
-  using C = Constants<T>;
-  const Bits exponent = (Bits)(n + C::round) - (Bits)(C::round - V{}), half = exponent >> 1;
-  return v * (V)((half + C::bias) << C::mantissa) * (V)((exponent - half + C::bias) << C::mantissa);
-}
-#if defined(RNNKIT_AVX512)
-constexpr int all_lanes = -1;  // a mask, since gcc 12 warns of the intrinsic without one
-template <>
-inline Vector<float>::Value scale_by_power_of_two(Vector<float>::Value v, Vector<float>::Value n) {
-  return (Vector<float>::Value)_mm512_mask_scalef_ps((__m512)v, all_lanes, (__m512)v, (__m512)n);
-}
-template <>
-inline Vector<double>::Value scale_by_power_of_two(Vector<double>::Value v, Vector<double>::Value n) {
-  return (Vector<double>::Value)_mm512_mask_scalef_pd((__m512d)v, all_lanes, (__m512d)v, (__m512d)n);
-}
-#endif
-
 template <class T>
 struct Math {
   using Value = typename Vector<T>::Value;
@@ -76,24 +59,26 @@ struct Math {
   static Value magnitude(Value x) { return (Value)((Bits)x & ~sign()); }
   static Value negative_magnitude(Value x) { return (Value)((Bits)x | sign()); }
 
-  // n of x = n ln 2 + r, and exp(r) - 1.
+  // Of x = n ln 2 + r: 2^(n + more), and exp(r) - 1.
   struct Reduced {
-    Value n;
+    Value scale;
     Value m1;
   };
-  static Reduced reduce(Value x) {
-    const Value n = (x * C::log2e + C::round) - C::round;
+  static Reduced reduce(Value x, int more) {
+    const T round = C::round + T(more);
+    const Value rounded = x * C::log2e + round;  // its last bits are n + more
+    const Value n = rounded - round;
     const Value r = (x - n * C::ln2_high) - n * C::ln2_low;
     Value q = set(C::q[0]);
     for (unsigned k = 1; k < sizeof C::q / sizeof(T); ++k) q = q * r + C::q[k];
-    return {n, r * r * q + r};
+    return {(Value)(((Bits)rounded << C::mantissa) + (Bits)set(T(1))), r * r * q + r};
   }
 
-  // exp(x) for x <= 0.
+  // exp(x) for x <= 0. Rounded once where it is subnormal.
   static Value exp_negative(Value x) {
     x = x < C::least ? set(C::least) : x;
-    const Reduced e = reduce(x);
-    return scale_by_power_of_two(e.m1 + T(1), e.n);
+    const Reduced e = reduce(x, C::lift);
+    return (e.m1 * e.scale + e.scale) * C::lower;
   }
 
   static Value sigmoid(Value x) {
@@ -107,9 +92,8 @@ struct Math {
     Value a = magnitude(x);
     a = a + a;
     a = a > C::large ? set(C::large) : a;
-    const Reduced r = reduce(a);
-    const Value scale = scale_by_power_of_two(set(T(1)), r.n);
-    const Value m = r.m1 * scale + (scale - T(1));
+    const Reduced r = reduce(a, 0);
+    const Value m = r.m1 * r.scale + (r.scale - T(1));
     const Bits large = a > T(1.08);
     const Value q = (large ? set(T(2)) : m) / (m + T(2));
     const Value t = large ? T(1) - q : q;

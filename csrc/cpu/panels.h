@@ -308,14 +308,15 @@ struct PanelGemm {
     block = rows > tile_rows(width) ? block_k<T> : std::max<int64_t>(K, 1);
   }
 
-  int groups() const { return (strips + together - 1) / together; }
-  int passes() const { return static_cast<int>(ceil_div(std::max<int64_t>(K, 1), block)) * groups(); }
+  int blocks() const { return static_cast<int>(ceil_div(std::max<int64_t>(K, 1), block)); }
+  int passes() const { return (strips + together - 1) / together * blocks(); }
 
-  // Adds a pass of `rows` rows of a tile to out [rows, strips, width, lanes].
+  // Adds a pass of a tile of `rows` rows to out [rows, strips, width, lanes]. Passes follow one another in
+  // memory, unless a tile takes several strips.
   void run(int pass, const T* const* a, int rows, opmath_t<T>* out) const {
     constexpr int L = lanes<T>;
-    const int64_t k0 = pass / groups() * block;
-    const int first = pass % groups() * together;
+    const int64_t k0 = pass % blocks() * block;
+    const int first = pass / blocks() * together;
     tile_for<T>(width, std::min(together, strips - first), rows)(
         a, k0, panel + first * strip_size + k0 * width * L, strip_size, std::min(block, K - k0),
         out + first * width * L, strips * width * L, k0 > 0);
@@ -345,7 +346,7 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
                         const InputGemm<S>& input = {}) {
   using A = opmath_t<S>;
   using Operand = operand_t<S>;
-  constexpr int L = lanes<A>;
+  constexpr int L = lanes<A>, vectors_of_a_line = 64 / RNNKIT_BYTES;
   if (count == 0) return;
   alignas(64) A out[block_rows * widest_panel * L], out_x[block_rows * widest_panel * L];
   const bool single = w.raw != nullptr, dots = single && count <= few_rows, swept = w.columns != nullptr;
@@ -381,7 +382,10 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
       each_tile(in_block, fit, [&](int first, int here) __attribute__((always_inline)) {
         A* const z = out + first * units * gates * L;
         for (int r = first; r < first + here; ++r) {
-          for (int u = 0; u < units; ++u) prefetch(rows[block + r], p * w.panel_width() + u);
+          for (int u = 0; u < units; ++u) {
+            const int vector = p * w.panel_width() + u;
+            if (vector % vectors_of_a_line == 0) prefetch(rows[block + r], vector);
+          }
         }
         if (swept) {
           for (int r = 0; r < here; ++r) {

@@ -30,11 +30,19 @@ constexpr int tile_strips(int width, int rows) {
   return rows > 2 || width != widest_strip ? 1 : std::max(1, few_sums / (rows * width));
 }
 
-// k whose weights, in a strip of two vectors, are at most half of a first-level cache of 32 KB with AVX2, and
-// leave room for the rows beside them in one of 48 KB with AVX-512. Sums wait in `out` for the next block, so
-// the order of the sums does not depend on it.
+// k whose weights, in a strip of two vectors, are at most half of a first-level cache of 32 KB with AVX2. The
+// second level serves four vectors of AVX-512 as fast as they are multiplied, in one block. Sums wait in
+// `out` for the next block, so the order of the sums does not depend on it.
 template <class T>
-constexpr int64_t block_k = 1024 / static_cast<int64_t>(sizeof(T));
+constexpr int64_t block_k = (RNNKIT_BYTES == 64 ? int64_t{1} << 40 : 1024) / static_cast<int64_t>(sizeof(T));
+
+// Between the rows of a tile. For aarch64 gcc would load the operands of all rows first, and sums would be
+// stored to the stack for want of registers.
+inline void keep_order() {
+#if defined(__aarch64__)
+  asm volatile("" : : : "memory");
+#endif
+}
 
 // out [rows, strips, width, lanes] = a [rows, k0 .. k0 + K] strips [strips, K, width, lanes], += where `add`,
 // of operands of type T. Rows of `out` are ldo apart, strips `next`.
@@ -67,6 +75,7 @@ void tile(const T* const* a, int64_t k0, const T* __restrict strip, int64_t next
       const V x = broadcast(row[r] + k);
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) sum[r][v] = add_product<T>(sum[r][v], x, w[v]);
+      keep_order();
     }
   }
 #pragma GCC unroll 16

@@ -128,9 +128,11 @@ void project_and_scan(const LayerInputs& in, int64_t chunk_steps, const Optional
   std::unique_ptr<ForwardScan> scan;
   const int64_t most = std::min(in.T, chunk_steps > 0 ? chunk_steps : steps_at_a_time(in));
   const bool in_place = saved && !is_half(in.dtype);
-  const int64_t stride = in_place ? saved * in.H : width;
+  // rows an odd number of cache lines apart do not fall into the same sets of the first-level cache
+  const int64_t line = 64 / opmath_bytes(in.dtype);
+  const int64_t stride = in_place ? saved * in.H : ((width + line - 1) / line | 1) * line;
   OptionalTensor buffer;
-  if (!in_place) buffer = empty({most * in.B, width}, opmath_type(in.dtype));
+  if (!in_place) buffer = empty({most * in.B, stride}, opmath_type(in.dtype));
   for (int64_t done = 0; done < in.T;) {
     const int64_t n = std::min(most, in.T - done);
     const int64_t t0 = in.reverse ? in.T - done - n : done;
