@@ -3,7 +3,9 @@
 // Only the choice of instructions stands here; the code is in simd.h, panels.h, forward.h and backward.h,
 // which variant.h includes.
 
-#if defined(__x86_64__)
+#include "native.h"
+
+#if defined(RNNKIT_HAS_AVX512_BF16)
 
 #include <immintrin.h>
 

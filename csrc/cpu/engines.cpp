@@ -11,23 +11,26 @@
 #include <stdexcept>
 #include <string>
 
+#include "native.h"
 #include "scan.h"
 
 namespace rnnkit {
 
-#if defined(__x86_64__)
+#if defined(RNNKIT_HAS_AVX512_BF16)
 namespace avx512_bf16 {
 extern const Engine engine;
 }
+#endif
+#if defined(RNNKIT_HAS_NEON_BF16)
+namespace neon_bf16 {
+extern const Engine engine;
+}
+#endif
+#if defined(__x86_64__)
 namespace avx512 {
 extern const Engine engine;
 }
 namespace avx2 {
-extern const Engine engine;
-}
-#endif
-#if defined(__aarch64__) && defined(__linux__)
-namespace neon_bf16 {
 extern const Engine engine;
 }
 #endif
@@ -86,10 +89,14 @@ const std::vector<const Engine*>& engines() {
   static const std::vector<const Engine*> able = [] {
     std::vector<const Engine*> found;
     for (const Engine* e : {
-#if defined(__x86_64__)
-             &avx512_bf16::engine, &avx512::engine, &avx2::engine,
-#elif defined(__aarch64__) && defined(__linux__)
+#if defined(RNNKIT_HAS_AVX512_BF16)
+             &avx512_bf16::engine,
+#endif
+#if defined(RNNKIT_HAS_NEON_BF16)
              &neon_bf16::engine,
+#endif
+#if defined(__x86_64__)
+             &avx512::engine, &avx2::engine,
 #endif
              &baseline::engine}) {
       if (e->supported()) found.push_back(e);

@@ -2,7 +2,9 @@
 // For the others it is baseline. Only the choice of instructions stands here; the code is in simd.h,
 // panels.h, forward.h and backward.h, which variant.h includes.
 
-#if defined(__aarch64__) && defined(__linux__)
+#include "native.h"
+
+#if defined(RNNKIT_HAS_NEON_BF16)
 
 #include <arm_neon.h>
 
