@@ -65,8 +65,8 @@ constexpr int tn_rows = registers >= 32 ? 8 : 4;
 constexpr int tn_vectors = 3;
 
 template <class A, int vectors>
-void tn_tile(const A* __restrict a, const A* __restrict b, int64_t K, A* __restrict out, int64_t ldo,
-             int rows, int last, bool add) {
+__attribute__((noinline)) void tn_tile(const A* __restrict a, const A* __restrict b, int64_t K,
+                                       A* __restrict out, int64_t ldo, int rows, int last, bool add) {
   using V = typename Vector<A>::Value;
   constexpr int L = lanes<A>;
   V sum[tn_rows][vectors] = {};
