@@ -22,11 +22,11 @@ class TypedBackwardScan final : public BackwardScan {
     const S* w = static_cast<const S*>(l_.w_hh);
     const bool pack = q.T * l_.B > few_rows, last = q.T > 1 || q.wants_initial_grads;
     if (l_.cell == Cell::gru_reset_before) {
-      inner_weights_.gemm_nn(w + 2 * H_ * H_, H_, H_, H_, pack, l_.workers);
-      if (last) state_weights_.gemm_nn(w, H_, H_, 2 * H_, pack, l_.workers);
+      inner_weights_.gemm_nn(w + 2 * H_ * H_, H_, H_, H_, l_.B, pack, l_.workers);
+      if (last) state_weights_.gemm_nn(w, H_, H_, 2 * H_, l_.B, pack, l_.workers);
     } else {
-      if (l_.P) inner_weights_.gemm_nn(static_cast<const S*>(l_.w_hr), H_, H_, l_.P, pack, l_.workers);
-      if (last) state_weights_.gemm_nn(w, N_, N_, G_ * H_, pack, l_.workers);
+      if (l_.P) inner_weights_.gemm_nn(static_cast<const S*>(l_.w_hr), H_, H_, l_.P, l_.B, pack, l_.workers);
+      if (last) state_weights_.gemm_nn(w, N_, N_, G_ * H_, l_.B, pack, l_.workers);
     }
     dh_ = PaddedMatrix<A>(l_.B, N_);
     dh_.fill(q.dh, l_.B, N_);

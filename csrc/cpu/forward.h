@@ -17,17 +17,18 @@ class TypedForwardScan final : public ForwardScan {
     const bool pack = T > 1;
     const S* w = static_cast<const S*>(l_.w_hh);
     if (l_.cell == Cell::gru_reset_before) {
-      first_weights_.gemm_nt(w, H_, 2, H_, H_, pack, l_.workers);
-      second_weights_.gemm_nt(w + 2 * H_ * H_, H_, 1, H_, H_, pack, l_.workers);
+      first_weights_.gemm_nt(w, H_, 2, H_, H_, l_.B, pack, l_.workers);
+      second_weights_.gemm_nt(w + 2 * H_ * H_, H_, 1, H_, H_, l_.B, pack, l_.workers);
     } else {
-      first_weights_.gemm_nt(w, H_, static_cast<int>(G_), H_, N_, pack, l_.workers);
-      if (l_.P) second_weights_.gemm_nt(static_cast<const S*>(l_.w_hr), l_.P, 1, l_.P, H_, pack, l_.workers);
+      first_weights_.gemm_nt(w, H_, static_cast<int>(G_), H_, N_, l_.B, pack, l_.workers);
+      if (l_.P)
+        second_weights_.gemm_nt(static_cast<const S*>(l_.w_hr), l_.P, 1, l_.P, H_, l_.B, pack, l_.workers);
     }
     if (f.w_ih != nullptr) {
       const S* w_ih = static_cast<const S*>(f.w_ih);
-      first_input_weights_.gemm_nt(w_ih, H_, first_weights_.gates, H_, f.I, true, l_.workers);
+      first_input_weights_.gemm_nt(w_ih, H_, first_weights_.gates, H_, f.I, l_.B, true, l_.workers);
       if (l_.cell == Cell::gru_reset_before)
-        second_input_weights_.gemm_nt(w_ih + 2 * H_ * f.I, H_, 1, H_, f.I, true, l_.workers);
+        second_input_weights_.gemm_nt(w_ih + 2 * H_ * f.I, H_, 1, H_, f.I, l_.B, true, l_.workers);
     }
     const bool after = l_.cell == Cell::gru;
     bias_ = PaddedMatrix<A>(G_ + after, H_);

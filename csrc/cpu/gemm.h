@@ -66,8 +66,9 @@ constexpr int tn_rows = registers >= 32 ? 8 : 4;
 constexpr int tn_vectors = 3;
 
 template <class T, int vectors>
-void tn_tile(const T* __restrict a, const T* __restrict b, int64_t K, opmath_t<T>* __restrict out,
-             int64_t ldo, int rows, int last, bool add) {
+__attribute__((noinline)) void tn_tile(const T* __restrict a, const T* __restrict b, int64_t K,
+                                       opmath_t<T>* __restrict out, int64_t ldo, int rows, int last,
+                                       bool add) {
   using A = opmath_t<T>;
   using V = vector_t<T>;
   constexpr int L = lanes<A>;

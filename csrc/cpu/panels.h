@@ -86,18 +86,19 @@ struct GemmWeights {
   static constexpr int L = lanes<A>;
   static constexpr int per = per_operand<S>;
 
-  int64_t units = 0, width = 0,
-          K = 0;  // width: numbers that each output sums over; K: operands that hold them
+  int64_t units = 0;
+  int64_t width = 0, K = 0;  // numbers that an output sums over, and operands that hold them
   int gates = 1;
   const S* raw = nullptr;  // [gates, units, width], gates `block` rows apart; null where packed
   int64_t block = 0;
   const S* columns = nullptr;  // [width, units]: rows `ld` apart; null where packed
   int64_t ld = 0;
+  int strip = widest_strip;  // vectors of a strip, where the panel has a multiple of them
   AlignedBuffer<Operand> panels;
 
   int unit_vectors() const { return static_cast<int>(ceil_div(units, L)); }  // vectors of units
   int panel_width() const {                                                  // of them in a full panel
-    return gates == 3 ? (widest_strip == 2 ? 2 : 1) : max_vectors / gates;
+    return gates == 3 ? (RNNKIT_BYTES == 64 ? 1 : 2) : max_vectors / gates;
   }
   int panel_count() const { return static_cast<int>(ceil_div(unit_vectors(), panel_width())); }
   int panel_vectors(int p) const { return std::min(panel_width(), unit_vectors() - p * panel_width()); }
@@ -106,7 +107,7 @@ struct GemmWeights {
   // Of panel p's strips, which are equally wide.
   int strip_width(int p) const {
     const int vectors = panel_vectors(p) * gates;
-    return vectors % widest_strip == 0 ? widest_strip : vectors;
+    return vectors % strip == 0 ? strip : vectors == 6 ? 3 : vectors;
   }
   int64_t strip_size(int p) const { return strip_width(p) * L * K; }
 
@@ -125,9 +126,11 @@ struct GemmWeights {
   }
 
   // Outputs are rows of w: out[g, j] = sum over k of w[g * block + j, k] a[k].
-  void gemm_nt(const S* w, int64_t block_, int gates_, int64_t units_, int64_t width_, bool packed,
-               const Workers& workers) {
-    units = units_, width = width_, K = ceil_div(width, per), gates = gates_, raw = w, block = block_;
+  // For products of `rows` rows.
+  void gemm_nt(const S* w, int64_t block_, int gates_, int64_t units_, int64_t width_, int64_t rows,
+               bool packed, const Workers& workers) {
+    units = units_, width = width_, K = ceil_div(width, per), gates = gates_, raw = w, block = block_,
+    strip = strip_for(rows);
     if (!packed) return;
     panels = AlignedBuffer<Operand>(static_cast<int64_t>(unit_vectors()) * gates * L * K);
     share_panels(workers, [&](int p0, int p1) {
@@ -185,11 +188,11 @@ struct GemmWeights {
 
   // Panel p of `raw`.
   void pack(int p, Operand* to) const {
-    const int strip = strip_width(p);
+    const int in_strip = strip_width(p);
     for (int v = 0; v < panel_vectors(p) * gates; ++v) {
-      Operand* first = to + v / strip * strip_size(p) + v % strip * L;
+      Operand* first = to + v / in_strip * strip_size(p) + v % in_strip * L;
       transpose_rows(
-          p, v, [&](int64_t k, vector_t<S> w) { __builtin_memcpy(first + k * strip * L, &w, sizeof w); });
+          p, v, [&](int64_t k, vector_t<S> w) { __builtin_memcpy(first + k * in_strip * L, &w, sizeof w); });
     }
   }
 
@@ -219,20 +222,22 @@ struct GemmWeights {
   }
 
   // Outputs are columns of w: out[j] = sum over k of a[k] w[k, j].
-  void gemm_nn(const S* w, int64_t ld_, int64_t units_, int64_t width_, bool packed, const Workers& workers) {
-    units = units_, width = width_, K = ceil_div(width, per), gates = 1, columns = w, ld = ld_;
+  void gemm_nn(const S* w, int64_t ld_, int64_t units_, int64_t width_, int64_t rows, bool packed,
+               const Workers& workers) {
+    units = units_, width = width_, K = ceil_div(width, per), gates = 1, columns = w, ld = ld_,
+    strip = strip_for(rows);
     if (!packed) return;
     panels = AlignedBuffer<Operand>(static_cast<int64_t>(unit_vectors()) * L * K);
     share_panels(workers, [&](int p0, int p1) {
-      constexpr int64_t rows = 16;  // of operands at a time, so that few pages are read side by side
-      for (int64_t k0 = 0; k0 < K; k0 += rows) {
+      constexpr int64_t together = 16;  // rows of operands, so that few pages are read side by side
+      for (int64_t k0 = 0; k0 < K; k0 += together) {
         for (int p = p0; p < p1; ++p) {
-          const int strip = strip_width(p);
+          const int in_strip = strip_width(p);
           Operand* to = const_cast<Operand*>(panel(p));
-          for (int64_t k = k0; k < std::min(k0 + rows, K); ++k) {
+          for (int64_t k = k0; k < std::min(k0 + together, K); ++k) {
             for (int v = 0; v < panel_vectors(p); ++v) {
               const auto from = column_operands(k, p * panel_width() + v);
-              __builtin_memcpy(to + v / strip * strip_size(p) + (k * strip + v % strip) * L, &from,
+              __builtin_memcpy(to + v / in_strip * strip_size(p) + (k * in_strip + v % in_strip) * L, &from,
                                sizeof from);
             }
           }
@@ -289,11 +294,10 @@ struct InputGemm {
   int64_t ldx = 0;
 };
 
-// The product of some rows and a panel, or two neighbours: passes over its strips, each a block of k of as
-// many strips as a tile takes.
+// How some rows are multiplied by a panel, or by two neighbours: a pass takes a block of k of as many strips
+// as a tile does.
 template <class T>
 struct PanelGemm {
-  const T* panel = nullptr;
   int64_t K = 0, strip_size = 0;
   int width = 0, strips = 0;  // of a strip in vectors; strips in all
   int together = 1;           // strips of a tile
@@ -301,34 +305,39 @@ struct PanelGemm {
 
   template <class S>
   PanelGemm(const GemmWeights<S>& w, int p, int panels, int rows)
-      : panel(w.panel(p)), K(w.K), strip_size(w.strip_size(p)), width(w.strip_width(p)) {
+      : K(w.K), strip_size(w.strip_size(p)), width(w.strip_width(p)) {
     strips = panels * w.panel_vectors(p) * w.gates / width;
     together = std::min(strips, tile_strips(width, rows));
     // a strip that serves one tile need not stay in the cache
     block = rows > tile_rows(width) ? block_k<T> : std::max<int64_t>(K, 1);
   }
 
-  int blocks() const { return static_cast<int>(ceil_div(std::max<int64_t>(K, 1), block)); }
-  int passes() const { return (strips + together - 1) / together * blocks(); }
+  // use(strip, k0) for each pass, in the order of memory, but the last.
+  template <class Use>
+  void each_but_last(Use use) const {
+    for (int strip = 0; strip < strips; strip += together) {
+      const bool end = strip + together >= strips;
+      for (int64_t k0 = 0; end ? k0 + block < K : k0 == 0 || k0 < K; k0 += block) use(strip, k0);
+    }
+  }
+  int last_strip() const { return (strips - 1) / together * together; }
+  int64_t last_k0() const { return K <= block ? 0 : (K - 1) / block * block; }
 
-  // Adds a pass of a tile of `rows` rows to out [rows, strips, width, lanes]. Passes follow one another in
-  // memory, unless a tile takes several strips.
-  void run(int pass, const T* const* a, int rows, opmath_t<T>* out) const {
+  // Adds a pass of a tile of `rows` rows to out [rows, strips, width, lanes].
+  void run(const T* panel, int strip, int64_t k0, const T* const* a, int rows, opmath_t<T>* out) const {
     constexpr int L = lanes<T>;
-    const int64_t k0 = pass % blocks() * block;
-    const int first = pass / blocks() * together;
-    tile_for<T>(width, std::min(together, strips - first), rows)(
-        a, k0, panel + first * strip_size + k0 * width * L, strip_size, std::min(block, K - k0),
-        out + first * width * L, strips * width * L, k0 > 0);
+    tile_for<T>(width, std::min(together, strips - strip), rows)(
+        a, k0, panel + strip * strip_size + k0 * width * L, strip_size, std::min(block, K - k0),
+        out + strip * width * L, strips * width * L, k0 > 0);
   }
 };
 
 // use(first, count) for each tile of `rows` rows, none of more than `most`: about equally many each.
 template <class Use>
 __attribute__((always_inline)) inline void each_tile(int rows, int most, Use use) {
-  const int tiles = (rows + most - 1) / most;
+  const int tiles = rows <= most ? 1 : (rows + most - 1) / most;
   for (int i = 0, done = 0; i < tiles; ++i) {
-    const int here = (rows - done) / (tiles - i);
+    const int here = i + 1 == tiles ? rows - done : (rows - done) / (tiles - i);
     use(done, here);
     done += here;
   }
@@ -367,18 +376,24 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
       const Operand *row[block_rows], *row_x[block_rows];
       for (int r = 0; r < in_block; ++r) row[r] = operands(a + rows[block + r] * lda);
       const PanelGemm<Operand> product(w, p, pair ? 2 : 1, in_block);
-      const int fit = single ? max_rows : tile_rows(product.width), last = product.passes() - 1;
-      const auto pass = [&](const PanelGemm<Operand>& gemm, int number, const Operand* const* from, A* to) {
+      const int fit = single ? max_rows : tile_rows(product.width), strip = product.last_strip();
+      const int64_t k0 = product.last_k0();
+      const auto pass = [&](const PanelGemm<Operand>& gemm, const Operand* panel, int at, int64_t from,
+                            const Operand* const* a_row, A* to) {
         each_tile(in_block, tile_rows(gemm.width), [&](int first, int here) {
-          gemm.run(number, from + first, here, to + first * gemm.strips * gemm.width * L);
+          gemm.run(panel, at, from, a_row + first, here, to + first * gemm.strips * gemm.width * L);
         });
       };
       if (input.w != nullptr) {
         for (int r = 0; r < in_block; ++r) row_x[r] = operands(input.x + rows[block + r] * input.ldx);
-        const PanelGemm<Operand> product_x(*input.w, p, pair ? 2 : 1, in_block);
-        for (int k = 0; k < product_x.passes(); ++k) pass(product_x, k, row_x, out_x);
+        const PanelGemm<Operand> gemm(*input.w, p, pair ? 2 : 1, in_block);
+        const auto add = [&](int at, int64_t from) { pass(gemm, input.w->panel(p), at, from, row_x, out_x); };
+        gemm.each_but_last(add);
+        add(gemm.last_strip(), gemm.last_k0());
       }
-      for (int k = 0; k < last && !single && !swept; ++k) pass(product, k, row, out);
+      if (!single && !swept) {
+        product.each_but_last([&](int at, int64_t from) { pass(product, w.panel(p), at, from, row, out); });
+      }
       each_tile(in_block, fit, [&](int first, int here) __attribute__((always_inline)) {
         A* const z = out + first * units * gates * L;
         for (int r = first; r < first + here; ++r) {
@@ -399,7 +414,7 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
             rows_by_lanes(row + first, here, once.data + v * w.lanes_size(), w.K, z + v * L, vectors * L);
           }
         } else {
-          product.run(last, row + first, here, z);
+          product.run(w.panel(p), strip, k0, row + first, here, z);
         }
         for (int r = first; r < first + here; ++r) {
           for (int u = 0; u < units; ++u) {

@@ -56,13 +56,15 @@ std::unique_ptr<BackwardScan> backward(const Backward& problem) {
   });
 }
 
+constexpr int64_t many = 1 << 20;  // rows of a product whose number is not known
+
 std::unique_ptr<GemmKernel> gemm_nt(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
                                     const Workers& workers) {
   if (elsewhere(dtype)) return other_dtypes().gemm_nt(dtype, N, K, w, pack, workers);
   return dispatch(dtype, [&](auto s) -> std::unique_ptr<GemmKernel> {
     using S = decltype(s);
     auto made = std::make_unique<TypedGemm<S>>();
-    made->weights.gemm_nt(static_cast<const S*>(w), N, 1, N, K, pack, workers);
+    made->weights.gemm_nt(static_cast<const S*>(w), N, 1, N, K, many, pack, workers);
     return made;
   });
 }
@@ -73,7 +75,7 @@ std::unique_ptr<GemmKernel> gemm_nn(Dtype dtype, int64_t N, int64_t K, const voi
   return dispatch(dtype, [&](auto s) -> std::unique_ptr<GemmKernel> {
     using S = decltype(s);
     auto made = std::make_unique<TypedGemm<S>>();
-    made->weights.gemm_nn(static_cast<const S*>(w), N, N, K, pack, workers);
+    made->weights.gemm_nn(static_cast<const S*>(w), N, N, K, many, pack, workers);
     return made;
   });
 }
