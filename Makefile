@@ -59,8 +59,13 @@ variants: .venv/installed ## parity, lengths and resets on the instruction sets 
 	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/api/test_parity.py -k 'cells or wide_and_long'; \
 	done
 
-bench: .venv/installed ## every backend against torch.nn; BENCH=--quick for a minute of it
-	$(BIN)/python -m rnnkit bench $(BENCH)
+# By the processor's own instruction set, then held to AVX2 where that is less: a run each, and a folder in bench-out/.
+# Whatever has a target, unless WHAT says otherwise; BENCH adds to it.
+WHAT ?= --case judged --backend auto --dtype float32,bfloat16
+bench: .venv/installed ## rnnkit against torch.nn and ONNX Runtime, every target met or missed; BENCH=--quick for a minute of it
+	@set -e; for isa in $$($(BIN)/python -m rnnkit.cli.instruction_set); do \
+	  $(BIN)/python -m rnnkit bench --isa $$isa $(WHAT) --out bench-out/$$isa $(BENCH); \
+	done
 
 # Takes the Python, torch and Triton that it finds, offline: where there is a GPU there is maybe nothing else. What is
 # compiled is compiled in place where it is missing or old and there is a device, with the CUDA kernels for that device

@@ -217,5 +217,9 @@ def _graphs(job: BenchJob, every: Sequence[Implementation], works: Works, note: 
 
 
 def _recomputes(job: BenchJob, one: Implementation) -> bool:
-    """Whether its memory with recompute=True is asked for."""
-    return one.name in targets.FUSED and job.train and job.case.group == "field"
+    """Whether its memory with recompute=True is asked for: that which a target speaks of."""
+    if not job.train:
+        return False
+    if one.name in targets.FUSED:
+        return job.case.group == "field"
+    return one.name in ("auto", "cpu") and job.case.group in ("grid", "stacks")

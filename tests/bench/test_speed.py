@@ -45,9 +45,11 @@ def test_the_grid_is_the_one_that_releases_are_judged_by() -> None:
     judged = (
         "1x1x64x64 1x128x64x64 1x128x256x256 1x128x512x512 1x1024x40x128 4x100x128x128 8x64x256x256 16x128x128x128 "
         "32x100x256x256 64x50x512x512 16x64x768x768 128x64x64x256 256x32x32x512 64x24x8x16 512x10x4x32 7x33x19x45 "
-        "16x100x128x128x2b"
+        "16x100x128x128x2b 1x1x64x64x3 16x1x64x64x2 1x10x64x64x1b 4x20x64x64x2b"
     )
     assert grid == judged.split()
+    stacks = {(c.batch, c.steps, c.layers, c.directions) for c in bench_cases.TABLE if c.group == "stacks"}
+    assert stacks == set(itertools.product((1, 4, 16), (1, 10), (1, 2, 3), (1, 2)))
     for device in ("cpu", "cuda"):
         here = [(case.group, case.name) for case in bench_cases.TABLE if device in case.devices]
         assert len(set(here)) == len(here)
@@ -72,7 +74,7 @@ def test_filters() -> None:
         (["--case", "grid/7x33x19x46"], ["'grid/7x33x19x46'", "grid, field", "7x33x19x45"]),
         (
             ["--case", "grid,nonsense"],
-            ["'nonsense'", "grid, field, sweep, scan, step, resets, lengths", "as grid/1x1x64x64"],
+            ["'nonsense'", "grid, stacks, field, sweep, scan, step, resets, lengths", "as grid/1x1x64x64"],
         ),
         (["--cell", "lstmcell"], ["'lstmcell'", "RNN, LSTM, GRU"]),
         (["--mode", "eval"], ["'eval'", "inference, training"]),
@@ -403,6 +405,10 @@ def test_the_limit_of_a_row() -> None:
     assert roofline.roofline_seconds(made, scan, "cpu", 1) == pytest.approx(10 * reading)
     ragged = BenchJob(BenchCase("lengths", 2, 9, 32, 64), "GRU", "inference")
     assert ragged.flops == 2 * 5 * 2 * 3 * 64 * (32 + 64), "of 9 steps 5 on average"
+    one, stack = (BenchJob(BenchCase("stacks", 1, 1, 64, 64, layers=n), "GRU", "training") for n in (1, 3))
+    call = 3.5e-5
+    times = [roofline.roofline_seconds(made, job, "cpu", 1) - call for job in (one, stack)]
+    assert times[1] == pytest.approx(3 * times[0]), "a stack is one call"
     deep = BenchJob(BenchCase("grid", 16, 100, 128, 128, layers=2, directions=2), "RNN", "inference")
     assert deep.flops == 2 * 100 * 16 * 128 * 2 * (128 + 128 + 256 + 128)
 
