@@ -120,7 +120,7 @@ def tables(files: Mapping[str, Sequence[BenchRow]]) -> str:
             some = [row for row in rows if (row.threads, row.launch, row.dtype) == setting]
             threads = f"{setting[0]} thread{'s' if setting[0] > 1 else ''}"
             device = f"{_on(some)}, {threads if some[0].device == 'cpu' else setting[1]}"
-            commits = ", ".join(sorted({row.commit for row in some}))
+            commits = ", ".join(sorted({row.commit for row in targets.judged(some)}))
             parts += [
                 f"### {device}, {setting[2]}",
                 f"Measured at {commits}; a + marks a tree with changes.",
