@@ -27,8 +27,8 @@ EMULATOR ?= qemu-aarch64
 help: ## say what the commands do
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/installed ## the main job, on real text, for each cell
-	set -e; for cell in lstm gru rnn; do $(BIN)/python -m rnnkit demo --cell $$cell --out demo-out/$$cell; done
+demo: .venv/installed ## the main job, on real text, for each cell; DEMO="--isa avx2" holds both sides to AVX2
+	set -e; for cell in lstm gru rnn; do $(BIN)/python -m rnnkit demo --cell $$cell --out demo-out/$$cell $(DEMO); done
 
 test: .venv/installed ## the tests, without the slow ones (test-all has them)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not long'

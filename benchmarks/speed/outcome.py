@@ -74,7 +74,7 @@ class Outcome:
             "notes": list(dict.fromkeys(self.notes)),
             "machine": machine,
             "memory": timing.MEMORY[device],
-            "targets": [{**dataclasses.asdict(v), "possible": v.possible, "mark": v.mark} for v in verdicts],
+            "targets": [{**dataclasses.asdict(v), "mark": v.mark} for v in verdicts],
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
         return json.dumps(found, indent=2)

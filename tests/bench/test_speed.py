@@ -71,7 +71,7 @@ def test_filters() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--case", "grid/7x33x19x46"], ["'grid/7x33x19x46'", "grid, field", "7x33x19x45"]),
+        (["--case", "grid/7x33x19x46"], ["'grid/7x33x19x46'", "grid, stacks", "7x33x19x45"]),
         (
             ["--case", "grid,nonsense"],
             ["'nonsense'", "grid, stacks, field, sweep, scan, step, resets, lengths", "as grid/1x1x64x64"],
