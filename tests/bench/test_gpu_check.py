@@ -391,15 +391,6 @@ def test_jobs_that_the_limit_leaves_out(
     assert {r.dtype for r in rows.read(tmp_path / "rows.csv")} == {"bfloat16"}
 
 
-def test_rows_written_before_there_were_dtypes(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    rows.write(path, [row()])
-    lines = path.read_text().splitlines()
-    assert lines[0].endswith(",dtype,recompute_mib")
-    path.write_text("\n".join(line.rsplit(",", 2)[0] for line in lines) + "\n")
-    assert rows.read(path) == [row()]
-
-
 def test_a_clone_runs_as_it_is(tmp_path: Path) -> None:
     """Nothing installed, nothing built: rnnkit.benchmarks and rnnkit.kernels are found beside the package."""
     for name in ("rnnkit", "kernels", "benchmarks"):
