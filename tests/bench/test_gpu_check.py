@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CALLS, Fused, pretend, put
-from made_rows import row
 
 from rnnkit.__main__ import main
 from rnnkit.backends import BY_NAME, LayerInputs, LayerOutputs
