@@ -222,4 +222,4 @@ def _recomputes(job: BenchJob, one: Implementation) -> bool:
         return False
     if one.name in targets.FUSED:
         return job.case.group == "field"
-    return one.name in ("auto", "cpu") and job.case.group in ("grid", "stacks")
+    return one.name in ("auto", "cpu") and job.case.group in ("grid", "stacks") and job.dtype == "float32"

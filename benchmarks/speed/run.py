@@ -4,8 +4,8 @@ For each case, cell, mode and dtype: first every implementation's output and gra
 twice torch.nn's error, and a rounding band); what is wrong is not timed. Then all take turns in one process, and the
 ratio is that of paired times, the peer's over the implementation's: above 1, rnnkit is faster. Written are
 rows.csv, after every job, so that Ctrl-C keeps what was measured; at the end report.md and, with matplotlib,
-pictures. All cases by all backends take about an hour on one core, --quick a minute. Results depend on what else runs
-on the machine: a p20 far from a p80 says so.
+pictures. Those with a target take a quarter of an hour on one core by `auto`, all cases by all backends about an
+hour, --quick a minute. Results depend on what else runs on the machine: a p20 far from a p80 says so.
 """
 
 from __future__ import annotations

@@ -152,6 +152,8 @@ def test_a_run(bench: Callable[..., int], tmp_path: Path, capsys: pytest.Capture
     trained = [r for r in kept if r.mode == "training" and r.against == "torch.nn"]
     weights = sum(p.numel() for p in nn.GRU(19, 45).parameters()) * 4 / 2**20
     assert all(r.peak_mib and r.peak_mib > weights for r in trained), "a training step has room for the gradients"
+    asked = {r.implementation for r in kept if r.recompute_mib}
+    assert asked == {"auto"} and all(r.mode == "training" for r in kept if r.recompute_mib), "of what a target speaks"
     text = (tmp_path / "report.md").read_text()
     assert "## Targets" in text and "7x33x19x45" in text and timing.MEMORY["cpu"] in text
     assert "job 3/3" in said.err and "0 s left" in said.err
