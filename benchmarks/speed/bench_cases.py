@@ -171,14 +171,14 @@ class BenchJob:
 
 
 def known(what: str, wanted: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
-    """The wanted names, spelt as in `names`; raises BadInput, with those that exist, where one does not."""
+    """The wanted names once each, spelt as in `names`; raises BadInput, with those that exist, where one does not."""
     found = []
     for name in wanted:
         meant = [n for n in names if n.lower() == name.lower()]
         if not meant:
             raise BadInput(f"unknown {what} {name!r}; there are: {', '.join(names)}")
         found += meant
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def select(

@@ -62,6 +62,7 @@ def test_filters() -> None:
     assert {j.case.group for j in select("cpu", ["step", "RESETS".lower()])} == {"step", "resets"}
     assert {j.case.group for j in select("cpu", ["16x128x128x128"])} == {"grid", "resets", "lengths"}
     assert {j.mode for j in select("cpu", [], [], ["training"])} == {"training"}
+    assert select("cpu", [SHAPE], ["gru", "GRU"], dtypes=["float32"] * 2) == select("cpu", [SHAPE], ["gru"])
     assert {j.cell for j in select("cpu", [], ["LSTM", "rnn"])} == {"LSTM", "RNN"}
     assert 0 < len(select("cpu", quick=True)) < len(select("cpu")) / 4
     only_cuda = {j.case for j in select("cuda")} - {j.case for j in select("cpu")}
