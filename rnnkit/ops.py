@@ -24,9 +24,8 @@ from .layer.autograd import any_requires_grad, direct
 from .layer.custom_ops import states_of
 from .layer.override import override_layer
 from .layer.profiler import annotated
-from .layer.quick import quick_layer, quick_step, single
 
-__all__ = ["computed_by", "directions_overlap", "layer", "override_layer", "single", "step"]
+__all__ = ["computed_by", "directions_overlap", "layer", "override_layer", "step"]
 
 _plain_eager, _transforming = checks.is_plain_eager, checks.transforming
 _grad = torch.is_grad_enabled
@@ -81,11 +80,6 @@ def layer(
         TypeError: types, dtypes.
         NotImplementedError: a named backend that cannot run this layer, with its reasons.
     """
-    plain = override.active is None and all_states is False and recompute is False
-    if plain and lengths is None and reset is None and reset_state is None:
-        quick = quick_layer(cell, x, h_0, c_0, weights, reverse, backend)
-        if quick is not None:
-            return quick
     t, options = checks.layer(cell, x, h_0, c_0, weights, lengths, reset, reset_state, reverse, all_states, recompute)
     return _layer(cell, t, options, backend, fused=True)
 
@@ -94,9 +88,6 @@ def step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
     """One step of a cell: x [B, I], h and c [B, H] (zeros where None), weights as for `layer`. Returns h, c."""
-    quick = None if override.active is not None else quick_step(cell, x, h, c, weights, backend)
-    if quick is not None:
-        return quick
     checks.expect_rows(x)
     t, options = checks.layer(cell, x.unsqueeze(0), h, c, weights)
     _, h_n, c_n, _ = _layer(cell, t, options, backend, fused=False)

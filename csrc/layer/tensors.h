@@ -25,17 +25,22 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// What was given does not fit: not a fault of ours, and nothing was done yet.
+struct Unfit : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 template <class... Words>
 [[noreturn]] void fail(const Words&... words) {
   std::ostringstream message;
   message << "rnnkit: ";
   (message << ... << words);
-  throw std::runtime_error(message.str());
+  throw Unfit(message.str());
 }
 
 // A tensor whose zeros torch makes when someone asks the dispatcher for them.
-struct NoMemory : std::runtime_error {
-  NoMemory() : std::runtime_error("rnnkit: a tensor has no memory of its own") {}
+struct NoMemory : Unfit {
+  NoMemory() : Unfit("rnnkit: a tensor has no memory of its own") {}
 };
 
 // STD_TORCH_CHECK would put the function and the path of the build before the message.
@@ -133,5 +138,6 @@ Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type);
 // A view of the same memory; `offset` counts elements from the first of `of`.
 Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
             int64_t offset);
+Tensor view(const Tensor& of, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t offset);
 
 }  // namespace rnnkit
