@@ -64,12 +64,16 @@ std::string shown(const Sizes& sizes) {
   return out.str();
 }
 
-// What a tensor is, wherever it lies.
-inline void check_kind(const Tensor& tensor, const char* name, ScalarType type,
-                       std::initializer_list<int64_t> sizes) {
+inline void check_dense(const Tensor& tensor, const char* name) {
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   RNNKIT_CHECK(layout == aoti_torch_layout_strided(), name, " must be a dense tensor");
+}
+
+// What a tensor is, wherever it lies.
+inline void check_kind(const Tensor& tensor, const char* name, ScalarType type,
+                       std::initializer_list<int64_t> sizes) {
+  check_dense(tensor, name);
   const auto got = tensor.sizes();
   RNNKIT_CHECK(tensor.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()),
                name, " must be ", toString(type), " ", shown(sizes), ", got ", toString(tensor.scalar_type()),

@@ -4,13 +4,15 @@ RuntimeError, as an operator's do. It takes the name and the place of `cpu`, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnnkit.backends import BY_NAME, LayerInputs, LayerOptions, LayerSpec, Result, select
+from rnnkit.backends import BY_NAME, LayerInputs, LayerSpec, Result, select
 from rnnkit.backends.reference import Reference
 from rnnkit.cells import CELLS
 from rnnkit.layer import stack
@@ -91,3 +93,22 @@ def same(a: Any, b: Any) -> bool:
 def state_of(name: str, *shape: int) -> Any:
     h = torch.randn(shape)
     return (h, torch.randn(shape)) if name.startswith("LSTM") else h
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call gives, or the kind and the words of its exception."""
+    try:
+        return [v.detach().clone() for v in flat(call())]
+    except Exception as error:
+        return type(error), str(error)
+
+
+class Sub(Tensor):
+    """A subclass that looks like a tensor in every way."""
+
+
+class Watched(TorchDispatchMode):
+    """A mode that lets everything pass."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
