@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, ops
-from .backends import LayerOptions
+from .backends import BATCH_FIRST, STEP, TIME_MAJOR, UNBATCHED, LayerOptions, StackInputs, StackOptions
 from .cells import CELLS, Cell
 from .layer import stack as layer_stack
 from .layer import streams
+from .layer.overlap import at_once, directions_overlap
 from .layouts import layout_of
 
 State = Tensor | tuple[Tensor, Tensor]
 Layer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """What a layer gives in one direction: y, h_n, c_n, c_all."""
-_STEP = (1, 1, 0, layer_stack.STEP, False, False, 0.0)  # a cell's call, as `layer_stack.How` after the cell
+_STEPS = {cell: StackOptions(cell, layout=STEP) for cell in CELLS}
 
 
 def rnn(
@@ -213,8 +214,8 @@ def step(cell: str, input: Tensor, hx: Any, weights: Sequence[Tensor], backend: 
     kind = CELLS[cell]
     states = _pair(kind, hx)
     if states is not None:
-        tensors = (input, *states, None, None, None, None)
-        found = layer_stack.run((cell, *_STEP), backend, tensors, weights, layer_by_layer)
+        tensors = StackInputs(input, *states)
+        found = layer_stack.run(_STEPS[cell], backend, tensors, weights, layer_by_layer)
         if found is not None:
             return tuple(found) if kind.has_c else found[0]
     h, c = checks.states_of(kind, hx, "hx")
@@ -260,17 +261,17 @@ def stack(
     kind = CELLS[cell]
     directions = 2 if bidirectional else 1
     known = type(num_layers) is type(proj_size) is int and type(dropout) in (int, float) and 0 <= dropout <= 1
-    flags = type(bidirectional) is type(batch_first) is type(return_all_states) is type(recompute) is bool
-    if known and flags and num_layers > 0 and proj_size >= 0 and (reset_state is None or reset is not None):
+    bools = type(bidirectional) is type(batch_first) is type(return_all_states) is type(recompute) is bool
+    if known and bools and num_layers > 0 and proj_size >= 0 and (reset_state is None or reset is not None):
         form = _form(input, batch_first)
         drops = float(dropout) if training and num_layers > 1 else 0.0
-        how = (cell, num_layers, directions, proj_size, form, return_all_states, recompute, drops)
+        how = StackOptions(cell, num_layers, directions, proj_size, form, return_all_states, recompute, drops)
         states, again = _pair(kind, hx), _pair(kind, reset_state)
         if states is not None and again is not None:
-            tensors = (input, *states, lengths, reset, *again)
+            tensors = StackInputs(input, *states, lengths, reset, *again)  # type: ignore[arg-type]
             found = layer_stack.run(how, backend, tensors, weights, layer_by_layer)
             if found is not None:
-                return _results(kind, how, found)
+                return _results(kind, found)
     checks.probability(dropout)
     pieces = checks.stack(cell, weights, num_layers, directions, proj_size)
     packed = type(input) is not Tensor and isinstance(input, PackedSequence)
@@ -318,22 +319,23 @@ def stack(
     if drops:
         checks.weights_before_dropout(cell, layout.x, pieces, directions)
 
-    inner = (cell, num_layers, directions, proj_size, layer_stack.TIME_MAJOR, return_all_states, recompute, drops)
-    tensors = (layout.x, h_0, c_0, lengths, reset_mask, h_r, c_r)
+    inner = StackOptions(
+        cell, num_layers, directions, proj_size, TIME_MAJOR, return_all_states, recompute, float(drops)
+    )
+    tensors = StackInputs(layout.x, h_0, c_0, lengths, reset_mask, h_r, c_r)
     found = None
     if not (drops and (packed or nested)):  # whose dropout is drawn over the values alone
         found = layer_stack.run(inner, backend, tensors, weights, layer_by_layer)
     if found is None:
         found = layer_by_layer(inner, backend, tensors, weights, lambda y, k: layout.dropout(y, dropout))
-    y, states, *everything = _results(kind, inner, found)
-    states = _each(states, layout.states_to_caller)
-    return (layout.output(y), states, *(_each(v, layout.all_states) for v in everything))
+    y, last, *everything = _results(kind, found)
+    return layout.output(y), _each(last, layout.states_to_caller), *(_each(v, layout.all_states) for v in everything)
 
 
 def _form(input: Any, batch_first: bool) -> int:
     if type(input) is Tensor and input.dim() == 2:
-        return layer_stack.UNBATCHED
-    return layer_stack.BATCH_FIRST if batch_first else layer_stack.TIME_MAJOR
+        return UNBATCHED
+    return BATCH_FIRST if batch_first else TIME_MAJOR
 
 
 _ZEROS = (None, None)
@@ -349,7 +351,7 @@ def _pair(kind: Cell, state: Any) -> tuple[Tensor | None, Tensor | None] | None:
     return state if whole else None
 
 
-def _results(kind: Cell, how: layer_stack.How, found: Sequence[Tensor]) -> tuple:
+def _results(kind: Cell, found: Sequence[Tensor]) -> tuple:
     """y, the states, and with all_states those after every step, an LSTM's in pairs."""
     if not kind.has_c:
         return tuple(found)
@@ -362,26 +364,26 @@ def _each(state: State, change: Callable[[Tensor], Tensor]) -> State:
 
 
 def layer_by_layer(
-    how: layer_stack.How,
+    o: StackOptions,
     backend: str,
-    tensors: layer_stack.Tensors,
+    t: StackInputs,
     weights: Sequence[Tensor],
-    drop: Callable[[Tensor, int], Tensor],
+    drop: layer_stack.Dropout,
 ) -> list[Tensor]:
     """A call over `ops.layer`, for what does not go as one: its outputs, as `layer_stack.run` gives them.
 
     drop: dropout of the output of layer k.
     """
-    cell, layers, directions, _, form, all_states, recompute, dropout = how
-    x, h_0, c_0, lengths, reset, h_r, c_r = tensors
-    if form == layer_stack.STEP:
+    cell, layers, directions, _, form, all_states, recompute, dropout = o
+    x, h_0, c_0, lengths, reset, h_r, c_r = t
+    if form == STEP:
         x, h_0, c_0 = x[None], None if h_0 is None else h_0[None], None if c_0 is None else c_0[None]
-    elif form == layer_stack.UNBATCHED:
+    elif form == UNBATCHED:
         x = x.unsqueeze(1)
         h_0, c_0, h_r, c_r = (None if v is None else v.unsqueeze(1) for v in (h_0, c_0, h_r, c_r))
         reset = None if reset is None else reset.unsqueeze(1)
         lengths = None if lengths is None else lengths.reshape(1)
-    elif form == layer_stack.BATCH_FIRST:
+    elif form == BATCH_FIRST:
         x, reset = x.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
     each = len(weights) // (layers * directions)
     finals: list[tuple[Tensor, Tensor | None]] = []
@@ -411,12 +413,12 @@ def layer_by_layer(
         if streams.on_gpu(x):
             given, options = (h_0, c_0, h_r, c_r), LayerOptions(True, all_states, recompute)
             last = weights[(2 * k + 1) * each : (2 * k + 2) * each]
-            if ops.directions_overlap(
+            if directions_overlap(
                 cell, x, last, *given, lengths=lengths, reset=reset, options=options, backend=backend
             ):
                 side = streams.side_stream_of(x)
                 if side is not None:
-                    return _at_once(functools.partial(direction, k), x, side)
+                    return at_once(functools.partial(direction, k), x, side)
         return direction(k, 0, x), direction(k, 1, x)
 
     def layer(k: int, x: Tensor) -> Tensor:  # a function, so that nothing of a layer is held while the next one runs
@@ -432,12 +434,12 @@ def layer_by_layer(
             x = drop(x, k)
 
     states = _stacked(finals)
-    if form == layer_stack.STEP:
+    if form == STEP:
         return [v[0] for v in states]
     rest = _stacked(everything) if all_states else []
-    if form == layer_stack.UNBATCHED:
+    if form == UNBATCHED:
         return [x.squeeze(1), *(v.squeeze(1) for v in states), *(v.squeeze(2) for v in rest)]
-    if form == layer_stack.BATCH_FIRST:
+    if form == BATCH_FIRST:
         return [x.transpose(0, 1), *states, *(v.transpose(1, 2) for v in rest)]
     return [x, *states, *rest]
 
@@ -449,20 +451,3 @@ def _stacked(parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
     if untracked and len(parts) == 1:  # a view would refuse detach_() elsewhere
         return [some[0][None] for some in kinds if some]
     return [torch.stack(some) for some in kinds if some]
-
-
-def _at_once(run: Callable[[int, Tensor], Layer], x: Tensor, side: streams.SideStream) -> tuple[Layer, Layer]:
-    """Both directions of a layer of x: the reverse one on the side's stream, the forward one on the current.
-
-    The reverse one first: autograd begins with the node that was made last, so that its backward, which the current
-    stream waits for, comes last there too. It sees x as a view where x is a leaf, or the gradient of x would be summed
-    on the side stream.
-    """
-    if x.is_leaf and x.requires_grad and torch.is_grad_enabled():
-        x = x.view_as(x)
-    try:
-        with side.work():
-            reverse = run(1, x)
-        return run(0, x), reverse
-    finally:
-        side.join()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
+from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result, StackInputs, StackOptions
 
 Gradient = Tensor | None
 
@@ -55,32 +55,32 @@ class Backend:
 
     def stack_forward(
         self,
-        how: tuple,
+        o: StackOptions,
         needs: bytes,
-        tensors: Sequence[Tensor | None],
+        t: StackInputs,
         weights: Sequence[Tensor],
         masks: Sequence[Tensor],
     ) -> list[Tensor]:
-        """A whole call, see `How` and `Tensors` of rnnkit/layer/stack.py, in the caller's layout: y (not of a step),
-        h_n, c_n, h_all and c_all, those that there are; then what `stack_backward` wants kept, masks of dropout first.
+        """A whole call in the caller's layout: `o.outputs`, then what `stack_backward` wants kept, masks of dropout
+        first.
 
-        needs: a byte each for tensors and weights whose gradients are wanted; empty: nothing is kept. masks: those of
-        an earlier call, else they are drawn. Raises Unfit for what it does not take.
+        needs: a byte each for `t` and the weights, 1 where a gradient is wanted; empty: nothing is kept. masks: those
+        of an earlier call, else they are drawn. Raises Unfit for what it does not take.
         """
         raise NotImplementedError(self.name)
 
     def stack_backward(
         self,
-        how: tuple,
+        o: StackOptions,
         needs: bytes,
-        tensors: Sequence[Tensor | None],
+        t: StackInputs,
         weights: Sequence[Tensor],
         y: Tensor | None,
         kept: Sequence[Tensor],
         grads: Sequence[Gradient],
     ) -> list[Tensor]:
-        """The gradients that `needs` names, given those of y, h_n, c_n, h_all, c_all. y: the forward's, where both
-        directions or a step did not make it something else."""
+        """The gradients that `needs` names, given those of y, h_n, c_n, h_all, c_all. y: the forward's where
+        `o.reads_output`."""
         raise NotImplementedError(self.name)
 
     def backward(

@@ -50,13 +50,12 @@ def direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: 
 
 
 def save_for_backward(
-    ctx: Any, tensors: Sequence[Tensor | None], y: Tensor, kept: Sequence[Tensor], *, has_c: bool
+    ctx: Any, tensors: Sequence[Tensor | None], y: Tensor, kept: Sequence[Tensor], *, guard: bool
 ) -> None:
     """Save inputs, y and what the backend keeps. torch's RNN and GRU let a program change y in place before the
-    backward, so there only a counter of its changes is held with it."""
-    if has_c:
+    backward: with `guard` a counter of its changes is held with it."""
+    if not guard:
         ctx.save_for_backward(*tensors, y, *kept)
-        ctx.version_guard = None
         return
     ctx.save_for_backward(*tensors, y.data, *kept)
     counter = y.detach()  # counts the changes of y,
@@ -87,7 +86,7 @@ class LayerFunction(torch.autograd.Function):
         if graph is not None:
             ctx.save_for_backward(*tensors)
         else:
-            save_for_backward(ctx, tensors, outputs.y, saved, has_c=len(given) > 2)
+            save_for_backward(ctx, tensors, outputs.y, saved, guard=len(given) == 2)
         ctx.set_materialize_grads(False)
         return given  # type: ignore[return-value]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...cells import CELLS
 from ..base import Backend, Gradient, no_kernel
-from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
+from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result, StackInputs, StackOptions
 from . import extension
 
 CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
@@ -82,27 +82,25 @@ class CPU(Backend):
 
     def stack_forward(
         self,
-        how: tuple,
+        o: StackOptions,
         needs: bytes,
-        tensors: Sequence[Tensor | None],
+        t: StackInputs,
         weights: Sequence[Tensor],
         masks: Sequence[Tensor],
     ) -> list[Tensor]:
-        cell, *rest = how
-        return self._stack[0](CELL_IDS[cell], *rest, needs, *tensors, weights, masks)
+        return self._stack[0](CELL_IDS[o.cell], *o[1:], needs, *t, weights, masks)
 
     def stack_backward(
         self,
-        how: tuple,
+        o: StackOptions,
         needs: bytes,
-        tensors: Sequence[Tensor | None],
+        t: StackInputs,
         weights: Sequence[Tensor],
         y: Tensor | None,
         kept: Sequence[Tensor],
         grads: Sequence[Gradient],
     ) -> list[Tensor]:
-        cell, *rest = how
-        return self._stack[1](CELL_IDS[cell], *rest, needs, *tensors, weights, y, kept, *grads)
+        return self._stack[1](CELL_IDS[o.cell], *o[1:], needs, *t, weights, y, kept, *grads)
 
     def backward(
         self,
