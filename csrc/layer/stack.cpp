@@ -115,8 +115,7 @@ class Stack {
       RNNKIT_CHECK((*v)->dim() == dims_of_states(), "a state must have ", dims_of_states(), " dimensions, got ",
                    shown((*v)->sizes()));
       if (in.layout == Layout::unbatched) *v = with_one(**v, 1);
-      if (in.layout == Layout::step) *v = with_one(**v, 0);
-      RNNKIT_CHECK((*v)->size(0) == count_, "a state must be of ", count_, " layers and directions, got ",
+      RNNKIT_CHECK(in.layout == Layout::step || (*v)->size(0) == count_, "a state must be of ", count_, " layers and directions, got ",
                    shown((*v)->sizes()));
     }
   }
@@ -135,8 +134,8 @@ class Stack {
     l.w_ih = w[0], l.w_hh = w[1];
     if (each_ >= 4) l.b_ih = w[2], l.b_hh = w[3];
     if (each_ % 2 == 1) l.w_hr = w[each_ - 1];
-    l.h_0 = part(in_.h_0, i), l.c_0 = part(in_.c_0, i);
-    l.h_r = part(in_.h_r, i), l.c_r = part(in_.c_r, i);
+    l.h_0 = state(in_.h_0, i), l.c_0 = state(in_.c_0, i);
+    l.h_r = state(in_.h_r, i), l.c_r = state(in_.c_r, i);
     l.lengths = in_.lengths, l.reset = in_.reset;
     return l;
   }
@@ -171,14 +170,14 @@ class Stack {
            : in_.layout == Layout::step      ? without(v, 0)
                                              : v;
   }
-  // [L D, B, N] in the caller's layout, and back.
-  Tensor states_to_caller(const Tensor& v) const {
-    return in_.layout == Layout::unbatched ? without(v, 1) : in_.layout == Layout::step ? without(v, 0) : v;
-  }
+  // [L D, B, N] in the caller's layout, and back; a step has none but [B, N].
+  Tensor states_to_caller(const Tensor& v) const { return in_.layout == Layout::unbatched ? without(v, 1) : v; }
   OptionalTensor states_to_layer(const OptionalTensor& v) const {
-    if (!v.has_value()) return v;
-    return in_.layout == Layout::unbatched ? with_one(*v, 1) : in_.layout == Layout::step ? with_one(*v, 0) : *v;
+    return v.has_value() && in_.layout == Layout::unbatched ? OptionalTensor(with_one(*v, 1)) : v;
   }
+  // [B, N] of layer and direction i.
+  OptionalTensor state(const OptionalTensor& v, int64_t i) const { return step() ? v : part(v, i); }
+  bool step() const { return in_.layout == Layout::step; }
   // [L D, T, B, N] in the caller's layout, and back.
   Tensor all_to_caller(const Tensor& v) const {
     return in_.layout == Layout::batch_first ? swapped(v, 1, 2) : in_.layout == Layout::unbatched ? without(v, 2) : v;
@@ -209,13 +208,13 @@ class Stack {
   int64_t count_ = 0, each_ = 0, T_ = 0, B_ = 0;  // layers times directions; weights of each
 };
 
-// The states of every layer and direction in one tensor; of one alone its own memory.
+// The states of every layer and direction in one tensor; of one alone its own memory, and of a step [B, N].
 class AllStates {
  public:
-  explicit AllStates(int64_t count) : count_(count) {}
+  explicit AllStates(const Stack& stack) : count_(stack.count()), step_(stack.step()) {}
   void put(const Tensor& v, int64_t i) {
     if (count_ == 1) {
-      all_ = with_one(v, 0);
+      all_ = step_ ? v : with_one(v, 0);
       return;
     }
     if (!all_.has_value()) {
@@ -227,7 +226,8 @@ class AllStates {
   const Tensor& get() const { return *all_; }
 
  private:
-  int64_t count_;
+  const int64_t count_;
+  const bool step_;
   OptionalTensor all_;
 };
 
@@ -264,7 +264,7 @@ std::vector<Tensor> stack_forward(StackInputs in, const StackOptions& o, std::ve
   if (save) check_needs(in, o);
   if (o.dropout > 0) stack.check_layers();
   const int64_t lowest = save ? lowest_layer(in, o, stack.each()) : in.layers;
-  AllStates h_n(stack.count()), c_n(stack.count()), h_all(stack.count()), c_all(stack.count());
+  AllStates h_n(stack), c_n(stack), h_all(stack), c_all(stack);
   std::vector<Tensor> kept;
   Tensor x = in.x;
   for (int64_t k = 0; k < in.layers; ++k) {
@@ -343,7 +343,7 @@ std::vector<Tensor> stack_backward(StackInputs in, const StackOptions& o, const 
   if (gy.has_value()) gy = stack.to_layer(*gy);
   const OptionalTensor gh_n = stack.states_to_layer(g.gh_n), gc_n = stack.states_to_layer(g.gc_n);
   const OptionalTensor gh_all = stack.all_to_layer(g.gh_all), gc_all = stack.all_to_layer(g.gc_all);
-  AllStates dh_0(stack.count()), dc_0(stack.count()), dh_r(stack.count()), dc_r(stack.count());
+  AllStates dh_0(stack), dc_0(stack), dh_r(stack), dc_r(stack);
   std::vector<OptionalTensor> dw(in.weights.size());
   for (int64_t k = in.layers - 1; k >= lowest; --k) {
     const Tensor x = k == 0 ? in.x : at[k].x >= 0 ? g.kept[at[k].x] : g.kept[at[k - 1].y[0]];
@@ -362,7 +362,7 @@ std::vector<Tensor> stack_backward(StackInputs in, const StackOptions& o, const 
                                d * N * gy->stride(2));
       }
       if (const OptionalTensor more = part(gh_all, i)) own.gy = own.gy.has_value() ? add(*own.gy, *more) : more;
-      own.gh_n = part(gh_n, i), own.gc_n = part(gc_n, i), own.gc_all = part(gc_all, i);
+      own.gh_n = stack.state(gh_n, i), own.gc_n = stack.state(gc_n, i), own.gc_all = part(gc_all, i);
       int64_t needs = below ? 1 : 0;
       const auto want = [&](int bit, int64_t place) { needs |= int64_t{wanted(o, place)} << bit; };
       want(1, of_h_0), want(2, of_c_0), want(3, of_weights + first), want(4, of_weights + first + 1);

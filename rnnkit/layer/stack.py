@@ -49,15 +49,16 @@ def run(
         return None
     if type(weights) is not list and type(weights) is not tuple:
         return None
+    if not x.is_cpu or x.is_nested or (_autocast() and autocasting("cpu")) or len(weights) < 2:
+        return None
+    if type(weights[1]) is not Parameter and type(weights[1]) is not Tensor:
+        return None
     train = False
-    for v in (*t, *weights):
+    for v in (*t, *weights) if _grad() else ():
         if type(v) is Parameter or type(v) is Tensor:
             train = train or v.requires_grad
         elif v is not None:
             return None
-    train = train and _grad()
-    if not x.is_cpu or x.is_nested or (_autocast() and autocasting("cpu")) or len(weights) < 2 or weights[1] is None:
-        return None
     facts = choice_facts(backend)
     masked = t.lengths is None, t.reset is None, t.h_reset is None
     key = (o, facts, train, x.dtype, x.shape, len(weights), weights[1].shape, masked)
