@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import pickle
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from engine import KINDS, NAMES, B, H, I, Sub, T, Watched, flat, forget, outcome, same, state_of
+from support import some
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -142,15 +144,19 @@ def marks(first: bool) -> Tensor:
     return found.T if first else found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("shape", STACKS)
+ALL_STACKS = [
+    (name, options, shape, call, dtype)
+    for (name, options), shape, call in itertools.product(KINDS, STACKS, CALLS)
+    for dtype in (torch.float32, torch.bfloat16)
+    if name == "LSTM" or "proj_size" not in STACKS[shape]
+]
+
+
+@pytest.mark.parametrize("which", some(ALL_STACKS, 3))
 @training
 @layouts
-@every_kind
-def test_a_stack_is_bitwise_its_layers(name, options, first, train, shape, call, dtype, went):
-    if "proj_size" in STACKS[shape] and name != "LSTM":
-        pytest.skip("only an LSTM has a projection")
+def test_a_stack_is_bitwise_its_layers(first, train, which, went):
+    name, options, shape, call, dtype = which
     layer, x, hx = case(name, first, LONG, dtype=dtype, **options, **STACKS[shape])
 
     def run() -> list[Tensor]:
@@ -218,7 +224,7 @@ def second(layer: nn.Module, x: Tensor, hx: Any) -> list[Tensor]:
     return [*found, *torch.autograd.grad(squares(found), leaves)]
 
 
-def some(layer: nn.Module, x: Tensor, hx: Any, wanted: list[str]) -> Any:
+def of_some(layer: nn.Module, x: Tensor, hx: Any, wanted: list[str]) -> Any:
     """Gradients of some tensors, where the others want none."""
     named = {"x": x, "h_0": flat(hx)[0], "c_0": flat(hx)[-1], **dict(layer.requires_grad_(False).named_parameters())}
     leaves = [named[key].requires_grad_() for key in wanted]
@@ -257,7 +263,7 @@ SOME = ["x", "h_0", "c_0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_h
 USES: dict[str, tuple[list[str], Callable[..., Any]]] = {
     **{f"x {k}": (BOTH, lambda m, x, hx, f=f: everything(m, f(x), each(hx, f))) for k, f in enumerate(TURNS)},
     **{f"loss {k}": (BOTH, lambda *a, f=f: everything(*a, lambda results: f(*results))) for k, f in enumerate(LOSSES)},
-    **{f"of {keys}": (BOTH, lambda *a, keys=keys: some(*a, keys.split())) for keys in SOME},
+    **{f"of {keys}": (BOTH, lambda *a, keys=keys: of_some(*a, keys.split())) for keys in SOME},
     "no rows": (BOTH, lambda m, x, hx: everything(m, x[:0] if m.batch_first else x[:, :0], None)),
     "inference": (BOTH[:1], lambda *a: inside(torch.inference_mode, lambda m, x, hx: flat(m(x, hx)), *a)),
     "hooks": (BOTH, lambda *a: inside(lambda: saved_tensors_hooks(Tensor.clone, Tensor.clone), everything, *a)),
