@@ -267,7 +267,8 @@ def stack(
         drops = float(dropout) if training and num_layers > 1 else 0.0
         how = StackOptions(cell, num_layers, directions, proj_size, form, return_all_states, recompute, drops)
         states, again = _pair(kind, hx), _pair(kind, reset_state)
-        if states is not None and again is not None:
+        ready = type(reset) is not Tensor or reset.dtype is torch.bool  # others are made so below
+        if states is not None and again is not None and ready:
             tensors = StackInputs(input, *states, lengths, reset, *again)  # type: ignore[arg-type]
             found = layer_stack.run(how, backend, tensors, weights, layer_by_layer)
             if found is not None:
@@ -293,9 +294,10 @@ def stack(
     h_0, c_0 = checks.states_of(kind, hx, "hx")
     checks.sequence(cell, *sizes, (h_0, c_0), weights, num_layers, directions, proj_size)
     h_r = c_r = None
-    if return_all_states is not False:
-        checks.expect_bool(return_all_states, "return_all_states")
+    checks.expect_bool(return_all_states, "return_all_states")
+    checks.expect_bool(recompute, "recompute")
     if reset_state is not None:
+        checks.expect_reset(reset)
         h_r, c_r = checks.states_of(kind, reset_state, "reset_state")
         checks.sequence(cell, *sizes, (h_r, c_r), weights, num_layers, directions, proj_size, "reset_state")
     if lengths is not None:

@@ -1,5 +1,5 @@
-// A call layer by layer. The layers are those of forward.cpp and backward.cpp; what is here is what lies between them:
-// layouts, the states of all layers in one tensor, both directions side by side, dropout.
+// A call layer by layer. The layers are those of forward.cpp and backward.cpp; what is here is what lies
+// between them: layouts, the states of all layers in one tensor, both directions side by side, dropout.
 
 #include "stack.h"
 
@@ -85,13 +85,15 @@ class Stack {
   explicit Stack(StackInputs& in) : in_(in), lstm_(in.cell == Cell::lstm) {
     RNNKIT_CHECK(in.layers > 0 && (in.directions == 1 || in.directions == 2),
                  "layers must be at least 1 and directions 1 or 2, got ", in.layers, " and ", in.directions);
-    for (const OptionalTensor& v : {OptionalTensor(in.x), in.h_0, in.c_0, in.lengths, in.reset, in.h_r, in.c_r}) {
+    for (const OptionalTensor& v :
+         {OptionalTensor(in.x), in.h_0, in.c_0, in.lengths, in.reset, in.h_r, in.c_r}) {
       if (v.has_value()) check_dense(*v, "a tensor");  // others have no strides
     }
     count_ = in.layers * in.directions;
     each_ = static_cast<int64_t>(in.weights.size()) / count_;
     RNNKIT_CHECK(each_ * count_ == static_cast<int64_t>(in.weights.size()) && each_ >= 2 && each_ <= 5,
-                 "each layer and direction must have 2 to 5 weights, got ", in.weights.size(), " for ", count_);
+                 "each layer and direction must have 2 to 5 weights, got ", in.weights.size(), " for ",
+                 count_);
     RNNKIT_CHECK((each_ % 2 == 1) == (in.P > 0), "a projection of P = ", in.P, " must come with its weights");
     for (int64_t i = 0; i < count_ && in.P > 0; ++i) {
       const Tensor& w_hr = in.weights[(i + 1) * each_ - 1];
@@ -112,11 +114,11 @@ class Stack {
     if (in.lengths.has_value()) check_lengths();
     for (OptionalTensor* v : {&in.h_0, &in.c_0, &in.h_r, &in.c_r}) {
       if (!v->has_value()) continue;
-      RNNKIT_CHECK((*v)->dim() == dims_of_states(), "a state must have ", dims_of_states(), " dimensions, got ",
-                   shown((*v)->sizes()));
+      RNNKIT_CHECK((*v)->dim() == dims_of_states(), "a state must have ", dims_of_states(),
+                   " dimensions, got ", shown((*v)->sizes()));
       if (in.layout == Layout::unbatched) *v = with_one(**v, 1);
-      RNNKIT_CHECK(in.layout == Layout::step || (*v)->size(0) == count_, "a state must be of ", count_, " layers and directions, got ",
-                   shown((*v)->sizes()));
+      RNNKIT_CHECK(in.layout == Layout::step || (*v)->size(0) == count_, "a state must be of ", count_,
+                   " layers and directions, got ", shown((*v)->sizes()));
     }
   }
 
@@ -143,7 +145,8 @@ class Stack {
   // Before the first random number is drawn: whether each layer takes what the one below gives.
   void check_layers() const {
     const int64_t N = in_.P > 0 ? in_.P : in_.weights[1].dim() == 2 ? in_.weights[1].size(1) : 0;
-    const Tensor any = view(in_.x, {T_, B_, in_.directions * N}, {0, 0, 0}, 0);  // an output by its sizes alone
+    const Tensor any =
+        view(in_.x, {T_, B_, in_.directions * N}, {0, 0, 0}, 0);  // an output by its sizes alone
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t k = i / in_.directions;
       layer(k, i % in_.directions, k == 0 ? in_.x : any).check();
@@ -171,7 +174,9 @@ class Stack {
                                              : v;
   }
   // [L D, B, N] in the caller's layout, and back; a step has none but [B, N].
-  Tensor states_to_caller(const Tensor& v) const { return in_.layout == Layout::unbatched ? without(v, 1) : v; }
+  Tensor states_to_caller(const Tensor& v) const {
+    return in_.layout == Layout::unbatched ? without(v, 1) : v;
+  }
   OptionalTensor states_to_layer(const OptionalTensor& v) const {
     return v.has_value() && in_.layout == Layout::unbatched ? OptionalTensor(with_one(*v, 1)) : v;
   }
@@ -180,7 +185,9 @@ class Stack {
   bool step() const { return in_.layout == Layout::step; }
   // [L D, T, B, N] in the caller's layout, and back.
   Tensor all_to_caller(const Tensor& v) const {
-    return in_.layout == Layout::batch_first ? swapped(v, 1, 2) : in_.layout == Layout::unbatched ? without(v, 2) : v;
+    return in_.layout == Layout::batch_first ? swapped(v, 1, 2)
+           : in_.layout == Layout::unbatched ? without(v, 2)
+                                             : v;
   }
   OptionalTensor all_to_layer(const OptionalTensor& v) const {
     if (!v.has_value()) return v;
@@ -252,8 +259,8 @@ bool input_is_output_below(const StackInputs& in, const StackOptions& o, int64_t
 }
 
 void check_needs(const StackInputs& in, const StackOptions& o) {
-  RNNKIT_CHECK(o.needs.size() == of_weights + in.weights.size(), "needs must have ", of_weights + in.weights.size(),
-               " bytes, got ", o.needs.size());
+  RNNKIT_CHECK(o.needs.size() == of_weights + in.weights.size(), "needs must have ",
+               of_weights + in.weights.size(), " bytes, got ", o.needs.size());
 }
 
 }  // namespace
@@ -274,7 +281,8 @@ std::vector<Tensor> stack_forward(StackInputs in, const StackOptions& o, std::ve
     for (int64_t d = 0; d < in.directions; ++d) {
       const int64_t i = k * in.directions + d;
       const bool again = keep && o.recompute;
-      std::vector<Tensor> made = layer_forward(stack.layer(k, d, x), o.all_states || again, keep && !again, 0);
+      std::vector<Tensor> made =
+          layer_forward(stack.layer(k, d, x), o.all_states || again, keep && !again, 0);
       y[d] = made[0];
       h_n.put(made[1], i);
       if (stack.lstm()) c_n.put(made[2], i);
@@ -319,7 +327,8 @@ std::vector<Tensor> stack_backward(StackInputs in, const StackOptions& o, const 
   const int64_t saved = saved_of(in.cell) == 0 ? 0 : recompute ? (lstm ? 1 : 0) : (lstm ? 2 : 1);
   const int64_t mask_count = o.dropout > 0 ? in.layers - 1 : 0;
 
-  // Where in `kept` each layer's begin: its input where it is kept, then for each direction y and `saved` more.
+  // Where in `kept` each layer's begin: its input where it is kept, then for each direction y and `saved`
+  // more.
   struct Kept {
     int64_t x = -1;
     std::array<int64_t, 2> y{}, rest{};
@@ -358,10 +367,11 @@ std::vector<Tensor> stack_backward(StackInputs in, const StackOptions& o, const 
       const int64_t N = own.y.size(2);
       if (gy.has_value()) {
         own.gy = D == 1 ? *gy
-                        : view(*gy, {stack.steps(), stack.rows(), N}, {gy->stride(0), gy->stride(1), gy->stride(2)},
-                               d * N * gy->stride(2));
+                        : view(*gy, {stack.steps(), stack.rows(), N},
+                               {gy->stride(0), gy->stride(1), gy->stride(2)}, d * N * gy->stride(2));
       }
-      if (const OptionalTensor more = part(gh_all, i)) own.gy = own.gy.has_value() ? add(*own.gy, *more) : more;
+      if (const OptionalTensor more = part(gh_all, i))
+        own.gy = own.gy.has_value() ? add(*own.gy, *more) : more;
       own.gh_n = stack.state(gh_n, i), own.gc_n = stack.state(gc_n, i), own.gc_all = part(gc_all, i);
       int64_t needs = below ? 1 : 0;
       const auto want = [&](int bit, int64_t place) { needs |= int64_t{wanted(o, place)} << bit; };

@@ -5,7 +5,8 @@
 //
 // A tensor crosses by torch._C._aoti, which turns a Python tensor into a handle of the stable ABI and back,
 // as the code that torch.compile writes does it. Where an argument is no plain tensor, a layer's operator is
-// called; a stack raises Unfit, as it does for whatever does not fit: then the caller's checks say what is wrong.
+// called; a stack raises Unfit, as it does for whatever does not fit: then the caller's checks say what is
+// wrong.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -144,7 +145,8 @@ PyObject* call(Result (*f)(Args...), PyObject* const* given, std::index_sequence
 template <int number>
 PyObject* call_operator(PyObject* const* given, Py_ssize_t count) {
   if constexpr (number < 0) {
-    PyErr_SetString(unfit, "rnnkit: an argument is not of the kind that is expected here, such as a plain tensor");
+    PyErr_SetString(unfit,
+                    "rnnkit: an argument is not of the kind that is expected here, such as a plain tensor");
     return nullptr;
   } else {
     PyObject* all = PyTuple_New(count);

@@ -26,7 +26,8 @@ LayerInputs inputs(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_
 StackInputs stack(int64_t cell, int64_t layers, int64_t directions, int64_t P, int64_t layout, Tensor x,
                   OptionalTensor h_0, OptionalTensor c_0, OptionalTensor lengths, OptionalTensor reset,
                   OptionalTensor h_r, OptionalTensor c_r, std::vector<Tensor> weights) {
-  RNNKIT_CHECK(layout >= 0 && layout <= static_cast<int64_t>(Layout::step), "layout must lie in [0, 3], got ", layout);
+  RNNKIT_CHECK(layout >= 0 && layout <= static_cast<int64_t>(Layout::step), "layout must lie in [0, 3], got ",
+               layout);
   StackInputs in;
   in.cell = checked_cell(cell), in.layers = layers, in.directions = directions, in.P = P;
   in.layout = static_cast<Layout>(layout);
@@ -59,26 +60,29 @@ std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_
       LayerGradients{y, gates, c_kept, gy, gh_n, gc_n, gc_all}, needs);
 }
 
-std::vector<Tensor> cpu_stack_forward(int64_t cell, int64_t layers, int64_t directions, int64_t P, int64_t layout,
-                                      int64_t all_states, int64_t recompute, double dropout,
-                                      std::string_view needs, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
-                                      OptionalTensor lengths, OptionalTensor reset, OptionalTensor h_r,
-                                      OptionalTensor c_r, std::vector<Tensor> weights, std::vector<Tensor> masks) {
+std::vector<Tensor> cpu_stack_forward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
+                                      int64_t layout, int64_t all_states, int64_t recompute, double dropout,
+                                      std::string_view needs, Tensor x, OptionalTensor h_0,
+                                      OptionalTensor c_0, OptionalTensor lengths, OptionalTensor reset,
+                                      OptionalTensor h_r, OptionalTensor c_r, std::vector<Tensor> weights,
+                                      std::vector<Tensor> masks) {
   return stack_forward(
       stack(cell, layers, directions, P, layout, x, h_0, c_0, lengths, reset, h_r, c_r, std::move(weights)),
       {all_states != 0, recompute != 0, dropout, needs}, std::move(masks));
 }
 
-std::vector<Tensor> cpu_stack_backward(int64_t cell, int64_t layers, int64_t directions, int64_t P, int64_t layout,
-                                       int64_t all_states, int64_t recompute, double dropout,
-                                       std::string_view needs, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
-                                       OptionalTensor lengths, OptionalTensor reset, OptionalTensor h_r,
-                                       OptionalTensor c_r, std::vector<Tensor> weights, OptionalTensor y,
-                                       std::vector<Tensor> kept, OptionalTensor gy, OptionalTensor gh_n,
-                                       OptionalTensor gc_n, OptionalTensor gh_all, OptionalTensor gc_all) {
+std::vector<Tensor> cpu_stack_backward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
+                                       int64_t layout, int64_t all_states, int64_t recompute, double dropout,
+                                       std::string_view needs, Tensor x, OptionalTensor h_0,
+                                       OptionalTensor c_0, OptionalTensor lengths, OptionalTensor reset,
+                                       OptionalTensor h_r, OptionalTensor c_r, std::vector<Tensor> weights,
+                                       OptionalTensor y, std::vector<Tensor> kept, OptionalTensor gy,
+                                       OptionalTensor gh_n, OptionalTensor gc_n, OptionalTensor gh_all,
+                                       OptionalTensor gc_all) {
   return stack_backward(
       stack(cell, layers, directions, P, layout, x, h_0, c_0, lengths, reset, h_r, c_r, std::move(weights)),
-      {all_states != 0, recompute != 0, dropout, needs}, {y, std::move(kept), gy, gh_n, gc_n, gh_all, gc_all});
+      {all_states != 0, recompute != 0, dropout, needs},
+      {y, std::move(kept), gy, gh_n, gc_n, gh_all, gc_all});
 }
 
 namespace {

@@ -21,20 +21,22 @@ std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_
                                        OptionalTensor gh_n, OptionalTensor gc_n, OptionalTensor gc_all,
                                        int64_t needs);
 
-// stack_forward and stack_backward of layer/stack.h with their arguments by place. P, the size of a projection, is 0
-// where there is none.
-std::vector<Tensor> cpu_stack_forward(int64_t cell, int64_t layers, int64_t directions, int64_t P, int64_t layout,
-                                      int64_t all_states, int64_t recompute, double dropout,
-                                      std::string_view needs, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
-                                      OptionalTensor lengths, OptionalTensor reset, OptionalTensor h_r,
-                                      OptionalTensor c_r, std::vector<Tensor> weights, std::vector<Tensor> masks);
+// stack_forward and stack_backward of layer/stack.h with their arguments by place. P, the size of a
+// projection, is 0 where there is none.
+std::vector<Tensor> cpu_stack_forward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
+                                      int64_t layout, int64_t all_states, int64_t recompute, double dropout,
+                                      std::string_view needs, Tensor x, OptionalTensor h_0,
+                                      OptionalTensor c_0, OptionalTensor lengths, OptionalTensor reset,
+                                      OptionalTensor h_r, OptionalTensor c_r, std::vector<Tensor> weights,
+                                      std::vector<Tensor> masks);
 
-std::vector<Tensor> cpu_stack_backward(int64_t cell, int64_t layers, int64_t directions, int64_t P, int64_t layout,
-                                       int64_t all_states, int64_t recompute, double dropout,
-                                       std::string_view needs, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
-                                       OptionalTensor lengths, OptionalTensor reset, OptionalTensor h_r,
-                                       OptionalTensor c_r, std::vector<Tensor> weights, OptionalTensor y,
-                                       std::vector<Tensor> kept, OptionalTensor gy, OptionalTensor gh_n,
-                                       OptionalTensor gc_n, OptionalTensor gh_all, OptionalTensor gc_all);
+std::vector<Tensor> cpu_stack_backward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
+                                       int64_t layout, int64_t all_states, int64_t recompute, double dropout,
+                                       std::string_view needs, Tensor x, OptionalTensor h_0,
+                                       OptionalTensor c_0, OptionalTensor lengths, OptionalTensor reset,
+                                       OptionalTensor h_r, OptionalTensor c_r, std::vector<Tensor> weights,
+                                       OptionalTensor y, std::vector<Tensor> kept, OptionalTensor gy,
+                                       OptionalTensor gh_n, OptionalTensor gc_n, OptionalTensor gh_all,
+                                       OptionalTensor gc_all);
 
 }  // namespace rnnkit

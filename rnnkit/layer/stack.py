@@ -8,6 +8,7 @@ call that is not plain, `functional` runs layer by layer, over checks that say w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +33,6 @@ take more than this, a node a layer lets go of it in turn, and what a call costs
 CACHE_SIZE = 1024  # plans; T and B are part of one. A program that meets more starts over
 _plans: dict[tuple, Backend | None] = {}
 _plain_eager, _function_modes = checks.is_plain_eager, checks.function_modes
-_grad = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled  # for any type of device
 
 
@@ -54,7 +54,7 @@ def run(
     if type(weights[1]) is not Parameter and type(weights[1]) is not Tensor:
         return None
     train = False
-    for v in (*t, *weights) if _grad() else ():
+    for v in (*t, *weights) if torch.is_grad_enabled() else ():
         if type(v) is Parameter or type(v) is Tensor:
             train = train or v.requires_grad
         elif v is not None:
@@ -103,13 +103,12 @@ def _plan(
 
 
 class StackFunction(torch.autograd.Function):
-    """A whole call as one node of torch's graph. Takes `StackInputs`, then the weights."""
+    """A whole call as one node of torch's graph. Takes `StackInputs`, then the weights; gives the results there are."""
 
     @staticmethod
     def forward(
         ctx: Any, what: tuple[StackOptions, Backend, str, LayerByLayer], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """The results that there are."""
         o, backend, *_ = what
         ctx.what, ctx.needs, ctx.version_guard = what, bytes(ctx.needs_input_grad[1:]), None
         found = backend.stack_forward(o, ctx.needs, StackInputs(*tensors[:7]), tensors[7:], ())  # type: ignore[arg-type]
@@ -124,7 +123,7 @@ class StackFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of `what` (none) and of the tensors, from those of the results."""
-        o, backend, name, layers = ctx.what
+        o, backend, *_ = ctx.what
         saved = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
         count = len(ctx.needs)
         t, weights, kept = StackInputs(*saved[:7]), saved[7:count], saved[count:]
@@ -132,25 +131,34 @@ class StackFunction(torch.autograd.Function):
             return (None,) * (1 + count)
         y, kept = (kept[0], kept[1:]) if o.reads_output else (None, kept)
         masks = kept[: o.layers - 1] if o.dropout > 0 else ()
+        found: Sequence[Tensor | None] | None = None
         if not is_differentiated(grads) and not checks.dispatch_modes():
-            try:
+            left = iter(grads)
+            given = [next(left) if there else None for there in o.outputs]
+            with contextlib.suppress(Unfit):  # a gradient whose memory does not hold its values
                 if was_changed(ctx):
                     y, *rest = backend.stack_forward(o, ctx.needs, t, weights, masks)
                     kept = rest[sum(o.outputs) - 1 :]
-                left = iter(grads)
-                given = [next(left) if there else None for there in o.outputs]
-                found = iter(backend.stack_backward(o, ctx.needs, t, weights, y, kept, given))
-                return (None, *(next(found) if need else None for need in ctx.needs))
-            except Unfit:  # a gradient whose memory does not hold its values
-                pass
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # views: what is asked for is the gradient of each alone, also where one of them was made of another
-            live = [v.view_as(v) if need else v for v, need in zip(saved[:count], ctx.needs, strict=True)]
-            results = layers(o, name, StackInputs(*live[:7]), live[7:], lambda y, k: y * masks[k])
-            outputs, received = zip(
-                *((v, g) for v, g in zip(results, grads, strict=True) if g is not None), strict=True
-            )
-            wanted = [v for v, need in zip(live, ctx.needs, strict=True) if need]
-            found = iter(torch.autograd.grad(outputs, wanted, received, create_graph=again, allow_unused=True))
-        return (None, *(next(found) if need else None for need in ctx.needs))
+                found = backend.stack_backward(o, ctx.needs, t, weights, y, kept, given)
+        if found is None:
+            found = _layer_by_layer(ctx, saved[:count], masks, grads)
+        left = iter(found)
+        return (None, *(next(left) if need else None for need in ctx.needs))
+
+
+def _layer_by_layer(
+    ctx: Any, tensors: Sequence[Tensor | None], masks: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """The same by the layers' own nodes, which torch can differentiate again."""
+    o, _, backend, layers = ctx.what
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views: what is asked for is the gradient of each alone, also where one of them was made of another
+        live: list[Any] = [
+            v.view_as(v) if need and v is not None else v for v, need in zip(tensors, ctx.needs, strict=True)
+        ]
+        results = layers(o, backend, StackInputs(*live[:7]), live[7:], lambda y, k: y * masks[k])
+        used = [k for k, g in enumerate(grads) if g is not None]
+        wanted = [v for v, need in zip(live, ctx.needs, strict=True) if need]
+        received = [grads[k] for k in used]
+        return torch.autograd.grad([results[k] for k in used], wanted, received, create_graph=again, allow_unused=True)
