@@ -37,7 +37,7 @@ BACKENDS: tuple[Backend, ...] = (
 BY_NAME: dict[str, Backend] = {backend.name: backend for backend in BACKENDS}
 NAMES = ("auto", *BY_NAME)
 CACHE_SIZE = 1024  # choices; T and B are part of a spec. A program that meets more starts over
-_selected: dict[tuple[str, bool, tuple], Backend] = {}
+_selected: dict[tuple[tuple, LayerSpec], Backend] = {}
 ORDER_CACHE_SIZE = 4096
 _orders: dict[tuple, tuple[Backend, ...]] = {}
 
@@ -167,28 +167,27 @@ def select_backend(name: str, spec: LayerSpec, *, cache: bool = True, report: bo
     Raises:
         NotImplementedError: a named backend cannot; with its reasons.
     """
-    chosen = cached_backend(name, spec) if cache else None
+    facts = choice_facts(name) if cache else None
+    chosen = None if facts is None else _selected.get((facts, spec))
     if chosen is None:
         asked = _asked(name)
         chosen = _first_able(spec) if asked == "auto" else _named(asked, spec)
         if report and _thread.record is not None:
             _thread.record.append((spec, asked, chosen.name))
-        if cache:
+        if facts is not None:
             if len(_selected) >= CACHE_SIZE:
                 _selected.clear()
-            _selected[asked, _get_mkldnn_enabled(), spec] = chosen
+            _selected[facts, spec] = chosen
     return chosen
 
 
-def cached_backend(name: str, spec: tuple) -> Backend | None:
-    """What `select_backend` chose for the same layer before; None where nothing yet, and inside of `record`.
-
-    spec: a LayerSpec, or the bare tuple of its fields, which takes a third of the time to make.
-    """
+def choice_facts(name: str) -> tuple | None:
+    """What a choice depends on beside a layer's spec, for those who remember choices; None inside of `record`, where
+    each is to be told."""
     if _thread.record is not None:
         return None
     override = _thread.override
-    return _selected.get((name if override is None else override[0], _get_mkldnn_enabled(), spec))
+    return name if override is None else override[0], _get_mkldnn_enabled()
 
 
 def _asked(name: str) -> str:
