@@ -14,7 +14,16 @@ import torch
 from .cpu import extension
 
 # Of /proc/cpuinfo, on x86-64 and on Arm: what tells one kind of processor from another.
-IDENTITY = ("cpu family", "model", "flags", "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features")
+IDENTITY = (
+    "cpu family",
+    "model",
+    "flags",
+    "CPU implementer",
+    "CPU architecture",
+    "CPU variant",
+    "CPU part",
+    "Features",
+)
 BELOW_AMX = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
              "AVX512_CORE_FP16")  # fmt: skip
 BELOW_BF16 = BELOW_AMX[:-2]

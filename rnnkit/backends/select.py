@@ -41,6 +41,7 @@ NAMES = ("auto", *BY_NAME)
 CACHE_SIZE = 1024  # choices; T and B are part of a spec. A program that meets more starts over
 _selected: dict[tuple[str, int, bool, tuple], Backend] = {}
 ORDER_CACHE_SIZE = 4096
+LARGE = (16, 128)  # B and H of an LSTM from which products of bfloat16 count, see `basis`
 _orders: dict[tuple, tuple[Backend, ...]] = {}
 
 
@@ -128,20 +129,25 @@ def preference(spec: LayerSpec) -> tuple[Backend, ...]:
     """
     batch, steps = spec.batch, spec.steps
     if is_compiling() or type(batch) is not int or type(steps) is not int:
-        names = _typical(spec.device, spec.cell, spec.dtype, spec.proj_size > 0, spec.train)
+        large = spec.hidden_size >= LARGE[1]
+        names = _typical(spec.device, spec.cell, spec.dtype, spec.proj_size > 0, spec.train, large)
         return tuple([BY_NAME[name] for name in names])
     sizes = (batch, steps, spec.input_size, spec.hidden_size)
     key = (spec.device, spec.cell, spec.dtype, spec.proj_size > 0, spec.train, _state(), sizes)
     order = _orders.get(key)
     if order is None:
-        found = basis(spec)
-        row = dispatch_times.nearest(sizes, found.rows)
-        names = found.order if row is None else _names(_order(dispatch_times.fastest_first(row.ms)))
-        order = tuple(BY_NAME[name] for name in names)
+        order = tuple(BY_NAME[name] for name in measured_order(spec))
         if len(_orders) >= ORDER_CACHE_SIZE:
             _orders.clear()
         _orders[key] = order
     return order
+
+
+def measured_order(spec: LayerSpec, *, tuned: bool = True) -> tuple[str, ...]:
+    """The names of all backends in the order for this layer, outside of torch.compile. tuned: as in `basis`."""
+    found = basis(spec, tuned=tuned)
+    row = dispatch_times.nearest((spec.batch, spec.steps, spec.input_size, spec.hidden_size), found.rows)
+    return found.order if row is None else _names(_order(dispatch_times.fastest_first(row.ms)))
 
 
 def _state() -> tuple[int, bool]:
@@ -149,8 +155,8 @@ def _state() -> tuple[int, bool]:
     return get_num_threads(), _get_mkldnn_enabled()
 
 
-def _typical(device: str, cell: str, dtype: torch.dtype, projected: bool, train: bool) -> tuple[str, ...]:
-    return _basis(device, cell, dtype, projected, train, *_state()).order
+def _typical(device: str, cell: str, dtype: torch.dtype, *more: bool) -> tuple[str, ...]:
+    return _basis(device, cell, dtype, *more, *_state()).order
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler with the package: files are read there.
@@ -167,8 +173,10 @@ def basis(spec: LayerSpec, *, tuned: bool = True) -> Basis:
        Torch's LSTM must run there as it did where they were recorded. oneDNN has one fused layer, of float32, and of
        bfloat16 where it supports that; torch runs every other LSTM, with a projection too, as a chain of small
        operators. It has nothing else of an RNN or a GRU.
-    2. Torch's LSTM in bfloat16, where oneDNN has products of it (AMX, AVX512-BF16) that the engine does not use: a
-       shipped row was recorded without them.
+    2. Torch's LSTM in bfloat16, from B = 16 and H = 128 on, where oneDNN has products of it (AMX, AVX512-BF16) that the
+       engine does not use: the package's rows were recorded without them. Smaller ones have too little to multiply:
+       the engine without such products was ahead there, 1.4 to 4.7 times, behind from 32×16×256×256 on, and neither
+       at 16×32×128×128 (against AVX512-BF16, one thread, Zen 4). No AMX was measured.
     3. The engine, where it multiplies in this dtype, or where torch's LSTM is that chain: in float16, and in bfloat16
        held to AVX2, the chain took two to seven times as long (LSTM, H = 256 to 768, one thread, Zen 4).
     4. Rows of the same instruction set in another dtype or with fewer threads.
@@ -176,7 +184,8 @@ def basis(spec: LayerSpec, *, tuned: bool = True) -> Basis:
 
     Rows of a GPU were recorded in float32 and stand for every dtype.
     """
-    return _basis(spec.device, spec.cell, spec.dtype, spec.proj_size > 0, spec.train, *_state(), tuned)
+    large = spec.batch >= LARGE[0] and spec.hidden_size >= LARGE[1]
+    return _basis(spec.device, spec.cell, spec.dtype, spec.proj_size > 0, spec.train, large, *_state(), tuned)
 
 
 @functools.lru_cache(maxsize=512)
@@ -186,6 +195,7 @@ def _basis(
     dtype: torch.dtype,
     projected: bool,
     train: bool,
+    large: bool,
     threads: int,
     onednn: bool,
     tuned: bool = True,
@@ -199,6 +209,7 @@ def _basis(
     name, lstm = str(dtype).removeprefix("torch."), cell == "lstm"
     engine_first = tuple(BY_NAME)
     fused = lstm and onednn and not projected and _onednn_fuses(dtype, train)
+    products = processor.unused_bfloat16() if fused and large and dtype == torch.bfloat16 else ""
     alike = dispatch_times.ALIKE.get(cell, cell)
 
     def rows_in(dtype: str, beyond: bool = False) -> tuple[RecordedShape, ...]:
@@ -208,15 +219,14 @@ def _basis(
         if lstm:  # recorded with oneDNN on, and without projections
             own = own if fused == _onednn_fuses(getattr(torch, dtype), train) else ()
             shipped = shipped if fused == _recorded_fused(dtype, isa) else ()
-            shipped = () if fused and dtype == "bfloat16" and processor.unused_bfloat16() else shipped
+            shipped = () if products and dtype == "bfloat16" else shipped
         return dispatch_times.at_threads(threads, shipped, own, beyond=beyond)
 
     rows = rows_in(name)
     if rows:
         return _by_rows(rows)
     wanted = f"no time is recorded of {name} on {isa} with {dispatch_times.said(threads)}"
-    if fused and dtype == torch.bfloat16 and processor.unused_bfloat16():
-        products = processor.unused_bfloat16()
+    if products:
         why = f"torch first: oneDNN has this processor's products of bfloat16 ({products}), which cpu does not use"
         return Basis((), _names(_order(("torch", "cpu"))), why)
     if lstm and not fused:

@@ -48,6 +48,11 @@ class Table(NamedTuple):
     """Why it is not used; None where it is."""
 
 
+def why(error: Exception) -> str:
+    """What an error says, without the path that is said before it."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def default_path() -> Path:
     """Where the table is: in XDG_DATA_HOME, else ~/.local/share; on Windows in LOCALAPPDATA.
 
@@ -82,8 +87,7 @@ def load() -> Table:
     except FileNotFoundError:
         return Table(path, (), "there is none; `python -m rnnkit tune` measures this machine")
     except (Refused, OSError) as error:
-        why = error.strerror if isinstance(error, OSError) else None
-        return Table(path, (), why or str(error))
+        return Table(path, (), why(error))
 
 
 @functools.lru_cache(maxsize=256)
