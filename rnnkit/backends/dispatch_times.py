@@ -111,6 +111,12 @@ def shipped(kind: Kind) -> tuple[RecordedShape, ...]:
     return tuple(parsed(csv.DictReader([head, *(line for line in lines if line.startswith(start))])))
 
 
+def forget() -> None:
+    """Read the file again when it is next asked for."""
+    _lines.cache_clear()
+    shipped.cache_clear()
+
+
 def at_threads(
     threads: int, shipped: Sequence[RecordedShape], own: Sequence[RecordedShape] = (), *, beyond: bool = False
 ) -> tuple[RecordedShape, ...]:

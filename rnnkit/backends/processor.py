@@ -59,8 +59,8 @@ def identity() -> str:
 def instruction_set(dtype: torch.dtype) -> str:
     """The one by which times in this dtype are recorded: the engine's variant in use. Empty where there is no engine.
 
-    A variant with dot products of bfloat16 is another one in that dtype alone. What every Arm processor has is `neon`;
-    `baseline` is what every x86-64 one has.
+    A variant with dot products of bfloat16 is another one in that dtype alone. The baseline of Arm has a name of its
+    own: it has nothing to do with that of x86-64.
     """
     if not extension.variants:
         return ""

@@ -271,7 +271,8 @@ def recorded(spec: LayerSpec) -> RecordedShape | None:
 
 
 def forget() -> None:
-    """Read the user's table again, and choose anew: `tune` has written one."""
+    """Read the tables again, and choose anew: `tune` has written one."""
+    dispatch_times.forget()
     user_times.forget()
     _basis.cache_clear()
     _orders.clear()

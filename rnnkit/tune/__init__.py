@@ -21,7 +21,7 @@ from ..backends.cpu import extension
 from ..backends.dispatch_times import RecordedShape, fastest_first, said
 from ..backends.user_times import NAMES, Refused
 from ..cli.progress import Progress
-from .measure import CELLS, DTYPES, Measured, measure
+from .measure import CELLS, DTYPES, Measured, measure_layers
 
 SECONDS = 75.0  # no layer begins later; the last one and the start take some more
 SHOWN = 20  # changes
@@ -83,7 +83,7 @@ def _measured(dtypes: Sequence[str], seconds: float) -> Measured:
             progress = progress or Progress("tune", total, sys.stderr, "layer")
             progress.show(done, what)
 
-        return measure(dtypes, seconds, show)
+        return measure_layers(dtypes, seconds, show)
     finally:
         if progress is not None:
             progress.close()

@@ -59,7 +59,7 @@ class Measured:
     """How many rows there was no time for."""
 
 
-def measure(dtypes: Sequence[str], seconds: float, show: Callable[[int, int, str], object]) -> Measured:
+def measure_layers(dtypes: Sequence[str], seconds: float, show: Callable[[int, int, str], object]) -> Measured:
     """Rows of this machine, with torch's number of threads.
 
     seconds: no layer is begun later. show: hears the number of a layer, of how many, and which it is.
