@@ -44,7 +44,7 @@ MODES = ("inference", "training")
 LONGEST = 0.6  # seconds for one layer in one mode
 CLOCK = 0.6  # of the time is for the clock, the rest for the accuracy checks
 ROUNDS = 3  # in which all take their turn, at least
-DECIDED = 1.5  # times as long: then one round is enough where time is short
+DECIDED = 1.5  # times as long: then one round is enough of work for whose ROUNDS there is no time
 SETTLE = 0.01  # seconds: by then the threads of the work before sleep, and those of this one are awake
 
 
@@ -104,7 +104,7 @@ def _add(found: Measured, job: BenchJob, made: Setup, seconds: float) -> None:
 def least(works: Sequence[timing.Work], seconds: float) -> list[float]:
     """Seconds a call of each in its best round: what else the machine does makes a round longer, and none shorter.
 
-    seconds: for all of it. Work that takes so long that there is no time for ROUNDS gets one where that decides.
+    seconds: for all of it. Work that takes longer than LONGEST in ROUNDS gets one where that decides.
     """
     begin = time.monotonic()
     best = []
@@ -115,7 +115,8 @@ def least(works: Sequence[timing.Work], seconds: float) -> list[float]:
     settle, rounds = SETTLE if torch.get_num_threads() > 1 else 0.0, 0
     while True:
         late = time.monotonic() - begin >= seconds
-        if late and (rounds >= ROUNDS or max(best) > DECIDED * min(best)):
+        decided = ROUNDS * sum(best) > LONGEST and max(best) > DECIDED * min(best)
+        if late and (rounds >= ROUNDS or decided):
             return best
         for k, work in enumerate(works):
             until = time.monotonic() + settle

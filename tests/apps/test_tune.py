@@ -93,8 +93,8 @@ def test_no_layer_begins_after_the_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("costs", "seconds", "rounds"),
-    [((1.0, 1.1), 0.0, 3), ((1.0, 9.0), 0.0, 0), ((1.0, 9.0), 30.0, 2)],
-    ids=["close", "decided", "decided, with time"],
+    [((1.0, 1.1), 0.0, 3), ((1.0, 9.0), 0.0, 0), ((1.0, 9.0), 30.0, 2), ((0.01, 0.09), 0.0, 3)],
+    ids=["close", "decided", "decided, with time", "short"],
 )
 def test_both_sides_take_turns_and_the_best_round_counts(
     costs: tuple[float, float], seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch
@@ -167,7 +167,8 @@ def test_interrupted_it_leaves_everything_as_it_was(tmp_path: Path) -> None:
         time.sleep(0.5)
         run.send_signal(signal.SIGINT)
         said, out = run.stderr.read(), run.stdout.read()
-    assert run.returncode == 130 and begun
+    # Where the signal meets code that exec() made of a string, Python ends by it in the end: 130 for a shell too.
+    assert run.returncode in (130, -signal.SIGINT) and begun
     assert said.splitlines()[-1] == "rnnkit tune: stopped; nothing is written" and "Traceback" not in said
     assert out == "" and not list((tmp_path / "rnnkit").iterdir())
 
@@ -182,7 +183,7 @@ def test_on_a_full_disk_it_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], env=child(tmp_path), capture_output=True, text=True)
     file = tmp_path / "rnnkit" / "dispatch_times.csv"
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"rnnkit tune: cannot write {file}: File too large\n"
+    assert done.stderr == f"rnnkit tune: cannot write {file}: File too large\n", "before anything is measured"
     assert not list(file.parent.iterdir())
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import rnnkit
+import rnnkit.tune
 from rnnkit.backends import LayerSpec, preference, processor, recorded, select, user_times
 from rnnkit.backends.cpu import extension
 from rnnkit.backends.dispatch_times import Kind, RecordedShape, at_threads
@@ -154,6 +155,16 @@ def foreign(path: Path) -> None:
     path.write_text("import sys; sys.exit('run')\n")
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody shall wait for a table that cannot be written."""
+
+    def measured(*_: object) -> None:
+        pytest.fail("it measured first")
+
+    monkeypatch.setattr(rnnkit.tune, "measure_layers", measured)
+
+
 def state(path: Path) -> list[tuple[str, int, str, bytes]]:
     """Everything below the user's folder."""
     found = []
@@ -175,7 +186,7 @@ def state(path: Path) -> list[tuple[str, int, str, bytes]]:
     ],
 )
 def test_what_is_not_ours_is_neither_read_nor_written_over(
-    put: Callable[[Path], None], reason: str, path: Path, capsys: pytest.CaptureFixture[str]
+    put: Callable[[Path], None], reason: str, path: Path, unmeasured: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(path)
     before = state(path)
@@ -190,7 +201,7 @@ def test_what_is_not_ours_is_neither_read_nor_written_over(
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_a_folder_that_takes_no_file_is_said_before_anything_is_measured(
-    code: int, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    code: int, path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -253,16 +264,17 @@ def test_a_second_table_keeps_what_it_does_not_measure_again(path: Path) -> None
 
 
 def test_a_row_of_the_users_takes_the_place_of_the_same_shape_alone() -> None:
-    shipped = [row(cpu=1.0, torch=2.0), row(1, 1, 64, 64, cpu=1.0, torch=2.0), row(cpu=1.0, torch=2.0, threads=2)]
-    own = [row(cpu=9.0, torch=1.0), row(cpu=9.0, torch=1.0, threads=8)]
+    shipped = [row(*sizes, cpu=1.0, torch=2.0, threads=n) for n in (1, 16) for sizes in ((4, 10, 64, 64), (1, 1, 8, 8))]
 
-    def times(threads: int, **how: bool) -> list[tuple[int, int, float]]:
-        return [(r.threads, r.batch, r.ms["cpu"]) for r in at_threads(threads, shipped, own, **how)]
+    def times(threads: int, own: RecordedShape, **how: bool) -> list[tuple[int, int, float]]:
+        return [(r.threads, r.batch, r.ms["cpu"]) for r in at_threads(threads, shipped, [own], **how)]
 
-    assert times(1) == [(1, 4, 9.0), (1, 1, 1.0)]
-    assert times(2) == times(3) == [(2, 4, 1.0)]
-    assert times(4) == times(8) == [(8, 4, 9.0)], "as near to 2 as to 8"
-    assert times(9) == [] and times(9, beyond=True) == [(8, 4, 9.0)]
+    first, fourth = row(cpu=9.0, torch=1.0), row(cpu=9.0, torch=1.0, threads=4)
+    assert times(1, first) == times(3, first) == [(1, 4, 9.0), (1, 1, 1.0)]
+    assert times(1, fourth) == [(1, 4, 1.0), (1, 1, 1.0)]
+    assert times(2, fourth) == times(4, fourth) == times(8, fourth) == [(4, 4, 9.0)], "as near to 1 and to 16"
+    assert times(9, fourth) == times(16, fourth) == [(16, 4, 1.0), (16, 1, 1.0)]
+    assert times(17, fourth) == [] and times(17, fourth, beyond=True) == times(16, fourth)
 
 
 def test_it_is_read_at_the_first_choice_on_a_cpu_and_not_at_import(path: Path) -> None:
