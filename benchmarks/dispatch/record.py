@@ -20,7 +20,7 @@ from pathlib import Path
 from rnnkit.backends import dispatch_times, user_times
 from rnnkit.backends.cpu import extension
 from rnnkit.backends.dispatch_times import RecordedShape
-from rnnkit.tune.measure import DTYPES
+from rnnkit.tune.measure import CELLS, DTYPES, MODES, SHAPES
 
 from ..speed import machine
 from .fit_dispatch import save
@@ -82,6 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
                 found = measured(isa, threads, dtypes, options.seconds)
             except subprocess.CalledProcessError as error:
                 print(f"{isa}, {dispatch_times.said(threads)}: tune ended with {error.returncode}", file=sys.stderr)
+                return 1
+            wanted = len(SHAPES) * len(CELLS) * len(MODES) * len(dtypes)
+            if len(found) < wanted:
+                about = f"{isa}, {dispatch_times.said(threads)}: {len(found)} of {wanted} rows"
+                print(f"{about}, which are not written; give more than --seconds {options.seconds:g}", file=sys.stderr)
                 return 1
             old = dispatch_times.read(options.to) if options.to.exists() else []
             save(options.to, merged(old, found))

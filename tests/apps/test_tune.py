@@ -224,9 +224,13 @@ def test_record_holds_each_process_to_its_instruction_set(
         dtypes = [command[k + 1] for k, word in enumerate(command) if word == "--dtype"]
         isa, threads = env["RNNKIT_CPU_ISA"], env["OMP_NUM_THREADS"]
         ran.append((isa, env["ONEDNN_MAX_CPU_ISA"], threads, *dtypes))
-        user_times.write(out, [of(isa, dtype, int(threads), 1.0) for dtype in dtypes])
+        one = [of(isa, dtype, int(threads), 1.0) for dtype in dtypes]
+        kinds = [(cell, train) for cell in measure.CELLS.values() for train in (False, True)]
+        every = [r._replace(kind=r.kind._replace(cell=cell, train=train)) for r in one for cell, train in kinds]
+        user_times.write(out, every if len(ran) < 7 else one)
 
     monkeypatch.setattr(record.subprocess, "run", run)
+    monkeypatch.setattr(record, "SHAPES", measure.SHAPES[:1])
     to = tmp_path / "dispatch_times.csv"
     assert record.main(["--to", str(to), "--threads", "1,2"]) == 0
     assert ran == [
@@ -239,5 +243,8 @@ def test_record_holds_each_process_to_its_instruction_set(
     ]
     assert "baseline is left out: the engine has avx512_bf16, avx512, avx2 here" in capsys.readouterr().out
     found = dispatch_times.read(to)
-    assert len(found) == 10 and found == sorted(found, key=lambda row: row.key)
+    assert len(found) == 6 * 10 and found == sorted(found, key=lambda row: row.key)
     assert all(row.source.startswith("cpu-") for row in found)
+    assert record.main(["--to", str(to), "--isa", "avx2", "--threads", "1"]) == 1, "there was no time for all"
+    assert "avx2, 1 thread: 2 of 12 rows, which are not written" in capsys.readouterr().err
+    assert dispatch_times.read(to) == found
