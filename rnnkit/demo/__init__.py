@@ -87,7 +87,7 @@ class Demo:
 
     def run(self) -> int:
         """Train both; report and write what was reached, also after Ctrl-C."""
-        interrupted = False
+        interrupted, tf32 = False, torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False  # both in float32: TF32 alone would set the curves apart
         try:
             self.ours.backends = self._backends()
@@ -97,6 +97,8 @@ class Demo:
             interrupted = True
             # The process ends here, once it has written: torchrun sends on the signal that the terminal has sent.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        finally:
+            torch.backends.cudnn.allow_tf32 = tf32
         check = report.compare(self.theirs.loss, self.ours.loss)
         if self._is_first_process():
             self._report(check, interrupted)
