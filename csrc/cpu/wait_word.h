@@ -53,8 +53,8 @@ class WaitWord {
   }
 
  private:
-  static constexpr uint32_t sleeping =
-      1;  // bit 0: a thread sleeps, or is about to; the value stands above it
+  // Bit 0: a thread sleeps, or is about to. The value stands above it.
+  static constexpr uint32_t sleeping = 1;
   // Pauses, on a Zen 4 50 and 5 us. To sleep and be woken costs some 4 us.
   static constexpr int longest_spin = 2000, shortest_spin = 200;
 

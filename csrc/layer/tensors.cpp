@@ -66,9 +66,13 @@ Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type) {
 
 Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
             int64_t offset) {
+  return view(of, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset);
+}
+
+Tensor view(const Tensor& of, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t offset) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      of.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(of.get(), dims, sizes, strides, offset, &made));
   return Tensor(made);
 }
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import BACKENDS
+from ..backends import BACKENDS, user_times
 from ..backends.cpu import extension
+from ..backends.dispatch_times import said
 from ..backends.triton import backend as triton
 
 NO_TRITON = "not installed: pip install rnnkit[triton]"
@@ -65,6 +66,7 @@ def gather() -> dict[str, Any]:
         "cuda": {"torch_built_for": torch.version.cuda, "devices": _devices()},
         "threads": torch.get_num_threads(),
         "workers": _workers(),
+        "dispatch_times": _times(),
         "backends": {name: {"available": why is None, "reason": why} for name, why in reasons.items()},
     }
 
@@ -82,6 +84,7 @@ def table(found: dict[str, Any]) -> str:
         ("CUDA", "; ".join(devices) or none),
         ("CPU threads", found["threads"]),
         ("CPU workers", _bounded(found["workers"])),
+        ("times", times(found["dispatch_times"])),
         ("backends", ""),
     ]
     for name, backend in found["backends"].items():
@@ -93,6 +96,21 @@ def table(found: dict[str, Any]) -> str:
 def kernels(found: dict[str, Any]) -> str:
     """What the extension has of CUDA, in a line."""
     return found["reason"] or f"{found['count']}, compiled by CUDA {found['toolkit']} for {', '.join(found['chips'])}"
+
+
+def times(found: dict[str, Any]) -> str:
+    """Whose times put the backends in order on a CPU, in a line."""
+    if found["reason"] is None:
+        return f"this machine's, {found['rows']} rows for {', '.join(found['recorded'])}, in {found['path']}"
+    where = f" {found['path']}:" if found["path"] else ""
+    return f"rnnkit's own; of this machine,{where} {found['reason']}"
+
+
+def _times() -> dict[str, Any]:
+    table = user_times.load()
+    recorded = dict.fromkeys(f"{row.kind.isa} {row.kind.dtype} {said(row.threads)}" for row in table.rows)
+    path = None if table.path is None else str(table.path)
+    return {"path": path, "rows": len(table.rows), "recorded": list(recorded), "reason": table.reason}
 
 
 def _chosen_first(variants: list[str]) -> str:

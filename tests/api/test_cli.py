@@ -40,7 +40,7 @@ def test_without_a_command_those_that_exist_are_named(capsys: pytest.CaptureFixt
         cli.main([])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
-    assert "COMMAND (info, bench, demo, experiments, gpu-check)" in said
+    assert "COMMAND (info, tune, bench, demo, experiments, gpu-check)" in said
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

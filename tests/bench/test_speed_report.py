@@ -262,22 +262,36 @@ def test_the_picture_is_the_rows(tmp_path: Path) -> None:
         ElementTree.fromstring(text)
 
 
-def test_choose_takes_plain_layers_and_averages_processors() -> None:
-    def facts(name: str, ms: float, **more: Any) -> rows.BenchRow:
-        return row(implementation=name, ms=ms, **more)
+def lines(some: list[dispatch_times.RecordedShape]) -> list[list[str]]:
+    return [dispatch_times.written(one, tuple(BY_NAME)) for one in some]
 
-    others = [facts("auto", 9), facts("cpu", 9, layers=2), facts("cpu", 9, group="step")]
-    one = [facts("cpu", 1.0), facts("torch", 2.0), facts("reference", 3.0), *others]
-    two = [facts("cpu", 4.0), facts("torch", 8.0), facts("cpu", 5.0, mode="inference", cell="RNN")]
-    assert fit_dispatch.table({"b": two, "a": one}) == [
-        ["cpu", "gru", "1", "1", "1", "64", "64", "a+b", "", "", "2", "4", ""],
-        ["cpu", "rnn_tanh", "0", "1", "1", "64", "64", "b", "", "", "5", "", ""],
+
+def test_choose_takes_plain_layers_on_gpus_and_averages_processors(tmp_path: Path) -> None:
+    def facts(name: str, ms: float, **more: Any) -> rows.BenchRow:
+        return row(**{"implementation": name, "ms": ms, "device": "cuda", **more})
+
+    others = [
+        facts("auto", 9),
+        facts("cuda", 9, layers=2),
+        facts("cuda", 9, group="step"),
+        facts("cpu", 9, device="cpu"),
+    ]
+    one = [facts("cuda", 1.0), facts("torch", 2.0), facts("reference", 3.0), *others]
+    two = [facts("cuda", 4.0), facts("torch", 8.0), facts("cuda", 5.0, mode="inference", cell="RNN")]
+    found = fit_dispatch.table({"b": two, "a": one})
+    assert lines(found) == [
+        ["cuda", "", "float32", "gru", "1", "", "1", "1", "64", "64", "a+b", "2", "", "", "4", ""],
+        ["cuda", "", "float32", "rnn_tanh", "0", "", "1", "1", "64", "64", "b", "5", "", "", "", ""],
     ]
     assert fit_dispatch.table({"a": others}) == []
-    again = [facts("cpu", 4.0, threads=2), facts("torch", 2.0, threads=2)]  # as often one thread as two
-    assert fit_dispatch.table({"a": one + again}) == [
-        ["cpu", "gru", "1", "1", "1", "64", "64", "a", "", "", "2", "2", ""]
-    ]
+    file = tmp_path / "dispatch_times.csv"
+    cpu = [some for some in dispatch_times.read(dispatch_times.FILE) if some.kind.device == "cpu"]
+    fit_dispatch.save(file, [*cpu, found[1]._replace(source="older")])
+    rows.write(tmp_path / "results" / "b.csv", two)
+    assert fit_dispatch.main(["--results", str(tmp_path / "results"), "--to", str(file)]) == 0
+    kept = sorted(cpu, key=lambda some: some.key)
+    assert lines(dispatch_times.read(file)) == lines([*kept, *fit_dispatch.table({"b": two})])
+    assert fit_dispatch.main(["--results", str(tmp_path), "--to", str(file)]) == 2, "no rows of a GPU: left alone"
 
 
 @RECORDED
@@ -286,10 +300,12 @@ def test_what_is_recorded_is_what_the_pages_and_auto_say() -> None:
     files = {path.stem: rows.read(path) for path in rows.recorded(rows.RESULTS)}
     for path, text in pages.written(ROOT, files).items():
         assert (ROOT / path).read_text(encoding="utf-8") == text, f"{path}: python -m rnnkit.benchmarks.speed.pages"
-    head, *lines = [line.split(",") for line in dispatch_times.FILE.read_text(encoding="utf-8").splitlines()]
-    assert [head, *lines] == [[*dispatch_times.FACTS, *BY_NAME], *fit_dispatch.table(files)], (
+    every = dispatch_times.read(dispatch_times.FILE)
+    assert lines([some for some in every if some.kind.device != "cpu"]) == lines(fit_dispatch.table(files)), (
         "python -m rnnkit.benchmarks.dispatch.fit_dispatch"
     )
+    head, *_ = dispatch_times.FILE.read_text(encoding="utf-8").splitlines()
+    assert head.split(",") == [*dispatch_times.FACTS, *BY_NAME]
 
 
 @pytest.mark.parametrize("shapes", [1, 3, 17])

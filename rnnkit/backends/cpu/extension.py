@@ -156,3 +156,6 @@ def _bind() -> ModuleType | None:
 
 native = _bind()
 """The module of functions, or None where this torch has no way for tensors to cross."""
+
+Unfit: type[RuntimeError] = RuntimeError if native is None else native.Unfit
+"""What the module's functions raise for arguments that do not fit, before anything is done."""
