@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 
 os.environ["RNNKIT_FILL_NEW_MEMORY"] = "1"  # read when the extension first makes a tensor
+os.environ["RNNKIT_CPU_THREADS"] = "64"  # work is split among as many threads as a test asks for, on any machine
 os.environ["RNNKIT_TUNED"] = "0"  # no table that `python -m rnnkit tune` made of this machine
 
 import pytest

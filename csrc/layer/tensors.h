@@ -128,12 +128,13 @@ inline int64_t opmath_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-// Whether this process was forked after this library was loaded. OpenMP's threads, and torch's, are not
-// there.
-bool was_forked();
-
-// torch's threads, but one in a process that was forked.
+// As many as torch has threads, but no more than run at once (cpu_limit.h), and one in a process that was
+// forked after this library was loaded.
 Workers workers();
+
+// Whether torch's own GEMMs take no more threads than workers(). In a forked process they would wait for
+// threads that are not there, and with more threads than CPUs OpenMP's threads spin in one another's way.
+bool torch_fits_the_cpus();
 
 // Contiguous memory on the CPU. `zeros` fills it.
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type);

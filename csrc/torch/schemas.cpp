@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../layer/cpu_limit.h"
 #include "schemas.h"
 
 namespace rnnkit {
@@ -98,12 +99,27 @@ Tensor cpu_function(int64_t which, Tensor x) {
 }
 
 std::string cpu_variants() {
+  cpu_limits();  // a wrong RNNKIT_CPU_THREADS speaks here, before a layer runs
   std::string names = engine().name;
   for (const Engine* e : engines()) {
     names += " ";
     names += e->name;
   }
   return names;
+}
+
+// Pairs of a name and a number, 0 for no limit.
+std::string cpu_workers() {
+  const CpuLimits limits = cpu_limits();
+  const auto number = [](int64_t limit) { return std::to_string(limit == no_limit ? 0 : limit); };
+  return "workers " + number(workers().threads) + " torch " + number(torch::stable::get_num_threads()) +
+         " affinity " + number(limits.affinity) + " quota " + number(limits.quota) + " asked " +
+         number(limits.asked);
+}
+
+int64_t cpu_quota(std::string root) {
+  const int64_t cpus = quota_cpus(root);
+  return cpus == no_limit ? 0 : cpus;
 }
 
 }  // namespace
@@ -121,6 +137,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
         "Tensor[]");
   m.def("cpu_function(int which, Tensor x) -> Tensor");
   m.def("cpu_variants() -> str");
+  m.def("cpu_workers() -> str");
+  m.def("cpu_quota(str root) -> int");
 #undef RNNKIT_LAYER
 }
 
@@ -132,4 +150,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkit, CompositeExplicitAutograd, m) {
   m.impl("cpu_variants", TORCH_BOX(&rnnkit::cpu_variants));
+  m.impl("cpu_workers", TORCH_BOX(&rnnkit::cpu_workers));
+  m.impl("cpu_quota", TORCH_BOX(&rnnkit::cpu_quota));
 }

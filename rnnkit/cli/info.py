@@ -1,7 +1,7 @@
 """`python -m rnnkit info`: what this machine can run, and how to get what is missing.
 
-Versions, the C++ extension, Triton, CUDA devices, CPU threads, and for each backend whether it can run here at all.
-Which one runs a given layer, `rnnkit.explain(layer, x)` says.
+Versions, the C++ extension, Triton, CUDA devices, CPU threads and what limits them, and for each backend whether it
+can run here at all. Which one runs a given layer, `rnnkit.explain(layer, x)` says.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def gather() -> dict[str, Any]:
         "triton": {"version": triton, "reason": None if triton else NO_TRITON},
         "cuda": {"torch_built_for": torch.version.cuda, "devices": _devices()},
         "threads": torch.get_num_threads(),
+        "workers": _workers(),
         "dispatch_times": _times(),
         "backends": {name: {"available": why is None, "reason": why} for name, why in reasons.items()},
     }
@@ -82,6 +83,7 @@ def table(found: dict[str, Any]) -> str:
         ("triton", found["triton"]["version"] or found["triton"]["reason"]),
         ("CUDA", "; ".join(devices) or none),
         ("CPU threads", found["threads"]),
+        ("CPU workers", _bounded(found["workers"])),
         ("times", times(found["dispatch_times"])),
         ("backends", ""),
     ]
@@ -113,6 +115,16 @@ def _times() -> dict[str, Any]:
 
 def _chosen_first(variants: list[str]) -> str:
     return f"{variants[0]}, chosen of {', '.join(variants)}" if variants else "none that runs"
+
+
+def _workers() -> dict[str, Any] | None:
+    """The threads of the CPU engine and what bounds them: 0 where nothing does, None where the engine cannot run."""
+    found = extension.workers()
+    return None if found is None else {**found._asdict(), "limit": found.limit}
+
+
+def _bounded(found: dict[str, Any] | None) -> str:
+    return f"{found['workers']}, bound by {found['limit']}" if found else "none: the engine cannot run here"
 
 
 def _triton() -> str | None:
