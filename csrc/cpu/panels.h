@@ -221,14 +221,15 @@ struct GemmWeights {
       constexpr int64_t together = 16;  // rows of w, so that few pages are read side by side
       for (int64_t k0 = 0; k0 < K; k0 += together) {
         for (int p = p0; p < p1; ++p) {
-          const int width = strip_width(p);
-          A* to = const_cast<A*>(panel(p));
-          for (int64_t k = k0; k < std::min(k0 + together, K); ++k) {
-            for (int v = 0; v < panel_vectors(p); ++v) {
-              const int64_t first = (static_cast<int64_t>(p) * panel_width() + v) * L;
-              const int valid = static_cast<int>(std::min<int64_t>(L, units - first));
-              store(to + v / width * strip_size(p) + (k * width + v % width) * L,
-                    load(w + k * ld + first, valid), L);
+          const int vectors = panel_vectors(p), width = strip_width(p);
+          const int64_t size = strip_size(p);
+          for (int v0 = 0; v0 < vectors; v0 += width) {
+            A* to = const_cast<A*>(panel(p)) + v0 / width * size + k0 * width * L;
+            for (int64_t k = k0; k < std::min(k0 + together, K); ++k) {
+              for (int v = v0; v < v0 + width; ++v, to += L) {
+                const int64_t first = (static_cast<int64_t>(p) * panel_width() + v) * L;
+                store(to, load(w + k * ld + first, static_cast<int>(std::min<int64_t>(L, units - first))), L);
+              }
             }
           }
         }
