@@ -16,6 +16,7 @@ from .backends import use_backend
 from .convert import convert, patch_torch, revert
 from .explain import explain
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .version import __version__ as __version__
 
 if _TYPE_CHECKING:
     from . import diagnostics as diagnostics
@@ -28,8 +29,6 @@ else:
             return _importlib.import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GRU",

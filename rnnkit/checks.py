@@ -253,6 +253,12 @@ def _weights(cell: Cell, weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]
     return w_ih, w_hh, b_ih, b_hh, w_hr
 
 
+def expect_reset(reset: object) -> None:
+    """Where there is a reset_state."""
+    if reset is None:
+        raise ValueError("reset_state says what a reset puts in place, so it needs reset; got reset=None")
+
+
 def layer(
     cell: str,
     x: Tensor,
@@ -290,8 +296,7 @@ def layer(
         lengths = lengths_of(lengths, rows, steps, x.device)
     h_r = c_r = None
     if reset_state is not None:
-        if reset is None:
-            raise ValueError("reset_state says what a reset puts in place, so it needs reset; got reset=None")
+        expect_reset(reset)
         h_r, c_r = states_of(kind, reset_state, "reset_state")
         expect_shape(h_r, "reset_state", "[B, P]" if w_hr is not None else "[B, H]", (rows, size), ValueError)
         if kind.has_c:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends import BACKENDS, BY_NAME, LayerSpec, preference, record, recorded
+from .backends import BACKENDS, BY_NAME, LayerSpec, basis, preference, record, recorded
 from .nn.base import Recurrent
 
 UNMEASURED = "in the table's order: nothing is recorded of this cell on this device"
@@ -29,7 +29,9 @@ class Choice:
     backend: str
     reasons: dict[str, list[str]]
     measured: str | None
-    """The recorded shape whose times put the backends in order; None where nothing is recorded."""
+    """The recorded shape whose times put the backends in order; None where a rule does, or nothing is recorded."""
+    rule: str | None
+    """What put them in order where no row of this very kind did; None where one did, or nothing is recorded."""
     detail: str | None
     """How the chosen backend runs it, where it has several ways."""
 
@@ -45,6 +47,7 @@ class Choice:
             "backend": self.backend,
             "reasons": self.reasons,
             "measured": self.measured,
+            "rule": self.rule,
             "detail": self.detail,
         }
 
@@ -56,7 +59,7 @@ class Explanation:
     choices: tuple[Choice, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons", "measured", "detail"}, ...], "note"}.
+        """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons", ...}, ...], "note"}, as in `Choice`.
 
         `reasons` is {backend: [...]} of those that were not chosen.
         """
@@ -74,9 +77,8 @@ class Explanation:
             kind = f"{p.cell} {size} {str(p.dtype).removeprefix('torch.')} on {p.device}"
             lines.append(f"{choice.name or '(the module)'}, {where}: {kind}")
             if choice.asked == "auto":
-                lines.append(
-                    f"    in the order measured at {choice.measured}" if choice.measured else f"    {UNMEASURED}"
-                )
+                measured = choice.measured and f"in the order measured at {choice.measured}"
+                lines += [f"    {line}" for line in (choice.rule, measured) if line] or [f"    {UNMEASURED}"]
             for backend in preference(p):
                 if backend.name == choice.backend:
                     how = "chosen" if choice.asked == "auto" else f"chosen, as backend={choice.asked!r} asks"
@@ -140,9 +142,9 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
             problem, asked, backend = some[k]
             layer = k // directions
             row = recorded(problem)
-            measured = None if row is None else str(row)
+            measured, rule = None if row is None else str(row), basis(problem).rule
             reasons, detail = _reasons(problem, asked, backend), BY_NAME[backend].detail(problem)
-            choices.append(Choice(name, layer, problem, asked, backend, reasons, measured, detail))
+            choices.append(Choice(name, layer, problem, asked, backend, reasons, measured, rule, detail))
         start = end
     return Explanation(tuple(choices))
 

@@ -15,14 +15,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, ops
-from .backends import LayerOptions
-from .cells import CELLS
+from .backends import BATCH_FIRST, STEP, TIME_MAJOR, UNBATCHED, LayerOptions, StackInputs, StackOptions
+from .cells import CELLS, Cell
+from .layer import stack as layer_stack
 from .layer import streams
+from .layer.overlap import at_once, directions_overlap
 from .layouts import layout_of
 
 State = Tensor | tuple[Tensor, Tensor]
 Layer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """What a layer gives in one direction: y, h_n, c_n, c_all."""
+_STEPS = {cell: StackOptions(cell, layout=STEP) for cell in CELLS}
 
 
 def rnn(
@@ -208,10 +211,16 @@ def gru_cell(
 
 def step(cell: str, input: Tensor, hx: Any, weights: Sequence[Tensor], backend: str) -> Any:
     """What `lstm_cell`, `gru_cell` and `rnn_cell` have in common, the cell by its name, for the modules."""
-    if cell == "lstm":
-        h, c = checks.states_of(CELLS[cell], hx, "hx")
-        return ops.step(cell, input, h, c, weights, backend=backend)
-    return ops.step(cell, input, hx, None, weights, backend=backend)[0]
+    kind = CELLS[cell]
+    states = _pair(kind, hx)
+    if states is not None:
+        tensors = StackInputs(input, *states)
+        found = layer_stack.run(_STEPS[cell], backend, tensors, weights, layer_by_layer)
+        if found is not None:
+            return tuple(found) if kind.has_c else found[0]
+    h, c = checks.states_of(kind, hx, "hx")
+    h_n, c_n = ops.step(cell, input, h, c, weights, backend=backend)
+    return (h_n, c_n) if kind.has_c else h_n
 
 
 def rnn_named(name: str) -> str:
@@ -249,15 +258,21 @@ def stack(
     recompute: bool,
 ) -> Any:
     """What `lstm`, `gru` and `rnn` have in common: the cell by its name, every argument by place. For the modules."""
-    plain = type(num_layers) is type(proj_size) is int and type(dropout) in (int, float)
-    simple = plain and num_layers == 1 and bidirectional is False and dropout == 0 and proj_size == 0
-    bare = lengths is None and reset is None and reset_state is None and return_all_states is False
-    if simple and bare and type(batch_first) is bool and recompute is False:
-        found = _single(cell, input, hx, weights, batch_first, backend)
-        if found is not None:
-            return found
     kind = CELLS[cell]
     directions = 2 if bidirectional else 1
+    known = type(num_layers) is type(proj_size) is int and type(dropout) in (int, float) and 0 <= dropout <= 1
+    bools = type(bidirectional) is type(batch_first) is type(return_all_states) is type(recompute) is bool
+    if known and bools and num_layers > 0 and proj_size >= 0 and (reset_state is None or reset is not None):
+        form = _form(input, batch_first)
+        drops = float(dropout) if training and num_layers > 1 else 0.0
+        how = StackOptions(cell, num_layers, directions, proj_size, form, return_all_states, recompute, drops)
+        states, again = _pair(kind, hx), _pair(kind, reset_state)
+        ready = type(reset) is not Tensor or reset.dtype is torch.bool  # others are made so below
+        if states is not None and again is not None and ready:
+            tensors = StackInputs(input, *states, lengths, reset, *again)  # type: ignore[arg-type]
+            found = layer_stack.run(how, backend, tensors, weights, layer_by_layer)
+            if found is not None:
+                return _results(kind, found)
     checks.probability(dropout)
     pieces = checks.stack(cell, weights, num_layers, directions, proj_size)
     packed = type(input) is not Tensor and isinstance(input, PackedSequence)
@@ -279,9 +294,10 @@ def stack(
     h_0, c_0 = checks.states_of(kind, hx, "hx")
     checks.sequence(cell, *sizes, (h_0, c_0), weights, num_layers, directions, proj_size)
     h_r = c_r = None
-    if return_all_states is not False:
-        checks.expect_bool(return_all_states, "return_all_states")
+    checks.expect_bool(return_all_states, "return_all_states")
+    checks.expect_bool(recompute, "recompute")
     if reset_state is not None:
+        checks.expect_reset(reset)
         h_r, c_r = checks.states_of(kind, reset_state, "reset_state")
         checks.sequence(cell, *sizes, (h_r, c_r), weights, num_layers, directions, proj_size, "reset_state")
     if lengths is not None:
@@ -297,10 +313,81 @@ def stack(
         h_0, c_0, h_r, c_r = (layout.states_to_internal(v) for v in (h_0, c_0, h_r, c_r))
     lengths = lengths if layout.lengths is None else layout.lengths
 
-    drops = dropout > 0 and training and num_layers > 1
+    if lengths is not None and checks.can_read_values(layout.x):
+        lengths = checks.lengths_of(lengths, layout.rows, layout.steps, layout.x.device)
+    if reset_mask is not None and checks.can_read_values(layout.x):
+        reset_mask = checks.reset_of(reset_mask, layout.steps, layout.rows, layout.x.device)
+    drops = dropout if training and num_layers > 1 else 0
     if drops:
         checks.weights_before_dropout(cell, layout.x, pieces, directions)
 
+    inner = StackOptions(
+        cell, num_layers, directions, proj_size, TIME_MAJOR, return_all_states, recompute, float(drops)
+    )
+    tensors = StackInputs(layout.x, h_0, c_0, lengths, reset_mask, h_r, c_r)
+    found = None
+    if not (drops and (packed or nested)):  # whose dropout is drawn over the values alone
+        found = layer_stack.run(inner, backend, tensors, weights, layer_by_layer)
+    if found is None:
+        found = layer_by_layer(inner, backend, tensors, weights, lambda y, k: layout.dropout(y, dropout))
+    y, last, *everything = _results(kind, found)
+    return layout.output(y), _each(last, layout.states_to_caller), *(_each(v, layout.all_states) for v in everything)
+
+
+def _form(input: Any, batch_first: bool) -> int:
+    if type(input) is Tensor and input.dim() == 2:
+        return UNBATCHED
+    return BATCH_FIRST if batch_first else TIME_MAJOR
+
+
+_ZEROS = (None, None)
+
+
+def _pair(kind: Cell, state: Any) -> tuple[Tensor | None, Tensor | None] | None:
+    """A state in hx's form as (h, c); None where it is in no such form."""
+    if state is None:
+        return _ZEROS
+    if not kind.has_c:
+        return state, None
+    whole = type(state) is tuple and len(state) == 2 and state[0] is not None and state[1] is not None
+    return state if whole else None
+
+
+def _results(kind: Cell, found: Sequence[Tensor]) -> tuple:
+    """y, the states, and with all_states those after every step, an LSTM's in pairs."""
+    if not kind.has_c:
+        return tuple(found)
+    y, h_n, c_n, *everything = found
+    return (y, (h_n, c_n), tuple(everything)) if everything else (y, (h_n, c_n))
+
+
+def _each(state: State, change: Callable[[Tensor], Tensor]) -> State:
+    return (change(state[0]), change(state[1])) if isinstance(state, tuple) else change(state)
+
+
+def layer_by_layer(
+    o: StackOptions,
+    backend: str,
+    t: StackInputs,
+    weights: Sequence[Tensor],
+    drop: layer_stack.Dropout,
+) -> list[Tensor]:
+    """A call over `ops.layer`, for what does not go as one: its outputs, as `layer_stack.run` gives them.
+
+    drop: dropout of the output of layer k.
+    """
+    cell, layers, directions, _, form, all_states, recompute, dropout = o
+    x, h_0, c_0, lengths, reset, h_r, c_r = t
+    if form == STEP:
+        x, h_0, c_0 = x[None], None if h_0 is None else h_0[None], None if c_0 is None else c_0[None]
+    elif form == UNBATCHED:
+        x = x.unsqueeze(1)
+        h_0, c_0, h_r, c_r = (None if v is None else v.unsqueeze(1) for v in (h_0, c_0, h_r, c_r))
+        reset = None if reset is None else reset.unsqueeze(1)
+        lengths = None if lengths is None else lengths.reshape(1)
+    elif form == BATCH_FIRST:
+        x, reset = x.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
+    each = len(weights) // (layers * directions)
     finals: list[tuple[Tensor, Tensor | None]] = []
     everything: list[tuple[Tensor, Tensor | None]] = []
 
@@ -314,89 +401,55 @@ def stack(
             x,
             None if h_0 is None else h_0[i],
             None if c_0 is None else c_0[i],
-            pieces[i],
+            weights[i * each : (i + 1) * each],
             lengths=lengths,
-            reset=reset_mask,
+            reset=reset,
             reset_state=again,
             reverse=d == 1,
-            all_states=return_all_states,
+            all_states=all_states,
             recompute=recompute,
             backend=backend,
         )
 
     def both(k: int, x: Tensor) -> tuple[Layer, ...]:
         if streams.on_gpu(x):
-            given, how = (h_0, c_0, h_r, c_r), LayerOptions(True, return_all_states, recompute)
-            last = pieces[2 * k + 1]
-            if ops.directions_overlap(
-                cell, x, last, *given, lengths=lengths, reset=reset_mask, options=how, backend=backend
+            given, options = (h_0, c_0, h_r, c_r), LayerOptions(True, all_states, recompute)
+            last = weights[(2 * k + 1) * each : (2 * k + 2) * each]
+            if directions_overlap(
+                cell, x, last, *given, lengths=lengths, reset=reset, options=options, backend=backend
             ):
                 side = streams.side_stream_of(x)
                 if side is not None:
-                    return _at_once(functools.partial(direction, k), x, side)
+                    return at_once(functools.partial(direction, k), x, side)
         return direction(k, 0, x), direction(k, 1, x)
 
     def layer(k: int, x: Tensor) -> Tensor:  # a function, so that nothing of a layer is held while the next one runs
         ran = (direction(k, 0, x),) if directions == 1 else both(k, x)
         finals.extend((h_n, c_n) for _, h_n, c_n, _ in ran)
-        if return_all_states:
+        if all_states:
             everything.extend((y, c_all) for y, _, _, c_all in ran)
         return ran[0][0] if directions == 1 else torch.cat([y for y, *_ in ran], -1)
 
-    x = layout.x
-    for k in range(num_layers):
+    for k in range(layers):
         x = layer(k, x)
-        if drops and k < num_layers - 1:
-            x = layout.dropout(x, dropout)
+        if dropout and k < layers - 1:
+            x = drop(x, k)
 
+    states = _stacked(finals)
+    if form == STEP:
+        return [v[0] for v in states]
+    rest = _stacked(everything) if all_states else []
+    if form == UNBATCHED:
+        return [x.squeeze(1), *(v.squeeze(1) for v in states), *(v.squeeze(2) for v in rest)]
+    if form == BATCH_FIRST:
+        return [x.transpose(0, 1), *states, *(v.transpose(1, 2) for v in rest)]
+    return [x, *states, *rest]
+
+
+def _stacked(parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """h, and c of an LSTM, of every layer and direction."""
     untracked = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    if untracked and len(finals) == 1:  # h_n[None] is no view to autograd there, which detach_() would refuse
-        h_n, c_n = finals[0]
-        states: Any = layout.states_to_caller(h_n[None])
-        if c_n is not None:
-            states = states, layout.states_to_caller(c_n[None])
-    else:
-        states = _pair(kind.has_c, finals, layout.states_to_caller)
-    if return_all_states:
-        return layout.output(x), states, _pair(kind.has_c, everything, layout.all_states)
-    return layout.output(x), states
-
-
-def _at_once(run: Callable[[int, Tensor], Layer], x: Tensor, side: streams.SideStream) -> tuple[Layer, Layer]:
-    """Both directions of a layer of x: the reverse one on the side's stream, the forward one on the current.
-
-    The reverse one first: autograd begins with the node that was made last, so that its backward, which the current
-    stream waits for, comes last there too. It sees x as a view where x is a leaf, or the gradient of x would be summed
-    on the side stream.
-    """
-    if x.is_leaf and x.requires_grad and torch.is_grad_enabled():
-        x = x.view_as(x)
-    try:
-        with side.work():
-            reverse = run(1, x)
-        return run(0, x), reverse
-    finally:
-        side.join()
-
-
-def _single(cell: str, input: Any, hx: Any, weights: Sequence[Tensor], batch_first: bool, backend: str) -> Any:
-    """The call that most programs make, one layer in one direction, the short way; None where it is another."""
-    if cell != "lstm":
-        found = ops.single(cell, input, hx, None, weights, batch_first, backend)
-        return None if found is None else (found[0], found[1])
-    if hx is None:
-        h_0 = c_0 = None
-    elif type(hx) is tuple and len(hx) == 2:
-        h_0, c_0 = hx
-        if h_0 is None or c_0 is None:
-            return None
-    else:
-        return None
-    found = ops.single(cell, input, h_0, c_0, weights, batch_first, backend)
-    return None if found is None else (found[0], (found[1], found[2]))
-
-
-def _pair(has_c: bool, parts: list[tuple[Tensor, Tensor | None]], restore: Any) -> State:
-    """Per-layer states as one tensor, or a pair of them, in the caller's layout."""
-    h = restore(torch.stack([h for h, _ in parts]))
-    return (h, restore(torch.stack([c for _, c in parts if c is not None]))) if has_c else h
+    kinds = [[v for v in some if v is not None] for some in zip(*parts, strict=True)]
+    if untracked and len(parts) == 1:  # a view would refuse detach_() elsewhere
+        return [some[0][None] for some in kinds if some]
+    return [torch.stack(some) for some in kinds if some]

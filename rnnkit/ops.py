@@ -19,14 +19,13 @@ from . import checks
 from .autocast import autocasting, layer_dtypes, no_autocast
 from .backends import REFERENCE, LayerInputs, LayerOptions, LayerOutputs, describe, select_backend
 from .cells import CELLS
-from .layer import override, streams
+from .layer import override
 from .layer.autograd import any_requires_grad, direct
 from .layer.custom_ops import states_of
 from .layer.override import override_layer
 from .layer.profiler import annotated
-from .layer.quick import quick_layer, quick_step, single
 
-__all__ = ["computed_by", "directions_overlap", "layer", "override_layer", "single", "step"]
+__all__ = ["computed_by", "layer", "override_layer", "step"]
 
 _plain_eager, _transforming = checks.is_plain_eager, checks.transforming
 _grad = torch.is_grad_enabled
@@ -81,11 +80,6 @@ def layer(
         TypeError: types, dtypes.
         NotImplementedError: a named backend that cannot run this layer, with its reasons.
     """
-    plain = override.active is None and all_states is False and recompute is False
-    if plain and lengths is None and reset is None and reset_state is None:
-        quick = quick_layer(cell, x, h_0, c_0, weights, reverse, backend)
-        if quick is not None:
-            return quick
     t, options = checks.layer(cell, x, h_0, c_0, weights, lengths, reset, reset_state, reverse, all_states, recompute)
     return _layer(cell, t, options, backend, fused=True)
 
@@ -94,85 +88,48 @@ def step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
     """One step of a cell: x [B, I], h and c [B, H] (zeros where None), weights as for `layer`. Returns h, c."""
-    quick = None if override.active is not None else quick_step(cell, x, h, c, weights, backend)
-    if quick is not None:
-        return quick
     checks.expect_rows(x)
     t, options = checks.layer(cell, x.unsqueeze(0), h, c, weights)
     _, h_n, c_n, _ = _layer(cell, t, options, backend, fused=False)
     return h_n, c_n
 
 
-def directions_overlap(
-    cell: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    *states: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    options: LayerOptions,
-    backend: str,
-) -> bool:
-    """Whether a layer's reverse direction with these weights may run on another stream than its forward one.
-
-    On a GPU, by a backend that says so, in plain calls. Not where somebody looks at what autograd saves: `checkpoint`
-    makes it again on the stream of the direction that asks first, and the other one would not wait. What is wrong with
-    the arguments, `layer` says. states: the four of the state before and at a reset.
-    """
-    if not streams.on_gpu(x) or override.active is not None or x.is_meta:
-        return False
-    if not _plain_eager(x, *weights, *states, lengths, reset) or torch._C._autograd._top_saved_tensors_default_hooks(
-        False
-    ):
-        return False
-    w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
-    t = LayerInputs(
-        x, *states[:2], w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None, lengths, reset, *states[2:]
-    )
-    spec = describe(cell, t, options, train=_grad() and any_requires_grad(t))
-    if autocasting(x.device.type):
-        spec = spec._replace(dtype=layer_dtypes(cell, t, fused=True)[0])
-    try:
-        return select_backend(backend, spec, report=False).concurrent_directions
-    except (NotImplementedError, ValueError):
-        return False
-
-
 def _layer(
     cell: str, t: LayerInputs, o: LayerOptions, backend: str, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    if override.active is not None:
+    device = t.x.device.type
+    plain = _plain_eager(*t) and not t.x.is_meta
+    if override.active is not None or not plain or _autocast():
         t = t.with_zero_states(CELLS[cell].has_c)
+    if override.active is not None:
         return annotated(cell, functools.partial(override.active, cell, t, o), t)
-    if _plain_eager(*t) and not t.x.is_meta and not _autocast():
-        train = _grad() and any_requires_grad(t)
-        chosen = select_backend(backend, describe(cell, t, o, train=train))
-        return direct(cell, chosen, t, o, train)
-    t = t.with_zero_states(CELLS[cell].has_c)
-    if not autocasting(t.x.device.type):
-        return _run(cell, t, o, backend)
-    dtype, shown = layer_dtypes(cell, t, fused=fused)
-    y, h_n, c_n, c_all = _run(cell, t.cast(dtype), o, backend)
-    return y.to(shown), h_n.to(shown), c_n, c_all
-
-
-def _run(
-    cell: str, t: LayerInputs, o: LayerOptions, backend: str
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Where the call is not plain, or was not before autocast's casts."""
+    dtypes = layer_dtypes(cell, t, fused=fused) if autocasting(device) else None
+    if dtypes is not None:
+        t = t.cast(dtypes[0])
     train = _grad() and any_requires_grad(t)
-    chosen = select_backend(backend, describe(cell, t, o, train=train), cache=False)
+    chosen = select_backend(backend, describe(cell, t, o, train=train), cache=plain)
+    if plain:
+        with no_autocast(device):
+            found = direct(cell, chosen, t, o, train)
+    else:
+        found = _traced(cell, chosen.name, t, o, train)
+    if dtypes is None:
+        return found
+    y, h_n, c_n, c_all = found
+    return y.to(dtypes[1]), h_n.to(dtypes[1]), c_n, c_all
+
+
+def _traced(cell: str, backend: str, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
+    """Where torch, or somebody, looks at what is called."""
     compiling = torch.compiler.is_compiling()
-    onnx = compiling and torch.onnx.is_in_onnx_export()
-    if compiling and not onnx and not _compiling_a_transform():
-        return _opaque(cell, chosen.name, t, o, train)
-    with no_autocast(t.x.device.type):
-        if compiling or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0:
-            return annotated(cell, lambda: REFERENCE.forward(cell, t, o, train=False).outputs, t)
-        if _plain_eager(*t) and not t.x.is_meta:
-            return direct(cell, chosen, t, o, train)
-    return _opaque(cell, chosen.name, t, o, train)
+    opaque = compiling and not torch.onnx.is_in_onnx_export() and not _compiling_a_transform()
+    if not opaque:
+        with no_autocast(t.x.device.type):
+            if compiling or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0:
+                return annotated(cell, lambda: REFERENCE.forward(cell, t, o, train=False).outputs, t)
+    y, h_n, c_n, c_all, _, _ = torch.ops.rnnkit.layer_forward(cell, backend, *o, *t, train)
+    has_c_n, has_c_all = states_of(cell, o)
+    return LayerOutputs(y, h_n, c_n if has_c_n else None, c_all if has_c_all else None)
 
 
 def _compiling_a_transform() -> bool:
@@ -184,9 +141,3 @@ def _compiling_a_transform() -> bool:
 
 # As torch.compiler.assume_constant_result does, which would import the compiler with the package.
 _compiling_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _opaque(cell: str, backend: str, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
-    y, h_n, c_n, c_all, _, _ = torch.ops.rnnkit.layer_forward(cell, backend, *o, *t, train)
-    has_c_n, has_c_all = states_of(cell, o)
-    return LayerOutputs(y, h_n, c_n if has_c_n else None, c_all if has_c_all else None)

@@ -1,4 +1,4 @@
-"""What holds for every test: memory that nobody wrote is poison, one thread, fixed seeds.
+"""What holds for every test: memory that nobody wrote is poison, one thread, fixed seeds, rnnkit's own times.
 
 With deterministic algorithms on, torch itself fills what `empty`, `new_empty` and `empty_like` return, NaN for
 floating dtypes and the largest value for integers. The extension, which asks torch below that, does so by a variable
@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 
 os.environ["RNNKIT_FILL_NEW_MEMORY"] = "1"  # read when the extension first makes a tensor
+os.environ["RNNKIT_CPU_THREADS"] = "64"  # work is split among as many threads as a test asks for, on any machine
+os.environ["RNNKIT_TUNED"] = "0"  # no table that `python -m rnnkit tune` made of this machine
 
 import pytest
 import torch

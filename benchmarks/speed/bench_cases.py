@@ -1,9 +1,9 @@
 """What is measured: one literal table of cases, and the choice among them that the command line asks for.
 
 A case is the sizes of a layer and what is done with it. Its group says why it is here: `grid` the shapes by which a
-release is judged, `field` those that other projects publish, `sweep` lines along T, B and H for the pictures, `scan`
-the recurrence alone (I = 1 leaves no input projection), `step` one step of a cell, `resets` and `lengths` what torch
-does by splitting and packing.
+release is judged, `stacks` small layers of one to three floors in one or two directions, `field` those that other
+projects publish, `sweep` lines along T, B and H for the pictures, `scan` the recurrence alone (I = 1 leaves no input
+projection), `step` one step of a cell, `resets` and `lengths` what torch does by splitting and packing.
 """
 
 from __future__ import annotations
@@ -77,6 +77,17 @@ TABLE = (
     BenchCase("grid", 512, 10, 4, 32),
     BenchCase("grid", 7, 33, 19, 45, quick=True),
     BenchCase("grid", 16, 100, 128, 128, layers=2, directions=2),
+    BenchCase("grid", 1, 1, 64, 64, layers=3, devices=CPU),
+    BenchCase("grid", 16, 1, 64, 64, layers=2, devices=CPU),
+    BenchCase("grid", 1, 10, 64, 64, directions=2, devices=CPU),
+    BenchCase("grid", 4, 20, 64, 64, layers=2, directions=2, devices=CPU),
+    *(
+        BenchCase("stacks", batch, steps, 64, 64, layers, directions, devices=CPU, quick=(batch, layers) == (1, 2))
+        for layers in (1, 2, 3)
+        for directions in (1, 2)
+        for steps in (1, 10)
+        for batch in (1, 4, 16)
+    ),
     # fastrnns, in torch's own repository
     BenchCase("field", 64, 100, 512, 512),
     # FlashRNN
@@ -124,6 +135,10 @@ TABLE = (
     BenchCase("lengths", 256, 128, 32, 512, devices=CUDA),
 )
 GROUPS = tuple(dict.fromkeys(case.group for case in TABLE))
+PLAIN = ("grid", "stacks", "field", "sweep")
+"""Groups of plain layers, as torch.nn has them."""
+JUDGED = {"float32": ("grid", "stacks", "step", "scan", "resets", "lengths"), "bfloat16": ("grid", "scan")}
+"""By dtype: the groups of which something is wanted on a CPU; `judged` on the command line."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +171,14 @@ class BenchJob:
 
 
 def known(what: str, wanted: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
-    """The wanted names, spelt as in `names`; raises BadInput, with those that exist, where one does not."""
+    """The wanted names once each, spelt as in `names`; raises BadInput, with those that exist, where one does not."""
     found = []
     for name in wanted:
         meant = [n for n in names if n.lower() == name.lower()]
         if not meant:
             raise BadInput(f"unknown {what} {name!r}; there are: {', '.join(names)}")
         found += meant
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def select(
@@ -174,8 +189,8 @@ def select(
     quick: bool = False,
     dtypes: Sequence[str] = (),
 ) -> list[BenchJob]:
-    """The jobs of a device. cases: names of groups, of shapes, or both as `grid/1x128x64x64`; empty: all. dtypes: of
-    DTYPES; empty: float32.
+    """The jobs of a device. cases: names of groups, of shapes, or both as `grid/1x128x64x64`, or `judged`; empty: all.
+    dtypes: of DTYPES; empty: float32.
 
     Raises BadInput for a name that does not exist, and where nothing is left.
     """
@@ -183,7 +198,7 @@ def select(
     shapes = tuple(dict.fromkeys(case.name for case in here))
     both = tuple(f"{case.group}/{case.name}" for case in here)
     for name in cases:
-        if name.lower() not in (*GROUPS, *shapes, *both):
+        if name.lower() not in (*GROUPS, *shapes, *both, "judged"):
             near = ", ".join(difflib.get_close_matches(name.lower(), (*shapes, *both)))
             raise BadInput(
                 f"unknown case {name!r} on {device}; there are the groups {', '.join(GROUPS)}, and in each shapes "
@@ -196,7 +211,9 @@ def select(
         BenchJob(case, cell, mode, dtype)
         for dtype in dtypes
         for case in here
-        if not wanted or wanted & {case.group, case.name, f"{case.group}/{case.name}"}
+        if not wanted
+        or wanted & {case.group, case.name, f"{case.group}/{case.name}"}
+        or ("judged" in wanted and case.group in JUDGED.get(dtype, ()))
         if case.quick or not quick
         for cell in case.cells
         if not cells or cell in cells

@@ -176,7 +176,7 @@ def setup(
             found.failed.append(failure(module, error))
     if compiled and case.steps <= COMPILED_STEPS and case.layers * case.directions == 1:
         found.ours.append(Implementation(COMPILE, torch.compile(_Reference(job, theirs)), _plain))
-    plain = device == "cpu" and dtype == torch.float32 and not job.train and case.group != "scan"
+    plain = device == "cpu" and dtype == torch.float32 and not job.train and case.group not in ("scan", "stacks")
     if plain and importlib.util.find_spec("onnxruntime"):
         try:
             found.peers.append(_onnxruntime(theirs, x, threads))

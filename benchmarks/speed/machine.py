@@ -30,10 +30,11 @@ def processor(device: str) -> str:
     return f"{name} ({kind})" if kind else name
 
 
-def file_name(device: str, name: str) -> str:
-    """The name, without an ending, of the file of a processor's rows: "cpu-amd-epyc-zen4"."""
+def file_name(device: str, name: str, isa: str = "-") -> str:
+    """The name, without an ending, of the file of a processor's rows by a set: "cpu-amd-epyc-zen4-avx2"."""
     words = re.sub(r"(Zen) (\d)", r"\1\2", name)
-    return f"{device}-{re.sub('[^a-z0-9]+', '-', words.lower()).strip('-')}"
+    plain = f"{device}-{re.sub('[^a-z0-9]+', '-', words.lower()).strip('-')}"
+    return plain if isa == "-" else f"{plain}-{isa}"
 
 
 def no_device() -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,14 +180,14 @@ def _drop_peers(made: Setup, check: AccuracyCheck) -> Iterator[str]:
     """Leave the peers that can do the job and do it; what is said of the others."""
     for peer in list(made.peers):
         try:
-            same = check.error_ratio(peer, peer=True) <= 1
+            ratio = check.error_ratio(peer, peer=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no primitive for this dtype on this processor, say
             made.peers.remove(peer)
             yield implementations.unable(peer.name, error)
             continue
-        if not same:
+        if ratio > (sys.float_info.max if peer is made.baseline else 1):  # the baseline's own rounding is the budget
             made.peers.remove(peer)
             yield f"{peer.name} computes something else here and is left out"
 
@@ -217,5 +218,9 @@ def _graphs(job: BenchJob, every: Sequence[Implementation], works: Works, note: 
 
 
 def _recomputes(job: BenchJob, one: Implementation) -> bool:
-    """Whether its memory with recompute=True is asked for."""
-    return one.name in targets.FUSED and job.train and job.case.group == "field"
+    """Whether its memory with recompute=True is asked for: that which a target speaks of."""
+    if not job.train:
+        return False
+    if one.name in targets.FUSED:
+        return job.case.group == "field"
+    return one.name in ("auto", "cpu") and job.case.group in ("grid", "stacks") and job.dtype == "float32"

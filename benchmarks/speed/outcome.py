@@ -74,17 +74,18 @@ class Outcome:
             "notes": list(dict.fromkeys(self.notes)),
             "machine": machine,
             "memory": timing.MEMORY[device],
-            "targets": [{**dataclasses.asdict(v), "possible": v.possible, "mark": v.mark} for v in verdicts],
+            "targets": [{**dataclasses.asdict(v), "mark": v.mark} for v in verdicts],
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
         return json.dumps(found, indent=2)
 
-    def print(self, interrupted: bool, written: Sequence[Path]) -> None:
-        """The targets as a table, what was wrong, the notes, what was written."""
+    def print(self, interrupted: bool, written: Sequence[Path], machine: str) -> None:
+        """Where it was measured, the targets as a table, what was wrong, the notes, what was written."""
         verdicts = targets.judge(self.rows)
         if interrupted:
             print(f"stopped by Ctrl-C after {len(self.rows)} rows; so far:\n")
         if verdicts:
+            print(report.heading(self.rows, machine), end="\n\n")
             print(report.aligned(report.HEAD, [report.cells(v) for v in verdicts]))
         for line in [*self.wrong, *dict.fromkeys(self.notes)]:
             print(line)

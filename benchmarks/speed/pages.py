@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rnnkit.cli.instruction_set import SETTINGS, WORDS
+
 from . import picture, report, targets
 from .bench_cases import CELLS, MODES, BadInput
 from .implementations import ORT, PACKED, SPLIT, STEPWISE, TORCH
@@ -21,12 +23,12 @@ from .rows import RESULTS, BenchRow, read, recorded
 
 README, PERFORMANCE = "README.md", "docs/performance.md"
 PICTURES = {theme: f"docs/assets/speed-{theme}.svg" for theme in picture.THEMES}
-INSTRUCTIONS = {"AMD EPYC (Zen 4)": "AVX-512"}
-"""What the engine chose on a processor that has rows, which do not say it themselves."""
+WIDEST = (*SETTINGS, "-")
 # README's table, line by line: group, peer, words.
 SMALL = (
     ("grid", TORCH, "plain layers, against torch.nn"),
     ("grid", ORT, "plain layers, against ONNX Runtime"),
+    ("stacks", TORCH, "stacks of 1 to 3 small layers, against torch.nn"),
     ("lengths", PACKED, "lengths, against torch.nn on packed rows"),
     ("resets", STEPWISE, "resets, against a loop over torch.nn's cell"),
     ("resets", SPLIT, "resets, against torch.nn on rows split at them"),
@@ -35,17 +37,17 @@ SMALL = (
 
 def written(root: Path, files: Mapping[str, Sequence[BenchRow]]) -> dict[str, str]:
     """Every page as it must be, by its path below `root`. Raises BadInput where a page lacks its marks."""
-    one = {name: own for name, rows in files.items() if (own := _one_thread(rows))}
-    if not one:
-        raise BadInput("no rows of one CPU thread; `python -m rnnkit bench --record` puts some into benchmarks/results")
-    first = next(iter(one.values()))
-    readme = put(_read(root / README), "number", number(first), README)
+    every = [own for rows in files.values() if (own := _one_thread(rows))]
+    if not every:
+        raise BadInput("no rows of one CPU thread; `make bench BENCH=--record` puts some into benchmarks/results")
+    every.sort(key=lambda rows: WIDEST.index(rows[0].isa))  # stable: by name among those of one instruction set
+    readme = put(_read(root / README), "number", number(every), README)
     pages = {
-        README: put(readme, "speed", "\n\n".join(map(small, one.values())), README),
+        README: put(readme, "speed", small(every), README),
         PERFORMANCE: put(_read(root / PERFORMANCE), "tables", tables(files), PERFORMANCE),
     }
-    about = f"{where(first)}, float32, torch {_version(first)}"
-    return pages | {path: picture.draw(first, about, picture.THEMES[theme]) for theme, path in PICTURES.items()}
+    about = f"{_on(every[0])}, 1 thread, float32, torch {_version(every[0])}"
+    return pages | {path: picture.draw(every[0], about, picture.THEMES[theme]) for theme, path in PICTURES.items()}
 
 
 def _one_thread(rows: Sequence[BenchRow]) -> list[BenchRow]:
@@ -56,11 +58,9 @@ def _one_thread(rows: Sequence[BenchRow]) -> list[BenchRow]:
     ]  # fmt: skip
 
 
-def where(rows: Sequence[BenchRow]) -> str:
-    """The processor, its instruction set and the threads."""
-    processor, threads = rows[0].processor, rows[0].threads
-    isa = INSTRUCTIONS.get(processor)
-    return f"{processor}{f', {isa}' if isa else ''}, {threads} thread{'s' if threads > 1 else ''}"
+def _on(rows: Sequence[BenchRow]) -> str:
+    """The processor and the instruction set."""
+    return report.where(rows[0].processor, rows[0].isa, rows[0].processor_isa)
 
 
 def _version(rows: Sequence[BenchRow]) -> str:
@@ -68,17 +68,25 @@ def _version(rows: Sequence[BenchRow]) -> str:
     return rows[0].torch.partition("+")[0]
 
 
-def number(rows: Sequence[BenchRow]) -> str:
-    """README's first figure: training of all plain layers, all cells and shapes in one mean, rounded down."""
-    some = [row for row in rows if (row.group, row.against, row.mode) == ("grid", TORCH, "training")]
-    if not some:
+def number(every: Sequence[Sequence[BenchRow]]) -> str:
+    """README's first figure: training of all plain layers, all cells and shapes in one mean, rounded down; the widest
+    instruction set comes first."""
+    said: list[str] = []
+    details: list[str] = []
+    for rows in every:
+        some = [row for row in rows if (row.group, row.against, row.mode) == ("grid", TORCH, "training")]
+        if some:
+            each = [f"{cell} {_down(own)}" for cell in CELLS if (own := [row for row in some if row.cell == cell])]
+            as_fast = "" if said else " as fast as with torch.nn"
+            said.append(f"{_down(some)} times{as_fast} on {WORDS[some[0].isa]}")
+            details.append(f"{_on(some)}: {', '.join(each)}, {len({row.case for row in some})} shapes")
+    if not said:
         raise BadInput("no rows of the grid in training against torch.nn")
-    shapes = len({row.case for row in some})
-    each = [f"{cell} {_down(own)}" for cell in CELLS if (own := [row for row in some if row.cell == cell])]
-    return (
-        f"**Training is {_down(some)} times as fast as with torch.nn**: geometric mean over {shapes} shapes "
-        f"({', '.join(each)}), {where(rows)}."
-    )
+    return f"**Training is {_and(said)}**: geometric mean over shapes and cells, 1 thread ({'; '.join(details)})."
+
+
+def _and(said: Sequence[str]) -> str:
+    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
 
 
 def _down(rows: Sequence[BenchRow]) -> str:
@@ -86,16 +94,22 @@ def _down(rows: Sequence[BenchRow]) -> str:
     return f"{math.floor(10 * targets.geometric_mean(row.ratio_p50 for row in rows)) / 10:.1f}"
 
 
-def small(rows: Sequence[BenchRow]) -> str:
-    """README's table of one processor."""
-    verdicts = {(v.group, v.against, v.cell, v.mode): v for v in targets.judge(rows)}
+def small(every: Sequence[Sequence[BenchRow]]) -> str:
+    """README's table: a line for each comparison and cell, two columns for each processor and instruction set."""
+    found = [{(v.group, v.against, v.cell, v.mode): v for v in targets.judge(rows)} for rows in every]
     lines = []
     for group, peer, words in SMALL:
-        line = [verdicts.get((group, peer, cell, mode)) for mode in MODES for cell in CELLS]
-        if any(line):
-            lines.append([words, *("" if v is None else f"{v.mean:.2f} ({v.worst:.2f})" for v in line)])
-    head = ["", *(f"{cell} {mode}" for mode in MODES for cell in CELLS)]
-    return f"{where(rows)}, float32, torch {_version(rows)}:\n\n{report.table(head, lines)}"
+        for cell in CELLS:
+            line = [verdicts.get((group, peer, cell, mode)) for verdicts in found for mode in MODES]
+            if any(line):
+                lines.append([words, cell, *("" if v is None else f"{v.mean:.2f} ({v.worst:.2f})" for v in line)])
+                words = ""
+    head = ["", "", *(f"{WORDS[rows[0].isa]}: {mode}" for rows in every for mode in MODES)]
+    measured = [
+        f"{_on(rows)} (torch {_version(rows)}, multiply-add peak {max(row.peak_gflops for row in rows):.0f} GFLOP/s)"
+        for rows in every
+    ]
+    return f"1 thread, float32; {'; '.join(measured)}:\n\n{report.table(head, lines)}"
 
 
 def tables(files: Mapping[str, Sequence[BenchRow]]) -> str:
@@ -104,8 +118,9 @@ def tables(files: Mapping[str, Sequence[BenchRow]]) -> str:
     for name, rows in files.items():
         for setting in sorted({(row.threads, row.launch, row.dtype) for row in rows}):
             some = [row for row in rows if (row.threads, row.launch, row.dtype) == setting]
-            device = where(some) if some[0].device == "cpu" else f"{some[0].processor}, {setting[1]}"
-            commits = ", ".join(sorted({row.commit for row in some}))
+            threads = f"{setting[0]} thread{'s' if setting[0] > 1 else ''}"
+            device = f"{_on(some)}, {threads if some[0].device == 'cpu' else setting[1]}"
+            commits = ", ".join(sorted({row.commit for row in targets.judged(some)}))
             parts += [
                 f"### {device}, {setting[2]}",
                 f"Measured at {commits}; a + marks a tree with changes.",

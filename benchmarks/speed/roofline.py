@@ -6,6 +6,7 @@ least time in which a job's work could be done at these rates.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,7 +16,7 @@ from .bench_cases import GATES, BenchJob
 
 EXPS = {"RNN": 1, "GRU": 3, "LSTM": 5}  # exponentials a unit and step: a sigmoid or a tanh each
 EXP = 2e-10  # seconds for one of them, vectorised, on one core
-CALL, BACKWARD = 5e-6, 3e-5  # seconds: one call from Python a layer and direction; autograd on top of it
+CALL, BACKWARD = 5e-6, 3e-5  # seconds: one call from Python, of the whole stack; autograd on top of it
 FULL = 1.05  # a product of this size reaches about 95 % of the multiply-add peak
 CACHE = {  # KiB
     "cpu": (256, 512, 1024, 2048, 4096, 8192, 16384, 65536),
@@ -33,9 +34,10 @@ class Machine:
 
     Whatever else runs meanwhile makes a machine look slower, and a share of its limit larger than it is: `measure` is
     called several times in a run, and the best counts. Measured on one thread; `roofline_seconds` multiplies by the
-    threads of a row. The products are of `dtype`, as a row's; `unable` says which of torch's cannot run here. On a GPU
-    float32 products run with the TF32 setting of the run, and the caches are those below the multiprocessors: a kernel
-    that keeps its weights on chip may beat the limit of a scan there. Raises NoProduct where torch has none.
+    threads of a row. The products are of `dtype`, as a row's, by the instruction set that the process is held to;
+    `unable` says which of torch's cannot run here. On a GPU float32 products run with the TF32 setting of the run, and
+    the caches are those below the multiprocessors: a kernel that keeps its weights on chip may beat the limit of a scan
+    there. Raises NoProduct where torch has none.
     """
 
     def __init__(self, device: str, seconds: float, dtype: torch.dtype = torch.float32) -> None:
@@ -92,23 +94,24 @@ class Machine:
 def _products(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
     """Ways to x wᵀ + b, by name: what torch's layers call, oneDNN's own, and on a CPU wide operands in place of narrow
     ones, which is faster where the processor cannot multiply those."""
-    yield "torch.nn.functional.linear", lambda: torch.nn.functional.linear(x, w, b)
-    if x.device.type != "cpu":
-        return
-    if torch.backends.mkldnn.is_available():
-        yield "oneDNN's inner product", lambda: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
-    if x.dtype != torch.float32:
-        wide = x.float(), w.float(), b.float()
-        yield "torch.nn.functional.linear on float32 operands", lambda: torch.nn.functional.linear(*wide)
+    cpu = x.device.type == "cpu"
+    inner = torch.ops.mkldnn._linear_pointwise if cpu and torch.backends.mkldnn.is_available() else None
+    ways = [("", (x, w, b))]
+    if cpu and x.dtype != torch.float32:
+        ways.append((" on float32 operands", (x.float(), w.float(), b.float())))
+    for words, (x1, w1, b1) in ways:
+        yield f"torch.nn.functional.linear{words}", functools.partial(torch.nn.functional.linear, x1, w1, b1)
+        if inner is not None:
+            yield f"oneDNN's inner product{words}", functools.partial(inner, x1, w1, b1, "none", [], "")
 
 
 def roofline_seconds(machine: Machine, job: BenchJob, device: str, threads: int) -> float:
     """Seconds that the job must take at least.
 
     The products at the peak; in each step the recurrent product or reading its weights, whichever is longer, each
-    thread's core a part of them; EXP for each exponential (none on a GPU); one call a layer and direction. Training:
-    two more products for the input projection (its input's gradient and its weight's), and in each step those of the
-    state and of W_hh. In group `scan` the recurrent product or the reading alone.
+    thread's core a part of them; EXP for each exponential (none on a GPU); one call. Training: two more
+    products for the input projection (its input's gradient and its weight's), and in each step those of the state and
+    of W_hh. In group `scan` the recurrent product or the reading alone.
     """
     case = job.case
     cores = threads if device == "cpu" else 1
@@ -121,12 +124,12 @@ def roofline_seconds(machine: Machine, job: BenchJob, device: str, threads: int)
     if case.group == "scan":
         return case.steps * step
     exps = case.rows * hidden * EXPS[job.cell] * EXP / cores if device == "cpu" else 0.0
-    total = 0.0
+    total = CALL + (BACKWARD if job.train else 0.0)
     for layer in range(case.layers):
         width = case.inputs if layer == 0 else hidden * case.directions
         project = 2 * case.steps * case.rows * gates * hidden * width / peak
-        once = project + case.steps * (step + exps) + CALL
+        once = project + case.steps * (step + exps)
         if job.train:
-            once += 2 * project + case.steps * (step + product) + BACKWARD
+            once += 2 * project + case.steps * (step + product)
         total += case.directions * once
     return total

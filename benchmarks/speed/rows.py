@@ -13,6 +13,8 @@ from .bench_cases import BadInput
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 COMPILED, CUDA_COMPILED = RESULTS / "triton-compile.csv", RESULTS / "cuda-compile.csv"
 """No times: what usage/triton_usage.py and usage/cuda_usage.py found."""
+TRAINING_PEAKS = RESULTS / "training-peaks.csv"
+"""No times: the memory of training steps that none may exceed, see goals.py."""
 PROBES = "-probes.csv"
 """How the file of a device's probes ends (gpu_check/probes.py): no rows either."""
 
@@ -59,13 +61,22 @@ class BenchRow:
     """What one core (or the GPU) was measured to reach in this run, in this dtype."""
     dtype: str = "float32"
     recompute_mib: float | None = None
-    """peak_mib with recompute=True, where it was asked: of the fused backends in training, in group `field`."""
+    """peak_mib with recompute=True, where it was asked: in training, in groups that a target speaks of."""
+    isa: str = "avx512"
+    """The instruction set that both sides were held to, or that the processor has; "-" on a GPU."""
+    processor_isa: str = "avx512"
+    """The widest that the processor has: what a library takes that cannot be held."""
 
     @property
     def key(self) -> tuple[object, ...]:
         """What was measured, without the figures: a later row of the same key takes the place of an earlier one."""
         return (self.device, self.processor, self.group, self.case, self.cell, self.mode, self.threads, self.launch,
-                self.implementation, self.against, self.tf32, self.dtype)  # fmt: skip
+                self.implementation, self.against, self.tf32, self.dtype, self.isa)  # fmt: skip
+
+    @property
+    def operations(self) -> float:
+        """Of the products, two for each multiply-add."""
+        return self.gflops * self.ms * 1e6
 
     def line(self) -> str:
         """For a person who watches."""
@@ -88,7 +99,7 @@ PARSE: dict[str, Callable[[str], Any]] = {
 }
 TYPES = {field.name: PARSE[str(field.type)] for field in dataclasses.fields(BenchRow)}
 LATER = {field.name for field in dataclasses.fields(BenchRow) if field.default is not dataclasses.MISSING}
-"""Columns that a file written before they were thought of does not have."""
+"""Columns that a file written before they were thought of does not have. All rows of a CPU were of AVX-512 then."""
 
 
 def write(path: Path, rows: Iterable[BenchRow]) -> None:
@@ -111,14 +122,15 @@ def read(path: Path) -> list[BenchRow]:
             names = list(lines.fieldnames or ())
             if names != [name for name in TYPES if name in names or name not in LATER]:
                 raise BadInput(f"{path} has the columns {lines.fieldnames}, expected {', '.join(TYPES)}")
-            return [BenchRow(**{name: TYPES[name](line[name]) for name in names}) for line in lines]
+            every = [BenchRow(**{name: TYPES[name](line[name]) for name in names}) for line in lines]
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from error
+    return [row if row.device == "cpu" else dataclasses.replace(row, isa="-", processor_isa="-") for row in every]
 
 
 def recorded(folder: Path) -> list[Path]:
     """The files of rows in a folder."""
-    others = (COMPILED.name, CUDA_COMPILED.name)
+    others = (COMPILED.name, CUDA_COMPILED.name, TRAINING_PEAKS.name)
     return [path for path in sorted(folder.glob("*.csv")) if path.name not in others and not path.name.endswith(PROBES)]
 
 

@@ -4,8 +4,8 @@ For each case, cell, mode and dtype: first every implementation's output and gra
 twice torch.nn's error, and a rounding band); what is wrong is not timed. Then all take turns in one process, and the
 ratio is that of paired times, the peer's over the implementation's: above 1, rnnkit is faster. Written are
 rows.csv, after every job, so that Ctrl-C keeps what was measured; at the end report.md and, with matplotlib,
-pictures. All cases take about half an hour on one core, --quick a minute. Results depend on what else runs on the
-machine: a p20 far from a p80 says so.
+pictures. Those with a target take a quarter of an hour on one core by `auto`, all cases by all backends about an
+hour, --quick a minute. Results depend on what else runs on the machine: a p20 far from a p80 says so.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from rnnkit.cli import instruction_set
 from rnnkit.cli.progress import Progress
 from rnnkit.demo import check_out
 from rnnkit.demo.text import InputError
 
-from . import implementations, machine, roofline, targets
+from . import implementations, machine, report, roofline, targets
 from .bench_cases import CELLS, DTYPES, GROUPS, MODES, BadInput, BenchJob, known, select
 from .measure import Measurement
 from .outcome import Outcome
@@ -43,7 +44,12 @@ class NoDevice(RuntimeError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     for name, letter, about in (
-        ("case", "C", f"groups ({', '.join(GROUPS)}), shapes as 32x100x256x256, or both as grid/32x100x256x256"),
+        (
+            "case",
+            "C",
+            f"groups ({', '.join(GROUPS)}; judged: those with a target), shapes as 32x100x256x256, or both as "
+            "grid/32x100x256x256",
+        ),
         ("cell", "C", ", ".join(CELLS)),
         ("mode", "M", ", ".join(MODES)),
         ("dtype", "D", f"{', '.join(DTYPES)}; default: {DTYPES[0]}"),
@@ -51,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("threads", "N", "numbers, as 1,2; default: 1"),
     ):
         parser.add_argument(f"--{name}", type=names, action="extend", default=[], metavar=letter, help=about)
+    instruction_set.add_argument(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a few small cases, in under a minute")
     parser.add_argument("--seconds", type=seconds, metavar="S", help=f"for each that is timed; default: {SECONDS}")
@@ -74,9 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Measure, report; returns the exit code."""
     try:
+        if options.isa is not None:
+            instruction_set.hold(options.isa)
         check_out(options.out)
         bench = Bench(options)
-    except (BadInput, InputError) as error:
+    except (BadInput, InputError, instruction_set.CannotHold) as error:
         return _complain(error, 2)
     except NoDevice as error:
         return _complain(error, 3)
@@ -103,6 +112,8 @@ class Bench:
         """Backend, cell and dtype of what is not to be timed."""
         self.threads = [_count(n) for n in options.threads] or [1]
         if self.device == "cuda":
+            if options.isa is not None:
+                raise BadInput(f"--isa {options.isa} holds a processor; --device cuda has no such sets")
             missing = machine.no_device()
             if missing is not None:
                 raise NoDevice(f"--device cuda: {missing}")
@@ -138,7 +149,9 @@ class Bench:
         progress = None
         try:
             self._look_first()
-            _say(f"{self.about['processor']}: {self._machines()}")
+            about = self.about
+            where = report.where(about["processor"], about["isa"], about["processor_isa"])
+            _say(f"{where}: {self._machines()}")
             progress = Progress("bench", len(self.threads) * len(self.jobs), sys.stderr, "job")
             self._measure(progress)
         except KeyboardInterrupt:
@@ -174,9 +187,15 @@ class Bench:
                 continue
             self.machines[name] = found
             self.outcome.notes += [f"the limit goes without {line}" for line in found.unable]
+        cpu = self.device == "cpu"
+        mixed = instruction_set.mixed() if cpu else None
+        if mixed is not None:
+            self.outcome.notes.append(mixed)
         self.about.update(
             device=self.device,
             processor=machine.processor(self.device),
+            isa=instruction_set.in_use() if cpu else "-",
+            processor_isa=instruction_set.widest() if cpu else "-",
             tf32=machine.tf32(self.device),
             torch=torch.__version__,
             commit=machine.commit(),
@@ -250,12 +269,13 @@ class Bench:
         outcome, recorded = self.outcome, None
         outcome.hold_against(self.machines, self.device)
         if self.options.record and self.about:
-            recorded = RESULTS / f"{machine.file_name(self.device, self.about['processor'])}.csv"
+            name = machine.file_name(self.device, self.about["processor"], self.about["isa"])
+            recorded = RESULTS / f"{name}.csv"
         written = outcome.write(self.options.out, self._machines(), recorded)
         if self.options.json:
             print(outcome.as_json(interrupted, self._machines() if self.about else None, self.device))
             return
-        outcome.print(interrupted, written)
+        outcome.print(interrupted, written, self._machines())
 
 
 def _say(line: str) -> None:

@@ -1,8 +1,7 @@
 """What is aimed at, beside what was measured: each target met or missed, on made-up rows as on real ones.
 
-Groups of the grid are judged by the geometric mean and the worst ratio. Processors differ in what a ratio can be at
-all, so a geometric mean of SHARE of the limit is as good as the wanted ratio. A group that was measured in part is not
-met, whatever its mean; it is missed where its worst ratio is, since no further shape can mend that. These are of a
+A group is judged by the geometric mean and the worst figure. One that was measured in part is not met, whatever its
+mean; it is missed where its worst figure is, since no further shape can mend that. goals.py has what is wanted on a
 CPU. On a GPU the same groups are listed without a mark, and what is aimed at is asked of the fused backends by name
 (FUSED): each against cuDNN in time and in memory, against a loop of torch operators, against itself without resets, and
 what `auto` would make of it.
@@ -20,21 +19,11 @@ from rnnkit.backends.dispatch_times import TIE
 
 from ..dispatch import fit_dispatch
 from .bench_cases import CELLS, MODES, TABLE, BenchCase
-from .implementations import COMPILE, NAMES, ORT, STEPWISE, TORCH, WITHOUT
+from .goals import Memory, large, memory, scan_part, wanted
+from .implementations import COMPILE, NAMES, STEPWISE, TORCH, WITHOUT
 from .rows import BenchRow
 from .timing import geometric_mean
 
-SHARE = 0.75  # of the limit, geometric mean: as good as the mean ratio
-# (cell, mode, peer) -> geometric mean and worst of the ratio over the grid.
-GRID = {
-    **{(cell, "training", TORCH): (4.0, 1.0) for cell in ("RNN", "GRU")},
-    **{(cell, "inference", TORCH): (3.0, 1.0) for cell in ("RNN", "GRU")},
-    ("LSTM", "training", TORCH): (1.3, 0.97),
-    ("LSTM", "inference", TORCH): (1.2, 0.97),
-    **{(cell, "inference", ORT): (1.3, 0.9) for cell in CELLS},
-}
-SCAN = 0.8  # of the peak at B >= 32 and H >= 128; of the cache's bandwidth at B = 1
-STEP = {"RNN": 1 / 0.7, "LSTM": 2.0, "GRU": 2.0}  # torch's time over ours, one step of a cell
 EXTRA = 1 / 1.05  # with resets or lengths: at most 5 % slower than without
 SMALL = 256  # units: what a fused backend on a GPU is to win first
 
@@ -79,22 +68,22 @@ class Verdict:
     against: str
     cases: int
     mean: float
-    """Geometric mean of the ratio; of the share of the limit in group `scan`."""
+    """Geometric mean of the ratio; of the share of the limit in group `scan`; of torch.nn's memory over rnnkit's."""
     worst: float
     worst_case: str
     share: float
-    """Geometric mean of the share of the limit."""
+    """Geometric mean of the share of the limit, over large rows where there are any."""
     wanted: str
     met: bool | None
     launch: str = "call"
     dtype: str = "float32"
     shapes: int = 0
     """How many the whole group has; 0 where it is judged by what there is."""
-
-    @property
-    def possible(self) -> float | None:
-        """The peer's time over the least possible time, geometric mean: the ratio that this machine allows at most."""
-        return self.mean / self.share if self.group != "scan" and self.share else None
+    small: float | None = None
+    """Geometric mean of the ratio over small rows, of which the limit knows little."""
+    possible: float | None = None
+    """The peer's time over the least possible time, geometric mean over the rows of `share`: the ratio that this
+    machine allows at most."""
 
     @property
     def mark(self) -> str:
@@ -118,50 +107,82 @@ def judge(rows: Sequence[BenchRow]) -> list[Verdict]:
     """A verdict for each group of rows that differ in their shape alone, in the order of the tables."""
     groups: dict[tuple, list[BenchRow]] = {}
     for row in dict.fromkeys([*judged(rows), *filter(brought, rows)]):
-        narrow = row.group == "scan" and row.B == 1
-        how = (row.threads, row.launch, row.dtype)
-        key = (how, row.group, narrow, row.against, row.mode, row.cell, row.implementation)
-        groups.setdefault(key, []).append(row)
+        how = (row.threads, row.launch, row.dtype, row.isa, row.processor_isa)
+        part = scan_part(row.group, row.B, row.H)
+        if not part or row.against == TORCH:
+            key = (how, row.group, part, row.against, row.mode, row.cell, row.implementation)
+            groups.setdefault(key, []).append(row)
     order = {name: k for k, name in enumerate((*MODES, *CELLS))}
-    verdicts = []
-    for ((threads, launch, dtype), group, narrow, against, mode, cell, who), some in sorted(
+    ordered = sorted(
         groups.items(),
-        key=lambda g: (g[0][0], RANK[g[0][1]], *g[0][2:4], order[g[0][4]], order[g[0][5]]),
-    ):
-        scan = group == "scan"
-        if scan and against != TORCH:
-            continue
-        figure = {row: row.share if scan else row.ratio_p50 for row in some}
-        worst = min(some, key=lambda row: figure[row])
-        mean, share = geometric_mean(figure.values()), geometric_mean(row.share for row in some)
-        whole = _whole(some[0].device, group, narrow, cell, mode)
-        measured = whole & {row.case for row in some}
-        wanted, met = "", None
-        if some[0].device == "cpu" and not brought(some[0]):
-            wanted, enough, floor = _wanted(group, narrow, cell, mode, against, mean, share)
-            if wanted:
-                met = False if figure[worst] < floor else enough if measured == whole else None
-        verdicts.append(
-            Verdict(
-                group=group,
-                cell=cell,
-                mode=mode,
-                threads=threads,
-                implementation=who,
-                against=("the cache" if narrow else "the peak") if scan else against,
-                cases=len({row.case for row in some}),
-                mean=mean,
-                worst=figure[worst],
-                worst_case=worst.case,
-                share=share,
-                wanted=wanted,
-                met=met,
-                launch=launch,
-                dtype=dtype,
-                shapes=len(whole),
-            )
-        )
+        key=lambda g: (g[0][0][0], RANK[g[0][1]], *g[0][2:4], order[g[0][4]], order[g[0][5]]),
+    )
+    verdicts = [_ratios(some) for _, some in ordered] + [_memory(one) for one in memory(judged(rows))]
     return verdicts + fused([row for row in rows if row.device != "cpu"])
+
+
+def _ratios(some: Sequence[BenchRow]) -> Verdict:
+    """The verdict on rows that differ in their shape alone: on their ratios, of a scan on its share of the limit."""
+    first = some[0]
+    part = scan_part(first.group, first.B, first.H)
+    figure = {row: row.share if part else row.ratio_p50 for row in some}
+    worst, mean = min(some, key=lambda row: figure[row]), geometric_mean(figure.values())
+    some_large = list(some) if part else [row for row in some if large(row)] or list(some)
+    share = geometric_mean(row.share for row in some_large)
+    small = [figure[row] for row in some if not part and not large(row)]
+    whole = _whole(first.device, first.group, part, first.cell, first.mode)
+    goal = wanted(first) if first.device == "cpu" and not brought(first) else None
+    met = None
+    if goal is not None:
+        enough = mean >= goal.mean or (goal.share is not None and share >= goal.share)
+        met = _met(enough, figure[worst] >= goal.floor, whole <= {row.case for row in some})
+    return Verdict(
+        group=first.group,
+        cell=first.cell,
+        mode=first.mode,
+        threads=first.threads,
+        implementation=first.implementation,
+        against=part or first.against,
+        cases=len({row.case for row in some}),
+        mean=mean,
+        worst=figure[worst],
+        worst_case=worst.case,
+        share=share,
+        wanted="" if goal is None else goal.words,
+        met=met,
+        launch=first.launch,
+        dtype=first.dtype,
+        shapes=len(whole),
+        small=geometric_mean(small) if small else None,
+        possible=None if part or not share else geometric_mean(row.ratio_p50 for row in some_large) / share,
+    )
+
+
+def _memory(asked: Memory) -> Verdict:
+    figure, goal = asked.figure, asked.goal
+    worst, mean = min(figure, key=lambda row: figure[row]), geometric_mean(figure.values())
+    return Verdict(
+        group=f"memory, {asked.group}",
+        cell=asked.cell,
+        mode="training",
+        threads=worst.threads,
+        implementation=worst.implementation,
+        against=asked.against,
+        cases=len({row.case for row in figure}),
+        mean=mean,
+        worst=figure[worst],
+        worst_case=worst.case,
+        share=geometric_mean(row.share for row in figure),
+        wanted=goal.words,
+        met=_met(mean >= goal.mean, figure[worst] >= goal.floor, asked.whole <= {row.case for row in figure}),
+        dtype=worst.dtype,
+        shapes=len(asked.whole),
+    )
+
+
+def _met(enough: bool, no_worse: bool, everything: bool) -> bool | None:
+    """Whether a target is met; None where too little was measured to say."""
+    return False if not no_worse else enough if everything else None
 
 
 class Target(NamedTuple):
@@ -237,6 +258,7 @@ def _verdict(name: str, launch: str, target: Target) -> Verdict:
     count, mean = len({_job(row) for row in figure}), geometric_mean(figure.values())
     worst = min(figure, key=lambda row: figure[row])
     enough = mean >= target.least if count >= target.whole else None
+    share = geometric_mean(row.share for row in figure)
     return Verdict(
         group=target.group,
         cell="all",
@@ -248,12 +270,13 @@ def _verdict(name: str, launch: str, target: Target) -> Verdict:
         mean=mean,
         worst=figure[worst],
         worst_case=f"{worst.cell} {worst.case}",
-        share=geometric_mean(row.share for row in figure),
+        share=share,
         wanted=target.wanted,
         met=False if figure[worst] < target.floor else enough,
         launch=launch,
         dtype=target.dtype,
         shapes=target.whole,
+        possible=mean / share if share else None,
     )
 
 
@@ -298,16 +321,16 @@ def _job(row: BenchRow) -> tuple[object, ...]:
     return (row.processor, row.group, row.case, row.cell, row.mode, row.dtype, row.tf32, row.launch)
 
 
-RANK = {name: k for k, name in enumerate(("grid", "step", "scan", "resets", "lengths", "field", "sweep"))}
+RANK = {name: k for k, name in enumerate(("grid", "stacks", "step", "scan", "resets", "lengths", "field", "sweep"))}
 
 
-def _whole(device: str, group: str, narrow: bool, cell: str, mode: str) -> set[str]:
-    """The shapes of a group on a device; `narrow`: of `scan` those with B = 1."""
+def _whole(device: str, group: str, part: str, cell: str, mode: str) -> set[str]:
+    """The shapes of a group on a device, of `scan` those that are held against the same."""
     return {
         case.name
         for case in TABLE
         if case.group == group and device in case.devices and cell in case.cells and mode in case.modes
-        if group != "scan" or narrow == (case.batch == 1)
+        if scan_part(group, case.batch, case.hidden) == part
     }
 
 
@@ -315,20 +338,3 @@ def _trained(group: str, most: float = math.inf) -> int:
     """How many jobs a group has on a GPU in training, up to `most` units."""
     some = [case for case in TABLE if case.group == group and "cuda" in case.devices and "training" in case.modes]
     return sum(len(case.cells) for case in some if case.hidden <= most)
-
-
-def _wanted(
-    group: str, narrow: bool, cell: str, mode: str, against: str, mean: float, share: float
-) -> tuple[str, bool, float]:
-    """The target in words, empty where there is none; whether the means are enough; the least of each figure."""
-    if group == "grid" and (cell, mode, against) in GRID:
-        least, floor = GRID[cell, mode, against]
-        said = f"mean >= {least:g} or {SHARE:.0%} of the limit, worst >= {floor:g}"
-        return said, mean >= least or share >= SHARE, floor
-    if group == "scan":
-        return f"each >= {SCAN:.0%} of the {'cache' if narrow else 'peak'}", True, SCAN
-    if group == "step":
-        return f">= {STEP[cell]:.2f}", True, STEP[cell]
-    if group in ("resets", "lengths") and against == WITHOUT:
-        return "at most 5 % slower than without", True, EXTRA
-    return "", True, 0.0

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
-#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -18,3 +17,4 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "scan.h"
+#include "wait_word.h"

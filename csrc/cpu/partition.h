@@ -34,8 +34,7 @@ struct ThreadSlice {
   }
 };
 
-// Threads that run the same steps wait here for one another. Spins for a while, then lets others run: there
-// may be more threads than cores.
+// Threads that run the same steps wait here for one another.
 class SpinBarrier {
  public:
   explicit SpinBarrier(int64_t slices) : slices_(slices) {}
@@ -43,28 +42,24 @@ class SpinBarrier {
   // `mine`: how many slices the calling thread stands for. Throws where another slice has failed.
   void wait(int64_t mine) {
     if (mine >= slices_) return;  // slices of rows never wait, however many one call is given
-    const int64_t generation = generation_.load(std::memory_order_acquire);
+    const uint32_t phase = phase_.value();
+    if (failed_.load(std::memory_order_acquire)) throw OtherThreadFailed{};  // its phase ends no more
     if (arrived_.fetch_add(mine, std::memory_order_acq_rel) + mine == slices_) {
       arrived_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
+      phase_.set(phase + 1);
       return;
     }
-    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation;) {
-      if (failed_.load(std::memory_order_acquire)) throw OtherThreadFailed{};
-      if (spins < 2000) {
-        ++spins;
-        pause();
-      } else {
-        std::this_thread::yield();
-      }
-    }
+    phase_.wait_while(phase);
+    if (failed_.load(std::memory_order_acquire)) throw OtherThreadFailed{};
   }
 
-  // Keeps the first exception of a slice; those that wait for it are let go.
+  // Keeps the first exception of a slice; those that wait for it are let go. It never arrives again, so that
+  // nobody else ends a phase meanwhile.
   void fail() {
     if (failing_.exchange(true)) return;
     error_ = std::current_exception();
     failed_.store(true, std::memory_order_release);
+    phase_.set(phase_.value() + 1);
   }
   void rethrow() const {
     if (failed_.load(std::memory_order_acquire)) std::rethrow_exception(error_);
@@ -73,15 +68,9 @@ class SpinBarrier {
  private:
   struct OtherThreadFailed {};
 
-  static void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#endif
-  }
-
   const int64_t slices_;
   alignas(64) std::atomic<int64_t> arrived_{0};
-  alignas(64) std::atomic<int64_t> generation_{0};
+  WaitWord phase_;
   std::atomic<bool> failing_{false}, failed_{false};
   std::exception_ptr error_;
 };

@@ -197,47 +197,4 @@ std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, in
   return out;
 }
 
-std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const OptionalTensor& h,
-                                            const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
-                                            const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
-  const Dtype dtype = dtype_of(x);
-  const ScalarType type = x.scalar_type();
-  RNNKIT_CHECK(x.dim() == 2 && w_hh.dim() == 2, "x must be [B, I] and w_hh [G H, H], got ", shown(x.sizes()),
-               " and ", shown(w_hh.sizes()));
-  const int64_t B = x.size(0), I = x.size(1), H = w_hh.size(1), width = gates_of(cell) * H;
-  RNNKIT_CHECK(b_ih.has_value() == b_hh.has_value(), "b_ih and b_hh must both be given, or neither");
-  const Tensor input = expect(x, "x", type, {B, I}), w = expect(w_ih, "w_ih", type, {width, I});
-  const Tensor recurrent = expect(w_hh, "w_hh", type, {width, H});
-  const OptionalTensor bias_ih = expect(b_ih, "b_ih", type, {width}),
-                       bias_hh = expect(b_hh, "b_hh", type, {width});
-  const OptionalTensor h_0 = expect(h, "h", type, {B, H}), c_0 = expect(c, "c", type, {B, H});
-  StateBuffer state(h_0, B, H, dtype);
-  std::optional<StateBuffer> cell_state;
-  if (cell == Cell::lstm) cell_state.emplace(c_0, B, H, dtype);
-  if (B > 0 && H > 0) {
-    Forward problem{};
-    Layer& l = problem.layer;
-    l.cell = cell, l.dtype = dtype, l.B = B, l.H = H, l.masks.T = 1, l.masks.B = B;
-    l.w_hh = recurrent.const_data_ptr();
-    l.workers = workers();
-    problem.b_ih = pointer(bias_ih), problem.b_hh = pointer(bias_hh);
-    problem.h = state.data();
-    problem.c = cell_state ? cell_state->data() : nullptr;
-    const int64_t bytes = bytes_of(dtype);
-    const int64_t opmath_size = opmath_bytes(dtype);
-    // gx, and the step's output, which is the state as well
-    std::vector<char> memory(B * (width * opmath_size + H * bytes));
-    engine()
-        .gemm_nt(dtype, width, I, w.const_data_ptr(), false, l.workers)
-        ->run(B, input.const_data_ptr(), I, memory.data(), width, true, l.workers);
-    ForwardChunk chunk{};
-    chunk.n = 1;
-    chunk.gx = memory.data();
-    chunk.gx_stride = width;
-    chunk.y = memory.data() + B * width * opmath_size;
-    engine().forward(problem, 1)->run(chunk);
-  }
-  return {state.result(type), cell_state ? OptionalTensor(cell_state->result(type)) : std::nullopt};
-}
-
 }  // namespace rnnkit

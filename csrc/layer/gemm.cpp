@@ -125,7 +125,8 @@ bool torch_is_faster(const Tensor& like) {
 }  // namespace
 
 bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K) {
-  return !was_forked() && !is_half(dtype_of(w)) && large(M, N, K) && torch_is_faster<Kind::gemm_nt>(w);
+  return torch_fits_the_cpus() && !is_half(dtype_of(w)) && large(M, N, K) &&
+         torch_is_faster<Kind::gemm_nt>(w);
 }
 
 PackedGemm::PackedGemm(const Tensor& w, bool nn, int64_t rows, bool pack) : w_(nn ? w : transpose(w)) {
@@ -147,7 +148,7 @@ void PackedGemm::run(const Tensor& a, Tensor& out) const {
 
 void gemm_tn(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
              const OptionalTensor& sum, bool add) {
-  if (!was_forked() && !is_half(dtype_of(a)) && large(a.size(1), out.size(1), a.size(0)) &&
+  if (torch_fits_the_cpus() && !is_half(dtype_of(a)) && large(a.size(1), out.size(1), a.size(0)) &&
       torch_is_faster<Kind::gemm_tn>(a)) {
     const std::vector<int64_t> starts =
         contiguous_runs(rows, out.size(1) * static_cast<int64_t>(a.element_size()));

@@ -3,7 +3,6 @@
 
 #pragma once
 
-#include <utility>
 #include <vector>
 
 #include "gemm.h"
@@ -38,11 +37,6 @@ struct LayerInputs {
 // backward wants: gates [T, B, saved H] in the compute type, and for an LSTM c [T, B, H] in it. chunk_steps:
 // steps that are projected at a time, 0: as many as serve the caches.
 std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk_steps);
-
-// One step of a cell: x [B, I], h [B, H] and c [B, H] (zeros where missing) -> the new h, and c of an LSTM.
-std::pair<Tensor, OptionalTensor> cell_step(Cell cell, const Tensor& x, const OptionalTensor& h,
-                                            const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
-                                            const OptionalTensor& b_ih, const OptionalTensor& b_hh);
 
 // A copy in the compute type; `v` itself where it is in it.
 Tensor to_opmath(const Tensor& v, Dtype dtype);

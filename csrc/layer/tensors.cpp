@@ -8,11 +8,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../cpu/worker_pool.h"
+#include "cpu_limit.h"
+
 namespace rnnkit {
 namespace {
 
 bool forked = false;
-// Torch's own GEMMs would wait for the parent's threads in a child.
+// OpenMP's threads, and torch's, stay with the parent.
 const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 int32_t number_of(ScalarType type) {
@@ -28,9 +31,13 @@ int32_t number_of(ScalarType type) {
   }
 }
 
+void run_on_torchs_threads(int64_t slices, void* context, void (*body)(void*, int64_t, int64_t)) {
+  torch::stable::parallel_for(0, slices, 1, [&](int64_t first, int64_t last) { body(context, first, last); });
+}
+
 }  // namespace
 
-bool was_forked() { return forked; }
+bool torch_fits_the_cpus() { return !forked && workers().threads == torch::stable::get_num_threads(); }
 
 // By torch's C interface: torch::stable::new_empty goes by the dispatcher, at three times the price.
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
@@ -59,19 +66,21 @@ Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type) {
 
 Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
             int64_t offset) {
+  return view(of, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset);
+}
+
+Tensor view(const Tensor& of, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t offset) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      of.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(of.get(), dims, sizes, strides, offset, &made));
   return Tensor(made);
 }
 
 Workers workers() {
   RNNKIT_CHECK(watching_forks == 0, "pthread_atfork failed with error ", watching_forks);
-  const int64_t threads = forked ? 1 : torch::stable::get_num_threads();
-  return {threads, [](int64_t slices, void* context, void (*body)(void*, int64_t, int64_t)) {
-            torch::stable::parallel_for(0, slices, 1,
-                                        [&](int64_t first, int64_t last) { body(context, first, last); });
-          }};
+  const int64_t torchs = forked ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = torchs == 1 ? 1 : std::min(torchs, usable_threads());
+  return {threads, threads == torchs || openmp_binds() ? &run_on_torchs_threads : &run_in_pool};
 }
 
 }  // namespace rnnkit

@@ -25,17 +25,22 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// What was given does not fit: not a fault of ours, and nothing was done yet.
+struct Unfit : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 template <class... Words>
 [[noreturn]] void fail(const Words&... words) {
   std::ostringstream message;
   message << "rnnkit: ";
   (message << ... << words);
-  throw std::runtime_error(message.str());
+  throw Unfit(message.str());
 }
 
 // A tensor whose zeros torch makes when someone asks the dispatcher for them.
-struct NoMemory : std::runtime_error {
-  NoMemory() : std::runtime_error("rnnkit: a tensor has no memory of its own") {}
+struct NoMemory : Unfit {
+  NoMemory() : Unfit("rnnkit: a tensor has no memory of its own") {}
 };
 
 // STD_TORCH_CHECK would put the function and the path of the build before the message.
@@ -59,12 +64,16 @@ std::string shown(const Sizes& sizes) {
   return out.str();
 }
 
-// What a tensor is, wherever it lies.
-inline void check_kind(const Tensor& tensor, const char* name, ScalarType type,
-                       std::initializer_list<int64_t> sizes) {
+inline void check_dense(const Tensor& tensor, const char* name) {
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   RNNKIT_CHECK(layout == aoti_torch_layout_strided(), name, " must be a dense tensor");
+}
+
+// What a tensor is, wherever it lies.
+inline void check_kind(const Tensor& tensor, const char* name, ScalarType type,
+                       std::initializer_list<int64_t> sizes) {
+  check_dense(tensor, name);
   const auto got = tensor.sizes();
   RNNKIT_CHECK(tensor.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()),
                name, " must be ", toString(type), " ", shown(sizes), ", got ", toString(tensor.scalar_type()),
@@ -119,12 +128,13 @@ inline int64_t opmath_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-// Whether this process was forked after this library was loaded. OpenMP's threads, and torch's, are not
-// there.
-bool was_forked();
-
-// torch's threads, but one in a process that was forked.
+// As many as torch has threads, but no more than run at once (cpu_limit.h), and one in a process that was
+// forked after this library was loaded.
 Workers workers();
+
+// Whether torch's own GEMMs take no more threads than workers(). In a forked process they would wait for
+// threads that are not there, and with more threads than CPUs OpenMP's threads spin in one another's way.
+bool torch_fits_the_cpus();
 
 // Contiguous memory on the CPU. `zeros` fills it.
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type);
@@ -133,5 +143,6 @@ Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType type);
 // A view of the same memory; `offset` counts elements from the first of `of`.
 Tensor view(const Tensor& of, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
             int64_t offset);
+Tensor view(const Tensor& of, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t offset);
 
 }  // namespace rnnkit

@@ -4,13 +4,15 @@
 // version.
 //
 // A tensor crosses by torch._C._aoti, which turns a Python tensor into a handle of the stable ABI and back,
-// as the code that torch.compile writes does it. Where an argument is no plain
-// tensor the operator is called, or None is returned.
+// as the code that torch.compile writes does it. Where an argument is no plain tensor, a layer's operator is
+// called; a stack raises Unfit, as it does for whatever does not fit: then the caller's checks say what is
+// wrong.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <array>
+#include <string_view>
 #include <tuple>
 #include <utility>
 
@@ -26,8 +28,15 @@ struct PythonObjects {
   std::array<PyObject*, 2> operators{};
 } python;
 
+PyObject* unfit = nullptr;  // the exception rnnkit._C.Unfit
+
 // Raised in Python already.
 struct PythonError {};
+
+// What a list or a tuple holds at k; it keeps it.
+PyObject* item(PyObject* o, Py_ssize_t k) {
+  return PyTuple_Check(o) ? PyTuple_GetItem(o, k) : PyList_GetItem(o, k);
+}
 
 template <class T>
 T from_python(PyObject* o) {
@@ -40,6 +49,18 @@ T from_python(PyObject* o) {
     Py_DecRef(capsule);
     if (handle == nullptr) throw PythonError{};
     return Tensor(static_cast<AtenTensorHandle>(handle));
+  } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
+    std::vector<Tensor> all;
+    const Py_ssize_t count = PySequence_Size(o);
+    for (Py_ssize_t k = 0; k < count; ++k) all.push_back(from_python<Tensor>(item(o, k)));
+    return all;
+  } else if constexpr (std::is_same_v<T, std::string_view>) {
+    char* bytes = nullptr;
+    Py_ssize_t count = 0;
+    if (PyBytes_AsStringAndSize(o, &bytes, &count) != 0) throw PythonError{};
+    return std::string_view(bytes, static_cast<size_t>(count));
+  } else if constexpr (std::is_same_v<T, double>) {
+    return PyFloat_AsDouble(o);
   } else {
     const long long value = PyLong_AsLongLong(o);
     if (value == -1 && PyErr_Occurred() != nullptr) throw PythonError{};
@@ -58,22 +79,6 @@ PyObject* to_python(const std::vector<Tensor>& all) {
   }
   PyObject* made = PyObject_CallFunctionObjArgs(python.to_tensors, capsules, nullptr);
   Py_DecRef(capsules);
-  if (made == nullptr) throw PythonError{};
-  return made;
-}
-
-PyObject* to_python(const Tensor& v) {
-  PyObject* list = to_python(std::vector<Tensor>{v});
-  PyObject* made = PyList_GetItem(list, 0);
-  Py_IncRef(made);
-  Py_DecRef(list);
-  return made;
-}
-
-PyObject* to_python(const std::tuple<Tensor, Tensor>& pair) {
-  PyObject* list = to_python(std::vector<Tensor>{std::get<0>(pair), std::get<1>(pair)});
-  PyObject* made = PyList_AsTuple(list);
-  Py_DecRef(list);
   if (made == nullptr) throw PythonError{};
   return made;
 }
@@ -106,6 +111,16 @@ bool fits(PyObject* o) {
     return o == Py_None || is_plain_tensor(o);
   } else if constexpr (std::is_same_v<T, Tensor>) {
     return is_plain_tensor(o);
+  } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
+    if (!PyList_Check(o) && !PyTuple_Check(o)) return false;
+    for (Py_ssize_t k = 0, count = PySequence_Size(o); k < count; ++k) {
+      if (!is_plain_tensor(item(o, k))) return false;
+    }
+    return true;
+  } else if constexpr (std::is_same_v<T, std::string_view>) {
+    return PyBytes_Check(o);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return PyFloat_Check(o);
   } else {
     return PyLong_Check(o);
   }
@@ -126,12 +141,13 @@ PyObject* call(Result (*f)(Args...), PyObject* const* given, std::index_sequence
   return to_python(found);
 }
 
-// Where an argument is no plain tensor: calls operator `number`, or gives None where that is -1.
+// Where an argument is no plain tensor: calls operator `number`, or raises Unfit where that is -1.
 template <int number>
 PyObject* call_operator(PyObject* const* given, Py_ssize_t count) {
   if constexpr (number < 0) {
-    Py_IncRef(Py_None);
-    return Py_None;
+    PyErr_SetString(unfit,
+                    "rnnkit: an argument is not of the kind that is expected here, such as a plain tensor");
+    return nullptr;
   } else {
     PyObject* all = PyTuple_New(count);
     if (all == nullptr) return nullptr;
@@ -158,6 +174,8 @@ PyObject* checked(Result (*f)(Args...), PyObject* const* given, Py_ssize_t count
   } catch (const PythonError&) {
   } catch (const NoMemory&) {
     return call_operator<number>(given, count);
+  } catch (const Unfit& error) {
+    PyErr_SetString(unfit, error.what());
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
@@ -210,12 +228,9 @@ PyMethodDef methods[] = {
     {"layer_forward", function(&method<0, &cpu_layer_forward>), METH_FASTCALL, "rnnkit::cpu_layer_forward"},
     {"layer_backward", function(&method<1, &cpu_layer_backward>), METH_FASTCALL,
      "rnnkit::cpu_layer_backward"},
-    {"single", function(&method<-1, &cpu_single>), METH_FASTCALL,
-     "cpu_single of csrc/torch/schemas.h; None where an argument is no plain tensor"},
-    {"single_backward", function(&method<-1, &cpu_single_backward>), METH_FASTCALL,
-     "Its gradients, likewise"},
-    {"step", function(&method<-1, &cpu_step>), METH_FASTCALL, "rnnkit::cpu_step, likewise"},
-    {"lstm_step", function(&method<-1, &cpu_lstm_step>), METH_FASTCALL, "rnnkit::cpu_lstm_step, likewise"},
+    {"stack_forward", function(&method<-1, &cpu_stack_forward>), METH_FASTCALL,
+     "cpu_stack_forward of csrc/torch/schemas.h"},
+    {"stack_backward", function(&method<-1, &cpu_stack_backward>), METH_FASTCALL, "Its gradients"},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,
@@ -232,5 +247,9 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT,
 }  // namespace rnnkit
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  return PyModule_Create(&rnnkit::module);
+  PyObject* made = PyModule_Create(&rnnkit::module);
+  if (made == nullptr) return nullptr;
+  rnnkit::unfit = PyErr_NewException("rnnkit._C.Unfit", PyExc_RuntimeError, nullptr);
+  if (rnnkit::unfit == nullptr || PyObject_SetAttrString(made, "Unfit", rnnkit::unfit) != 0) return nullptr;
+  return made;
 }

@@ -3,9 +3,7 @@
 
 #pragma once
 
-#include <tuple>
-
-#include "../layer/layer.h"
+#include "../layer/stack.h"
 
 namespace rnnkit {
 
@@ -23,23 +21,22 @@ std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_
                                        OptionalTensor gh_n, OptionalTensor gc_n, OptionalTensor gc_all,
                                        int64_t needs);
 
-// A module's only layer in the module's layouts: x and y [T, B, .], or [B, T, .] where batch_first, states
-// [1, B, .]. Gives y, h_n, c_n of an LSTM, and with save what the backward wants.
-std::vector<Tensor> cpu_single(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensor w_ih,
-                               Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, bool batch_first,
-                               bool save);
+// stack_forward and stack_backward of layer/stack.h with their arguments by place. P, the size of a
+// projection, is 0 where there is none.
+std::vector<Tensor> cpu_stack_forward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
+                                      int64_t layout, int64_t all_states, int64_t recompute, double dropout,
+                                      std::string_view needs, Tensor x, OptionalTensor h_0,
+                                      OptionalTensor c_0, OptionalTensor lengths, OptionalTensor reset,
+                                      OptionalTensor h_r, OptionalTensor c_r, std::vector<Tensor> weights,
+                                      std::vector<Tensor> masks);
 
-// The gradients in the same layouts, those of `needs`, see layer_backward.
-std::vector<Tensor> cpu_single_backward(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
-                                        Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
-                                        bool batch_first, Tensor y, OptionalTensor gates,
-                                        OptionalTensor c_kept, OptionalTensor gy, OptionalTensor gh_n,
-                                        OptionalTensor gc_n, int64_t needs);
-
-Tensor cpu_step(int64_t cell, Tensor x, OptionalTensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
-                OptionalTensor b_hh);
-
-std::tuple<Tensor, Tensor> cpu_lstm_step(Tensor x, OptionalTensor h, OptionalTensor c, Tensor w_ih,
-                                         Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh);
+std::vector<Tensor> cpu_stack_backward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
+                                       int64_t layout, int64_t all_states, int64_t recompute, double dropout,
+                                       std::string_view needs, Tensor x, OptionalTensor h_0,
+                                       OptionalTensor c_0, OptionalTensor lengths, OptionalTensor reset,
+                                       OptionalTensor h_r, OptionalTensor c_r, std::vector<Tensor> weights,
+                                       OptionalTensor y, std::vector<Tensor> kept, OptionalTensor gy,
+                                       OptionalTensor gh_n, OptionalTensor gc_n, OptionalTensor gh_all,
+                                       OptionalTensor gc_all);
 
 }  // namespace rnnkit

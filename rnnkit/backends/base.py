@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
+from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result, StackInputs, StackOptions
 
 Gradient = Tensor | None
 
@@ -20,8 +20,8 @@ class Backend:
     """One way to run a layer. Knows plain tensors; nothing of autograd, stacks, packing or layouts."""
 
     name = ""
-    singles = False
-    """Whether it has `single` and `single_backward`."""
+    stacks = False
+    """Whether it has `stack_forward` and `stack_backward`."""
     validates_inputs = False
     """Whether its operators check all that they are given: it then gets plain tensors unchecked, h_0 and c_0 None for
     zeros, and raises RuntimeError for what it does not take."""
@@ -53,55 +53,35 @@ class Backend:
         """Run the layer. `train`: keep what `backward` needs; `graph`: an autograd graph may be kept for it."""
         raise NotImplementedError(self.name)
 
-    def single(
+    def stack_forward(
         self,
-        cell: str,
-        x: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-        batch_first: bool,
-        save: bool,
-    ) -> list[Tensor] | None:
-        """A module's only layer in the module's layouts, where `singles`: x and y [T, B, ·], or [B, T, ·] where
-        batch_first, states [1, B, ·] or None for zeros -> y, h_n, c_n of an LSTM, and what is saved.
+        o: StackOptions,
+        needs: bytes,
+        t: StackInputs,
+        weights: Sequence[Tensor],
+        masks: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """A whole call in the caller's layout: `o.outputs`, then what `stack_backward` wants kept, masks of dropout
+        first.
 
-        None for tensors that are not plain. Raises RuntimeError for what it does not take.
+        needs: a byte each for `t` and the weights, 1 where a gradient is wanted; empty: nothing is kept. masks: those
+        of an earlier call, else they are drawn. Raises Unfit for what it does not take.
         """
         raise NotImplementedError(self.name)
 
-    def single_backward(
+    def stack_backward(
         self,
-        cell: str,
-        inputs: Sequence[Tensor | None],
-        batch_first: bool,
-        y: Tensor,
-        saved: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        needs: tuple[bool, ...],
-    ) -> list[Gradient] | None:
-        """Gradients of the seven `inputs` of `single`, given those of y, h_n and c_n; None as there."""
+        o: StackOptions,
+        needs: bytes,
+        t: StackInputs,
+        weights: Sequence[Tensor],
+        y: Tensor | None,
+        kept: Sequence[Tensor],
+        grads: Sequence[Gradient],
+    ) -> list[Tensor]:
+        """The gradients that `needs` names, given those of y, h_n, c_n, h_all, c_all. y: the forward's where
+        `o.reads_output`."""
         raise NotImplementedError(self.name)
-
-    def step(
-        self,
-        cell: str,
-        x: Tensor,
-        h: Tensor | None,
-        c: Tensor | None,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """One step of a cell without gradients: x [B, I], h and c [B, H] or None for zeros -> h and, for an LSTM, c.
-
-        None where the backend has no shorter way than `forward`.
-        """
-        return None
 
     def backward(
         self,

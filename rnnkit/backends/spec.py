@@ -5,6 +5,7 @@ A layer here is one layer in one direction over all T, input projection inside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,49 @@ class LayerOutputs(NamedTuple):
 
 TORCH_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 """The cells that torch.nn has layers of; its operators in torch._VF bear the same names."""
+
+
+TIME_MAJOR, BATCH_FIRST, UNBATCHED, STEP = range(4)
+"""Layouts of a whole call's x: [T, B, I], [B, T, I], [T, I], one step [B, I]; as csrc/layer/stack.h numbers them."""
+
+
+class StackOptions(NamedTuple):
+    """What a whole call is, all layers and both directions, beside its tensors."""
+
+    cell: str
+    layers: int = 1
+    directions: int = 1
+    proj_size: int = 0
+    layout: int = TIME_MAJOR
+    all_states: bool = False
+    recompute: bool = False
+    dropout: float = 0.0
+    """The probability between layers; 0 in evaluation."""
+
+    @property
+    def outputs(self) -> tuple[bool, ...]:
+        """Whether there are y, h_n, c_n, h_all, c_all."""
+        has_c = self.cell == "lstm"
+        return self.layout != STEP, True, has_c, self.all_states, self.all_states and has_c
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether the backward reads the y that the caller has, so that it is not kept beside."""
+        return self.directions == 1 and self.layout != STEP
+
+
+class StackInputs(NamedTuple):
+    """The tensors of a whole call beside its weights, as the caller holds them; missing states are zeros.
+
+    Sizes are of TIME_MAJOR; L layers, D directions, N is P with a projection, else H."""
+
+    x: Tensor  # [T, B, I]
+    h_0: Tensor | None = None  # [L·D, B, N]
+    c_0: Tensor | None = None  # [L·D, B, H], LSTM
+    lengths: Tensor | None = None  # [B]
+    reset: Tensor | None = None  # [T, B]
+    h_reset: Tensor | None = None  # as h_0: the states at a reset
+    c_reset: Tensor | None = None
 
 
 class Result(NamedTuple):
@@ -132,3 +176,21 @@ def describe(cell: str, t: LayerInputs, o: LayerOptions, *, train: bool) -> Laye
         train,
         None if x.is_cpu else x.device.index,
     )
+
+
+def describe_stack(o: StackOptions, t: StackInputs, weights: Sequence[Tensor], *, train: bool) -> list[LayerSpec]:
+    """The spec of each layer and direction of a whole call on the CPU."""
+    *leading, features = t.x.shape
+    steps, rows = (leading[0], 1) if o.layout == UNBATCHED else (1, leading[0]) if o.layout == STEP else leading
+    if o.layout == BATCH_FIRST:
+        steps, rows = rows, steps
+    size, count = weights[1].shape[1], len(weights) // (o.layers * o.directions)
+    hidden = weights[count - 1].shape[1] if o.proj_size else size
+    masked = t.lengths is not None, t.reset is not None, t.h_reset is not None
+    found = []
+    for k in range(o.layers):
+        sizes = (steps, rows, o.directions * size if k else features, hidden, o.proj_size, count > 3)
+        for d in range(o.directions):
+            how = (d == 1, o.all_states, o.recompute, train)
+            found.append(LayerSpec(o.cell, "cpu", t.x.dtype, *sizes, *masked, *how))
+    return found

@@ -1,7 +1,7 @@
 """`python -m rnnkit info`: what this machine can run, and how to get what is missing.
 
-Versions, the C++ extension, Triton, CUDA devices, CPU threads, and for each backend whether it can run here at all.
-Which one runs a given layer, `rnnkit.explain(layer, x)` says.
+Versions, the C++ extension, Triton, CUDA devices, CPU threads and what limits them, and for each backend whether it
+can run here at all. Which one runs a given layer, `rnnkit.explain(layer, x)` says.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import BACKENDS
+from ..backends import BACKENDS, user_times
 from ..backends.cpu import extension
+from ..backends.dispatch_times import said
 from ..backends.triton import backend as triton
 
 NO_TRITON = "not installed: pip install rnnkit[triton]"
@@ -64,6 +65,8 @@ def gather() -> dict[str, Any]:
         "triton": {"version": triton, "reason": None if triton else NO_TRITON},
         "cuda": {"torch_built_for": torch.version.cuda, "devices": _devices()},
         "threads": torch.get_num_threads(),
+        "workers": _workers(),
+        "dispatch_times": _times(),
         "backends": {name: {"available": why is None, "reason": why} for name, why in reasons.items()},
     }
 
@@ -80,6 +83,8 @@ def table(found: dict[str, Any]) -> str:
         ("triton", found["triton"]["version"] or found["triton"]["reason"]),
         ("CUDA", "; ".join(devices) or none),
         ("CPU threads", found["threads"]),
+        ("CPU workers", _bounded(found["workers"])),
+        ("times", times(found["dispatch_times"])),
         ("backends", ""),
     ]
     for name, backend in found["backends"].items():
@@ -93,8 +98,33 @@ def kernels(found: dict[str, Any]) -> str:
     return found["reason"] or f"{found['count']}, compiled by CUDA {found['toolkit']} for {', '.join(found['chips'])}"
 
 
+def times(found: dict[str, Any]) -> str:
+    """Whose times put the backends in order on a CPU, in a line."""
+    if found["reason"] is None:
+        return f"this machine's, {found['rows']} rows for {', '.join(found['recorded'])}, in {found['path']}"
+    where = f" {found['path']}:" if found["path"] else ""
+    return f"rnnkit's own; of this machine,{where} {found['reason']}"
+
+
+def _times() -> dict[str, Any]:
+    table = user_times.load()
+    recorded = dict.fromkeys(f"{row.kind.isa} {row.kind.dtype} {said(row.threads)}" for row in table.rows)
+    path = None if table.path is None else str(table.path)
+    return {"path": path, "rows": len(table.rows), "recorded": list(recorded), "reason": table.reason}
+
+
 def _chosen_first(variants: list[str]) -> str:
     return f"{variants[0]}, chosen of {', '.join(variants)}" if variants else "none that runs"
+
+
+def _workers() -> dict[str, Any] | None:
+    """The threads of the CPU engine and what bounds them: 0 where nothing does, None where the engine cannot run."""
+    found = extension.workers()
+    return None if found is None else {**found._asdict(), "limit": found.limit}
+
+
+def _bounded(found: dict[str, Any] | None) -> str:
+    return f"{found['workers']}, bound by {found['limit']}" if found else "none: the engine cannot run here"
 
 
 def _triton() -> str | None:

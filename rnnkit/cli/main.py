@@ -10,13 +10,14 @@ import argparse
 from types import ModuleType
 from typing import NoReturn
 
-from .. import __version__, demo, experiments
+from .. import __version__, demo, experiments, tune
 from ..benchmarks.gpu_check import main as gpu_check
 from ..benchmarks.speed import run as bench
 from . import info
 
 COMMANDS: dict[str, ModuleType] = {
     "info": info,
+    "tune": tune,
     "bench": bench,
     "demo": demo,
     "experiments": experiments,

@@ -1,9 +1,9 @@
-"""`python -m rnnkit demo`: train a character model with torch.nn, then with rnnkit, and lay the curves together.
+"""`python -m rnnkit demo`: train a character model with torch.nn and with rnnkit, in turn, and lay the curves together.
 
 A stack of recurrent layers learns the sources of Python's standard library, or a text of yours, twice: from the same
-seed, on the same batches; the recurrent class is the only difference. The loss curves must lie on one another over
-the first steps, or the exit code is 1. Written are result.json and, with matplotlib, curves.png. Ctrl-C keeps what
-was reached. Several processes: torchrun --nproc-per-node 2 -m rnnkit demo
+seed, on the same batches, both models a step at a time; the recurrent class is the only difference. The loss curves
+must lie on one another over the first steps, or the exit code is 1. Written are result.json and, with
+matplotlib, curves.png. Ctrl-C keeps what was reached. Several processes: torchrun --nproc-per-node 2 -m rnnkit demo
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from torch import nn
 
 from .. import GRU, LSTM, RNN, explain
 from ..backends import NAMES, check_name
+from ..cli import instruction_set
 from ..cli.info import versions
 from ..cli.progress import Progress
 from . import model, report, text, train
 from .text import InputError
 
 LAYERS = {"lstm": (nn.LSTM, LSTM), "gru": (nn.GRU, GRU), "rnn": (nn.RNN, RNN)}
+MEMORY_STEPS = 3
 PROMPT = "def "
 SAMPLE = 400  # letters
 
@@ -45,11 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder to write to; default: %(default)s/"
     )
     parser.add_argument("--seed", type=seed_option, default=0, metavar="S", help="default: %(default)s")
+    instruction_set.add_argument(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     """Check, train twice, report; returns the exit code."""
     try:
+        if options.isa is not None:
+            instruction_set.hold(options.isa)
         check_name(options.backend)
         check_out(options.out)
         corpus = text.load(options.text)
@@ -82,7 +87,7 @@ class Demo:
 
     def run(self) -> int:
         """Train both; report and write what was reached, also after Ctrl-C."""
-        interrupted = False
+        interrupted, tf32 = False, torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False  # both in float32: TF32 alone would set the curves apart
         try:
             self.ours.backends = self._backends()
@@ -92,6 +97,8 @@ class Demo:
             interrupted = True
             # The process ends here, once it has written: torchrun sends on the signal that the terminal has sent.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        finally:
+            torch.backends.cudnn.allow_tf32 = tf32
         check = report.compare(self.theirs.loss, self.ours.loss)
         if self._is_first_process():
             self._report(check, interrupted)
@@ -118,13 +125,17 @@ class Demo:
                 f"{self.options.cell.upper()}, {model.LAYERS} layers of {model.HIDDEN}, learns {self.corpus.source} "
                 f"({len(self.corpus.train):,} characters) on {_device(self.where)}"
             )
-        for layer in self.layers:  # what torch sets up once is no run's cost
-            train.train(train.Run("first step"), layer, *common, steps=1, seed=self.options.seed)
-        for run, layer in zip((self.theirs, self.ours), self.layers, strict=True):
-            progress = Progress(run.name, self.options.steps, sys.stderr) if self._is_first_process() else None
-            trained = train.train(run, layer, *common, self.options.steps, self.options.seed, progress)
-            train.evaluate(run, trained, self.corpus)
-        self.sample = model.generate(trained, self.corpus.letters, PROMPT, SAMPLE, self.options.seed)
+        steps, seed = self.options.steps, self.options.seed
+        sides = list(zip((self.theirs, self.ours), self.layers, strict=True))
+        for count in (1, MEMORY_STEPS):  # what torch sets up once is no side's memory
+            for run, layer in sides:
+                train.measure_memory(run, layer, *common, count, seed)
+        learners = [train.Learner(run, layer, *common, seed) for run, layer in sides]
+        progress = Progress("training", steps, sys.stderr) if self._is_first_process() else None
+        train.train(learners, *common, steps, seed, progress)
+        for learner in learners:
+            train.evaluate(learner.run, learner.model, self.corpus)
+        self.sample = model.generate(learners[-1].model, self.corpus.letters, PROMPT, SAMPLE, seed)
 
     def _report(self, check: report.CurveCheck, interrupted: bool) -> None:
         runs = [self.theirs, self.ours]
@@ -144,6 +155,9 @@ class Demo:
         if interrupted:
             print(f"stopped by Ctrl-C after {len(self.theirs.loss)} and {len(self.ours.loss)} steps; so far:\n")
         print(report.table(runs), "", report.footnotes(runs), "", sep="\n")
+        speed = report.speed(self.theirs, self.ours)
+        if speed is not None:
+            print(f"{speed}\n")
         if self.sample is not None:
             print(f"rnnkit's model writes (temperature {model.TEMPERATURE}):\n\n{self.sample}\n")
         print(check)
@@ -163,6 +177,7 @@ class Demo:
                 "passed": check.passed,
             },
             "unit": "bits per character",
+            "times_as_fast": None if (speed := report.speed(self.theirs, self.ours)) is None else speed._asdict(),
             "runs": {run.name: run.to_dict() for run in (self.theirs, self.ours)},
             "sample": self.sample,
             "config": {
@@ -215,7 +230,8 @@ def _complain(error: Exception | str, code: int) -> int:
 
 
 def _device(where: train.ProcessInfo) -> str:
-    name = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else "cpu"
+    cpu = f"cpu, {instruction_set.WORDS[instruction_set.in_use()]}"
+    name = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else cpu
     return f"{name}, {where.world} processes" if where.world > 1 else name
 
 

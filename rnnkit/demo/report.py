@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .train import Run
 
@@ -47,6 +48,30 @@ def compare(theirs: list[float], ours: list[float]) -> CurveCheck:
     return CurveCheck(len(pairs), max(differences, default=None))
 
 
+class Speed(NamedTuple):
+    """torch.nn's time over rnnkit's, step by step."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    def __str__(self) -> str:
+        return (
+            f"rnnkit trains {self.p50:.2f} times as fast as torch.nn ({self.p20:.2f} to {self.p80:.2f}: p20 to p80 of "
+            "the steps' ratios)"
+        )
+
+
+def speed(theirs: Run, ours: Run) -> Speed | None:
+    """Over the later half of the steps that both have taken; None where these are fewer than two."""
+    pairs = list(zip(theirs.milliseconds, ours.milliseconds, strict=False))
+    ratios = [a / b for a, b in pairs[len(pairs) // 2 :]]
+    if len(ratios) < 2:
+        return None
+    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
+    return Speed(tenths[1], tenths[4], tenths[7])
+
+
 def table(runs: list[Run]) -> str:
     """A line for each run, columns aligned."""
     head = ["", "held-out bits per character", "ms a step", "tokens per second", "peak memory, MiB", "backend"]
@@ -72,8 +97,8 @@ def footnotes(runs: list[Run]) -> str:
     kept = runs[0].held_out_characters
     notes = [
         "held-out: " + ("not reached." if kept is None else f"{kept:,} characters that training has not seen."),
-        "ms a step: median over the later half of each run; the runs follow one another, so whatever else this machine "
-        "does meanwhile tells in their ratio.",
+        "ms a step: median over the later half of the run. Both sides take each step in turn, on one batch, so that "
+        "whatever else this machine does meanwhile falls on both.",
         f"peak memory: {runs[0].peak_how or 'not measured'}.",
     ]
     return "\n".join(textwrap.fill(note, 100, subsequent_indent="  ") for note in notes)

@@ -1,4 +1,4 @@
-"""One training run of the demo, alone or as one of several processes that torchrun started."""
+"""Training in the demo: both sides in turn, alone or as one of several processes that torchrun started."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -95,44 +95,72 @@ def join_processes() -> ProcessInfo:
     return ProcessInfo(device, dist.get_rank(), dist.get_world_size())
 
 
+class Learner:
+    """One side: the model around its layer, made from `seed`, and its optimizer. `run` is filled as it goes, so that an
+    interrupt loses nothing."""
+
+    def __init__(
+        self, run: Run, layer: Callable[..., nn.Module], corpus: Corpus, where: ProcessInfo, seed: int
+    ) -> None:
+        self.run, self.where = run, where
+        torch.manual_seed(seed)
+        self.model = CharModel(layer, len(corpus.letters)).to(where.device)
+        self.learner: nn.Module = nn.parallel.DistributedDataParallel(self.model) if where.world > 1 else self.model
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
+
+    def step(self, inputs: Tensor, targets: Tensor, peak: Peak | None = None) -> None:
+        """Learn one batch, both [B, T] int64."""
+        where, run = self.where, self.run
+        where.synchronize()
+        start = time.perf_counter()
+        scores, _ = self.learner(inputs)
+        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
+        if peak:
+            peak.look()
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        where.synchronize()
+        run.milliseconds.append((time.perf_counter() - start) * 1e3)
+        run.loss.append(where.mean(loss.detach()) / math.log(2))
+        run.rows = len(inputs) * where.world
+
+
+def measure_memory(
+    run: Run, layer: Callable[..., nn.Module], corpus: Corpus, where: ProcessInfo, steps: int, seed: int
+) -> None:
+    """Into `run` the peak memory of a few steps alone: while both sides learn in turn, none has a peak of its own."""
+    peak = Peak(where.device)
+    learner = Learner(Run(run.name), layer, corpus, where, seed)
+    for inputs, targets in corpus.batches(steps, seed, where.rank, where.world):
+        learner.step(inputs, targets, peak)
+    run.peak_mib = peak.mib()
+    run.peak_how = f"{peak.how}; {steps} steps alone"
+    if where.world > 1:
+        run.peak_how += f"; of process 0 of {where.world}"
+
+
 def train(
-    run: Run,
-    layer: Callable[..., nn.Module],
+    learners: Sequence[Learner],
     corpus: Corpus,
     where: ProcessInfo,
     steps: int,
     seed: int,
     progress: Progress | None = None,
-) -> CharModel:
-    """Train a model around `layer` from `seed`. `run` is filled as it goes, so that an interrupt loses nothing."""
-    peak = Peak(where.device)
-    run.peak_how = peak.how if where.world == 1 else f"{peak.how}; of process 0 of {where.world}"
-    torch.manual_seed(seed)
-    model = CharModel(layer, len(corpus.letters)).to(where.device)
-    learner: nn.Module = nn.parallel.DistributedDataParallel(model) if where.world > 1 else model
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+) -> None:
+    """Teach all of them, in turn at each step and on the same batch, the first and the last changing places: whatever
+    else the machine does falls on all alike."""
     try:
         for step, (inputs, targets) in enumerate(corpus.batches(steps, seed, where.rank, where.world), 1):
-            where.synchronize()
-            start = time.perf_counter()
-            scores, _ = learner(inputs)
-            loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
-            peak.look()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            where.synchronize()
-            run.milliseconds.append((time.perf_counter() - start) * 1e3)
-            run.loss.append(where.mean(loss.detach()) / math.log(2))
-            run.rows = len(inputs) * where.world
+            for learner in learners if step % 2 else reversed(learners):
+                learner.step(inputs, targets)
             if progress:
-                progress.show(step, f"{run.loss[-1]:.3f} bits per character")
+                said = ", ".join(f"{learner.run.name} {learner.run.loss[-1]:.3f}" for learner in learners)
+                progress.show(step, f"{said} bits per character")
     finally:
-        run.peak_mib = peak.mib()
         if progress:
             progress.close()
-    return model
 
 
 @torch.no_grad()

@@ -30,7 +30,10 @@ _NOTHING = torch.empty(0)
 
 def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
     """Whether autograd has to record a call with these tensors, where it is on."""
-    return any(v is not None and v.requires_grad for v in tensors)
+    for v in tensors:  # noqa: SIM110 (a loop costs half of what any() does)
+        if v is not None and v.requires_grad:
+            return True
+    return False
 
 
 def direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
@@ -42,43 +45,48 @@ def direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: 
             return LayerOutputs(*as_row(cell, lambda: backend.forward(cell, t, o, train=False).outputs, t))
         return backend.forward(cell, t, o, train=False).outputs
     bare = t.w_hr is None and t.lengths is None and t.reset is None
-    found = apply((cell, backend, o, None), *(t[:_BARE] if bare else t))
+    found = named(LayerFunction, cell).apply((cell, backend, o), *(t[:_BARE] if bare else t))
     return LayerOutputs(*found, *_MISSING[len(found) :])
 
 
-def apply(how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """`LayerFunction` on these tensors, under the cell's name for torch's profilers."""
-    return named(LayerFunction, how[0]).apply(how, *tensors)
+def save_for_backward(
+    ctx: Any, tensors: Sequence[Tensor | None], y: Tensor, kept: Sequence[Tensor], *, guard: bool
+) -> None:
+    """Save inputs, y and what the backend keeps. torch's RNN and GRU let a program change y in place before the
+    backward: with `guard` a counter of its changes is held with it."""
+    if not guard:
+        ctx.save_for_backward(*tensors, y, *kept)
+        return
+    ctx.save_for_backward(*tensors, y.data, *kept)
+    counter = y.detach()  # counts the changes of y,
+    counter.data = _NOTHING  # but does not keep its memory
+    ctx.version_guard = counter, counter._version
 
 
-How = tuple[str, Backend, LayerOptions, bool | None]
-"""Cell, backend, options; whether a `single` is batch first, None for any other layer."""
+def was_changed(ctx: Any) -> bool:
+    """Whether the y that was saved has been changed in place since."""
+    return ctx.version_guard is not None and ctx.version_guard[0]._version != ctx.version_guard[1]
+
+
+def is_differentiated(grads: Iterable[Tensor | None]) -> bool:
+    """Whether a backward's results are to be differentiated again, or batched: torch's own operators give them."""
+    return _grad() or _transforming() or any(_batched(g) for g in grads if g is not None)
 
 
 class LayerFunction(torch.autograd.Function):
     """A backend's forward and backward as one node of torch's graph. Takes `LayerInputs`, without trailing Nones."""
 
     @staticmethod
-    def forward(ctx: Any, how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, how: tuple[str, Backend, LayerOptions], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """The outputs that there are: y, h_n, then for an LSTM c_n, and c_all where it is asked for."""
-        cell, backend, o, batch_first = how
-        graph = None
-        if batch_first is None:
-            outputs, saved, graph = backend.forward(cell, LayerInputs(*tensors), o, train=True, graph=True)  # type: ignore[arg-type]
-            given = outputs[: 2 if outputs.c_n is None else 3 if outputs.c_all is None else 4]
-        else:
-            given, saved = _run_single(how, tensors)
+        cell, backend, o = how
+        outputs, saved, graph = backend.forward(cell, LayerInputs(*tensors), o, train=True, graph=True)  # type: ignore[arg-type]
+        given = outputs[: 2 if outputs.c_n is None else 3 if outputs.c_all is None else 4]
         ctx.how, ctx.graph, ctx.version_guard, ctx.side = how, graph, None, streams.current_side_stream()
-        y: Tensor = given[0]  # type: ignore[assignment]
         if graph is not None:
             ctx.save_for_backward(*tensors)
-        elif len(given) > 2:
-            ctx.save_for_backward(*tensors, y, *saved)
-        else:  # torch's RNN and GRU let a program change y in place before the backward
-            ctx.save_for_backward(*tensors, y.data, *saved)
-            counter = y.detach()  # counts the changes of y,
-            counter.data = _NOTHING  # but does not keep its memory
-            ctx.version_guard = counter, counter._version
+        else:
+            save_for_backward(ctx, tensors, outputs.y, saved, guard=len(given) == 2)
         ctx.set_materialize_grads(False)
         return given  # type: ignore[return-value]
 
@@ -94,65 +102,21 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        cell, backend, o, batch_first = ctx.how
+        cell, backend, o = ctx.how
         saved = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
         needs = ctx.needs_input_grad[1:]
         count = len(needs)
-        inputs, kept = saved[:count], saved[count:]
-        changed = ctx.version_guard is not None and ctx.version_guard[0]._version != ctx.version_guard[1]
-        received = [g for g in grads if g is not None]
-        if not received:
+        t, kept = LayerInputs(*saved[:count]), saved[count:]
+        if all(g is None for g in grads):
             return (None,) * (1 + count)
-        # create_graph, batched gradients: torch's own operators
-        through_graph = _grad() or _transforming() or any(map(_batched, received))
-        if batch_first is not None and not through_graph and not _modes():
-            if changed:
-                (y, *_), kept = _run_single(ctx.how, inputs)
-                kept = (y, *kept)
-            found = backend.single_backward(cell, inputs, batch_first, kept[0], kept[1:], grads, needs)
-            if found is not None:
-                return (None, *found)
-        t, given = _as_layer(batch_first, LayerInputs(*inputs), LayerOutputs(*grads, *_MISSING[len(grads) :]))  # type: ignore[arg-type]
+        given = LayerOutputs(*grads, *_MISSING[len(grads) :])  # type: ignore[arg-type]
         wanted = [*needs, *(False,) * (len(t) - count)]
-        if through_graph:
+        if is_differentiated(grads):
             found = second_backward(cell, t.with_zero_states(CELLS[cell].has_c), o, given, wanted)
         else:
             y, result = kept[0] if kept else t.x, Result(given, kept[1:], ctx.graph)
-            if batch_first is True:
-                y = y.transpose(0, 1)
-            if changed:  # make y again
+            if was_changed(ctx):  # make y again
                 result = run_forward(backend.name, cell, t, o, train=True, graph=False)
                 y = result.outputs.y
             found = run_backward(backend.name, cell, t, o, y, result, given, wanted)
-        return (None, *_as_single(batch_first, found[:count]))
-
-
-def _run_single(how: How, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The forward of a `single`: its outputs, and what it saves."""
-    cell, backend, _, batch_first = how
-    made = backend.single(cell, *tensors, batch_first, True)  # type: ignore[arg-type,call-arg]
-    if made is None:
-        raise RuntimeError("rnnkit: not every tensor is plain")
-    outputs = 3 if cell == "lstm" else 2
-    return tuple(made[:outputs]), tuple(made[outputs:])
-
-
-def _as_layer(batch_first: bool | None, t: LayerInputs, grads: LayerOutputs) -> tuple[LayerInputs, LayerOutputs]:
-    """Inputs and gradients of a `single` in the layouts of a layer. Any other's as they are."""
-    if batch_first is None:
-        return t, grads
-    states = [None if v is None else v[0] for v in (t.h_0, t.c_0, grads.h_n, grads.c_n)]
-    x, gy = t.x, grads.y
-    if batch_first:
-        x, gy = x.transpose(0, 1), None if gy is None else gy.transpose(0, 1)
-    return t._replace(x=x, h_0=states[0], c_0=states[1]), LayerOutputs(gy, states[2], states[3], None)  # type: ignore[arg-type]
-
-
-def _as_single(batch_first: bool | None, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Gradients of a layer in the layouts of a `single`, where it was one."""
-    if batch_first is None:
-        return found
-    dx, dh, dc, *weights = found
-    if dx is not None and batch_first:
-        dx = dx.transpose(0, 1)
-    return dx, None if dh is None else dh[None], None if dc is None else dc[None], *weights
+        return (None, *found[:count])

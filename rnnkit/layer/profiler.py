@@ -1,4 +1,5 @@
-"""What torch's profilers show of a layer: a row `rnnkit::<cell>`, such as rnnkit::lstm, with the shapes of its tensors.
+"""What torch's profilers show of a layer, or of a whole call that runs as one: a row `rnnkit::<cell>`, such as
+rnnkit::lstm, with the shapes of its tensors.
 
 torch records each autograd function under the name of its class. So a call that autograd records has its row, and
 `rnnkit::<cell>Backward`, by the name that `named` gives its function, at no cost. A call without gradients that goes to

@@ -40,7 +40,7 @@ def test_without_a_command_those_that_exist_are_named(capsys: pytest.CaptureFixt
         cli.main([])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
-    assert "COMMAND (info, bench, demo, experiments, gpu-check)" in said
+    assert "COMMAND (info, tune, bench, demo, experiments, gpu-check)" in said
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +58,8 @@ def test_info_as_json_from_a_process_of_its_own() -> None:
     assert found["rnnkit"] == __version__
     assert found["torch"] == torch.__version__
     assert found["threads"] == 1
+    if extension.available():
+        assert found["workers"]["workers"] == 1 and found["workers"]["limit"] == "torch's threads"
     assert found["extension"]["available"] == extension.available()
     assert set(found["backends"]) == {backend.name for backend in BACKENDS}
     assert found["backends"]["reference"] == {"available": True, "reason": None}
@@ -90,6 +92,8 @@ def test_info_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     first = lines[0].index(__version__)
+    (workers,) = [line for line in lines if line.startswith("CPU workers")]
+    assert ("1, bound by torch's threads" if extension.available() else "cannot run here") in workers
     assert all(line[first - 2 : first] == "  " for line in lines if line[first - 2 :]), "not aligned"
     for backend in BACKENDS:
         (line,) = [line for line in lines if line.split()[0] == backend.name and line.startswith("  ")]

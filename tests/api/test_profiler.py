@@ -20,7 +20,7 @@ from torch.autograd.profiler_util import FunctionEvent
 
 import rnnkit
 from rnnkit import functional, ops
-from rnnkit.backends import BACKENDS
+from rnnkit.backends import BACKENDS, BY_NAME
 from rnnkit.backends.cpu import extension
 from rnnkit.layer import profiler
 
@@ -97,14 +97,17 @@ WAYS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stack_has_a_row_for_each_layer_and_direction(way: str) -> None:
-    module, x = rnnkit.GRU(I, H, 2, bidirectional=True, recompute=way == "resets"), torch.randn(T, B, I)
-    how = WAYS[way](module)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_stack_has_a_row_for_each_call_that_runs_it(way: str, backend: str) -> None:
+    """One where a backend runs all of it at once, else one for each layer and direction."""
+    module = rnnkit.GRU(I, H, 2, bidirectional=True, recompute=way == "resets", backend=backend)
+    x, how = torch.randn(T, B, I), WAYS[way](module)
+    count = 1 if backend == "auto" and BY_NAME["cpu"].stacks else 4
     with torch.no_grad():
         found = rows(lambda: module(x, **how))
-    assert [row.name for row in found] == ["rnnkit::gru"] * 4
+    assert [row.name for row in found] == ["rnnkit::gru"] * count
     found = rows(lambda: train(module, x, **how))
-    assert sorted(row.name for row in found) == ["rnnkit::gru"] * 4 + ["rnnkit::gruBackward"] * 4
+    assert sorted(row.name for row in found) == ["rnnkit::gru"] * count + ["rnnkit::gruBackward"] * count
 
 
 def test_the_functions_and_the_operator_below_them() -> None:
@@ -288,7 +291,7 @@ def test_a_checkpoint_may_be_watched_in_one_half_only() -> None:
 
 
 def test_nobody_records_and_a_call_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rnnkit.layer import autograd, quick
+    from rnnkit.layer import autograd, stack
 
     asked: list[bool] = []
 
@@ -296,7 +299,7 @@ def test_nobody_records_and_a_call_asks_once(monkeypatch: pytest.MonkeyPatch) ->
         asked.append(profiler.recording())
         return asked[-1]
 
-    monkeypatch.setattr(quick, "recording", recording)
+    monkeypatch.setattr(stack, "recording", recording)
     monkeypatch.setattr(autograd, "recording", recording)
     module, x = rnnkit.LSTM(I, H), torch.randn(T, B, I)
     with torch.no_grad():

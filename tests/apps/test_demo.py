@@ -22,6 +22,7 @@ from torch import nn
 import rnnkit
 from rnnkit import demo
 from rnnkit.__main__ import main
+from rnnkit.cli import instruction_set
 from rnnkit.cli.progress import Progress
 from rnnkit.demo import memory, report, text, train
 
@@ -39,9 +40,9 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(book: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """One run in a process of its own: the folder, stdout, stderr."""
+    """One run in a process of its own, held to the least instruction set: the folder, stdout, stderr."""
     out = tmp_path_factory.mktemp("alone") / "new" / "folder"
-    command = [*DEMO, "--steps", "3", "--text", str(book), "--out", str(out)]
+    command = [*DEMO, "--isa", "baseline", "--steps", "3", "--text", str(book), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return out, done.stdout, done.stderr
@@ -79,10 +80,13 @@ def test_result(alone: tuple[Path, str, str]) -> None:
         assert len(run["loss"]) == len(run["milliseconds"]) == 3
         figures = [run["held_out_bits"], run["ms_per_step"], run["tokens_per_second"], *run["loss"]]
         assert all(math.isfinite(figure) and figure > 0 for figure in figures), name
+    assert result["device"] == "cpu, the baseline"
     theirs, ours = result["runs"]["torch.nn"], result["runs"]["rnnkit"]
     assert ours["backends"] and not theirs["backends"]
     assert ours["held_out_bits"] == pytest.approx(theirs["held_out_bits"], abs=1e-4)
     assert ours["loss"][-1] < ours["loss"][0]
+    assert 0 < result["times_as_fast"]["p20"] <= result["times_as_fast"]["p50"]
+    assert ours["peak_mib"] and theirs["peak_mib"] and "3 steps alone" in ours["peak_how"]
 
 
 def test_picture(alone: tuple[Path, str, str]) -> None:
@@ -166,6 +170,33 @@ class Wrong(rnnkit.LSTM):
         return output * 1.01, state
 
 
+def test_both_sides_take_each_step_in_turn(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same batch, and now the one is first, now the other."""
+    corpus, where, seen = text.load(book), train.ProcessInfo(torch.device("cpu")), []
+    step = train.Learner.step
+
+    def watched(self: train.Learner, inputs: torch.Tensor, targets: torch.Tensor, *rest: Any) -> None:
+        seen.append((self.run.name, inputs))
+        step(self, inputs, targets, *rest)
+
+    monkeypatch.setattr(train.Learner, "step", watched)
+    sides = [train.Learner(train.Run(name), nn.RNN, corpus, where, 0) for name in ("one", "two")]
+    train.train(sides, corpus, where, 4, 0)
+    assert [name for name, _ in seen] == ["one", "two", "two", "one", "one", "two", "two", "one"]
+    assert all(torch.equal(seen[k][1], seen[k + 1][1]) for k in range(0, 8, 2))
+    assert sides[0].run.loss == sides[1].run.loss and len(sides[0].run.milliseconds) == 4
+
+
+def test_how_many_times_as_fast() -> None:
+    """Of paired steps, over the later half of those that both have."""
+    theirs, ours = train.Run("torch.nn"), train.Run("rnnkit")
+    assert report.speed(theirs, ours) is None
+    theirs.milliseconds, ours.milliseconds = [900.0, 900.0, 2.0, 30.0], [1.0, 1.0, 1.0, 10.0, 5.0]
+    found = report.speed(theirs, ours)
+    assert found is not None and found.p50 == pytest.approx(2.5) and found.p20 < 2.5 < found.p80
+    assert "2.50 times as fast" in str(found)
+
+
 def test_a_wrong_layer_fails(
     book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,8 +234,10 @@ def test_the_shortest_text_is_enough(tmp_path: Path) -> None:
     path.write_text("a" * text.SHORTEST)
     corpus = text.load(path)
     run = train.Run("shortest")
-    trained = train.train(run, nn.RNN, corpus, train.ProcessInfo(torch.device("cpu")), 1, 0)
-    train.evaluate(run, trained, corpus)
+    where = train.ProcessInfo(torch.device("cpu"))
+    learner = train.Learner(run, nn.RNN, corpus, where, 0)
+    train.train([learner], corpus, where, 1, 0)
+    train.evaluate(run, learner.model, corpus)
     assert run.held_out_characters and run.held_out_bits is not None and math.isfinite(run.held_out_bits)
 
 
@@ -212,6 +245,7 @@ def test_the_shortest_text_is_enough(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--backend", "nonsense"], "must be one of auto, "),
+        (["--isa", "avx512"], "--isa avx512: this processor has no AVX-512; it can be held to avx2, baseline"),
         (["--backend", "cuda"], "backend 'cuda' cannot run"),
         (["--out", "{text}/out"], "is not a folder"),
         (["--out", "{text}"], "is not a folder"),
@@ -220,10 +254,12 @@ def test_the_shortest_text_is_enough(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_bad_options(
-    options: list[str], message: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    options: list[str], message: str, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     if torch.cuda.is_available() and "cuda" in options:
         pytest.skip("this backend may run here")
+    monkeypatch.setattr(instruction_set, "widest", lambda: "avx2")
     out = tmp_path / "out"
     given = [option.format(text=book) for option in options]
     assert main(["demo", "--text", str(book), "--out", str(out), *given]) == 2
@@ -262,7 +298,8 @@ def test_ctrl_c_leaves_what_was_reached(book: Path, tmp_path: Path) -> None:
     assert "Traceback" not in err and "stopped by Ctrl-C" in out
     assert "curves.png" in out
     result = read(tmp_path)
-    assert result["interrupted"] and result["runs"]["torch.nn"]["loss"] and not result["runs"]["rnnkit"]["loss"]
+    theirs, ours = (len(result["runs"][name]["loss"]) for name in ("torch.nn", "rnnkit"))
+    assert result["interrupted"] and theirs and abs(theirs - ours) <= 1, "both sides learn in turn"
 
 
 def test_two_processes_learn_what_one_does(book: Path, alone: tuple[Path, str, str], tmp_path: Path) -> None:

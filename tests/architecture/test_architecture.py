@@ -25,16 +25,22 @@ FLOORS: list[tuple[str, ...]] = [
         "rnnkit.cells",
         "rnnkit.masks",
         "rnnkit.libraries",
+        "rnnkit.version",
         "rnnkit.backends.spec",
         "rnnkit.backends.cpu.extension",
         "rnnkit.backends.cuda.configs",
     ),
-    ("rnnkit.backends.triton.configs",),
+    ("rnnkit.backends.triton.configs", "rnnkit.backends.processor"),
     ("rnnkit.autocast", "rnnkit.layer.streams"),
     ("rnnkit.reference", "rnnkit.kernels"),
     ("rnnkit.backends.chunks",),
     ("rnnkit.backends.base",),
-    ("rnnkit.backends.scan_backend", "rnnkit.backends.dispatch_times", "rnnkit.backends.gpu"),
+    (
+        "rnnkit.backends.scan_backend",
+        "rnnkit.backends.dispatch_times",
+        "rnnkit.backends.user_times",
+        "rnnkit.backends.gpu",
+    ),
     tuple(f"rnnkit.backends.{name}" for name in ("reference", "torch", "cpu", "cuda", "triton")),
     ("rnnkit.backends",),
     ("rnnkit.layer.custom_ops", "rnnkit.layer.override", "rnnkit.layer.profiler", "rnnkit.checks", "rnnkit.layouts"),
@@ -103,6 +109,7 @@ def test_the_plan_names_what_there_is() -> None:
         "rnnkit.experiments",
         "rnnkit.benchmarks",
         "rnnkit.cli",
+        "rnnkit.tune",
     }
 
 
@@ -127,7 +134,17 @@ def test_backends_do_not_know_one_another() -> None:
     rooms = {m for m in MODULES if within(m, "rnnkit.backends") and m.count(".") == 2}
     assert rooms - every == {
         f"rnnkit.backends.{name}"
-        for name in ("base", "chunks", "dispatch_times", "gpu", "scan_backend", "select", "spec")
+        for name in (
+            "base",
+            "chunks",
+            "dispatch_times",
+            "gpu",
+            "processor",
+            "scan_backend",
+            "select",
+            "spec",
+            "user_times",
+        )
     }
     shared = {"rnnkit.backends.cpu.extension"}  # the library has the CUDA kernels too
     for module in (m for m in MODULES if any(within(m, backend) for backend in every)):

@@ -17,7 +17,7 @@ import test_export
 import test_textbook
 import test_transforms
 import torch
-from sequences import F32, F64, KINDS, Case, check
+from sequences import F64, KINDS, Case, check
 from support import Config, by_lengths, by_reset, in_two, parity
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
@@ -294,47 +294,7 @@ def test_a_reset_on_the_wrong_side_backwards(kind: str, monkeypatch: pytest.Monk
         check(Case(kind, resets=((2, 0), (3, 2)), bidirectional=True), "reference", F64)
 
 
-# The other backends: what is planted there is seen there.
-
-
-def misused(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The C++ engine called wrongly."""
-    cpu = BY_NAME["cpu"]
-    right_forward, right_backward = cpu.forward, cpu.backward
-
-    def forward(cell: str, t: Any, o: Any, **how: Any) -> Any:
-        if error == "reverse":
-            o = o._replace(reverse=not o.reverse)
-        return right_forward(cell, t, o, **how)
-
-    def backward(cell: str, t: Any, o: Any, *rest: Any) -> Any:
-        if error == "reverse in backward":
-            o = o._replace(reverse=not o.reverse)
-        if error == "resets in backward":
-            t = t._replace(reset=None)
-        if error == "lengths in backward":
-            t = t._replace(lengths=None)
-        every = right_backward(cell, t, o, *rest)
-        if error in PLACES:
-            at = PLACES.index(error)
-            every = [1.001 * g if k == at and g is not None else g for k, g in enumerate(every)]
-        return every
-
-    monkeypatch.setattr(cpu, "forward", forward)
-    monkeypatch.setattr(cpu, "backward", backward)
-
-
-MISUSES = ("reverse", "reverse in backward", "resets in backward", "lengths in backward", "x", "w_hh", "h_0", "h_r")
-
-
-@pytest.mark.skipif(BY_NAME["cpu"].available() is not None, reason="needs the C++ extension")
-@pytest.mark.parametrize("error", MISUSES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_engine_misused(kind: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(Case(kind, **EVERYTHING), "cpu", F32)
-    misused(error, monkeypatch)
-    with red("^y: off by" if error == "reverse" else "^d .*: off by"):
-        check(Case(kind, **EVERYTHING), "cpu", F32)
+# The other backends: what is planted there is seen there. (The C++ engine: test_engine_misused.py.)
 
 
 @pytest.mark.parametrize("error", ["output", "direction", "gradient"])

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CALLS, Fused, pretend, put
-from made_rows import row
 
 from rnnkit.__main__ import main
 from rnnkit.backends import BY_NAME, LayerInputs, LayerOutputs
@@ -389,15 +388,6 @@ def test_jobs_that_the_limit_leaves_out(
     said = capsys.readouterr().out
     assert "4 of 6 jobs were left out for want of time: grid 3x4x5x6 GRU training bfloat16, " in said
     assert {r.dtype for r in rows.read(tmp_path / "rows.csv")} == {"bfloat16"}
-
-
-def test_rows_written_before_there_were_dtypes(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    rows.write(path, [row()])
-    lines = path.read_text().splitlines()
-    assert lines[0].endswith(",dtype,recompute_mib")
-    path.write_text("\n".join(line.rsplit(",", 2)[0] for line in lines) + "\n")
-    assert rows.read(path) == [row()]
 
 
 def test_a_clone_runs_as_it_is(tmp_path: Path) -> None:

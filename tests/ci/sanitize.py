@@ -56,6 +56,8 @@ def again(arguments: list[str]) -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(TREE),
         "RNNKIT_SANITIZED": "1",
+        # Of torch's one, two or three threads: the third case is the engine's own pool.
+        "RNNKIT_CPU_THREADS": "2",
     }
     return subprocess.run([sys.executable, __file__, *arguments], cwd=TREE, env=env).returncode
 

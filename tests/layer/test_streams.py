@@ -16,7 +16,7 @@ from fake_cuda import Fused, put
 from torch.utils.checkpoint import checkpoint
 
 import rnnkit
-from rnnkit import backends, ops
+from rnnkit import backends, functional, ops
 from rnnkit.layer import streams
 from rnnkit.layer.autograd import LayerFunction
 
@@ -197,7 +197,7 @@ def nobody(*_: Any, **__: Any) -> Any:
 
 def test_nothing_of_it_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "side_stream_of", nobody)
-    monkeypatch.setattr(ops, "directions_overlap", nobody)
+    monkeypatch.setattr(functional, "directions_overlap", nobody)
     backend = Noting()
     monkeypatch.setattr(Noting, "_note", lambda self, what, reverse: self.noted.append((what, reverse, {})))
     put(monkeypatch, backend)

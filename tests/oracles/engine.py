@@ -1,18 +1,21 @@
 """A stand-in for an engine whose operators check everything: the reference's mathematics behind checks that raise
-RuntimeError, as an operator's do. It takes the name and the place of `cpu`, and counts which way a call went.
+RuntimeError, as an operator's do. It takes the name and the place of `cpu`, and counts its calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnnkit.backends import BY_NAME, LayerInputs, LayerOptions, LayerSpec, Result, select
+from rnnkit.backends import BY_NAME, LayerInputs, LayerSpec, Result, select
 from rnnkit.backends.reference import Reference
 from rnnkit.cells import CELLS
+from rnnkit.layer import stack
 
 I, H, T, B = 3, 4, 5, 2
 NAMES = ("RNN", "LSTM", "GRU")
@@ -20,7 +23,7 @@ KINDS = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("LSTM", {}), ("GRU", {
 
 
 class Checking(Reference):
-    """The reference as an engine: takes None for zeros, has a step, and trusts nobody."""
+    """The reference as an engine: takes None for zeros, and trusts nobody."""
 
     name = "cpu"
     validates_inputs = True
@@ -30,15 +33,6 @@ class Checking(Reference):
 
     def unsupported(self, problem: LayerSpec) -> list[str]:
         return [] if problem.device == "cpu" else ["runs on the CPU"]
-
-    def step(self, cell: str, x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> Any:
-        if any(type(v) not in (Tensor, torch.nn.Parameter) for v in (x, h, c, w_ih, w_hh, b_ih, b_hh) if v is not None):
-            return None
-        t = LayerInputs(x[None], h, c, w_ih, w_hh, b_ih, b_hh)
-        expect(cell, t)
-        self.went.append("step")
-        outputs = super().forward(cell, t.with_zero_states(CELLS[cell].has_c), LayerOptions(), train=False).outputs
-        return outputs.h_n, outputs.c_n
 
     def forward(self, cell: str, t: Any, o: Any, *, train: bool, graph: bool = False) -> Result:
         expect(cell, t)
@@ -76,8 +70,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Checking:
     others = [b for b in select.BACKENDS if b.name != "cpu"]
     monkeypatch.setattr(select, "BACKENDS", (stand_in, *others))
     monkeypatch.setattr(select, "preference", lambda problem: select.BACKENDS)
-    monkeypatch.setattr(select, "_selected", {})
+    forget(monkeypatch)
     return stand_in
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No choice is remembered from an earlier call, nor this one's for a later test."""
+    monkeypatch.setattr(select, "_selected", {})
+    monkeypatch.setattr(stack, "_plans", {})
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -93,3 +93,22 @@ def same(a: Any, b: Any) -> bool:
 def state_of(name: str, *shape: int) -> Any:
     h = torch.randn(shape)
     return (h, torch.randn(shape)) if name.startswith("LSTM") else h
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call gives, or the kind and the words of its exception."""
+    try:
+        return [v.detach().clone() for v in flat(call())]
+    except Exception as error:
+        return type(error), str(error)
+
+
+class Sub(Tensor):
+    """A subclass that looks like a tensor in every way."""
+
+
+class Watched(TorchDispatchMode):
+    """A mode that lets everything pass."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rnnkit.benchmarks.speed import rows
+from rnnkit.benchmarks.speed import goals, rows
+from rnnkit.benchmarks.speed.bench_cases import TABLE
 
 SHAPE = "grid/7x33x19x45"
 
@@ -31,7 +32,15 @@ def row(**facts: Any) -> rows.BenchRow:
     plain: dict[str, Any] = dict(
         group="grid", case="1x1x64x64", B=1, T=1, I=64, H=64, layers=1, directions=1, cell="GRU", mode="training",
         implementation="auto", ran="cpu", against="torch.nn", launch="call", ms=1.0, against_ms=4.0, ratio_p20=3.5,
-        ratio_p50=4.0, ratio_p80=4.5, gflops=10.0, limit_ms=0.5, share=0.5, peak_mib=1.0, against_peak_mib=2.0,
+        ratio_p50=4.0, ratio_p80=4.5, gflops=10.0, limit_ms=0.5, share=0.5, peak_mib=None, against_peak_mib=None,
         device="cpu", processor="Abacus (Zen 9)", threads=1, tf32="-", torch="2.99", commit="abc", peak_gflops=100.0,
     )  # fmt: skip
     return rows.BenchRow(**{**plain, **facts})
+
+
+def whole(group: str, wide: bool = True, **facts: Any) -> list[rows.BenchRow]:
+    """A row for each shape of a group on a CPU; of `scan`, those that are held against the peak, or with B = 1."""
+    against = goals.PEAK if wide else goals.CACHE
+    every = [case for case in TABLE if case.group == group and "cpu" in case.devices]
+    some = [case for case in every if goals.scan_part(group, case.batch, case.hidden) in ("", against)]
+    return [row(**{**dict(group=group, case=c.name, B=c.batch, H=c.hidden), **facts}) for c in some]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...cells import CELLS
 from ..base import Backend, Gradient, no_kernel
-from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result
+from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result, StackInputs, StackOptions
 from . import extension
 
 CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
@@ -44,12 +44,10 @@ class CPU(Backend):
             ops, found = torch.ops.rnnkit, extension.native
             self._operators = ops.cpu_layer_forward.default, ops.cpu_layer_backward.default
             self._direct = self._operators
-            self._step, self._lstm_step = ops.cpu_step.default, ops.cpu_lstm_step.default
             if found is not None:
-                self.singles = True
+                self.stacks = True
                 self._direct = found.layer_forward, found.layer_backward
-                self._step, self._lstm_step = found.step, found.lstm_step
-                self._single, self._single_backward = found.single, found.single_backward
+                self._stack = found.stack_forward, found.stack_backward
 
     def _functions(self) -> tuple[Callable[..., Any], ...]:
         """A layer's forward and backward; as operators, where a mode of torch wants to see them."""
@@ -82,58 +80,27 @@ class CPU(Backend):
         saved = (c_all,) if keeps_c else tuple(more)
         return Result(LayerOutputs(y, h_n, c_n, c_all if o.all_states else None), saved)
 
-    def single(
+    def stack_forward(
         self,
-        cell: str,
-        x: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-        batch_first: bool,
-        save: bool,
-    ) -> list[Tensor] | None:
-        return self._single(CELL_IDS[cell], x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, batch_first, save)
+        o: StackOptions,
+        needs: bytes,
+        t: StackInputs,
+        weights: Sequence[Tensor],
+        masks: Sequence[Tensor],
+    ) -> list[Tensor]:
+        return self._stack[0](CELL_IDS[o.cell], *o[1:], needs, *t, weights, masks)
 
-    def single_backward(
+    def stack_backward(
         self,
-        cell: str,
-        inputs: Sequence[Tensor | None],
-        batch_first: bool,
-        y: Tensor,
-        saved: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        needs: tuple[bool, ...],
-    ) -> list[Gradient] | None:
-        gates, c = saved if len(saved) == 2 else (saved[0] if saved else None, None)
-        gy, gh_n, gc_n = grads if len(grads) == 3 else (*grads, None)
-        found = self._single_backward(
-            CELL_IDS[cell], *inputs, batch_first, y, gates, c, gy, gh_n, gc_n, grad_mask(needs)
-        )
-        if found is None or all(needs):
-            return found
-        given = iter(found)
-        return [next(given) if need else None for need in needs]
-
-    def step(
-        self,
-        cell: str,
-        x: Tensor,
-        h: Tensor | None,
-        c: Tensor | None,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """One step without gradients: x [B, I] -> h and, for an LSTM, c [B, H]. h and c may be None for zeros. None for
-        tensors that are not plain, where the operators are not called."""
-        if cell == "lstm":
-            return self._lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh)
-        new = self._step(CELL_IDS[cell], x, h, w_ih, w_hh, b_ih, b_hh)
-        return None if new is None else (new, None)
+        o: StackOptions,
+        needs: bytes,
+        t: StackInputs,
+        weights: Sequence[Tensor],
+        y: Tensor | None,
+        kept: Sequence[Tensor],
+        grads: Sequence[Gradient],
+    ) -> list[Tensor]:
+        return self._stack[1](CELL_IDS[o.cell], *o[1:], needs, *t, weights, y, kept, *grads)
 
     def backward(
         self,

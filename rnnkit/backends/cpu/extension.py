@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -54,13 +55,48 @@ def _variants() -> tuple[tuple[str, ...], str]:
         return (), _reason
     try:
         chosen, *known = torch.ops.rnnkit.cpu_variants().split()
-    except RuntimeError as error:  # RNNKIT_CPU_ISA names none of them
+    except RuntimeError as error:  # RNNKIT_CPU_ISA names none of them, or RNNKIT_CPU_THREADS is no number
         return (), str(error).strip().partition("\n")[0]
     return (chosen, *(name for name in known if name != chosen)), ""
 
 
 variants, refusal = _variants()
 """The variants of the engine on this processor, the chosen one first; and why there are none, else empty."""
+
+
+class Workers(NamedTuple):
+    """How many threads the engine uses for a call now, and what bounds them; 0 where nothing does."""
+
+    workers: int
+    torch: int
+    """torch.get_num_threads()."""
+    affinity: int
+    """CPUs in the affinity mask of the calling thread."""
+    quota: int
+    """CPUs that the cgroups of this process grant, rounded up."""
+    asked: int
+    """RNNKIT_CPU_THREADS, which takes the place of affinity and quota."""
+
+    @property
+    def limit(self) -> str:
+        """What binds, in words."""
+        bounds = {"torch's threads": self.torch}
+        if self.asked:
+            bounds["RNNKIT_CPU_THREADS"] = self.asked
+        else:
+            bounds |= {"the affinity mask": self.affinity, "the cgroup's CPU quota": self.quota}
+        least = min(bound for bound in bounds.values() if bound)
+        if self.workers < least:
+            return "the fork of this process"
+        return next(name for name, bound in bounds.items() if bound == least)
+
+
+def workers() -> Workers | None:
+    """The threads of the engine, or None where it cannot run."""
+    if not variants:
+        return None
+    words = torch.ops.rnnkit.cpu_workers().split()
+    return Workers(**{name: int(number) for name, number in zip(words[::2], words[1::2], strict=True)})
 
 
 def _cuda() -> tuple[tuple[str, ...], tuple[str, ...], str]:
@@ -120,3 +156,6 @@ def _bind() -> ModuleType | None:
 
 native = _bind()
 """The module of functions, or None where this torch has no way for tensors to cross."""
+
+Unfit: type[RuntimeError] = RuntimeError if native is None else native.Unfit
+"""What the module's functions raise for arguments that do not fit, before anything is done."""

@@ -1,6 +1,7 @@
 // The comparisons of checks.h but for the functions.
 
 #include "checks.h"
+#include "../../../csrc/cpu/worker_pool.h"
 
 #include <atomic>
 #include <sstream>
@@ -18,10 +19,13 @@ void counted(int64_t slices, void* context, Body body) {
 }
 
 std::vector<Way> ways_for(int64_t rows) {
-  std::vector<Way> ways{
-      {"2 threads", {2, &counted<&apart>}},           {"3 threads", {3, &counted<&apart>}},
-      {"7 threads", {7, &counted<&apart>}},           {"7 slices unevenly", {7, &counted<&uneven>}},
-      {"3 slices in halves", {3, &counted<&halves>}}, {"3 slices together", {3, &counted<&together>}}};
+  std::vector<Way> ways{{"2 threads", {2, &counted<&apart>}},
+                        {"3 threads", {3, &counted<&apart>}},
+                        {"7 threads", {7, &counted<&apart>}},
+                        {"7 slices unevenly", {7, &counted<&uneven>}},
+                        {"3 slices in halves", {3, &counted<&halves>}},
+                        {"3 slices together", {3, &counted<&together>}},
+                        {"5 in the pool", {5, &counted<&rnnkit::run_in_pool>}}};
   // With four rows for each slice threads take rows, if anything: then slices need not run at once.
   if (rows >= 8) ways.push_back({"in turn", {std::min<int64_t>(7, rows / 4), &counted<&in_turn>}});
   return ways;

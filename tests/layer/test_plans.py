@@ -1,7 +1,5 @@
-"""The quick way past the checks, for backends whose operators check everything: it may only ever be quicker.
-
-No such backend is there on every machine, so the stand-in of engine.py takes the place of `cpu`. Held against the
-ordinary way: results, bit by bit, and the words of every error. And that it is not taken where a call is not plain.
+"""What is remembered of a call: a plan may only ever be quicker. Held against the same call layer by layer, in results
+and in the words of every error; and whatever changes between two calls has effect at once.
 """
 
 from __future__ import annotations
@@ -11,31 +9,51 @@ from typing import Any
 
 import pytest
 import torch
-from engine import KINDS, NAMES, B, H, I, T, flat, same, state_of
+from engine import KINDS, NAMES, B, H, I, Sub, T, Watched, flat, forget, outcome, same, state_of
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnkit
-from rnnkit import checks, ops
-from rnnkit.backends import LayerSpec, cached_backend, record, select, select_backend
+from rnnkit import functional
+from rnnkit.backends import BY_NAME, LayerSpec, record, select, select_backend
+from rnnkit.backends.cpu import extension
+from rnnkit.layer import stack
+
+pytestmark = pytest.mark.skipif(not BY_NAME["cpu"].stacks, reason=extension.reason() or "torch lacks torch._C._aoti")
 
 
-def outcome(call: Callable[[], Any]) -> Any:
-    """What a call gives, or the kind and the words of its exception."""
-    try:
-        return [v.detach().clone() for v in flat(call())]
-    except Exception as error:
-        return type(error), str(error)
+class Engine:
+    """Which way the calls of backend `cpu` went: "whole", or "layer" for each layer."""
+
+    def __init__(self) -> None:
+        self.went: list[str] = []
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    forget(monkeypatch)
+    found, cpu = Engine(), BY_NAME["cpu"]
+
+    def noted(name: str, right: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **how: Any) -> Any:
+            result = right(*args, **how)
+            found.went.append(name)
+            return result
+
+        return run
+
+    monkeypatch.setattr(cpu, "stack_forward", noted("whole", cpu.stack_forward))
+    monkeypatch.setattr(cpu, "forward", noted("layer", cpu.forward))
+    monkeypatch.setattr(select, "preference", lambda spec: (cpu, *(b for b in select.BACKENDS if b is not cpu)))
+    return found
 
 
 def both_ways(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    quick = outcome(call)
+    planned = outcome(call)
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "quick_layer", lambda *_: None)
-        patch.setattr(ops, "quick_step", lambda *_: None)
-        return quick, outcome(call)
+        patch.setattr(stack, "run", lambda *_: None)
+        return planned, outcome(call)
 
 
 # The same results.
@@ -49,47 +67,30 @@ def test_a_step_is_bitwise_the_same(name, options, hx, bias, engine, monkeypatch
     cell, x = getattr(rnnkit, f"{name}Cell")(I, H, bias=bias, **options), torch.randn(B, I)
     state = state_of(name, B, H) if hx else None
     first = outcome(lambda: cell(x, state))
-    assert engine.went == ["layer"]  # nothing is known yet
-    engine.went.clear()
     quick, checked = both_ways(lambda: cell(x, state), monkeypatch)
-    assert engine.went == ["step", "layer"]
+    assert engine.went == ["whole", "whole", "layer"]
     assert same(quick, checked) and same(first, checked)
     row = None if state is None else tuple(v[0] for v in state) if name == "LSTM" else state[0]
     assert same(*both_ways(lambda: cell(x[0], row), monkeypatch))  # unbatched
     assert same(*both_ways(lambda: cell(x.T.contiguous().T, state), monkeypatch))
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize(
-    "shape", [{}, {"batch_first": True}, {"num_layers": 2, "bidirectional": True}, {"bias": False}]
-)
-@pytest.mark.parametrize("hx", [True, False])
 @pytest.mark.parametrize(("name", "options"), KINDS)
-def test_a_layer_is_bitwise_the_same(name, options, hx, shape, train, engine, monkeypatch):
-    layer, x = getattr(rnnkit, name)(I, H, **options, **shape), torch.randn(T, B, I)
-    count = 4 if "num_layers" in shape else 1
-    state = state_of(name, count, T if "batch_first" in shape else B, H) if hx else None
+def test_a_steps_gradients_are_bitwise_the_same(name, options, engine, monkeypatch):
+    cell, x = getattr(rnnkit, f"{name}Cell")(I, H, **options), torch.randn(B, I)
 
     def call() -> Any:
-        leaf = x.clone().requires_grad_(train)
-        results = flat(layer(leaf, state))
-        grads = (
-            torch.autograd.grad(sum(v.square().sum() for v in results), [leaf, *layer.parameters()]) if train else ()
-        )
-        return [*results, *grads]
+        leaves = [v.requires_grad_() for v in (x.clone(), *flat(state_of(name, B, H)))]
+        state = tuple(leaves[1:]) if name == "LSTM" else leaves[1]
+        results = flat(cell(leaves[0], state))
+        return [*results, *torch.autograd.grad(sum(v.square().sum() for v in results), [*leaves, *cell.parameters()])]
 
-    with torch.set_grad_enabled(train):
-        first = outcome(call)
-        asked = []
-        monkeypatch.setattr(checks, "layer", lambda *args: asked.append(args) or right(*args))
-        quick = outcome(call)
-        assert asked == []  # no check was made twice
-        monkeypatch.setattr(ops, "quick_layer", lambda *_: None)
-        assert same(quick, outcome(call)) and same(first, quick)
-        assert len(asked) == count
+    def repeated() -> Any:
+        torch.manual_seed(1)
+        return call()
 
-
-right = checks.layer
+    planned, checked = both_ways(repeated, monkeypatch)
+    assert engine.went == ["whole", "layer"] and same(planned, checked)
 
 
 # The same errors.
@@ -161,37 +162,45 @@ def test_a_layers_mistake_says_the_same(name, engine, monkeypatch):
 def test_arguments_of_the_functions_say_the_same(engine, monkeypatch):
     h, x = torch.randn(B, H), torch.randn(T, B, I)
     gru, lstm = ([p.detach() for p in getattr(rnnkit, n)(I, H).parameters()] for n in ("GRU", "LSTM"))
-    for _ in range(2):
-        ops.step("gru", GOOD, h, None, gru), ops.layer("gru", x, h, None, gru), ops.layer("lstm", x, h, h, lstm)
+    cell, layer = functional.gru_cell, functional.gru
+    cell(GOOD, h, gru), layer(x, h[None], gru), functional.lstm(x, (h[None], h[None]), lstm)
     mistakes: list[Callable[[], Any]] = [
-        lambda: ops.step("gru", GOOD, h, h, gru),
-        lambda: ops.step("gru", GOOD, h, None, iter(gru)),
-        lambda: ops.step("gru", GOOD, h, None, [*gru[:2], None, None]),
-        lambda: ops.step("gru", GOOD, h, None, [*gru[:3], None]),
-        lambda: ops.step("gru", GOOD, h, None, gru[:1]),
-        lambda: ops.step("gru", GOOD, h, None, gru[:3]),
-        lambda: ops.step("gru", GOOD, h, None, []),
-        lambda: ops.step("gru", GOOD, h, None, [None, *gru[1:]]),
-        lambda: ops.step("gru", GOOD, h, None, [*gru, gru[0]]),
-        lambda: ops.step("gru", GOOD, h, None, [gru[0], gru[2], *gru[2:]]),
-        lambda: ops.step("gru", GOOD, h, None, [0, *gru[1:]]),
-        lambda: ops.step("elman", GOOD, h, None, gru),
-        lambda: ops.step("gru", GOOD, h, None, gru, backend="gpu"),
-        lambda: ops.step("gru", x, h, None, gru),
-        lambda: ops.layer("gru", GOOD, h, None, gru),
-        lambda: ops.layer("gru", x, h, h, gru),
-        lambda: ops.layer("gru", x, h, None, gru, reverse=0),
-        lambda: ops.layer("gru", x, h, None, gru, reverse=None),
-        lambda: ops.layer("gru", x, h, None, gru, recompute=0),
-        lambda: ops.layer("gru", x, h, None, gru, all_states=0),
-        lambda: ops.layer("gru", x, h, None, gru, backend="cuda"),
-        lambda: ops.layer("lstm", x, h, h, [*lstm[:2], None, None]),
+        lambda: cell(GOOD, (h, h), gru),
+        lambda: cell(GOOD, h, iter(gru)),
+        lambda: cell(GOOD, h, [*gru[:2], None, None]),
+        lambda: cell(GOOD, h, [*gru[:3], None]),
+        lambda: cell(GOOD, h, gru[:1]),
+        lambda: cell(GOOD, h, gru[:3]),
+        lambda: cell(GOOD, h, []),
+        lambda: cell(GOOD, h, [None, *gru[1:]]),
+        lambda: cell(GOOD, h, [*gru, gru[0]]),
+        lambda: cell(GOOD, h, [gru[0], gru[2], *gru[2:]]),
+        lambda: cell(GOOD, h, [0, *gru[1:]]),
+        lambda: cell(GOOD, h, gru, backend="gpu"),
+        lambda: cell(x, h, gru),
+        lambda: layer(GOOD, h, gru),
+        lambda: layer(x, (h[None], h[None]), gru),
+        lambda: layer(x, None, gru, num_layers=True),
+        lambda: layer(x, None, gru, num_layers=0),
+        lambda: layer(x, None, gru, num_layers=2),
+        lambda: layer(x, None, gru, bidirectional=True),
+        lambda: layer(x, None, gru, recompute=0),
+        lambda: layer(x, None, gru, return_all_states=0),
+        lambda: layer(x, None, gru, dropout=2.0),
+        lambda: layer(x, None, gru, dropout="0"),
+        lambda: layer(x, None, gru, lengths=torch.tensor([1, T + 1])),
+        lambda: layer(x, None, gru, lengths=[1, 2]),
+        lambda: layer(x, None, gru, lengths=torch.ones(T, dtype=torch.int64)),
+        lambda: layer(x, None, gru, reset=torch.full((T, B), 0.5)),
+        lambda: layer(x, None, gru, reset_state=h[None]),
+        lambda: layer(x, None, gru, backend="cuda"),
+        lambda: functional.lstm(x, None, [*lstm[:2], None, None]),
+        lambda: functional.lstm(x, None, lstm, proj_size=2),
+        lambda: functional.lstm(x, (h[None], None), lstm),
     ]
     for k, call in enumerate(mistakes):
-        quick, checked = both_ways(call, monkeypatch)
-        assert isinstance(quick, tuple) and quick == checked, (k, quick, checked)
-    for given in ((h, None), (None, h)):  # half a state is allowed here
-        assert same(*both_ways(lambda given=given: ops.layer("lstm", x, *given, lstm)[:3], monkeypatch))
+        planned, checked = both_ways(call, monkeypatch)
+        assert isinstance(planned, tuple) and planned == checked, (k, planned, checked)
 
 
 # The choice.
@@ -250,11 +259,12 @@ def test_a_choice_is_remembered_for_its_problem_and_for_onednn(engine, monkeypat
 
 def test_few_choices_are_remembered(engine, monkeypatch):
     monkeypatch.setattr(select, "CACHE_SIZE", 4)
+    monkeypatch.setattr(stack, "CACHE_SIZE", 4)
     for steps in range(1, 12):
         problem = LayerSpec("gru", "cpu", torch.float32, steps, B, I, H, 0, True)
-        assert select_backend("auto", problem) is cached_backend("auto", problem) is engine
-        assert cached_backend("auto", tuple(problem)) is engine
-        assert len(select._selected) <= 4
+        assert select_backend("auto", problem) is select_backend("auto", problem) is BY_NAME["cpu"]
+        rnnkit.GRU(I, H)(torch.randn(steps, B, I))
+        assert len(select._selected) <= 4 and 0 < len(stack._plans) <= 4
 
 
 # Weights of this moment.
@@ -293,7 +303,8 @@ def test_changed_weights_are_seen_at_once(name, change, engine):
     after = cell(GOOD, hx)
     with rnnkit.use_backend("reference"):
         truth = cell(GOOD, hx)
-    assert engine.went[1:] == ["step", "step"] and same(flat(after), flat(truth))
+    assert engine.went == ["whole"] * 3
+    torch.testing.assert_close(after, truth)
     assert not same(flat(before), flat(after))
 
 
@@ -321,21 +332,10 @@ def test_hooks_still_fire(engine):
     cell.register_forward_hook(lambda _, args, result: (result[0] + 1, result[1]))
     plain = cell.forward(GOOD)
     h, _ = cell(GOOD)
-    assert engine.went == ["layer", "step", "step"] and seen == ["before"] and torch.equal(h, plain[0] + 1)
+    assert engine.went == ["whole"] * 3 and seen == ["before"] and torch.equal(h, plain[0] + 1)
 
 
 # What is not plain.
-
-
-class Sub(Tensor):
-    """A subclass that looks like a tensor in every way."""
-
-
-class Watched(TorchDispatchMode):
-    """A mode that lets everything pass."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 class Opaque(nn.Parameter):
@@ -355,47 +355,93 @@ def test_autocast_of_another_device_changes_no_path(engine):
     assert type(y.grad_fn) is type(layer(x)[0].grad_fn) and y.dtype == hx.dtype == torch.float32
 
 
-def test_subclasses_and_modes_do_not_go_the_quick_way(engine):
+def test_subclasses_and_modes_have_no_plan(engine):
     cell, x, h = rnnkit.GRUCell(I, H), torch.randn(B, I), torch.randn(B, H)
     layer, xs = rnnkit.GRU(I, H), torch.randn(T, B, I)
     before = rnnkit.GRUCell(I, H, reset_after=False)
 
-    def quick(call: Callable[[], Any]) -> bool:
+    def planned(call: Callable[[], Any]) -> bool:
         engine.went.clear()
-        asked: list[Any] = []
-        right = checks.layer
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checks, "layer", lambda *args: asked.append(args) or right(*args))
-            call()
-        return not asked
+        call()
+        return "whole" in engine.went
 
     with torch.no_grad():
         for call in (lambda: cell(x, h), lambda: layer(xs), lambda: before(x, h)):
-            call()
-            assert quick(call)
-        assert not quick(lambda: cell(x.as_subclass(Sub), h))
-        assert not quick(lambda: cell(x, h.as_subclass(Sub)))
+            assert planned(call)
+        assert not planned(lambda: cell(x.as_subclass(Sub), h))
+        assert not planned(lambda: cell(x, h.as_subclass(Sub)))
         with Watched():
-            assert not quick(lambda: cell(x, h)) and not quick(lambda: layer(xs))
+            assert not planned(lambda: cell(x, h)) and not planned(lambda: layer(xs))
         with torch.autocast("cpu"):
-            assert not quick(lambda: cell(x, h)) and not quick(lambda: layer(xs))
-        assert not quick(lambda: torch.func.vmap(cell)(x[None]))
-        assert not quick(lambda: torch.func.grad(lambda v: cell(v, h).sum())(x))
+            assert not planned(lambda: cell(x, h)) and not planned(lambda: layer(xs))
+        assert not planned(lambda: torch.func.vmap(cell)(x[None]))
+        assert not planned(lambda: torch.func.grad(lambda v: cell(v, h).sum())(x))
         with forward_ad.dual_level():
-            assert not quick(lambda: cell(x, h)) and not quick(lambda: layer(xs))
-        engine.went.clear()
+            assert not planned(lambda: cell(x, h)) and not planned(lambda: layer(xs))
         for traced in (cell, before):
-            torch.jit.trace(traced, (x, h), check_trace=False)
-        torch.compile(cell, backend="eager", fullgraph=True)(x, h)
-        assert "step" not in engine.went
-        assert quick(lambda: cell(x, h)) and engine.went == ["step"]
+            assert not planned(lambda traced=traced: torch.jit.trace(traced, (x, h), check_trace=False))
+        assert not planned(lambda: torch.compile(cell, backend="eager", fullgraph=True)(x, h))
+        assert planned(lambda: cell(x, h))
         cell.weight_hh = Opaque(cell.weight_hh.detach())
-        assert not quick(lambda: cell(x, h))
-    cell = rnnkit.GRUCell(I, H)
-    cell(x, h), cell(x, h)
-    assert "step" not in engine.went  # a gradient is wanted
-    cell.requires_grad_(False)
-    cell(x, h), cell(x, h)
-    assert engine.went[-1] == "step"
-    cell(x, h.clone().requires_grad_())
-    assert engine.went[-1] == "layer"
+        assert not planned(lambda: cell(x, h))
+
+
+# What changes between two calls.
+
+BETWEEN: dict[str, Callable[[nn.Module], Any]] = {
+    "a weight": lambda m: setattr(m, "weight_hh_l1", nn.Parameter(torch.ones_like(m.weight_hh_l1))),
+    "a frozen layer": lambda m: m.weight_hh_l0.requires_grad_(False),
+    "a shape": lambda m: setattr(m, "weight_hh_l0", nn.Parameter(torch.ones(3, 3))),
+    "dtype": lambda m: m.double(),
+    "device": lambda m: m.to("meta"),
+    "evaluation": lambda m: m.eval(),
+    "dropout": lambda m: setattr(m, "dropout", 0.75),
+    "a parametrization": lambda m: parametrize.register_parametrization(m, "weight_ih_l1", Twice()),
+    "a hook": lambda m: m.register_forward_hook(lambda _, args, result: (result[0] + 1, result[1])),
+    "recompute": lambda m: setattr(m, "recompute", True),
+    "backend": lambda m: setattr(m, "backend", "reference"),
+    "layout": lambda m: setattr(m, "batch_first", True),
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_change_between_two_calls_has_effect_at_once(name, change, engine):
+    def module() -> nn.Module:
+        torch.manual_seed(2)
+        return getattr(rnnkit, name)(I, H, 2, dropout=0.5)
+
+    def call(m: nn.Module) -> Any:
+        torch.manual_seed(3)
+        kind = next(m.parameters()).dtype
+        x = torch.randn(B, B, I).to(kind).requires_grad_()
+        y, _ = m(x)
+        wanted = [x, *(p for p in m.parameters() if p.requires_grad)]
+        return [y, *torch.autograd.grad(y.square().sum(), wanted)]
+
+    used, fresh = module(), module()
+    before = outcome(lambda: call(used))
+    BETWEEN[change](used)
+    BETWEEN[change](fresh)
+    after = outcome(lambda: call(used))
+    stack._plans.clear()
+    assert same(after, outcome(lambda: call(fresh)))
+    if change not in ("a frozen layer", "recompute", "layout"):
+        assert not same(before, after) or change == "backend"
+
+
+def test_threads_and_backends_of_a_block_have_effect_at_once(engine):
+    layer, x = rnnkit.GRU(I, H, 2), torch.randn(T, B, I)
+    y, _ = layer(x)
+    engine.went.clear()
+    with rnnkit.use_backend("reference"):
+        layer(x)
+    assert engine.went == []
+    count = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 1):
+            torch.set_num_threads(threads)
+            assert torch.equal(layer(x)[0], y)
+    finally:
+        torch.set_num_threads(count)
+    assert engine.went == ["whole"] * 3

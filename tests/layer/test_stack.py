@@ -1,12 +1,13 @@
-"""The short way of a plain layer: one C++ function, in the module's layouts, without torch's dispatcher
-(csrc/torch/python_module.cpp, `ops.single`). It may only ever be quicker: held against the ordinary way bit by bit, and
-to be taken for plain calls alone. And what C code can do wrong by itself: words of errors, references, memory, threads.
+"""A whole call as one C++ function and one node, in the module's layouts (rnnkit/layer/stack.py, csrc/layer/stack.cpp).
+It may only ever be quicker: held against the layers one by one, bit by bit, and to be taken for plain calls alone. And
+what C code can do wrong by itself: words of errors, references, memory, threads.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import pickle
 import sys
@@ -18,22 +19,22 @@ from typing import Any
 
 import pytest
 import torch
-from engine import KINDS, NAMES, B, H, I, T, flat, same, state_of
-from test_quick import Sub, Watched, outcome
+from engine import KINDS, NAMES, B, H, I, Sub, T, Watched, flat, forget, outcome, same, state_of
+from support import some
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import rnnkit
-from rnnkit import backends, functional, ops
-from rnnkit.backends import select
+from rnnkit import backends, functional
 from rnnkit.backends.cpu import extension
 from rnnkit.backends.cpu.backend import CPU
+from rnnkit.layer import stack
 
 native = extension.native
 no_way = extension.reason() or "this torch lacks torch._C._aoti, by which tensors reach C++; torch 2.13 has it"
 pytestmark = pytest.mark.skipif(native is None, reason=no_way)
 LONG = 40  # steps, more than the engine takes at a time
-BOTH = ["single", "single_backward"]
+BOTH = ["stack_forward", "stack_backward"]
 every_kind = pytest.mark.parametrize(("name", "options"), KINDS)
 every_name = pytest.mark.parametrize("name", NAMES)
 layouts = pytest.mark.parametrize("first", [False, True])
@@ -42,8 +43,8 @@ training = pytest.mark.parametrize("train", [False, True])
 
 @pytest.fixture(autouse=True)
 def went(monkeypatch):
-    """Which of the short way's functions gave a result. No choice is remembered from another test."""
-    monkeypatch.setattr(select, "_selected", {})
+    """Which of the stack's functions gave a result. No choice is remembered from another test."""
+    forget(monkeypatch)
     cpu, gave = backends.BY_NAME["cpu"], []
 
     def noted(name: str, result: Any) -> Any:
@@ -60,11 +61,15 @@ def each(hx: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def case(name: str, first: bool = False, steps: int = T, **options: Any) -> tuple[nn.Module, Tensor, Any]:
-    """A layer after a call, an input and a state."""
+    """A stack after a call, an input and a state."""
     layer = getattr(rnnkit, name)(I, H, batch_first=first, backend="cpu", **options)
     x = torch.randn((B, steps, I) if first else (steps, B, I)).to(layer.weight_hh_l0.dtype)
     layer(x)
-    return layer, x, each(state_of(name, 1, B, H), lambda v: v.to(x.dtype))
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    state = state_of(name, count, B, H)
+    if layer.proj_size:
+        state = torch.randn(count, B, layer.proj_size), state[1]
+    return layer, x, each(state, lambda v: v.to(x.dtype))
 
 
 def squares(results: Any) -> Tensor:
@@ -81,21 +86,21 @@ def everything(layer: nn.Module, x: Tensor, hx: Any, loss: Callable[..., Tensor]
 
 def ordinary(call: Callable[[], Any]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "single", lambda *_: None)
+        patch.setattr(stack, "run", lambda *_: None)
         return call()
 
 
 def both_ways(call: Callable[[], Any], went: list[str], took: list[str]) -> list[Tensor]:
-    """What the short way gives. It was taken; the ordinary way and that without a crossing give the same bits."""
+    """What the stack gives. It was taken; layer by layer, also without a crossing, come the same bits."""
     call()
     went.clear()
     short = call()
     assert went == took and same(short, ordinary(call)) and went == took
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "native", None)
-        patch.setattr(select, "_selected", {})
+        forget(patch)
         patch.setitem(backends.BY_NAME, "cpu", alone := CPU())
-        assert not alone.singles and same(short, call()) and same(short, call()) and went == took
+        assert not alone.stacks and same(short, call()) and same(short, call()) and went == took
     return short
 
 
@@ -114,6 +119,81 @@ def test_bitwise_the_ordinary_way_and_strided_as_torch(name, options, first, tra
                 theirs.load_state_dict(layer.state_dict())
                 torch.testing.assert_close(found, truth := everything(theirs, v, state))
                 assert [v.stride() for v in found] == [v.stride() for v in truth]
+
+
+STACKS: dict[str, dict[str, Any]] = {
+    "two layers": {"num_layers": 2},
+    "both directions": {"bidirectional": True},
+    "three of both": {"num_layers": 3, "bidirectional": True},
+    "dropout": {"num_layers": 3, "dropout": 0.5},
+    "dropout of all": {"num_layers": 2, "dropout": 1.0, "bidirectional": True},
+    "projection": {"num_layers": 2, "bidirectional": True, "proj_size": 2, "dropout": 0.25},
+    "recompute": {"num_layers": 2, "bidirectional": True, "recompute": True},
+}
+CALLS: dict[str, Callable[..., dict[str, Any]]] = {
+    "plain": lambda hx, first: {},
+    "lengths": lambda hx, first: {"lengths": torch.tensor([LONG, 7])},
+    "resets": lambda hx, first: {"reset": marks(first), "reset_state": hx},
+    "all": lambda hx, first: {"lengths": torch.tensor([9, LONG]), "reset": marks(first), "return_all_states": True},
+}
+
+
+def marks(first: bool) -> Tensor:
+    found = torch.zeros(LONG, B, dtype=torch.bool)
+    found[3, 0] = found[8, 1] = True
+    return found.T if first else found
+
+
+ALL_STACKS = [
+    (name, options, shape, call, dtype)
+    for (name, options), shape, call in itertools.product(KINDS, STACKS, CALLS)
+    for dtype in (torch.float32, torch.bfloat16)
+    if name == "LSTM" or "proj_size" not in STACKS[shape]
+]
+
+
+@pytest.mark.parametrize("which", some(ALL_STACKS, 3))
+@training
+@layouts
+def test_a_stack_is_bitwise_its_layers(first, train, which, went):
+    name, options, shape, call, dtype = which
+    layer, x, hx = case(name, first, LONG, dtype=dtype, **options, **STACKS[shape])
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(5)
+        leaves = [v.detach().requires_grad_() for v in (x, *flat(hx))]
+        state = tuple(leaves[1:]) if name == "LSTM" else leaves[1]
+        results = flat(layer(leaves[0], state, **CALLS[call](state, first)))
+        drawn = torch.rand(1)  # the generator stands where it stood
+        if not train:
+            return [*results, drawn]
+        return [*results, drawn, *torch.autograd.grad(squares(results), [*leaves, *layer.parameters()])]
+
+    with torch.set_grad_enabled(train):
+        both_ways(run, went, BOTH if train else BOTH[:1])
+
+
+@every_name
+def test_frozen_layers_are_neither_kept_nor_computed(name, went, monkeypatch):
+    layer, x, _ = case(name, num_layers=3, bidirectional=True)
+    whole = dict(zip(dict(layer.named_parameters()), everything(layer, x, None)[-len(list(layer.parameters())) :]))
+    for key, p in layer.named_parameters():
+        p.requires_grad_("l2" in key)
+    y, _ = layer(x)
+    tensors = [v for v in y.grad_fn.saved_tensors[7 + len(whole) :]]
+    assert sum(v.shape[-1] == 2 * H for v in tensors) == 1, "the input of the last layer"
+    found = torch.autograd.grad(squares(flat(layer(x))), [p for p in layer.parameters() if p.requires_grad])
+    assert same(found, [whole[key] for key in whole if "l2" in key])
+
+
+def test_large_stacks_have_a_node_a_layer(went):
+    """One node would hold what every layer saved until the last gradient is there."""
+    layer, x = rnnkit.GRU(8, 512, 2, backend="cpu"), torch.randn(2, 1, 8)
+    layer(x)
+    assert went == []
+    with torch.no_grad():
+        layer(x)
+    assert went == BOTH[:1]
 
 
 def minus(v: Tensor) -> Tensor:
@@ -144,7 +224,7 @@ def second(layer: nn.Module, x: Tensor, hx: Any) -> list[Tensor]:
     return [*found, *torch.autograd.grad(squares(found), leaves)]
 
 
-def some(layer: nn.Module, x: Tensor, hx: Any, wanted: list[str]) -> Any:
+def of_some(layer: nn.Module, x: Tensor, hx: Any, wanted: list[str]) -> Any:
     """Gradients of some tensors, where the others want none."""
     named = {"x": x, "h_0": flat(hx)[0], "c_0": flat(hx)[-1], **dict(layer.requires_grad_(False).named_parameters())}
     leaves = [named[key].requires_grad_() for key in wanted]
@@ -183,12 +263,12 @@ SOME = ["x", "h_0", "c_0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_h
 USES: dict[str, tuple[list[str], Callable[..., Any]]] = {
     **{f"x {k}": (BOTH, lambda m, x, hx, f=f: everything(m, f(x), each(hx, f))) for k, f in enumerate(TURNS)},
     **{f"loss {k}": (BOTH, lambda *a, f=f: everything(*a, lambda results: f(*results))) for k, f in enumerate(LOSSES)},
-    **{f"of {keys}": (BOTH, lambda *a, keys=keys: some(*a, keys.split())) for keys in SOME},
+    **{f"of {keys}": (BOTH, lambda *a, keys=keys: of_some(*a, keys.split())) for keys in SOME},
     "no rows": (BOTH, lambda m, x, hx: everything(m, x[:0] if m.batch_first else x[:, :0], None)),
     "inference": (BOTH[:1], lambda *a: inside(torch.inference_mode, lambda m, x, hx: flat(m(x, hx)), *a)),
     "hooks": (BOTH, lambda *a: inside(lambda: saved_tensors_hooks(Tensor.clone, Tensor.clone), everything, *a)),
     "second": (BOTH, second),  # the loss holds y, whose derivative the second one takes
-    "changed": (["single", *BOTH * 2], lambda *a: changed(*a, lambda y: y[0].zero_())),
+    "changed": ([BOTH[0], *BOTH * 2], lambda *a: changed(*a, lambda y: y[0].zero_())),
     "changed, mode": (BOTH[:1], lambda *a: changed(*a, Tensor.zero_, Watched)),
     "batched": (BOTH[:1], lambda *a: given(*a, lambda g: torch.stack([g, 2 * g]), is_grads_batched=True)),
     "minus gradient": (BOTH[:1], lambda *a: given(*a, minus)),
@@ -216,7 +296,7 @@ def test_every_use(name, options, first, use, went):
     layer, x, hx = case(name, first, dtype=torch.float64, **options)
     took, call = USES[use]
     if name == "LSTM" and "changed" in use:  # a call more; nothing is made again
-        took = ["single", "single", *[BOTH[1]] * took.count(BOTH[1])]
+        took = [BOTH[0], BOTH[0], *[BOTH[1]] * took.count(BOTH[1])]
     found = both_ways(lambda: [v.as_subclass(Tensor) for v in call(layer, x.detach(), hx)], went, took)
     with rnnkit.use_backend("reference"):
         truth = [v.as_subclass(Tensor) for v in call(layer, x.detach(), hx)]
@@ -229,7 +309,7 @@ def test_checkpoint_of_the_first_call(name, first):
     """Made again in the backward, the first call is a second one, and must save the same."""
     layer, x, hx = case(name, first)
     for state in (None, hx):
-        select._selected.clear()
+        stack._plans.clear()
         y = torch.utils.checkpoint.checkpoint(layer, x.requires_grad_(), state, use_reentrant=False)[0]
         assert same(torch.autograd.grad(y.sum(), x), torch.autograd.grad(layer(x, state)[0].sum(), x))
 
@@ -263,7 +343,7 @@ def with_weights(form: Callable[[list[Tensor]], Any]) -> Any:
 @every_name
 def test_a_mistake_says_what_the_first_call_says(name, first, train, which, went):
     layer, x, hx = case(name, first)
-    select._selected.clear()
+    stack._plans.clear()
     layer.requires_grad_(train)
     at_first = ordinary(lambda: outcome(lambda: MISTAKES[which](layer, x, hx)))
     layer(x)
@@ -272,7 +352,7 @@ def test_a_mistake_says_what_the_first_call_says(name, first, train, which, went
 
 
 def test_the_functions_say_what_is_wrong():
-    counts = {"layer_forward": 17, "layer_backward": 22, "single": 10, "single_backward": 16, "step": 7, "lstm_step": 7}
+    counts = {"layer_forward": 17, "layer_backward": 22, "stack_forward": 18, "stack_backward": 24}
     for name, count in {**counts, "bind": 7}.items():
         for wrong in (0, count - 1, count + 1):
             with pytest.raises(TypeError, match=f"^rnnkit: {count} arguments must be given, got {wrong}$"):
@@ -282,9 +362,40 @@ def test_the_functions_say_what_is_wrong():
     for at, value in ((0, 9), (0, -1), (0, 3.0), (1, x[0]), (1, x.long()), (1, "x"), (2, h[:1]), (6, w[0]), (13, "no")):
         args = (*good[:at], value, *good[at + 1 :])
         found, truth = (outcome(lambda f=f, a=args: f(*a)) for f in (native.layer_forward, operator.default))
-        assert found[0] is truth[0] and found[1].splitlines()[0] == truth[1].splitlines()[0]
-    with pytest.raises(RuntimeError, match=r"^rnnkit: h_0 must be Float \[2, 4\], got Float \[1, 4\]$"):
-        native.single(0, x, h[None, :1], None, w, w, None, None, False, False)
+        assert issubclass(found[0], truth[0]) and found[1].splitlines()[0] == truth[1].splitlines()[0]
+
+
+WHOLE = (0, 1, 1, 0, 0, False, False, 0.0, b"", torch.ones(T, B, H), *[None] * 6, [torch.eye(H), torch.eye(H)], ())
+UNFIT = {
+    "layers": (1, 0, "layers must be at least 1"),
+    "directions": (2, 3, "directions 1 or 2"),
+    "a projection": (3, 2, "P = 2"),
+    "layout": (4, 4, r"layout must lie in \[0, 3\], got 4"),
+    "its dimensions": (4, 3, "x must have 2 dimensions"),
+    "a kind": (7, "0", "not of the kind"),
+    "needs": (8, b"1", "needs must have 9 bytes, got 1"),
+    "x": (9, torch.ones(T, B, H).to_sparse(), "dense"),
+    "no steps": (9, torch.ones(0, B, H), "at least one step"),
+    "h_0": (10, torch.ones(1, B + 1, H), r"h_0 must be Float \[2, 4\], got Float \[3, 4\]"),
+    "h_0 of two layers": (10, torch.ones(2, B, H), "of 1 layers and directions"),
+    "c_0 of an RNN": (11, torch.ones(B, H), "a state must have 3 dimensions"),
+    "lengths": (12, torch.tensor([1, T + 1]), "got 6 at row 1"),
+    "their dtype": (12, torch.ones(B), "lengths must be Long"),
+    "reset": (13, torch.ones(T, B), "reset must be Bool"),
+    "weights": (16, [torch.eye(H)], "2 to 5 weights, got 1"),
+    "no list": (16, torch.eye(H), "not of the kind"),
+    "a weight": (16, [torch.eye(H), torch.eye(H).double()], "w_hh must be Float"),
+}
+
+
+@pytest.mark.parametrize("which", UNFIT)
+def test_what_does_not_fit_is_refused_before_anything_is_done(which):
+    at, value, words = UNFIT[which]
+    native.stack_forward(*WHOLE)
+    state = torch.get_rng_state()
+    with pytest.raises(extension.Unfit, match=words):
+        native.stack_forward(*WHOLE[:at], value, *WHOLE[at + 1 :])
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_mode_sees_operators():
@@ -306,14 +417,14 @@ def test_memory_stays_flat_and_references_are_given_back(name, went):
                 layer(x, hx)
             torch.autograd.grad(layer(leaf, hx)[0].sum(), leaf)
             for cell in (0, 0.5):  # x is no state, 0.5 no cell
-                outcome(lambda cell=cell: native.single(cell, x, x[0], None, *layer.parameters(), True, True))
+                outcome(lambda cell=cell: native.stack_forward(cell, *WHOLE[1:10], x[0], *WHOLE[11:]))
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return resident, [(sys.getrefcount(v), v._use_count()) for v in held]
 
     warm, counts = after(500)
     went.clear()
     grown, same_counts = after(2000)
-    assert went == ["single", *BOTH] * 2000 and same_counts == counts and grown - warm < 400 << 10
+    assert went == [BOTH[0], *BOTH] * 2000 and same_counts == counts and grown - warm < 400 << 10
 
 
 @every_kind

@@ -1,0 +1,164 @@
+"""A whole call as one: every layer, both directions, dropout between them, in the caller's layout.
+
+What a call is (options, sizes, dtype, whether a gradient is wanted, which backend is asked for) is worked out once and
+remembered. Where one backend that has `stacks` runs every layer, the call is one native function, and one node of
+torch's graph when a gradient is wanted. It checks every tensor at every call; what it refuses by `Unfit`, and every
+call that is not plain, `functional` runs layer by layer, over checks that say what is wrong or make it right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import checks
+from ..autocast import autocasting
+from ..backends import STEP, UNBATCHED, Backend, StackInputs, StackOptions, choice_facts, describe_stack, select_backend
+from ..backends.cpu.extension import Unfit
+from . import override
+from .autograd import is_differentiated, save_for_backward, was_changed
+from .profiler import as_row, named, recording
+
+Dropout = Callable[[Tensor, int], Tensor]  # of the output of layer k
+LayerByLayer = Callable[[StackOptions, str, StackInputs, Sequence[Tensor], Dropout], list[Tensor]]
+NODE_BYTES = 4 << 20
+"""One node holds what all its layers saved until the last gradient is there. Where the weights, and so their gradients,
+take more than this, a node a layer lets go of it in turn, and what a call costs does not matter."""
+CACHE_SIZE = 1024  # plans; T and B are part of one. A program that meets more starts over
+_plans: dict[tuple, Backend | None] = {}
+_plain_eager, _function_modes = checks.is_plain_eager, checks.function_modes
+_autocast = torch._C._is_any_autocast_enabled  # for any type of device
+
+
+def run(
+    o: StackOptions, backend: str, t: StackInputs, weights: Sequence[Tensor], layers: LayerByLayer
+) -> Sequence[Tensor] | None:
+    """The results that `o.outputs` names, in the caller's layout.
+
+    None where the call is not plain, is not for one backend that has `stacks`, or something does not fit.
+    layers: `functional.layer_by_layer`, the same call over `ops.layer`, for derivatives beyond the first.
+    """
+    x = t.x
+    if override.active is not None or type(x) is not Tensor or not _plain_eager() or _function_modes():
+        return None
+    if type(weights) is not list and type(weights) is not tuple:
+        return None
+    if not x.is_cpu or x.is_nested or (_autocast() and autocasting("cpu")) or len(weights) < 2:
+        return None
+    if type(weights[1]) is not Parameter and type(weights[1]) is not Tensor:
+        return None
+    train = False
+    for v in (*t, *weights) if torch.is_grad_enabled() else ():
+        if type(v) is Parameter or type(v) is Tensor:
+            train = train or v.requires_grad
+        elif v is not None:
+            return None
+    facts = choice_facts(backend)
+    masked = t.lengths is None, t.reset is None, t.h_reset is None
+    key = (o, facts, train, x.dtype, x.shape, len(weights), weights[1].shape, masked)
+    chosen = _plans.get(key, ...) if facts is not None else ...
+    if chosen is ...:
+        chosen = _plan(o, backend, t, weights, train, report=facts is None)
+        if len(_plans) >= CACHE_SIZE:
+            _plans.clear()
+        if facts is not None:  # nobody records the choices
+            _plans[key] = chosen
+    if chosen is None:
+        return None
+    try:
+        if train:
+            return named(StackFunction, o.cell).apply((o, chosen, backend, layers), *t, *weights)
+        if recording():
+            return as_row(o.cell, functools.partial(chosen.stack_forward, o, b"", t, weights, ()), (*t, *weights))
+        return chosen.stack_forward(o, b"", t, weights, ())
+    except Unfit:
+        return None
+
+
+def _plan(
+    o: StackOptions, backend: str, t: StackInputs, weights: Sequence[Tensor], train: bool, *, report: bool
+) -> Backend | None:
+    """The backend that runs every layer at once, if there is one."""
+    if t.x.dim() != (2 if o.layout in (UNBATCHED, STEP) else 3) or any(w is None or w.dim() < 2 for w in weights[:2]):
+        return None
+    try:
+        specs = describe_stack(o, t, weights, train=train)
+        chosen = {select_backend(backend, spec, report=False) for spec in specs}
+    except (NotImplementedError, ValueError, IndexError):  # checks, or the first layer in turn, say why
+        return None
+    only = chosen.pop()
+    if chosen or not only.stacks:
+        return None
+    if train and len(specs) > 1 and sum(w.numel() for w in weights) * t.x.element_size() > NODE_BYTES:
+        return None
+    for spec in specs if report else ():
+        select_backend(backend, spec)
+    return only
+
+
+class StackFunction(torch.autograd.Function):
+    """A whole call as one node of torch's graph. Takes `StackInputs`, then the weights; gives the results there are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, what: tuple[StackOptions, Backend, str, LayerByLayer], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        o, backend, *_ = what
+        ctx.what, ctx.needs, ctx.version_guard = what, bytes(ctx.needs_input_grad[1:]), None
+        found = backend.stack_forward(o, ctx.needs, StackInputs(*tensors[:7]), tensors[7:], ())  # type: ignore[arg-type]
+        given, kept = tuple(found[: sum(o.outputs)]), found[sum(o.outputs) :]
+        if o.reads_output:
+            save_for_backward(ctx, tensors, given[0], kept, guard=o.cell != "lstm")
+        else:
+            ctx.save_for_backward(*tensors, *kept)
+        ctx.set_materialize_grads(False)
+        return given
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of `what` (none) and of the tensors, from those of the results."""
+        o, backend, *_ = ctx.what
+        saved = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
+        count = len(ctx.needs)
+        t, weights, kept = StackInputs(*saved[:7]), saved[7:count], saved[count:]
+        if all(g is None for g in grads):
+            return (None,) * (1 + count)
+        y, kept = (kept[0], kept[1:]) if o.reads_output else (None, kept)
+        masks = kept[: o.layers - 1] if o.dropout > 0 else ()
+        found: Sequence[Tensor | None] | None = None
+        if not is_differentiated(grads) and not checks.dispatch_modes():
+            left = iter(grads)
+            given = [next(left) if there else None for there in o.outputs]
+            with contextlib.suppress(Unfit):  # a gradient whose memory does not hold its values
+                if was_changed(ctx):
+                    y, *rest = backend.stack_forward(o, ctx.needs, t, weights, masks)
+                    kept = rest[sum(o.outputs) - 1 :]
+                found = backend.stack_backward(o, ctx.needs, t, weights, y, kept, given)
+        if found is None:
+            found = _layer_by_layer(ctx, saved[:count], masks, grads)
+        left = iter(found)
+        return (None, *(next(left) if need else None for need in ctx.needs))
+
+
+def _layer_by_layer(
+    ctx: Any, tensors: Sequence[Tensor | None], masks: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """The same by the layers' own nodes, which torch can differentiate again."""
+    o, _, backend, layers = ctx.what
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views: what is asked for is the gradient of each alone, also where one of them was made of another
+        live: list[Any] = [
+            v.view_as(v) if need and v is not None else v for v, need in zip(tensors, ctx.needs, strict=True)
+        ]
+        results = layers(o, backend, StackInputs(*live[:7]), live[7:], lambda y, k: y * masks[k])
+        used = [k for k, g in enumerate(grads) if g is not None]
+        wanted = [v for v, need in zip(live, ctx.needs, strict=True) if need]
+        received = [grads[k] for k in used]
+        return torch.autograd.grad([results[k] for k in used], wanted, received, create_graph=again, allow_unused=True)
