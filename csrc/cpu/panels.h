@@ -232,13 +232,15 @@ struct GemmWeights {
       constexpr int64_t together = 16;  // rows of operands, so that few pages are read side by side
       for (int64_t k0 = 0; k0 < K; k0 += together) {
         for (int p = p0; p < p1; ++p) {
-          const int in_strip = strip_width(p);
-          Operand* to = const_cast<Operand*>(panel(p));
-          for (int64_t k = k0; k < std::min(k0 + together, K); ++k) {
-            for (int v = 0; v < panel_vectors(p); ++v) {
-              const auto from = column_operands(k, p * panel_width() + v);
-              __builtin_memcpy(to + v / in_strip * strip_size(p) + (k * in_strip + v % in_strip) * L, &from,
-                               sizeof from);
+          const int vectors = panel_vectors(p), in_strip = strip_width(p);
+          const int64_t size = strip_size(p);
+          for (int v0 = 0; v0 < vectors; v0 += in_strip) {
+            Operand* to = const_cast<Operand*>(panel(p)) + v0 / in_strip * size + k0 * in_strip * L;
+            for (int64_t k = k0; k < std::min(k0 + together, K); ++k) {
+              for (int v = v0; v < v0 + in_strip; ++v, to += L) {
+                const auto from = column_operands(k, p * panel_width() + v);
+                __builtin_memcpy(to, &from, sizeof from);
+              }
             }
           }
         }
