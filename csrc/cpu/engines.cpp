@@ -1,11 +1,4 @@
-// The choice among the variants: what the processor can run, or what RNNKIT_CPU_ISA asks for. And which dot
-// products of bfloat16 it has, for whoever chooses among libraries that use them.
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#endif
+// The choice among the variants: what the processor can run, or what RNNKIT_CPU_ISA asks for.
 
 #include <cstdlib>
 #include <stdexcept>
@@ -36,45 +29,6 @@ extern const Engine engine;
 #endif
 namespace baseline {
 extern const Engine engine;
-}
-
-namespace {
-
-#if defined(__x86_64__)
-// Whether the system keeps these parts of the registers, by the bits of XCR0.
-bool system_keeps(uint32_t bits) {
-  uint32_t a, b, c, d;
-  constexpr uint32_t osxsave = 1u << 27;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & osxsave) == 0) return false;
-  uint32_t low, high;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (low & bits) == bits;
-}
-
-const char* find_native_bf16() {
-  uint32_t a = 0, b = 0, c = 0, d = 0;
-  constexpr uint32_t tiles = 3u << 17, vectors = 0xe6;  // of XCR0
-  constexpr uint32_t amx_bf16 = 1u << 22, amx_tile = 1u << 24, avx512_bf16 = 1u << 5;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & amx_bf16) && (d & amx_tile) && system_keeps(tiles)) {
-    return "amx_bf16";
-  }
-  const bool has = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16);
-  return has && system_keeps(vectors) ? "avx512_bf16" : "";
-}
-#elif defined(__aarch64__) && defined(__linux__)
-const char* find_native_bf16() {
-  constexpr unsigned long bf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
-  return getauxval(AT_HWCAP2) & bf16 ? "neon_bf16" : "";
-}
-#else
-const char* find_native_bf16() { return ""; }
-#endif
-
-}  // namespace
-
-const char* native_bf16() {
-  static const char* const found = find_native_bf16();
-  return found;
 }
 
 void unknown_cell(int64_t number) {

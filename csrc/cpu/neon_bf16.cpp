@@ -7,6 +7,7 @@
 #if defined(RNNKIT_HAS_NEON_BF16)
 
 #include <arm_neon.h>
+#include <sys/auxv.h>
 
 #include "headers.h"
 
@@ -30,7 +31,10 @@ extern const Engine engine;
 }
 namespace neon_bf16 {
 static const Engine& other_dtypes() { return baseline::engine; }
-static bool supported() { return *native_bf16() != '\0'; }
+static bool supported() {
+  constexpr unsigned long bf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & bf16) != 0;
+}
 }  // namespace neon_bf16
 }  // namespace rnnkit
 

@@ -234,8 +234,4 @@ const std::vector<const Engine*>& engines();
 // where it names another.
 const Engine& engine();
 
-// The best dot products of bfloat16 that the processor has and the system lets programs use, whatever the
-// engine was told to use: "amx_bf16", "avx512_bf16", "neon_bf16", or "" where there are none.
-const char* native_bf16();
-
 }  // namespace rnnkit

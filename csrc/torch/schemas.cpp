@@ -108,8 +108,6 @@ std::string cpu_variants() {
   return names;
 }
 
-std::string cpu_native_bf16() { return native_bf16(); }
-
 // Pairs of a name and a number, 0 for no limit.
 std::string cpu_workers() {
   const CpuLimits limits = cpu_limits();
@@ -139,7 +137,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
         "Tensor[]");
   m.def("cpu_function(int which, Tensor x) -> Tensor");
   m.def("cpu_variants() -> str");
-  m.def("cpu_native_bf16() -> str");
   m.def("cpu_workers() -> str");
   m.def("cpu_quota(str root) -> int");
 #undef RNNKIT_LAYER
@@ -153,7 +150,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkit, CompositeExplicitAutograd, m) {
   m.impl("cpu_variants", TORCH_BOX(&rnnkit::cpu_variants));
-  m.impl("cpu_native_bf16", TORCH_BOX(&rnnkit::cpu_native_bf16));
   m.impl("cpu_workers", TORCH_BOX(&rnnkit::cpu_workers));
   m.impl("cpu_quota", TORCH_BOX(&rnnkit::cpu_quota));
 }

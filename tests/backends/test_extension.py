@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -354,15 +353,6 @@ def test_a_variant_can_be_asked_for(name):
     first, value = done.stdout.splitlines()
     assert first.split() == [name or at_hand()[0], *at_hand()]
     assert abs(float(value) - 0.7615941559557649) < 2e-7
-
-
-def test_native_bfloat16_is_what_the_system_says_of_the_processor():
-    told = Path("/proc/cpuinfo")
-    if not told.exists():
-        pytest.skip("no /proc/cpuinfo to hold it against")
-    flags = told.read_text(encoding="utf-8").split()
-    known = {"amx_bf16": "amx_bf16", "avx512_bf16": "avx512_bf16", "bf16": "neon_bf16"}
-    assert extension.native_bf16 == next((name for flag, name in known.items() if flag in flags), "")
 
 
 def test_an_unknown_variant_is_an_error_that_lists_those_there_are():

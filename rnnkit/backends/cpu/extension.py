@@ -64,18 +64,6 @@ variants, refusal = _variants()
 """The variants of the engine on this processor, the chosen one first; and why there are none, else empty."""
 
 
-def _native_bf16() -> str:
-    if _reason or not hasattr(torch.ops.rnnkit, "cpu_native_bf16"):  # built before it was asked
-        return ""
-    found: str = torch.ops.rnnkit.cpu_native_bf16()
-    return found
-
-
-native_bf16 = _native_bf16()
-"""The best dot products of bfloat16 that the processor has, whatever RNNKIT_CPU_ISA says: "amx_bf16", "avx512_bf16",
-"neon_bf16", or empty. Those of AMX the engine does not use; oneDNN does. Empty too where there is no extension."""
-
-
 class Workers(NamedTuple):
     """How many threads the engine uses for a call now, and what bounds them; 0 where nothing does."""
 
