@@ -260,8 +260,7 @@ class GateRecompute {
       made.c_kept = at(in_.reverse ? 0 : 1);
     }
     made.gx_stride = gx_.has_value() ? in_.G * in_.H : stride_;
-    const Tensor gx = projection_.run(chunk.t0, n, gx_.has_value() ? *gx_ : gates_, made.gx_stride, 0);
-    made.gx = gx.const_data_ptr();
+    made.gx = projection_.run(chunk.t0, n, gx_.has_value() ? *gx_ : gates_, made.gx_stride, 0);
     made.y = y_.mutable_data_ptr();
     made.gates = gates_.mutable_data_ptr();
     made.gates_stride = stride_;

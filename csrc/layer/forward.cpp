@@ -10,9 +10,15 @@ Tensor to_opmath(const Tensor& v, Dtype dtype) {
   return is_half(dtype) ? torch::stable::to(v, opmath_type(dtype)) : v;
 }
 
-Tensor Projection::run(int64_t t0, int64_t n, const Tensor& gx, int64_t stride, int64_t offset) const {
+const void* Projection::run(int64_t t0, int64_t n, const Tensor& gx, int64_t stride, int64_t offset) const {
   const Tensor& x = in_.x;
   const int64_t rows = n * in_.B, I = in_.I;
+  void* first = static_cast<char*>(gx.mutable_data_ptr()) + offset * opmath_bytes(in_.dtype);
+  if (gemm_.own() != nullptr && x.is_contiguous()) {
+    const auto* from = static_cast<const char*>(x.const_data_ptr()) + t0 * in_.B * I * bytes_of(in_.dtype);
+    gemm_.own()->run(rows, from, I, first, stride, true, workers());
+    return first;
+  }
   const auto strides = x.strides();
   const Tensor rows_of_x =
       x.is_contiguous() ? view(x, {rows, I}, {I, 1}, t0 * in_.B * I)
@@ -21,7 +27,7 @@ Tensor Projection::run(int64_t t0, int64_t n, const Tensor& gx, int64_t stride, 
                                {rows, I}, {I, 1}, 0);
   Tensor out = view(gx, {rows, in_.G * in_.H}, {stride, 1}, offset);
   gemm_.run(rows_of_x, out);
-  return out;
+  return first;
 }
 
 void LayerInputs::check() {
@@ -136,10 +142,8 @@ void project_and_scan(const LayerInputs& in, int64_t chunk_steps, const Optional
   for (int64_t done = 0; done < in.T;) {
     const int64_t n = std::min(most, in.T - done);
     const int64_t t0 = in.reverse ? in.T - done - n : done;
-    const Tensor gx =
-        projection->run(t0, n, in_place ? *gates : *buffer, stride, in_place ? t0 * in.B * stride : 0);
     ForwardChunk chunk = chunk_at(t0, n);
-    chunk.gx = gx.const_data_ptr();
+    chunk.gx = projection->run(t0, n, in_place ? *gates : *buffer, stride, in_place ? t0 * in.B * stride : 0);
     chunk.gx_stride = stride;
     if (done + n == in.T) projection.reset();
     if (scan == nullptr) scan = engine().forward(problem, in.T);

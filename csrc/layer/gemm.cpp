@@ -129,8 +129,8 @@ bool torch_multiplies(const Tensor& w, int64_t M, int64_t N, int64_t K) {
          torch_is_faster<Kind::gemm_nt>(w);
 }
 
-PackedGemm::PackedGemm(const Tensor& w, bool nn, int64_t rows, bool pack) : w_(nn ? w : transpose(w)) {
-  const int64_t K = w_.size(0), N = w_.size(1);
+PackedGemm::PackedGemm(const Tensor& w, bool nn, int64_t rows, bool pack) : w_(w), nn_(nn) {
+  const int64_t K = w.size(nn ? 0 : 1), N = w.size(nn ? 1 : 0);
   if (torch_multiplies(w, rows, N, K)) return;
   const Dtype dtype = dtype_of(w);
   own_ = nn ? engine().gemm_nn(dtype, N, K, w.const_data_ptr(), pack, workers())
@@ -139,7 +139,7 @@ PackedGemm::PackedGemm(const Tensor& w, bool nn, int64_t rows, bool pack) : w_(n
 
 void PackedGemm::run(const Tensor& a, Tensor& out) const {
   if (own_ == nullptr) {
-    torch_mm(a, w_, out);
+    torch_mm(a, nn_ ? w_ : transpose(w_), out);
     return;
   }
   own_->run(a.size(0), a.const_data_ptr(), a.stride(0), out.mutable_data_ptr(), out.stride(0),

@@ -19,9 +19,12 @@ class PackedGemm {
   // will be in all.
   PackedGemm(const Tensor& w, bool nn, int64_t rows, bool pack = true);
   void run(const Tensor& a, Tensor& out) const;
+  // The package's own, or null where torch's is taken: a small product needs no tensors.
+  const GemmKernel* own() const { return own_.get(); }
 
  private:
-  Tensor w_;
+  const Tensor w_;
+  const bool nn_;
   std::unique_ptr<GemmKernel> own_;
 };
 

@@ -47,8 +47,8 @@ class Projection {
   // in: outlives it.
   explicit Projection(const LayerInputs& in) : in_(in), gemm_(in.w_ih, false, in.T * in.B, in.T > 1) {}
   // The steps t0 .. t0 + n - 1 into [n B, G H], rows `stride` apart, from the first of `gx` on plus `offset`.
-  // The rows as a tensor.
-  Tensor run(int64_t t0, int64_t n, const Tensor& gx, int64_t stride, int64_t offset) const;
+  // The first of them.
+  const void* run(int64_t t0, int64_t n, const Tensor& gx, int64_t stride, int64_t offset) const;
 
  private:
   const LayerInputs& in_;
