@@ -20,18 +20,18 @@ from pathlib import Path
 from rnnkit.backends import dispatch_times, user_times
 from rnnkit.backends.cpu import extension
 from rnnkit.backends.dispatch_times import RecordedShape
+from rnnkit.cli import instruction_set
 from rnnkit.tune.measure import CELLS, DTYPES, MODES, SHAPES
 
 from ..speed import machine
 from .fit_dispatch import save
 
-# What torch's own kernels, oneDNN and MKL are told. MKL_ENABLE_INSTRUCTIONS does not hold MKL below AVX2 on AMD's
-# processors, its reproducible mode does.
+# As `--isa` holds a command, and one more: without the products of bfloat16, which rows of avx512 must not show.
+_AVX512 = instruction_set.SETTINGS["avx512"]
 LIMITS = {
-    "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
-    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "baseline": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+    "avx512_bf16": _AVX512,
+    **instruction_set.SETTINGS,
+    "avx512": {**_AVX512, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
 }
 ONLY = {"avx512_bf16": ("bfloat16",)}
 """Dtypes, where the others are those of another instruction set."""
