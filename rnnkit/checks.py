@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .autocast import autocasting
 from .backends import LayerInputs, LayerOptions
@@ -52,6 +54,11 @@ _tracing = torch._C._is_tracing
 transforming = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack  # TorchFunctionModes, a default device among them
+
+
+def only_default_devices() -> bool:
+    """Whether every function mode is a default device (torch.set_default_device), which existing tensors do not see."""
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def is_plain_eager(*given: object) -> bool:

@@ -267,6 +267,8 @@ def stack(
         drops = float(dropout) if training and num_layers > 1 else 0.0
         how = StackOptions(cell, num_layers, directions, proj_size, form, return_all_states, recompute, drops)
         states, again = _pair(kind, hx), _pair(kind, reset_state)
+        if type(lengths) is Tensor and lengths.dtype in _WHOLE:
+            lengths = lengths.long()
         ready = type(reset) is not Tensor or reset.dtype is torch.bool  # others are made so below
         if states is not None and again is not None and ready:
             tensors = StackInputs(input, *states, lengths, reset, *again)  # type: ignore[arg-type]
@@ -329,7 +331,8 @@ def stack(
     if not (drops and (packed or nested)):  # whose dropout is drawn over the values alone
         found = layer_stack.run(inner, backend, tensors, weights, layer_by_layer)
     if found is None:
-        found = layer_by_layer(inner, backend, tensors, weights, lambda y, k: layout.dropout(y, dropout))
+        run = functools.partial(ops.layer, backend=backend)
+        found = layer_by_layer(inner, run, tensors, weights, lambda y, k: layout.dropout(y, dropout), backend)
     y, last, *everything = _results(kind, found)
     return layout.output(y), _each(last, layout.states_to_caller), *(_each(v, layout.all_states) for v in everything)
 
@@ -341,6 +344,7 @@ def _form(input: Any, batch_first: bool) -> int:
 
 
 _ZEROS = (None, None)
+_WHOLE = (torch.int32, torch.int16, torch.int8, torch.uint8)  # lengths' dtypes that become int64 without a question
 
 
 def _pair(kind: Cell, state: Any) -> tuple[Tensor | None, Tensor | None] | None:
@@ -367,14 +371,16 @@ def _each(state: State, change: Callable[[Tensor], Tensor]) -> State:
 
 def layer_by_layer(
     o: StackOptions,
-    backend: str,
+    run: Callable[..., Layer],
     t: StackInputs,
     weights: Sequence[Tensor],
     drop: layer_stack.Dropout,
+    backend: str = "auto",
 ) -> list[Tensor]:
-    """A call over `ops.layer`, for what does not go as one: its outputs, as `layer_stack.run` gives them.
+    """A call layer by layer, for what does not go as one: its outputs, as `layer_stack.run` gives them.
 
-    drop: dropout of the output of layer k.
+    run: `ops.layer`, or what stands for it. drop: dropout of the output of layer k. backend: for the question whether
+    both directions may run at once, on a GPU.
     """
     cell, layers, directions, _, form, all_states, recompute, dropout = o
     x, h_0, c_0, lengths, reset, h_r, c_r = t
@@ -396,7 +402,7 @@ def layer_by_layer(
         again = None
         if h_r is not None:
             again = h_r[i] if c_r is None else (h_r[i], c_r[i])
-        return ops.layer(
+        return run(
             cell,
             x,
             None if h_0 is None else h_0[i],
@@ -408,7 +414,6 @@ def layer_by_layer(
             reverse=d == 1,
             all_states=all_states,
             recompute=recompute,
-            backend=backend,
         )
 
     def both(k: int, x: Tensor) -> tuple[Layer, ...]:

@@ -11,7 +11,6 @@ Run it on a machine with nothing else to do. All of it takes half an hour.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -40,8 +39,8 @@ SECONDS = 240.0
 
 def environment(isa: str, threads: int) -> dict[str, str]:
     """What a process is started with that is held to an instruction set and a number of threads."""
-    held = {**LIMITS[isa], "RNNKIT_CPU_ISA": isa, "RNNKIT_TUNED": "0", "OMP_NUM_THREADS": str(threads)}
-    return {**os.environ, **held}
+    held = {"RNNKIT_CPU_ISA": isa, "RNNKIT_TUNED": "0", "OMP_NUM_THREADS": str(threads)}
+    return {**instruction_set.environment(isa, LIMITS[isa]), **held}
 
 
 def measured(isa: str, threads: int, dtypes: list[str], seconds: float) -> list[RecordedShape]:

@@ -2,6 +2,11 @@
 
 #include "worker_pool.h"
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -26,6 +31,7 @@ class WorkerPool {
       body(context, 0, slices);
       return;
     }
+    follow();
     const int64_t own = slices - helpers;
     context_ = context, body_ = body;
     left_.store(helpers, std::memory_order_relaxed);
@@ -43,7 +49,23 @@ class WorkerPool {
   struct Helper {
     WaitWord turn;  // changes when there is something to do
     int64_t slice = 0;
+    std::thread::native_handle_type thread{};
   };
+
+  // Helpers run where the caller may run: a thread keeps the affinity mask of the one that started it, also
+  // when that one's has changed since.
+  void follow() {
+#if defined(__linux__)
+    cpu_set_t mask;
+    if (pthread_getaffinity_np(pthread_self(), sizeof mask, &mask) != 0)
+      return;  // more CPUs than a mask counts
+    if (!CPU_EQUAL(&mask, &mask_)) placed_ = 0;
+    mask_ = mask;
+    for (; placed_ < helpers_.size(); ++placed_) {
+      pthread_setaffinity_np(helpers_[placed_]->thread, sizeof mask, &mask);
+    }
+#endif
+  }
 
   // How many helpers there are of those that are wanted.
   int64_t start(int64_t wanted) {
@@ -51,7 +73,9 @@ class WorkerPool {
     while (static_cast<int64_t>(helpers_.size()) < wanted) {
       auto helper = std::make_unique<Helper>();
       try {
-        std::thread([this, own = helper.get()] { serve(*own); }).detach();
+        std::thread made([this, own = helper.get()] { serve(*own); });
+        helper->thread = made.native_handle();
+        made.detach();
       } catch (const std::system_error&) {  // the system's or a container's limit of threads
         break;
       }
@@ -70,6 +94,10 @@ class WorkerPool {
 
   std::mutex busy_;
   std::vector<std::unique_ptr<Helper>> helpers_;
+#if defined(__linux__)
+  cpu_set_t mask_{};  // of the first `placed_` helpers
+  size_t placed_ = 0;
+#endif
   void* context_ = nullptr;
   Body body_ = nullptr;
   alignas(64) std::atomic<int64_t> left_{0};

@@ -195,11 +195,11 @@ CpuLimits cpu_limits() {
 }
 
 // A mask costs 0.3 us, and a call of 20 us asks three times.
-int64_t usable_threads() {
+int64_t usable_threads(bool anew) {
   thread_local Clock::time_point due{};
   thread_local int64_t threads = 0;
   const Clock::time_point now = Clock::now();
-  if (threads == 0 || now >= due) {
+  if (anew || threads == 0 || now >= due) {
     threads = cpu_limits().threads();
     due = now + std::chrono::microseconds(100);
   }

@@ -24,8 +24,8 @@ struct CpuLimits {
 // Throws std::runtime_error where RNNKIT_CPU_THREADS is no positive number.
 CpuLimits cpu_limits();
 
-// cpu_limits().threads(), at most 0.1 ms old.
-int64_t usable_threads();
+// cpu_limits().threads(), at most 0.1 ms old, or asked `anew`.
+int64_t usable_threads(bool anew = false);
 
 // Whether OpenMP was told to bind its threads. Then the mask of the calling thread is its own place and no
 // limit of the process; OpenMP counts the places itself. A thread that this one starts would share its place.

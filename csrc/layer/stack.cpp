@@ -142,14 +142,19 @@ class Stack {
     return l;
   }
 
-  // Before the first random number is drawn: whether each layer takes what the one below gives.
+  // Before anything is done: whether each layer takes what the one below gives, and all have the same states.
   void check_layers() const {
-    const int64_t N = in_.P > 0 ? in_.P : in_.weights[1].dim() == 2 ? in_.weights[1].size(1) : 0;
-    const Tensor any =
-        view(in_.x, {T_, B_, in_.directions * N}, {0, 0, 0}, 0);  // an output by its sizes alone
-    for (int64_t i = 0; i < count_; ++i) {
+    LayerInputs first = layer(0, 0, in_.x);
+    first.check();
+    const Tensor below =
+        view(in_.x, {T_, B_, in_.directions * first.N}, {0, 0, 0}, 0);  // an output by its sizes
+    for (int64_t i = 1; i < count_; ++i) {
       const int64_t k = i / in_.directions;
-      layer(k, i % in_.directions, k == 0 ? in_.x : any).check();
+      LayerInputs other = layer(k, i % in_.directions, k == 0 ? in_.x : below);
+      other.check();
+      RNNKIT_CHECK(other.H == first.H && other.N == first.N,
+                   "every layer and direction must have H = ", first.H, " and N = ", first.N, ", got ",
+                   other.H, " and ", other.N);
     }
   }
 
@@ -269,7 +274,7 @@ std::vector<Tensor> stack_forward(StackInputs in, const StackOptions& o, std::ve
   const Stack stack(in);
   const bool save = !o.needs.empty(), draws = masks.empty();
   if (save) check_needs(in, o);
-  if (o.dropout > 0) stack.check_layers();
+  if (stack.count() > 1) stack.check_layers();  // one is checked where it runs, before anything
   const int64_t lowest = save ? lowest_layer(in, o, stack.each()) : in.layers;
   AllStates h_n(stack), c_n(stack), h_all(stack), c_all(stack);
   std::vector<Tensor> kept;

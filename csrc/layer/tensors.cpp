@@ -78,6 +78,8 @@ Tensor view(const Tensor& of, int64_t dims, const int64_t* sizes, const int64_t*
 
 Workers workers() {
   RNNKIT_CHECK(watching_forks == 0, "pthread_atfork failed with error ", watching_forks);
+  static const CpuLimits at_first = cpu_limits();  // refuses a wrong RNNKIT_CPU_THREADS, also with one thread
+  static_cast<void>(at_first);
   const int64_t torchs = forked ? 1 : torch::stable::get_num_threads();
   const int64_t threads = torchs == 1 ? 1 : std::min(torchs, usable_threads());
   return {threads, threads == torchs || openmp_binds() ? &run_on_torchs_threads : &run_in_pool};

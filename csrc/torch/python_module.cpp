@@ -28,7 +28,8 @@ struct PythonObjects {
   std::array<PyObject*, 2> operators{};
 } python;
 
-PyObject* unfit = nullptr;  // the exception rnnkit._C.Unfit
+// The exceptions rnnkit._C.Unfit and, of a tensor whose memory does not hold its values, rnnkit._C.NotPlain.
+PyObject *unfit = nullptr, *not_plain = nullptr;
 
 // Raised in Python already.
 struct PythonError {};
@@ -141,11 +142,11 @@ PyObject* call(Result (*f)(Args...), PyObject* const* given, std::index_sequence
   return to_python(found);
 }
 
-// Where an argument is no plain tensor: calls operator `number`, or raises Unfit where that is -1.
+// Where an argument is no plain tensor: calls operator `number`, or raises NotPlain where that is -1.
 template <int number>
 PyObject* call_operator(PyObject* const* given, Py_ssize_t count) {
   if constexpr (number < 0) {
-    PyErr_SetString(unfit,
+    PyErr_SetString(not_plain,
                     "rnnkit: an argument is not of the kind that is expected here, such as a plain tensor");
     return nullptr;
   } else {
@@ -251,5 +252,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   if (made == nullptr) return nullptr;
   rnnkit::unfit = PyErr_NewException("rnnkit._C.Unfit", PyExc_RuntimeError, nullptr);
   if (rnnkit::unfit == nullptr || PyObject_SetAttrString(made, "Unfit", rnnkit::unfit) != 0) return nullptr;
+  rnnkit::not_plain = PyErr_NewException("rnnkit._C.NotPlain", rnnkit::unfit, nullptr);
+  if (rnnkit::not_plain == nullptr || PyObject_SetAttrString(made, "NotPlain", rnnkit::not_plain) != 0)
+    return nullptr;
   return made;
 }

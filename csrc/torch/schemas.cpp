@@ -111,6 +111,7 @@ std::string cpu_variants() {
 // Pairs of a name and a number, 0 for no limit.
 std::string cpu_workers() {
   const CpuLimits limits = cpu_limits();
+  usable_threads(true);  // so that it agrees with the limits
   const auto number = [](int64_t limit) { return std::to_string(limit == no_limit ? 0 : limit); };
   return "workers " + number(workers().threads) + " torch " + number(torch::stable::get_num_threads()) +
          " affinity " + number(limits.affinity) + " quota " + number(limits.quota) + " asked " +

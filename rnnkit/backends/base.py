@@ -22,9 +22,8 @@ class Backend:
     name = ""
     stacks = False
     """Whether it has `stack_forward` and `stack_backward`."""
-    validates_inputs = False
-    """Whether its operators check all that they are given: it then gets plain tensors unchecked, h_0 and c_0 None for
-    zeros, and raises RuntimeError for what it does not take."""
+    takes_none_states = False
+    """Whether it takes None for zeros of h_0 and c_0."""
     saves_narrow = False
     """Whether what it saves for a backward has the layer's dtype, where others save float32 or wider. With `recompute`
     it has in all."""

@@ -16,7 +16,7 @@ class LayerInputs(NamedTuple):
     """What a layer reads, in the order of every argument list. T steps, B rows, I inputs, H hidden, P projected."""
 
     x: Tensor  # [T, B, I]
-    h_0: Tensor  # [B, H], [B, P] with a projection; None (zeros) only where `validates_inputs`, see `with_zero_states`
+    h_0: Tensor  # [B, H], [B, P] with a projection; None (zeros) only where `takes_none_states`, see `with_zero_states`
     c_0: Tensor | None  # [B, H], LSTM
     w_ih: Tensor  # [G·H, I]
     w_hh: Tensor  # [G·H, H or P]
@@ -83,6 +83,11 @@ class StackOptions(NamedTuple):
     recompute: bool = False
     dropout: float = 0.0
     """The probability between layers; 0 in evaluation."""
+
+    @property
+    def dims(self) -> int:
+        """Those of x."""
+        return 2 if self.layout in (UNBATCHED, STEP) else 3
 
     @property
     def outputs(self) -> tuple[bool, ...]:

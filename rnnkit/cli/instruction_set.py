@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 
 import torch
 
@@ -78,10 +79,13 @@ def mixed() -> str | None:
     )
 
 
-def environment(isa: str) -> dict[str, str]:
-    """The environment of a process that is held to `isa`: this one's, with every one of VARIABLES set or taken away."""
+def environment(isa: str, settings: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a process that is held to `isa`: this one's, with every one of VARIABLES set or taken away.
+
+    settings: others than SETTINGS has for it."""
     others = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    settings = SETTINGS[isa] if torch.cpu._is_avx2_supported() else {}  # no other kind of processor knows these words
+    wanted = SETTINGS[isa] if settings is None else settings
+    settings = wanted if torch.cpu._is_avx2_supported() else {}  # no other kind of processor knows these words
     engine = max((name for name in extension.variants if name.startswith(isa)), key=len, default=isa)
     return {**others, **settings, "RNNKIT_CPU_ISA": engine}  # with every extension of the set that the processor has
 

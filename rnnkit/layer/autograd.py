@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import Backend, LayerInputs, LayerOptions, LayerOutputs, Result
+from ..backends import REFERENCE, Backend, LayerInputs, LayerOptions, LayerOutputs, Result
 from ..cells import CELLS
 from . import streams
 from .custom_ops import run_backward, run_forward, second_backward
 from .profiler import as_row, named, recording
 
-_modes, _transforming = checks.dispatch_modes, checks.transforming
+_transforming = checks.transforming
 _batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
 _grad = torch.is_grad_enabled
 _MISSING = (None,) * 4  # what is left out at the end of four weights or four outputs
@@ -38,7 +38,7 @@ def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
 
 def direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
     """The backend itself on plain tensors, below an autograd function when a gradient is wanted."""
-    if not backend.validates_inputs:
+    if not backend.takes_none_states:
         t = t.with_zero_states(CELLS[cell].has_c)
     if not train:
         if recording():
@@ -47,6 +47,22 @@ def direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: 
     bare = t.w_hr is None and t.lengths is None and t.reset is None
     found = named(LayerFunction, cell).apply((cell, backend, o), *(t[:_BARE] if bare else t))
     return LayerOutputs(*found, *_MISSING[len(found) :])
+
+
+def direct_layer(
+    backend: Backend, cell: str, x: Tensor, h_0: Any, c_0: Any, weights: Sequence[Tensor], **how: Any
+) -> LayerOutputs:
+    """`ops.layer` of what was checked and chosen before; under a transform the reference's formulas."""
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
+    state = how["reset_state"]
+    h_r, c_r = state if isinstance(state, tuple) else (state, None)
+    w_hr = rest[-1] if len(rest) % 2 else None
+    t = LayerInputs(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, how["lengths"], how["reset"], h_r, c_r)
+    o = LayerOptions(how["reverse"], how["all_states"], how["recompute"])
+    if _transforming():
+        return REFERENCE.forward(cell, t.with_zero_states(CELLS[cell].has_c), o, train=False).outputs
+    return direct(cell, backend, t, o, True)
 
 
 def save_for_backward(

@@ -18,20 +18,20 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import checks
-from ..autocast import autocasting
-from ..backends import STEP, UNBATCHED, Backend, StackInputs, StackOptions, choice_facts, describe_stack, select_backend
-from ..backends.cpu.extension import Unfit
+from ..autocast import autocasting, no_autocast
+from ..backends import Backend, StackInputs, StackOptions, choice_facts, describe_stack, select_backend
+from ..backends.cpu.extension import NotPlain, Unfit
 from . import override
-from .autograd import is_differentiated, save_for_backward, was_changed
+from .autograd import direct_layer, is_differentiated, save_for_backward, was_changed
 from .profiler import as_row, named, recording
 
 Dropout = Callable[[Tensor, int], Tensor]  # of the output of layer k
-LayerByLayer = Callable[[StackOptions, str, StackInputs, Sequence[Tensor], Dropout], list[Tensor]]
+LayerByLayer = Callable[..., list[Tensor]]  # functional.layer_by_layer
 NODE_BYTES = 4 << 20
 """One node holds what all its layers saved until the last gradient is there. Where the weights, and so their gradients,
 take more than this, a node a layer lets go of it in turn, and what a call costs does not matter."""
 CACHE_SIZE = 1024  # plans; T and B are part of one. A program that meets more starts over
-_plans: dict[tuple, Backend | None] = {}
+_plans: dict[tuple, tuple[Backend, list[Any]] | None] = {}
 _plain_eager, _function_modes = checks.is_plain_eager, checks.function_modes
 _autocast = torch._C._is_any_autocast_enabled  # for any type of device
 
@@ -45,7 +45,9 @@ def run(
     layers: `functional.layer_by_layer`, the same call over `ops.layer`, for derivatives beyond the first.
     """
     x = t.x
-    if override.active is not None or type(x) is not Tensor or not _plain_eager() or _function_modes():
+    if override.active is not None or type(x) is not Tensor or not _plain_eager():
+        return None
+    if _function_modes() and not checks.only_default_devices():
         return None
     if type(weights) is not list and type(weights) is not tuple:
         return None
@@ -62,44 +64,49 @@ def run(
     facts = choice_facts(backend)
     masked = t.lengths is None, t.reset is None, t.h_reset is None
     key = (o, facts, train, x.dtype, x.shape, len(weights), weights[1].shape, masked)
-    chosen = _plans.get(key, ...) if facts is not None else ...
-    if chosen is ...:
-        chosen = _plan(o, backend, t, weights, train, report=facts is None)
+    plan = _plans.get(key, ...) if facts is not None else ...
+    if plan is ...:
+        plan = _plan(o, backend, t, weights, train)
         if len(_plans) >= CACHE_SIZE:
             _plans.clear()
         if facts is not None:  # nobody records the choices
-            _plans[key] = chosen
-    if chosen is None:
+            _plans[key] = plan
+    if plan is None:
         return None
+    chosen, specs = plan
     try:
         if train:
-            return named(StackFunction, o.cell).apply((o, chosen, backend, layers), *t, *weights)
-        if recording():
-            return as_row(o.cell, functools.partial(chosen.stack_forward, o, b"", t, weights, ()), (*t, *weights))
-        return chosen.stack_forward(o, b"", t, weights, ())
+            found = named(StackFunction, o.cell).apply((o, chosen, layers), *t, *weights)
+        elif recording():
+            found = as_row(o.cell, functools.partial(chosen.stack_forward, o, b"", t, weights, ()), (*t, *weights))
+        else:
+            found = chosen.stack_forward(o, b"", t, weights, ())
     except Unfit:
         return None
+    for spec in specs if facts is None else ():
+        select_backend(backend, spec)
+    return found
 
 
 def _plan(
-    o: StackOptions, backend: str, t: StackInputs, weights: Sequence[Tensor], train: bool, *, report: bool
-) -> Backend | None:
-    """The backend that runs every layer at once, if there is one."""
-    if t.x.dim() != (2 if o.layout in (UNBATCHED, STEP) else 3) or any(w is None or w.dim() < 2 for w in weights[:2]):
+    o: StackOptions, backend: str, t: StackInputs, weights: Sequence[Tensor], train: bool
+) -> tuple[Backend, list[Any]] | None:
+    """The backend that runs every layer at once, if there is one, and what each layer is to it."""
+    each = len(weights) // (o.layers * o.directions)
+    if t.x.dim() != o.dims or each < 2:
         return None
+    if any(w is None or w.dim() != 2 for w in (*weights[:2], *(weights[each - 1 : each] if o.proj_size else ()))):
+        return None
+    specs = describe_stack(o, t, weights, train=train)
     try:
-        specs = describe_stack(o, t, weights, train=train)
-        chosen = {select_backend(backend, spec, report=False) for spec in specs}
-    except (NotImplementedError, ValueError, IndexError):  # checks, or the first layer in turn, say why
+        only, *others = {select_backend(backend, spec, report=False) for spec in specs}
+    except NotImplementedError:  # the first layer in turn says why
         return None
-    only = chosen.pop()
-    if chosen or not only.stacks:
+    if others or not only.stacks:
         return None
     if train and len(specs) > 1 and sum(w.numel() for w in weights) * t.x.element_size() > NODE_BYTES:
         return None
-    for spec in specs if report else ():
-        select_backend(backend, spec)
-    return only
+    return only, specs
 
 
 class StackFunction(torch.autograd.Function):
@@ -107,7 +114,7 @@ class StackFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, what: tuple[StackOptions, Backend, str, LayerByLayer], *tensors: Tensor | None
+        ctx: Any, what: tuple[StackOptions, Backend, LayerByLayer], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         o, backend, *_ = what
         ctx.what, ctx.needs, ctx.version_guard = what, bytes(ctx.needs_input_grad[1:]), None
@@ -135,7 +142,7 @@ class StackFunction(torch.autograd.Function):
         if not is_differentiated(grads) and not checks.dispatch_modes():
             left = iter(grads)
             given = [next(left) if there else None for there in o.outputs]
-            with contextlib.suppress(Unfit):  # a gradient whose memory does not hold its values
+            with contextlib.suppress(NotPlain):  # a gradient whose memory does not hold its values
                 if was_changed(ctx):
                     y, *rest = backend.stack_forward(o, ctx.needs, t, weights, masks)
                     kept = rest[sum(o.outputs) - 1 :]
@@ -149,15 +156,14 @@ class StackFunction(torch.autograd.Function):
 def _layer_by_layer(
     ctx: Any, tensors: Sequence[Tensor | None], masks: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
-    """The same by the layers' own nodes, which torch can differentiate again."""
-    o, _, backend, layers = ctx.what
+    """The same by the layers' own nodes, which torch can differentiate again; nothing is chosen or cast anew."""
+    o, backend, layers = ctx.what
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with no_autocast("cpu"), torch.enable_grad():
         # views: what is asked for is the gradient of each alone, also where one of them was made of another
-        live: list[Any] = [
-            v.view_as(v) if need and v is not None else v for v, need in zip(tensors, ctx.needs, strict=True)
-        ]
-        results = layers(o, backend, StackInputs(*live[:7]), live[7:], lambda y, k: y * masks[k])
+        live: Any = [v.view_as(v) if v is not None and v.requires_grad else v for v in tensors]
+        run = functools.partial(direct_layer, backend)
+        results = layers(o, run, StackInputs(*live[:7]), live[7:], lambda y, k: y * masks[k])
         used = [k for k, g in enumerate(grads) if g is not None]
         wanted = [v for v, need in zip(live, ctx.needs, strict=True) if need]
         received = [grads[k] for k in used]

@@ -247,3 +247,39 @@ print("same")
 def test_fewer_workers_than_torch_has_threads() -> None:
     """They are the engine's own threads: for one call at a time, with others beside it, and not after a fork."""
     assert program(POOL, RNNKIT_CPU_THREADS="3").strip() == "same"
+
+
+FOLLOWED = """
+import os, torch
+from layers import forward, make
+
+torch.set_num_threads(5)
+layer, every = make("lstm", size=(12, 24, 4, 48)), os.sched_getaffinity(0)
+before = set(os.listdir("/proc/self/task"))
+forward(layer)
+helpers = [int(tid) for tid in set(os.listdir("/proc/self/task")) - before]
+assert helpers
+for mask in (every, {max(every)}, every):
+    os.sched_setaffinity(0, mask)
+    forward(layer)
+    assert [os.sched_getaffinity(tid) for tid in helpers] == [mask] * len(helpers), mask
+print("same")
+"""
+
+
+@linux
+def test_the_engines_threads_run_where_their_caller_may() -> None:
+    assert program(FOLLOWED, RNNKIT_CPU_THREADS="3").strip() == "same"
+
+
+def test_a_wrong_number_of_threads_is_refused_with_one_thread_too() -> None:
+    text = """
+import torch
+torch.set_num_threads(1)
+from layers import forward, make
+try:
+    forward(make("lstm"))
+except RuntimeError as error:
+    print(error)
+"""
+    assert "RNNKIT_CPU_THREADS must be a number of threads" in program(text, RNNKIT_CPU_THREADS="two")

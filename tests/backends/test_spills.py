@@ -31,6 +31,7 @@ PLANT = """
 #define RNNKIT_REGISTERS 16
 namespace rnnkit {
 #include "simd.h"
+#include "operands.h"
 #include "tiles.h"
 constexpr int width = 2;
 template void tile<TYPE, width, 1, tile_rows(width) + MORE>(const TYPE* const*, int64_t, const TYPE*, int64_t,

@@ -59,12 +59,12 @@ def test_only_a_command_starts_itself_anew(monkeypatch: pytest.MonkeyPatch) -> N
 def test_settings_without_effect_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where something loads the libraries first."""
     isa = instruction_set.widest()
+    monkeypatch.setattr(extension, "variants", (isa, "other"))
     wanted = instruction_set.environment(isa)
     for name in instruction_set.VARIABLES:
         monkeypatch.delenv(name, raising=False)
         if name in wanted:
             monkeypatch.setenv(name, wanted[name])
-    monkeypatch.setattr(extension, "variants", (isa, "other"))
     monkeypatch.setattr(instruction_set, "of_torch", lambda: isa)
     instruction_set.hold(isa)
     monkeypatch.setattr(instruction_set, "of_torch", lambda: "nothing")
@@ -76,6 +76,7 @@ def test_settings_without_effect_are_said(monkeypatch: pytest.MonkeyPatch) -> No
 @X86
 def test_what_was_set_before_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+    monkeypatch.setattr(extension, "variants", ("avx512", "avx2", "baseline"))
     found = instruction_set.environment("avx512")
     assert "MKL_ENABLE_INSTRUCTIONS" not in found and found["RNNKIT_CPU_ISA"] == "avx512"
     assert instruction_set.environment("avx2")["MKL_ENABLE_INSTRUCTIONS"] == "AVX2"

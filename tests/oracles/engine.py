@@ -26,7 +26,7 @@ class Checking(Reference):
     """The reference as an engine: takes None for zeros, and trusts nobody."""
 
     name = "cpu"
-    validates_inputs = True
+    takes_none_states = True
 
     def __init__(self) -> None:
         self.went: list[str] = []

@@ -37,7 +37,7 @@ def grad_mask(needs: tuple[bool, ...]) -> int:
 
 class CPU(Backend):
     name = "cpu"
-    validates_inputs = True
+    takes_none_states = True
 
     def __init__(self) -> None:
         if extension.available():

@@ -159,3 +159,5 @@ native = _bind()
 
 Unfit: type[RuntimeError] = RuntimeError if native is None else native.Unfit
 """What the module's functions raise for arguments that do not fit, before anything is done."""
+NotPlain: type[RuntimeError] = RuntimeError if native is None else native.NotPlain
+"""An Unfit: of what is no plain tensor, or of a tensor whose memory does not hold its values."""
