@@ -54,7 +54,8 @@ class RecordedShape(NamedTuple):
     kind: Kind
     threads: int
     source: str
-    """The processor: the file or files under benchmarks/results/, joined by "+", or the user's own table."""
+    """Where it was measured: of a GPU the files under benchmarks/results/, joined by "+"; of a CPU its name; or the
+    user's own table."""
     ms: dict[str, float]
 
     def __str__(self) -> str:

@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine import KINDS, NAMES, B, H, I, Sub, T, Watched, flat, forget, outcome, same, state_of
+from engine import KINDS, NAMES, WHOLE, B, H, I, Sub, T, Watched, flat, forget, outcome, same, state_of
 from support import some
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import rnnkit
-from rnnkit import backends, functional, ops
+from rnnkit import backends, functional
 from rnnkit.backends.cpu import extension
 from rnnkit.backends.cpu.backend import CPU
 from rnnkit.layer import stack
@@ -363,98 +363,6 @@ def test_the_functions_say_what_is_wrong():
         args = (*good[:at], value, *good[at + 1 :])
         found, truth = (outcome(lambda f=f, a=args: f(*a)) for f in (native.layer_forward, operator.default))
         assert issubclass(found[0], truth[0]) and found[1].splitlines()[0] == truth[1].splitlines()[0]
-
-
-WHOLE = (0, 1, 1, 0, 0, False, False, 0.0, b"", torch.ones(T, B, H), *[None] * 6, [torch.eye(H), torch.eye(H)], ())
-UNFIT = {
-    "layers": (1, 0, "layers must be at least 1"),
-    "directions": (2, 3, "directions 1 or 2"),
-    "a projection": (3, 2, "P = 2"),
-    "layout": (4, 4, r"layout must lie in \[0, 3\], got 4"),
-    "its dimensions": (4, 3, "x must have 2 dimensions"),
-    "a kind": (7, "0", "not of the kind"),
-    "needs": (8, b"1", "needs must have 9 bytes, got 1"),
-    "x": (9, torch.ones(T, B, H).to_sparse(), "dense"),
-    "no steps": (9, torch.ones(0, B, H), "at least one step"),
-    "h_0": (10, torch.ones(1, B + 1, H), r"h_0 must be Float \[2, 4\], got Float \[3, 4\]"),
-    "h_0 of two layers": (10, torch.ones(2, B, H), "of 1 layers and directions"),
-    "c_0 of an RNN": (11, torch.ones(B, H), "a state must have 3 dimensions"),
-    "lengths": (12, torch.tensor([1, T + 1]), "got 6 at row 1"),
-    "their dtype": (12, torch.ones(B), "lengths must be Long"),
-    "reset": (13, torch.ones(T, B), "reset must be Bool"),
-    "weights": (16, [torch.eye(H)], "2 to 5 weights, got 1"),
-    "no list": (16, torch.eye(H), "not of the kind"),
-    "a weight": (16, [torch.eye(H), torch.eye(H).double()], "w_hh must be Float"),
-}
-SIZES = {
-    "a larger layer": [torch.ones(8, H), torch.eye(8)],
-    "a smaller layer": [torch.ones(2, H), torch.eye(2)],
-}
-
-
-@pytest.mark.parametrize("which", UNFIT)
-def test_what_does_not_fit_is_refused_before_anything_is_done(which):
-    at, value, words = UNFIT[which]
-    native.stack_forward(*WHOLE)
-    state = torch.get_rng_state()
-    with pytest.raises(extension.Unfit, match=words):
-        native.stack_forward(*WHOLE[:at], value, *WHOLE[at + 1 :])
-    assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("which", SIZES)
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_layers_of_other_sizes_are_refused(which, bidirectional):
-    """All share one tensor of states. Nothing is written beyond its end."""
-    weights, x = [torch.eye(H), torch.eye(H), *SIZES[which]], torch.ones(T, B, H)
-    with pytest.raises(extension.Unfit, match=r"every layer and direction must have H = 4 and N = 4, got"):
-        native.stack_forward(0, *((1, 2) if bidirectional else (2, 1)), *WHOLE[3:9], x, *[None] * 6, weights, ())
-    how = {"bidirectional": True} if bidirectional else {"num_layers": 2}
-
-    def call() -> Any:
-        return functional.rnn(x, None, weights, backend="cpu", **how)
-
-    found = outcome(call)
-    assert issubclass(found[0], Exception) and found == ordinary(lambda: outcome(call))
-
-
-@every_name
-def test_a_second_derivative_chooses_and_casts_nothing_anew(name):
-    layer, x, _ = case(name, num_layers=2)
-    x.requires_grad_()
-
-    def gradient(around: Any) -> list[Tensor]:
-        layer.backend = "cpu"
-        y = layer(x)[0]
-        layer.backend = "reference"  # of a later call
-        with around:
-            return list(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], create_graph=True))
-
-    truth = gradient(torch.enable_grad())
-    assert same(gradient(torch.autocast("cpu")), truth)
-    assert same(gradient(rnnkit.use_backend("torch")), truth)
-    assert same(gradient(ops.override_layer(lambda *_: pytest.fail("asked in a backward"))), truth)
-    with backends.record() as met:
-        gradient(torch.enable_grad())
-    assert len(met) == 2  # of the forward
-
-
-def test_what_is_recorded_is_recorded_once():
-    layer, x = rnnkit.LSTM(I, H, 2, backend="cpu"), torch.randn(T, B, I)
-    for extras in ({"lengths": torch.tensor([T, 2])}, {"lengths": torch.tensor([T, 2], dtype=torch.int32)}):
-        assert [c.layer for c in rnnkit.explain(layer, x, **extras).choices] == [0, 1]
-    for reset in (torch.zeros(T, B, 1, dtype=torch.bool), torch.zeros(T, B)):
-        assert [c.layer for c in rnnkit.explain(layer, x, reset=reset).choices] == [0, 1]
-
-
-def test_a_default_device_changes_no_way(went):
-    layer, x, hx = case("GRU", num_layers=2)
-    torch.set_default_device("cpu")
-    try:
-        layer(x, hx)
-    finally:
-        torch.set_default_device(None)
-    assert went == BOTH[:1] * 2
 
 
 def test_a_mode_sees_operators():

@@ -21,6 +21,9 @@ I, H, T, B = 3, 4, 5, 2
 NAMES = ("RNN", "LSTM", "GRU")
 KINDS = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("LSTM", {}), ("GRU", {}), ("GRU", {"reset_after": False})]
 
+# What the extension's stack_forward takes of an RNN without a bias.
+WHOLE = (0, 1, 1, 0, 0, False, False, 0.0, b"", torch.ones(T, B, H), *[None] * 6, [torch.eye(H), torch.eye(H)], ())
+
 
 class Checking(Reference):
     """The reference as an engine: takes None for zeros, and trusts nobody."""
