@@ -312,8 +312,7 @@ def choice_facts(name: str) -> tuple | None:
     each is to be told."""
     if _thread.record is not None:
         return None
-    override = _thread.override
-    return name if override is None else override[0], get_num_threads(), _get_mkldnn_enabled(), _tables
+    return _asked(name), _state(), _tables
 
 
 def _asked(name: str) -> str:
