@@ -1,8 +1,8 @@
 """The literal table of backends and the choice among them.
 
 `auto` takes the first backend, in the order of recorded times, that gives no reason against a layer and does not leave
-it to others; a named backend runs it or raises with its reasons. Nothing falls back silently. The choice for a layer is
-cached for eager calls.
+it to others; a named backend runs it or raises with its reasons, and no other takes its place. The choice for a layer
+is cached for eager calls.
 """
 
 from __future__ import annotations
