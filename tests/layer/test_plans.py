@@ -267,6 +267,22 @@ def test_few_choices_are_remembered(engine, monkeypatch):
         assert len(select._selected) <= 4 and 0 < len(stack._plans) <= 4
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@torch.no_grad()
+def test_what_is_refused_as_one_call_goes_layer_by_layer_through_the_same_backend(backend, engine, monkeypatch):
+    """Chosen, and named where `auto` would take another."""
+    layer, x, right = rnnkit.GRU(I, H, 2, backend=backend), torch.randn(T, B, I), select.preference
+    if backend != "auto":
+        monkeypatch.setattr(select, "preference", lambda spec: right(spec)[::-1])
+    y, _ = layer(x)
+
+    def refuse(*_: Any) -> None:
+        raise extension.Unfit("does not fit")
+
+    monkeypatch.setattr(BY_NAME["cpu"], "stack_forward", refuse)
+    assert torch.equal(layer(x)[0], y) and engine.went == ["whole", "layer", "layer"]
+
+
 # Weights of this moment.
 
 
