@@ -283,7 +283,7 @@ def stack(
         checks.expect_jagged(input)  # type: ignore[arg-type]
     data: Tensor = input.data if packed else input.values() if nested else input  # type: ignore[union-attr,assignment]
     if not isinstance(data, Tensor):
-        checks.expect_tensor(data, "input", "[T, B, I]")
+        checks.expect_tensor(data, "input", "[B, T, I]" if batch_first else "[T, B, I]")
     dims = data.dim()
     if dims != 2 and (packed or dims != 3):
         expected = "2 dimensions of data in a PackedSequence" if packed else "2 or 3 dimensions"
