@@ -28,7 +28,6 @@ from .layer.profiler import annotated
 __all__ = ["computed_by", "layer", "override_layer", "step"]
 
 _plain_eager, _transforming = checks.is_plain_eager, checks.transforming
-_grad = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled  # for any type of device
 computed_by = override_layer  # its first name
 
@@ -106,7 +105,7 @@ def _layer(
     dtypes = layer_dtypes(cell, t, fused=fused) if autocasting(device) else None
     if dtypes is not None:
         t = t.cast(dtypes[0])
-    train = _grad() and any_requires_grad(t)
+    train = torch.is_grad_enabled() and any_requires_grad(t)
     chosen = select_backend(backend, describe(cell, t, o, train=train), cache=plain)
     if plain:
         with no_autocast(device):

@@ -324,7 +324,7 @@ std::vector<Tensor> stack_forward(StackInputs in, const StackOptions& o, std::ve
   return out;
 }
 
-std::vector<Tensor> stack_backward(StackInputs in, const StackOptions& o, const StackGradients& g) {
+std::vector<OptionalTensor> stack_backward(StackInputs in, const StackOptions& o, const StackGradients& g) {
   const Stack stack(in);
   check_needs(in, o);
   const int64_t D = in.directions, lowest = lowest_layer(in, o, stack.each());
@@ -399,15 +399,13 @@ std::vector<Tensor> stack_backward(StackInputs in, const StackOptions& o, const 
     gy = dx;
     if (gy.has_value() && k > 0 && o.dropout > 0) gy = multiply(*gy, g.kept[k - 1]);
   }
-  std::vector<Tensor> out;
-  if (wanted(o, of_x)) out.push_back(stack.to_caller(*gy));
-  if (wanted(o, of_h_0)) out.push_back(stack.states_to_caller(dh_0.get()));
-  if (wanted(o, of_c_0)) out.push_back(stack.states_to_caller(dc_0.get()));
-  if (wanted(o, of_h_r)) out.push_back(stack.states_to_caller(dh_r.get()));
-  if (wanted(o, of_c_r)) out.push_back(stack.states_to_caller(dc_r.get()));
-  for (const OptionalTensor& v : dw) {
-    if (v.has_value()) out.push_back(*v);
-  }
+  std::vector<OptionalTensor> out(of_weights);
+  if (wanted(o, of_x)) out[of_x] = stack.to_caller(*gy);
+  if (wanted(o, of_h_0)) out[of_h_0] = stack.states_to_caller(dh_0.get());
+  if (wanted(o, of_c_0)) out[of_c_0] = stack.states_to_caller(dc_0.get());
+  if (wanted(o, of_h_r)) out[of_h_r] = stack.states_to_caller(dh_r.get());
+  if (wanted(o, of_c_r)) out[of_c_r] = stack.states_to_caller(dc_r.get());
+  out.insert(out.end(), dw.begin(), dw.end());
   return out;
 }
 

@@ -46,8 +46,8 @@ struct StackGradients {
   OptionalTensor gy, gh_n, gc_n, gh_all, gc_all;
 };
 
-// The gradients of what o.needs names, in its order.
-std::vector<Tensor> stack_backward(StackInputs in, const StackOptions& o, const StackGradients& g);
+// The gradients of what o.needs names, in its places.
+std::vector<OptionalTensor> stack_backward(StackInputs in, const StackOptions& o, const StackGradients& g);
 
 // Whether the forward's y is what the backward reads, so that it is not among what is kept.
 inline bool reads_output(const StackInputs& in) { return in.directions == 1 && in.layout != Layout::step; }

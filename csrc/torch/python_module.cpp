@@ -34,10 +34,9 @@ PyObject *unfit = nullptr, *not_plain = nullptr;
 // Raised in Python already.
 struct PythonError {};
 
-// What a list or a tuple holds at k; it keeps it.
-PyObject* item(PyObject* o, Py_ssize_t k) {
-  return PyTuple_Check(o) ? PyTuple_GetItem(o, k) : PyList_GetItem(o, k);
-}
+template <class T>
+constexpr bool is_vector =
+    std::is_same_v<T, std::vector<Tensor>> || std::is_same_v<T, std::vector<OptionalTensor>>;
 
 template <class T>
 T from_python(PyObject* o) {
@@ -50,10 +49,12 @@ T from_python(PyObject* o) {
     Py_DecRef(capsule);
     if (handle == nullptr) throw PythonError{};
     return Tensor(static_cast<AtenTensorHandle>(handle));
-  } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
-    std::vector<Tensor> all;
-    const Py_ssize_t count = PySequence_Size(o);
-    for (Py_ssize_t k = 0; k < count; ++k) all.push_back(from_python<Tensor>(item(o, k)));
+  } else if constexpr (is_vector<T>) {
+    T all;
+    const Py_ssize_t count = PyTuple_Size(o);
+    all.reserve(static_cast<size_t>(count));
+    for (Py_ssize_t k = 0; k < count; ++k)
+      all.push_back(from_python<typename T::value_type>(PyTuple_GetItem(o, k)));
     return all;
   } else if constexpr (std::is_same_v<T, std::string_view>) {
     char* bytes = nullptr;
@@ -81,6 +82,29 @@ PyObject* to_python(const std::vector<Tensor>& all) {
   PyObject* made = PyObject_CallFunctionObjArgs(python.to_tensors, capsules, nullptr);
   Py_DecRef(capsules);
   if (made == nullptr) throw PythonError{};
+  return made;
+}
+
+// The same, with None where there is no tensor.
+PyObject* to_python(const std::vector<OptionalTensor>& all) {
+  std::vector<Tensor> there;
+  there.reserve(all.size());
+  for (const OptionalTensor& v : all) {
+    if (v.has_value()) there.push_back(*v);
+  }
+  PyObject* tensors = to_python(there);
+  PyObject* made = PyList_New(static_cast<Py_ssize_t>(all.size()));
+  if (made == nullptr) {
+    Py_DecRef(tensors);
+    throw PythonError{};
+  }
+  Py_ssize_t next = 0;
+  for (size_t k = 0; k < all.size(); ++k) {
+    PyObject* v = all[k].has_value() ? PyList_GetItem(tensors, next++) : Py_None;
+    Py_IncRef(v);
+    PyList_SetItem(made, static_cast<Py_ssize_t>(k), v);
+  }
+  Py_DecRef(tensors);
   return made;
 }
 
@@ -112,10 +136,10 @@ bool fits(PyObject* o) {
     return o == Py_None || is_plain_tensor(o);
   } else if constexpr (std::is_same_v<T, Tensor>) {
     return is_plain_tensor(o);
-  } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
-    if (!PyList_Check(o) && !PyTuple_Check(o)) return false;
-    for (Py_ssize_t k = 0, count = PySequence_Size(o); k < count; ++k) {
-      if (!is_plain_tensor(item(o, k))) return false;
+  } else if constexpr (is_vector<T>) {
+    if (!PyTuple_Check(o)) return false;
+    for (Py_ssize_t k = 0, count = PyTuple_Size(o); k < count; ++k) {
+      if (!fits<typename T::value_type>(PyTuple_GetItem(o, k))) return false;
     }
     return true;
   } else if constexpr (std::is_same_v<T, std::string_view>) {

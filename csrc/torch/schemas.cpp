@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+
 #include "../layer/cpu_limit.h"
 #include "schemas.h"
 
@@ -24,16 +26,24 @@ LayerInputs inputs(int64_t cell, Tensor x, OptionalTensor h_0, OptionalTensor c_
   return in;
 }
 
-StackInputs stack(int64_t cell, int64_t layers, int64_t directions, int64_t P, int64_t layout, Tensor x,
-                  OptionalTensor h_0, OptionalTensor c_0, OptionalTensor lengths, OptionalTensor reset,
-                  OptionalTensor h_r, OptionalTensor c_r, std::vector<Tensor> weights) {
+constexpr size_t before_weights = 7;  // x, h_0, c_0, lengths, reset, h_r, c_r
+
+// `v`: those, and `weights` weights; it may go on.
+StackInputs stack(int64_t cell, int64_t layers, int64_t directions, int64_t P, int64_t layout,
+                  const std::vector<OptionalTensor>& v, size_t weights) {
   RNNKIT_CHECK(layout >= 0 && layout <= static_cast<int64_t>(Layout::step), "layout must lie in [0, 3], got ",
                layout);
+  RNNKIT_CHECK(v[0].has_value(), "x must be given");
   StackInputs in;
   in.cell = checked_cell(cell), in.layers = layers, in.directions = directions, in.P = P;
   in.layout = static_cast<Layout>(layout);
-  in.x = x, in.h_0 = h_0, in.c_0 = c_0, in.lengths = lengths, in.reset = reset, in.h_r = h_r, in.c_r = c_r;
-  in.weights = std::move(weights);
+  in.x = *v[0], in.h_0 = v[1], in.c_0 = v[2], in.lengths = v[3], in.reset = v[4], in.h_r = v[5],
+  in.c_r = v[6];
+  in.weights.reserve(weights);
+  for (size_t k = before_weights; k < before_weights + weights; ++k) {
+    RNNKIT_CHECK(v[k].has_value(), "weight ", k - before_weights, " must be given");
+    in.weights.push_back(*v[k]);
+  }
   return in;
 }
 
@@ -63,27 +73,45 @@ std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_
 
 std::vector<Tensor> cpu_stack_forward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
                                       int64_t layout, int64_t all_states, int64_t recompute, double dropout,
-                                      std::string_view needs, Tensor x, OptionalTensor h_0,
-                                      OptionalTensor c_0, OptionalTensor lengths, OptionalTensor reset,
-                                      OptionalTensor h_r, OptionalTensor c_r, std::vector<Tensor> weights,
+                                      std::string_view needs, std::vector<OptionalTensor> tensors,
                                       std::vector<Tensor> masks) {
-  return stack_forward(
-      stack(cell, layers, directions, P, layout, x, h_0, c_0, lengths, reset, h_r, c_r, std::move(weights)),
-      {all_states != 0, recompute != 0, dropout, needs}, std::move(masks));
+  RNNKIT_CHECK(tensors.size() >= before_weights, "there must be ", before_weights,
+               " tensors and weights, got ", tensors.size());
+  return stack_forward(stack(cell, layers, directions, P, layout, tensors, tensors.size() - before_weights),
+                       {all_states != 0, recompute != 0, dropout, needs}, std::move(masks));
 }
 
-std::vector<Tensor> cpu_stack_backward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
-                                       int64_t layout, int64_t all_states, int64_t recompute, double dropout,
-                                       std::string_view needs, Tensor x, OptionalTensor h_0,
-                                       OptionalTensor c_0, OptionalTensor lengths, OptionalTensor reset,
-                                       OptionalTensor h_r, OptionalTensor c_r, std::vector<Tensor> weights,
-                                       OptionalTensor y, std::vector<Tensor> kept, OptionalTensor gy,
-                                       OptionalTensor gh_n, OptionalTensor gc_n, OptionalTensor gh_all,
-                                       OptionalTensor gc_all) {
-  return stack_backward(
-      stack(cell, layers, directions, P, layout, x, h_0, c_0, lengths, reset, h_r, c_r, std::move(weights)),
-      {all_states != 0, recompute != 0, dropout, needs},
-      {y, std::move(kept), gy, gh_n, gc_n, gh_all, gc_all});
+std::vector<OptionalTensor> cpu_stack_backward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
+                                               int64_t layout, int64_t all_states, int64_t recompute,
+                                               double dropout, std::string_view needs,
+                                               std::vector<OptionalTensor> saved,
+                                               std::vector<OptionalTensor> grads) {
+  const size_t count = needs.size();
+  RNNKIT_CHECK(count >= before_weights && saved.size() >= count,
+               "needs must have a byte for each tensor, got ", count, " for ", saved.size(),
+               " that are saved");
+  StackInputs in = stack(cell, layers, directions, P, layout, saved, count - before_weights);
+  StackGradients g;
+  size_t next = count;
+  if (reads_output(in)) {
+    RNNKIT_CHECK(next < saved.size(), "y must be saved, as the forward gave it");
+    g.y = saved[next++];
+  }
+  g.kept.reserve(saved.size() - next);
+  for (; next < saved.size(); ++next) {
+    RNNKIT_CHECK(saved[next].has_value(), "what is kept must be given, tensor ", next, " is not");
+    g.kept.push_back(*saved[next]);
+  }
+  const bool has_y = in.layout != Layout::step, lstm = in.cell == Cell::lstm, all = all_states != 0;
+  const std::array<std::pair<bool, OptionalTensor*>, 5> results{
+      {{has_y, &g.gy}, {true, &g.gh_n}, {lstm, &g.gc_n}, {all, &g.gh_all}, {all && lstm, &g.gc_all}}};
+  next = 0;
+  for (const auto& [there, into] : results) {
+    if (!there) continue;
+    RNNKIT_CHECK(next < grads.size(), "each result must have its gradient or none, got ", grads.size());
+    *into = grads[next++];
+  }
+  return stack_backward(std::move(in), {all, recompute != 0, dropout, needs}, g);
 }
 
 namespace {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result, StackInputs, StackOptions
+from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result, StackOptions
 
 Gradient = Tensor | None
 
@@ -53,33 +51,23 @@ class Backend:
         raise NotImplementedError(self.name)
 
     def stack_forward(
-        self,
-        o: StackOptions,
-        needs: bytes,
-        t: StackInputs,
-        weights: Sequence[Tensor],
-        masks: Sequence[Tensor],
+        self, o: StackOptions, needs: bytes, tensors: tuple[Gradient, ...], masks: tuple[Tensor, ...]
     ) -> list[Tensor]:
         """A whole call in the caller's layout: `o.outputs`, then what `stack_backward` wants kept, masks of dropout
         first.
 
-        needs: a byte each for `t` and the weights, 1 where a gradient is wanted; empty: nothing is kept. masks: those
-        of an earlier call, else they are drawn. Raises Unfit for what it does not take.
+        tensors: `StackInputs`, then the weights. needs: a byte each, 1 where a gradient is wanted; empty: nothing is
+        kept. masks: those of an earlier call, else they are drawn. Raises Unfit for what it does not take.
         """
         raise NotImplementedError(self.name)
 
     def stack_backward(
-        self,
-        o: StackOptions,
-        needs: bytes,
-        t: StackInputs,
-        weights: Sequence[Tensor],
-        y: Tensor | None,
-        kept: Sequence[Tensor],
-        grads: Sequence[Gradient],
-    ) -> list[Tensor]:
-        """The gradients that `needs` names, given those of y, h_n, c_n, h_all, c_all. y: the forward's where
-        `o.reads_output`."""
+        self, o: StackOptions, needs: bytes, saved: tuple[Gradient, ...], grads: tuple[Gradient, ...]
+    ) -> list[Gradient]:
+        """The gradients of the tensors (None where not needed), given those of the results.
+
+        saved: the tensors, then y where `o.reads_output`, then what `stack_forward` gave to be kept.
+        """
         raise NotImplementedError(self.name)
 
     def backward(

@@ -22,18 +22,13 @@ from .profiler import as_row, named, recording
 
 _transforming = checks.transforming
 _batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward
-_grad = torch.is_grad_enabled
-_MISSING = (None,) * 4  # what is left out at the end of four weights or four outputs
-_BARE = 7  # what the simplest layer has of `LayerInputs`: x to b_hh
+_MISSING = (None,) * 4  # what is left out at the end of four outputs
 _NOTHING = torch.empty(0)
 
 
 def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
     """Whether autograd has to record a call with these tensors, where it is on."""
-    for v in tensors:  # noqa: SIM110 (a loop costs half of what any() does)
-        if v is not None and v.requires_grad:
-            return True
-    return False
+    return any(v is not None and v.requires_grad for v in tensors)
 
 
 def direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: bool) -> LayerOutputs:
@@ -44,22 +39,13 @@ def direct(cell: str, backend: Backend, t: LayerInputs, o: LayerOptions, train: 
         if recording():
             return LayerOutputs(*as_row(cell, lambda: backend.forward(cell, t, o, train=False).outputs, t))
         return backend.forward(cell, t, o, train=False).outputs
-    bare = t.w_hr is None and t.lengths is None and t.reset is None
-    found = named(LayerFunction, cell).apply((cell, backend, o), *(t[:_BARE] if bare else t))
+    found = named(LayerFunction, cell).apply((cell, backend, o), *t)
     return LayerOutputs(*found, *_MISSING[len(found) :])
 
 
-def direct_layer(
-    backend: Backend, cell: str, x: Tensor, h_0: Any, c_0: Any, weights: Sequence[Tensor], **how: Any
-) -> LayerOutputs:
-    """`ops.layer` of what was checked and chosen before; under a transform the reference's formulas."""
-    w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
-    state = how["reset_state"]
-    h_r, c_r = state if isinstance(state, tuple) else (state, None)
-    w_hr = rest[-1] if len(rest) % 2 else None
-    t = LayerInputs(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, how["lengths"], how["reset"], h_r, c_r)
-    o = LayerOptions(how["reverse"], how["all_states"], how["recompute"])
+def direct_layer(backend: Backend, cell: str, *tensors: Any, **how: Any) -> LayerOutputs:
+    """`ops.layer` by a backend that was chosen before; under a transform the reference's formulas."""
+    t, o = checks.layer(cell, *tensors, **how)
     if _transforming():
         return REFERENCE.forward(cell, t.with_zero_states(CELLS[cell].has_c), o, train=False).outputs
     return direct(cell, backend, t, o, True)
@@ -86,11 +72,11 @@ def was_changed(ctx: Any) -> bool:
 
 def is_differentiated(grads: Iterable[Tensor | None]) -> bool:
     """Whether a backward's results are to be differentiated again, or batched: torch's own operators give them."""
-    return _grad() or _transforming() or any(_batched(g) for g in grads if g is not None)
+    return torch.is_grad_enabled() or _transforming() or any(_batched(g) for g in grads if g is not None)
 
 
 class LayerFunction(torch.autograd.Function):
-    """A backend's forward and backward as one node of torch's graph. Takes `LayerInputs`, without trailing Nones."""
+    """A backend's forward and backward as one node of torch's graph. Takes `LayerInputs`."""
 
     @staticmethod
     def forward(ctx: Any, how: tuple[str, Backend, LayerOptions], *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -120,19 +106,17 @@ class LayerFunction(torch.autograd.Function):
     def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell, backend, o = ctx.how
         saved = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
-        needs = ctx.needs_input_grad[1:]
-        count = len(needs)
-        t, kept = LayerInputs(*saved[:count]), saved[count:]
+        needs = list(ctx.needs_input_grad[1:])
+        t, kept = LayerInputs(*saved[: len(needs)]), saved[len(needs) :]
         if all(g is None for g in grads):
-            return (None,) * (1 + count)
+            return (None,) * (1 + len(needs))
         given = LayerOutputs(*grads, *_MISSING[len(grads) :])  # type: ignore[arg-type]
-        wanted = [*needs, *(False,) * (len(t) - count)]
         if is_differentiated(grads):
-            found = second_backward(cell, t.with_zero_states(CELLS[cell].has_c), o, given, wanted)
+            found = second_backward(cell, t.with_zero_states(CELLS[cell].has_c), o, given, needs)
         else:
             y, result = kept[0] if kept else t.x, Result(given, kept[1:], ctx.graph)
             if was_changed(ctx):  # make y again
                 result = run_forward(backend.name, cell, t, o, train=True, graph=False)
                 y = result.outputs.y
-            found = run_backward(backend.name, cell, t, o, y, result, given, wanted)
-        return (None, *found[:count])
+            found = run_backward(backend.name, cell, t, o, y, result, given, needs)
+        return (None, *found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ CACHE_SIZE = 1024  # plans; T and B are part of one. A program that meets more s
 _plans: dict[tuple, tuple[Backend, list[Any]] | None] = {}
 _plain_eager, _function_modes = checks.is_plain_eager, checks.function_modes
 _autocast = torch._C._is_any_autocast_enabled  # for any type of device
+_PLAIN, _SEQUENCES = (Parameter, Tensor), (list, tuple)
 
 
 def run(
@@ -45,22 +46,19 @@ def run(
     layers: `functional.layer_by_layer`, the same call over `ops.layer`, for derivatives beyond the first.
     """
     x = t.x
-    if override.active is not None or type(x) is not Tensor or not _plain_eager():
+    if type(x) is not Tensor or not x.is_cpu or x.is_nested or override.active is not None or not _plain_eager():
         return None
-    if _function_modes() and not checks.only_default_devices():
+    if (_function_modes() and not checks.only_default_devices()) or (_autocast() and autocasting("cpu")):
         return None
-    if type(weights) is not list and type(weights) is not tuple:
+    if type(weights) not in _SEQUENCES or len(weights) < 2 or type(weights[1]) not in _PLAIN:
         return None
-    if not x.is_cpu or x.is_nested or (_autocast() and autocasting("cpu")) or len(weights) < 2:
-        return None
-    if type(weights[1]) is not Parameter and type(weights[1]) is not Tensor:
-        return None
+    tensors = (*t, *weights)
     train = False
-    for v in (*t, *weights) if torch.is_grad_enabled() else ():
-        if type(v) is Parameter or type(v) is Tensor:
+    for v in tensors if torch.is_grad_enabled() else ():
+        if v is not None:
+            if type(v) not in _PLAIN:
+                return None
             train = train or v.requires_grad
-        elif v is not None:
-            return None
     facts = choice_facts(backend)
     masked = t.lengths is None, t.reset is None, t.h_reset is None
     key = (o, facts, train, x.dtype, x.shape, len(weights), weights[1].shape, masked)
@@ -76,11 +74,11 @@ def run(
     chosen, specs = plan
     try:
         if train:
-            found = named(StackFunction, o.cell).apply((o, chosen, layers), *t, *weights)
+            found = named(StackFunction, o.cell).apply((o, chosen, layers), *tensors)
         elif recording():
-            found = as_row(o.cell, functools.partial(chosen.stack_forward, o, b"", t, weights, ()), (*t, *weights))
+            found = as_row(o.cell, functools.partial(chosen.stack_forward, o, b"", tensors, ()), tensors)
         else:
-            found = chosen.stack_forward(o, b"", t, weights, ())
+            found = chosen.stack_forward(o, b"", tensors, ())
     except Unfit:
         return None
     for spec in specs if facts is None else ():
@@ -116,10 +114,11 @@ class StackFunction(torch.autograd.Function):
     def forward(
         ctx: Any, what: tuple[StackOptions, Backend, LayerByLayer], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        o, backend, *_ = what
+        o, backend, _ = what
         ctx.what, ctx.needs, ctx.version_guard = what, bytes(ctx.needs_input_grad[1:]), None
-        found = backend.stack_forward(o, ctx.needs, StackInputs(*tensors[:7]), tensors[7:], ())  # type: ignore[arg-type]
-        given, kept = tuple(found[: sum(o.outputs)]), found[sum(o.outputs) :]
+        found = backend.stack_forward(o, ctx.needs, tensors, ())
+        results = sum(o.outputs)
+        given, kept = tuple(found[:results]), found[results:]
         if o.reads_output:
             save_for_backward(ctx, tensors, given[0], kept, guard=o.cell != "lstm")
         else:
@@ -130,32 +129,24 @@ class StackFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of `what` (none) and of the tensors, from those of the results."""
-        o, backend, *_ = ctx.what
+        o, backend, _ = ctx.what
         saved = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
         count = len(ctx.needs)
-        t, weights, kept = StackInputs(*saved[:7]), saved[7:count], saved[count:]
+        masks = saved[count + o.reads_output :][: o.layers - 1] if o.dropout > 0 else ()  # y, masks, what else is kept
         if all(g is None for g in grads):
             return (None,) * (1 + count)
-        y, kept = (kept[0], kept[1:]) if o.reads_output else (None, kept)
-        masks = kept[: o.layers - 1] if o.dropout > 0 else ()
-        found: Sequence[Tensor | None] | None = None
         if not is_differentiated(grads) and not checks.dispatch_modes():
-            left = iter(grads)
-            given = [next(left) if there else None for there in o.outputs]
             with contextlib.suppress(NotPlain):  # a gradient whose memory does not hold its values
                 if was_changed(ctx):
-                    y, *rest = backend.stack_forward(o, ctx.needs, t, weights, masks)
-                    kept = rest[sum(o.outputs) - 1 :]
-                found = backend.stack_backward(o, ctx.needs, t, weights, y, kept, given)
-        if found is None:
-            found = _layer_by_layer(ctx, saved[:count], masks, grads)
-        left = iter(found)
-        return (None, *(next(left) if need else None for need in ctx.needs))
+                    y, *again = backend.stack_forward(o, ctx.needs, saved[:count], masks)
+                    saved = (*saved[:count], y, *again[sum(o.outputs) - 1 :])
+                return (None, *backend.stack_backward(o, ctx.needs, saved, grads))
+        return (None, *_layer_by_layer(ctx, saved[:count], masks, grads))
 
 
 def _layer_by_layer(
     ctx: Any, tensors: Sequence[Tensor | None], masks: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> Sequence[Tensor | None]:
+) -> Iterator[Tensor | None]:
     """The same by the layers' own nodes, which torch can differentiate again; nothing is chosen or cast anew."""
     o, backend, layers = ctx.what
     again = torch.is_grad_enabled()
@@ -167,4 +158,6 @@ def _layer_by_layer(
         used = [k for k, g in enumerate(grads) if g is not None]
         wanted = [v for v, need in zip(live, ctx.needs, strict=True) if need]
         received = [grads[k] for k in used]
-        return torch.autograd.grad([results[k] for k in used], wanted, received, create_graph=again, allow_unused=True)
+        found = torch.autograd.grad([results[k] for k in used], wanted, received, create_graph=again, allow_unused=True)
+    left = iter(found)
+    return (next(left) if need else None for need in ctx.needs)

@@ -8,7 +8,7 @@ import pytest
 from engine import forget
 from sequences import EVERYTHING, F32, KINDS, PLACES, Case, check
 
-from rnnkit.backends import BY_NAME
+from rnnkit.backends import BY_NAME, StackInputs
 
 
 def misused(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,26 +38,34 @@ def misused(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "backward", backward)
 
 
+def changed(tensors: Any, name: str, change: Any) -> Any:
+    at = StackInputs._fields.index(name)
+    return (*tensors[:at], change(tensors[at]), *tensors[at + 1 :])
+
+
+def flipped(x: Any) -> Any:
+    return x.flip(0)
+
+
 def misused_as_one(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same of a call whose layers run as one."""
     cpu = BY_NAME["cpu"]
     right_forward, right_backward = cpu.stack_forward, cpu.stack_backward
 
-    def forward(o: Any, needs: bytes, t: Any, *rest: Any) -> Any:
-        return right_forward(o, needs, t._replace(x=t.x.flip(0)) if error == "reverse" else t, *rest)
+    def forward(o: Any, needs: bytes, tensors: Any, masks: Any) -> Any:
+        return right_forward(o, needs, changed(tensors, "x", flipped) if error == "reverse" else tensors, masks)
 
-    def backward(o: Any, needs: bytes, t: Any, weights: Any, *rest: Any) -> Any:
+    def backward(o: Any, needs: bytes, saved: Any, grads: Any) -> Any:
         if error == "reverse in backward":
-            t = t._replace(x=t.x.flip(0))
+            saved = changed(saved, "x", flipped)
         if error == "resets in backward":
-            t = t._replace(reset=None)
+            saved = changed(saved, "reset", lambda v: None)
         if error == "lengths in backward":
-            t = t._replace(lengths=None)
-        every = list(right_backward(o, needs, t, weights, *rest))
+            saved = changed(saved, "lengths", lambda v: None)
+        every = list(right_backward(o, needs, saved, grads))
         at = {"x": 0, "h_0": 1, "h_r": 5, "w_hh": 8}.get(error)
         if at is not None:
-            k = sum(needs[:at])
-            every[k] = 1.001 * every[k]
+            every[at] = 1.001 * every[at]
         return every
 
     monkeypatch.setattr(cpu, "stack_forward", forward)

@@ -296,7 +296,7 @@ def test_a_number_that_is_no_cell_is_named(number):
     x, w = torch.zeros(2, 3), torch.zeros(12, 3)
     if extension.native is not None:
         with pytest.raises(RuntimeError, match=named):
-            extension.native.stack_forward(number, 1, 1, 0, 3, False, False, 0.0, b"", x, *[None] * 6, [w, w], ())
+            extension.native.stack_forward(number, 1, 1, 0, 3, False, False, 0.0, b"", (x, *[None] * 6, w, w), ())
 
 
 def test_other_devices_have_no_kernel():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import NAMES, WHOLE, B, H, I, T, forget, outcome, same
+from engine import NAMES, TENSORS, WHOLE, B, H, I, T, forget, outcome, same, with_tensor
 from torch import Tensor
 
 import rnnkit
@@ -39,17 +39,22 @@ UNFIT = {
     "its dimensions": (4, 3, "x must have 2 dimensions"),
     "a kind": (7, "0", "not of the kind"),
     "needs": (8, b"1", "needs must have 9 bytes, got 1"),
-    "x": (9, torch.ones(T, B, H).to_sparse(), "dense"),
-    "no steps": (9, torch.ones(0, B, H), "at least one step"),
-    "h_0": (10, torch.ones(1, B + 1, H), r"h_0 must be Float \[2, 4\], got Float \[3, 4\]"),
-    "h_0 of two layers": (10, torch.ones(2, B, H), "of 1 layers and directions"),
-    "c_0 of an RNN": (11, torch.ones(B, H), "a state must have 3 dimensions"),
-    "lengths": (12, torch.tensor([1, T + 1]), "got 6 at row 1"),
-    "their dtype": (12, torch.ones(B), "lengths must be Long"),
-    "reset": (13, torch.ones(T, B), "reset must be Bool"),
-    "weights": (16, [torch.eye(H)], "2 to 5 weights, got 1"),
-    "no list": (16, torch.eye(H), "not of the kind"),
-    "a weight": (16, [torch.eye(H), torch.eye(H).double()], "w_hh must be Float"),
+    "no tensors": (9, (), "there must be 7 tensors and weights, got 0"),
+    "a list": (9, list(TENSORS), "not of the kind"),
+    "one weight": (9, TENSORS[:-1], "2 to 5 weights, got 1"),
+}
+UNFIT_TENSORS = {
+    "x": (0, torch.ones(T, B, H).to_sparse(), "dense"),
+    "no x": (0, None, "x must be given"),
+    "no steps": (0, torch.ones(0, B, H), "at least one step"),
+    "h_0": (1, torch.ones(1, B + 1, H), r"h_0 must be Float \[2, 4\], got Float \[3, 4\]"),
+    "h_0 of two layers": (1, torch.ones(2, B, H), "of 1 layers and directions"),
+    "c_0 of an RNN": (2, torch.ones(B, H), "a state must have 3 dimensions"),
+    "lengths": (3, torch.tensor([1, T + 1]), "got 6 at row 1"),
+    "their dtype": (3, torch.ones(B), "lengths must be Long"),
+    "reset": (4, torch.ones(T, B), "reset must be Bool"),
+    "no weight": (8, None, "weight 1 must be given"),
+    "a weight": (8, torch.eye(H).double(), "w_hh must be Float"),
 }
 SIZES = {
     "a larger layer": [torch.ones(8, H), torch.eye(8)],
@@ -57,14 +62,34 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("which", UNFIT)
+@pytest.mark.parametrize("which", [*UNFIT, *UNFIT_TENSORS])
 def test_what_does_not_fit_is_refused_before_anything_is_done(which):
-    at, value, words = UNFIT[which]
+    at, value, words = (UNFIT_TENSORS if which in UNFIT_TENSORS else UNFIT)[which]
+    arguments = with_tensor(at, value) if which in UNFIT_TENSORS else (*WHOLE[:at], value, *WHOLE[at + 1 :])
     native.stack_forward(*WHOLE)
     state = torch.get_rng_state()
     with pytest.raises(extension.Unfit, match=words):
-        native.stack_forward(*WHOLE[:at], value, *WHOLE[at + 1 :])
+        native.stack_forward(*arguments)
     assert torch.equal(state, torch.get_rng_state())
+
+
+BACKWARD = {
+    "needs": (8, b"1", "needs must have a byte for each tensor, got 1 for 10"),
+    "no y": (9, TENSORS, "y must be saved"),
+    "another result": (9, (*TENSORS, TENSORS[0], TENSORS[0]), "what is kept must be 0 tensors, got 1"),
+    "no gradients": (10, (), "each result must have its gradient or none, got 0"),
+    "a list of them": (10, [TENSORS[0], None], "not of the kind"),
+}
+
+
+@pytest.mark.parametrize("which", BACKWARD)
+def test_a_backward_refuses_what_does_not_fit(which):
+    at, value, words = BACKWARD[which]
+    good = (*WHOLE[:8], bytes(8) + b"1", (*TENSORS, TENSORS[0]), (TENSORS[0], None))
+    found = native.stack_backward(*good)
+    assert found[:8] == [None] * 8 and found[8].shape == (H, H)
+    with pytest.raises(extension.Unfit, match=words):
+        native.stack_backward(*good[:at], value, *good[at + 1 :])
 
 
 @pytest.mark.parametrize("which", SIZES)
@@ -73,7 +98,7 @@ def test_layers_of_other_sizes_are_refused(which, bidirectional):
     """All share one tensor of states. Nothing is written beyond its end."""
     weights, x = [torch.eye(H), torch.eye(H), *SIZES[which]], torch.ones(T, B, H)
     with pytest.raises(extension.Unfit, match=r"every layer and direction must have H = 4 and N = 4, got"):
-        native.stack_forward(0, *((1, 2) if bidirectional else (2, 1)), *WHOLE[3:9], x, *[None] * 6, weights, ())
+        native.stack_forward(0, *((1, 2) if bidirectional else (2, 1)), *WHOLE[3:9], (x, *[None] * 6, *weights), ())
     how = {"bidirectional": True} if bidirectional else {"num_layers": 2}
 
     def call() -> Any:

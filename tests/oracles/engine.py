@@ -22,7 +22,13 @@ NAMES = ("RNN", "LSTM", "GRU")
 KINDS = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("LSTM", {}), ("GRU", {}), ("GRU", {"reset_after": False})]
 
 # What the extension's stack_forward takes of an RNN without a bias.
-WHOLE = (0, 1, 1, 0, 0, False, False, 0.0, b"", torch.ones(T, B, H), *[None] * 6, [torch.eye(H), torch.eye(H)], ())
+TENSORS = (torch.ones(T, B, H), *[None] * 6, torch.eye(H), torch.eye(H))
+WHOLE = (0, 1, 1, 0, 0, False, False, 0.0, b"", TENSORS, ())
+
+
+def with_tensor(at: int, v: Any) -> tuple[Any, ...]:
+    """WHOLE with another tensor in one place."""
+    return (*WHOLE[:9], (*TENSORS[:at], v, *TENSORS[at + 1 :]), ())
 
 
 class Checking(Reference):

@@ -8,7 +8,7 @@ and raise RuntimeError for it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...cells import CELLS
 from ..base import Backend, Gradient, no_kernel
-from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result, StackInputs, StackOptions
+from ..spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result, StackOptions
 from . import extension
 
 CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
@@ -80,27 +80,11 @@ class CPU(Backend):
         saved = (c_all,) if keeps_c else tuple(more)
         return Result(LayerOutputs(y, h_n, c_n, c_all if o.all_states else None), saved)
 
-    def stack_forward(
-        self,
-        o: StackOptions,
-        needs: bytes,
-        t: StackInputs,
-        weights: Sequence[Tensor],
-        masks: Sequence[Tensor],
-    ) -> list[Tensor]:
-        return self._stack[0](CELL_IDS[o.cell], *o[1:], needs, *t, weights, masks)
+    def stack_forward(self, o: StackOptions, needs: bytes, tensors: Any, masks: Any) -> list[Tensor]:
+        return self._stack[0](CELL_IDS[o.cell], *o[1:], needs, tensors, masks)
 
-    def stack_backward(
-        self,
-        o: StackOptions,
-        needs: bytes,
-        t: StackInputs,
-        weights: Sequence[Tensor],
-        y: Tensor | None,
-        kept: Sequence[Tensor],
-        grads: Sequence[Gradient],
-    ) -> list[Tensor]:
-        return self._stack[1](CELL_IDS[o.cell], *o[1:], needs, *t, weights, y, kept, *grads)
+    def stack_backward(self, o: StackOptions, needs: bytes, saved: Any, grads: Any) -> list[Gradient]:
+        return self._stack[1](CELL_IDS[o.cell], *o[1:], needs, saved, grads)
 
     def backward(
         self,
