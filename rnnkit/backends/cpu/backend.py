@@ -97,9 +97,7 @@ class CPU(Backend):
         needs: list[bool],
     ) -> list[Gradient]:
         kind = CELLS[cell]
-        saved = () if result is None else result.saved
-        if not saved and (kind.has_c if o.recompute else kind.saved):
-            saved = self.forward(cell, t, o, train=True).saved
+        saved = self.kept(cell, t, o, result)
         gates = saved[0] if kind.saved and not o.recompute else None
         c = saved[-1] if kind.has_c else None
         found = iter(self._functions()[1](CELL_IDS[cell], *t, o.reverse, y, gates, c, *grads, grad_mask(tuple(needs))))
