@@ -99,6 +99,17 @@ inline OptionalTensor expect(const OptionalTensor& tensor, const char* name, Sca
   return tensor.has_value() ? OptionalTensor(expect(*tensor, name, type, sizes)) : std::nullopt;
 }
 
+// By how many numbers the rows of v [T, B, N] lie apart, or nothing where they do not lie in equal distances
+// with their own numbers side by side.
+inline std::optional<int64_t> row_stride(const Tensor& v) {
+  const int64_t T = v.size(0), B = v.size(1);
+  if (v.numel() == 0) return v.size(2);  // any will do
+  if (v.size(2) > 1 && v.stride(2) != 1) return std::nullopt;
+  if (B == 1) return v.stride(0);
+  if (T > 1 && v.stride(0) != B * v.stride(1)) return std::nullopt;
+  return v.stride(1);
+}
+
 inline const void* pointer(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }

@@ -62,6 +62,10 @@ class Backend:
         """
         raise NotImplementedError(self.name)
 
+    def saved_bytes(self, spec: LayerSpec) -> int:
+        """About what `stack_forward` keeps of a layer and direction for the backward, the output with it."""
+        raise NotImplementedError(self.name)
+
     def stack_backward(
         self, o: StackOptions, needs: bytes, saved: tuple[Gradient, ...], grads: tuple[Gradient, ...]
     ) -> list[Gradient]:

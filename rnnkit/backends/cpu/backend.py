@@ -83,6 +83,11 @@ class CPU(Backend):
     def stack_forward(self, o: StackOptions, needs: bytes, tensors: Any, masks: Any) -> list[Tensor]:
         return self._stack[0](CELL_IDS[o.cell], *o[1:], needs, tensors, masks)
 
+    def saved_bytes(self, spec: LayerSpec) -> int:
+        kind = CELLS[spec.cell]
+        blocks = 1 + kind.has_c + (0 if spec.recompute else kind.saved)
+        return spec.steps * spec.batch * blocks * spec.hidden_size * spec.dtype.itemsize
+
     def stack_backward(self, o: StackOptions, needs: bytes, saved: Any, grads: Any) -> list[Gradient]:
         return self._stack[1](CELL_IDS[o.cell], *o[1:], needs, saved, grads)
 
