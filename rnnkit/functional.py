@@ -417,13 +417,14 @@ def layer_by_layer(
         )
 
     def whole(k: int, x: Tensor) -> Tensor | None:
+        if backend is None or layers == 1:
+            return None
         here = slice(k * directions, (k + 1) * directions)
         h, c, h_2, c_2 = (None if v is None else v[here] for v in (h_0, c_0, h_r, c_r))
         tensors = StackInputs(x, h, c, lengths, reset, h_2, c_2)
         one = StackOptions(cell, 1, directions, o.proj_size, TIME_MAJOR, all_states, recompute)
-        found = layer_stack.run(
-            one, backend or "", tensors, weights[here.start * each : here.stop * each], layer_by_layer
-        )
+        own = weights[here.start * each : here.stop * each]
+        found = layer_stack.run(one, backend, tensors, own, layer_by_layer)
         if found is None:
             return None
         left = iter(found)
@@ -447,10 +448,9 @@ def layer_by_layer(
         return direction(k, 0, x), direction(k, 1, x)
 
     def layer(k: int, x: Tensor) -> Tensor:  # a function, so that nothing of a layer is held while the next one runs
-        if backend is not None and layers > 1:
-            y = whole(k, x)
-            if y is not None:
-                return y
+        y = whole(k, x)
+        if y is not None:
+            return y
         ran = (direction(k, 0, x),) if directions == 1 else both(k, x)
         finals.extend((h_n, c_n) for _, h_n, c_n, _ in ran)
         if all_states:

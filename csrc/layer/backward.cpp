@@ -16,7 +16,9 @@ Tensor state_grad(const LayerInputs& in, const OptionalTensor& g, const char* na
   char* to =
       static_cast<char*>(d.mutable_data_ptr());  // null without elements, which memcpy may not be given
   if (g.has_value()) {
-    const Tensor from = to_opmath(expect(*g, name, in.x.scalar_type(), {in.B, width}), in.dtype);
+    Tensor given = *g;
+    expect(given, name, in.x.scalar_type(), {in.B, width});
+    const Tensor from = to_opmath(given, in.dtype);
     std::copy_n(static_cast<const char*>(from.const_data_ptr()), in.B * width * bytes, to);
   } else {
     std::fill_n(to, in.B * width * bytes, 0);
@@ -321,9 +323,9 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   if (!row_stride(g.y).has_value()) g.y = torch::stable::contiguous(g.y);
   const bool recompute = saved != 0 && !g.gates.has_value();
   RNNKIT_CHECK(!lstm || g.c_kept.has_value(), "c must be given, as the forward gave it");
-  g.gates = expect(g.gates, "gates", opmath_type(in.dtype), {in.T, in.B, saved * in.H});
-  g.c_kept = expect(g.c_kept, "c", recompute ? type : opmath_type(in.dtype), {in.T, in.B, in.H});
-  g.gc_all = expect(g.gc_all, "gc_all", type, {in.T, in.B, in.H});
+  expect(g.gates, "gates", opmath_type(in.dtype), {in.T, in.B, saved * in.H});
+  expect(g.c_kept, "c", recompute ? type : opmath_type(in.dtype), {in.T, in.B, in.H});
+  expect(g.gc_all, "gc_all", type, {in.T, in.B, in.H});
   Backward q{};
   if (g.gy.has_value()) {
     check(*g.gy, "gy", type, {in.T, in.B, in.N});

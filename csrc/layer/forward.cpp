@@ -48,18 +48,18 @@ void LayerInputs::check() {
   RNNKIT_CHECK(B < (int64_t{1} << 31), "B must be below 2^31, got ", B);
   const ScalarType type = x.scalar_type();
   rnnkit::check(x, "x", type, {T, B, I});
-  w_ih = expect(w_ih, "w_ih", type, {G * H, I});
-  w_hh = expect(w_hh, "w_hh", type, {G * H, N});
-  b_ih = expect(b_ih, "b_ih", type, {G * H});
-  b_hh = expect(b_hh, "b_hh", type, {G * H});
+  expect(w_ih, "w_ih", type, {G * H, I});
+  expect(w_hh, "w_hh", type, {G * H, N});
+  expect(b_ih, "b_ih", type, {G * H});
+  expect(b_hh, "b_hh", type, {G * H});
   RNNKIT_CHECK(b_ih.has_value() == b_hh.has_value(), "b_ih and b_hh must both be given, or neither");
-  w_hr = expect(w_hr, "w_hr", type, {P, H});
-  h_0 = expect(h_0, "h_0", type, {B, N});
-  c_0 = expect(c_0, "c_0", type, {B, H});
-  lengths = expect(lengths, "lengths", ScalarType::Long, {B});
-  reset = expect(reset, "reset", ScalarType::Bool, {T, B});
-  h_r = expect(h_r, "h_r", type, {B, N});
-  c_r = expect(c_r, "c_r", type, {B, H});
+  expect(w_hr, "w_hr", type, {P, H});
+  expect(h_0, "h_0", type, {B, N});
+  expect(c_0, "c_0", type, {B, H});
+  expect(lengths, "lengths", ScalarType::Long, {B});
+  expect(reset, "reset", ScalarType::Bool, {T, B});
+  expect(h_r, "h_r", type, {B, N});
+  expect(c_r, "c_r", type, {B, H});
 }
 
 Layer LayerInputs::layer() {

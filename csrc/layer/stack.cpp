@@ -97,9 +97,9 @@ class Stack {
   explicit Stack(StackInputs& in) : in_(in), lstm_(in.cell == Cell::lstm) {
     RNNKIT_CHECK(in.layers > 0 && (in.directions == 1 || in.directions == 2),
                  "layers must be at least 1 and directions 1 or 2, got ", in.layers, " and ", in.directions);
-    for (const OptionalTensor& v :
-         {OptionalTensor(in.x), in.h_0, in.c_0, in.lengths, in.reset, in.h_r, in.c_r}) {
-      if (v.has_value()) check_dense(*v, "a tensor");  // others have no strides
+    check_dense(in.x, "a tensor");  // others have no strides
+    for (const OptionalTensor* v : {&in.h_0, &in.c_0, &in.lengths, &in.reset, &in.h_r, &in.c_r}) {
+      if (v->has_value()) check_dense(**v, "a tensor");
     }
     count_ = in.layers * in.directions;
     each_ = static_cast<int64_t>(in.weights.size()) / count_;
@@ -223,7 +223,7 @@ class Stack {
 
   void check_lengths() {
     if (in_.layout == Layout::unbatched && in_.lengths->dim() == 0) in_.lengths = with_one(*in_.lengths, 0);
-    in_.lengths = expect(in_.lengths, "lengths", ScalarType::Long, {B_});
+    expect(in_.lengths, "lengths", ScalarType::Long, {B_});
     const auto* v = static_cast<const int64_t*>(in_.lengths->const_data_ptr());
     for (int64_t b = 0; b < B_; ++b) {
       RNNKIT_CHECK(v[b] >= 0 && v[b] <= T_, "lengths must lie in [0, T=", T_, "], got ", v[b], " at row ", b);
