@@ -30,11 +30,16 @@ struct GruResetAfter {
   };
 
   template <class M, class V = typename M::Value>
+  RNNKIT_VALUE static V candidate(V r, V xn, V hn) {
+    return M::tanh(xn + r * hn);
+  }
+
+  template <class M, class V = typename M::Value>
   RNNKIT_VALUE static Step<V> step(V ar, V az, V xn, V hn, V h_before) {
     Step<V> s;
     s.r = M::sigmoid(ar);
     s.z = M::sigmoid(az);
-    s.n = M::tanh(xn + s.r * hn);
+    s.n = candidate<M>(s.r, xn, hn);
     s.h = gru_state<M>(s.z, s.n, h_before);
     return s;
   }

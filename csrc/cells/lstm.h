@@ -11,6 +11,11 @@ namespace rnnkit {
 
 struct Lstm {
   template <class V>
+  struct State {
+    V c, m;
+  };
+
+  template <class V>
   struct Step {
     V i, f, g, o, c, m;
   };
@@ -21,16 +26,27 @@ struct Lstm {
     V c_before;
   };
 
+  // The gate of block `at`, of its pre-activation.
+  template <int at, class M, class V = typename M::Value>
+  RNNKIT_VALUE static V gate(V a) {
+    if constexpr (at == 2) {
+      return M::tanh(a);
+    } else {
+      return M::sigmoid(a);
+    }
+  }
+
+  template <class M, class V = typename M::Value>
+  RNNKIT_VALUE static State<V> state(V i, V f, V g, V o, V c_before) {
+    const V c = f * c_before + i * g;
+    return {c, o * M::tanh(c)};
+  }
+
   template <class M, class V = typename M::Value>
   RNNKIT_VALUE static Step<V> step(V ai, V af, V ag, V ao, V c_before) {
-    Step<V> s;
-    s.i = M::sigmoid(ai);
-    s.f = M::sigmoid(af);
-    s.g = M::tanh(ag);
-    s.o = M::sigmoid(ao);
-    s.c = s.f * c_before + s.i * s.g;
-    s.m = s.o * M::tanh(s.c);
-    return s;
+    const V i = gate<0, M>(ai), f = gate<1, M>(af), g = gate<2, M>(ag), o = gate<3, M>(ao);
+    const State<V> s = state<M>(i, f, g, o, c_before);
+    return {i, f, g, o, s.c, s.m};
   }
 
   template <class M, class V = typename M::Value>

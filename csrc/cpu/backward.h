@@ -349,7 +349,7 @@ class TypedBackwardScan final : public BackwardScan {
     slice.vectors(w.units, L, &first, &last);
     gemm_panels<1>(w, first / w.panel_width(), static_cast<int>(ceil_div(last, w.panel_width())),
                    rows.valid.data(), static_cast<int>(rows.valid.size()), a, lda, epilogue,
-                   [](int32_t, int) {});
+                   [](int32_t, int, int) {});
   }
 
   const Backward q_;

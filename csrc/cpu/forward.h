@@ -2,6 +2,100 @@
 // state of a tile while it is in the first-level cache, and for two cells a second one: the textbook GRU's
 // product with r h, and an LSTM's projection. Included once per variant, inside its namespace.
 
+// Rows of a matrix, or null.
+template <class T>
+struct Rows {
+  T* first = nullptr;
+  int64_t stride = 0;
+  T* row(int64_t b) const { return first + b * stride; }
+};
+
+// One vector of units of one row.
+struct UnitVector {
+  int64_t b, j;
+  int n;  // units of it that exist
+};
+
+// What the gate math of a step reads and writes. Every function of a step has a copy of its own, which no
+// store can change: it is read once, not again after each store.
+template <class S>
+struct ForwardStep {
+  using A = opmath_t<S>;
+  using Element = element_t<S>;
+  using V = vector_t<S>;
+  using M = Math<A>;
+  static constexpr int L = lanes<A>;
+
+  int64_t H, N, G, K;  // K: blocks of H that are saved
+  Rows<const A> gx;    // [B, G H], null where the scan multiplies x
+  Rows<S> y, c_all;    // [B, N], [B, H]
+  Rows<A> gates, c_kept;
+  Rows<A> bias, h, h_next, c, z;  // the scan's own: see its members
+  Rows<Element> rounded_next, second;
+
+  UnitVector unit_vector(int32_t b, int u, int64_t width) const {
+    const int64_t j = static_cast<int64_t>(u) * L;
+    return {b, j, static_cast<int>(std::min<int64_t>(L, width - j))};
+  }
+
+  // What x gives to pre-activation g; where the scan multiplies x, zx [.., lanes] begins with that of g0.
+  V input(const UnitVector& p, int64_t g, const A* zx, int64_t g0 = 0) const {
+    const V v = gx.first == nullptr ? loadu<V>(zx + (g - g0) * L) : load(gx.row(p.b) + g * H + p.j, p.n);
+    return v + input_bias(p, g);
+  }
+  V input_bias(const UnitVector& p, int64_t g) const { return loadu<V>(bias.row(g) + p.j); }
+
+  // Gate g of z [gates, lanes]: of its pre-activation, in its place.
+  template <class Function>
+  void activate(const UnitVector& p, int64_t g, const A* zx, A* z, Function function) const {
+    const V v = function(input(p, g, zx) + loadu<V>(z + g * L));
+    save_gate(p, g, v);
+    storeu(z + g * L, v);
+  }
+  void save_gate(const UnitVector& p, int64_t g, V v) const {
+    if (gates.first != nullptr) store(gates.row(p.b) + g * H + p.j, v, p.n);
+  }
+
+  // The new state: into the output, and for the next step.
+  void store_state(const UnitVector& p, V v) const {
+    store(y.row(p.b) + p.j, v, p.n);
+    store(h_next.row(p.b) + p.j, v, L);
+    if constexpr (!std::is_same_v<Element, A>) store(rounded_next.row(p.b) + p.j, v, p.n);
+  }
+
+  void lstm_gates(const UnitVector& p, A* z, const A* zx) const {
+    activate(p, 0, zx, z, Lstm::gate<0, M>);
+    activate(p, 1, zx, z, Lstm::gate<1, M>);
+    activate(p, 2, zx, z, Lstm::gate<2, M>);
+    activate(p, 3, zx, z, Lstm::gate<3, M>);
+  }
+  // o tanh(c), of the gates z.
+  V lstm_state(const UnitVector& p, const A* z) const {
+    A* const from = c.row(p.b) + p.j;
+    const auto s = Lstm::state<M>(loadu<V>(z), loadu<V>(z + L), loadu<V>(z + 2 * L), loadu<V>(z + 3 * L),
+                                  loadu<V>(from));
+    store(from, s.c, L);
+    if (c_kept.first != nullptr) store(c_kept.row(p.b) + p.j, s.c, p.n);
+    if (c_all.first != nullptr) store(c_all.row(p.b) + p.j, s.c, p.n);
+    return s.m;
+  }
+
+  // Asks for the input of some vectors of units, and for the memory of their results, line by line. Inlined
+  // by force: gcc takes a function of nothing but prefetches for one without effect.
+  __attribute__((always_inline)) void prefetch(int32_t b, int u, int units) const {
+    constexpr int64_t line = 64 / sizeof(A);
+    const int64_t end = static_cast<int64_t>(u + units) * L;
+    for (int64_t j = (static_cast<int64_t>(u) * L + line - 1) / line * line; j < end; j += line) {
+      for (int64_t g = 0; gx.first != nullptr && g < G; ++g) __builtin_prefetch(gx.row(b) + g * H + j);
+      __builtin_prefetch(y.row(b) + j, 1);
+      for (int64_t k = 0; gates.first != nullptr && k < K; ++k) {
+        __builtin_prefetch(gates.row(b) + k * H + j, 1);
+      }
+      if (c_kept.first != nullptr) __builtin_prefetch(c_kept.row(b) + j, 1);
+    }
+  }
+};
+
 template <class S>
 class TypedForwardScan final : public ForwardScan {
   using A = opmath_t<S>;
@@ -154,33 +248,27 @@ class TypedForwardScan final : public ForwardScan {
     }
   }
 
-  // One vector of units of one row at one step.
-  struct UnitVector {
-    int64_t at;  // row of [n, B, ...]
-    int64_t b, j;
-    int n;  // units of it that exist
-  };
-
-  UnitVector unit_vector(int64_t step, int32_t b, int u, int64_t width) const {
-    const int64_t j = static_cast<int64_t>(u) * L;
-    return {step * l_.B + b, b, j, static_cast<int>(std::min<int64_t>(L, width - j))};
+  ForwardStep<S> at_step(int64_t step, int now) const {
+    const int64_t at = step * l_.B;
+    const auto rows = [&](auto* of_chunk, int64_t stride) {
+      return Rows<std::remove_pointer_t<decltype(of_chunk)>>{
+          of_chunk == nullptr ? nullptr : of_chunk + at * stride, stride};
+    };
+    ForwardStep<S> s;
+    s.H = H_, s.N = N_, s.G = G_, s.K = K_;
+    s.gx = rows(static_cast<const A*>(r_.gx), r_.gx_stride);
+    s.y = rows(static_cast<S*>(r_.y), r_.y_stride);
+    s.gates = rows(static_cast<A*>(r_.gates), r_.gates_stride);
+    s.c_kept = rows(static_cast<A*>(r_.c_kept), H_);
+    s.c_all = rows(static_cast<S*>(r_.c_all), H_);
+    s.bias = all_rows(bias_), s.h = all_rows(h_[now]), s.h_next = all_rows(h_[now ^ 1]);
+    s.rounded_next = all_rows(rounded_h_[now ^ 1]);
+    s.c = all_rows(c_), s.z = all_rows(z_), s.second = all_rows(second_operand_);
+    return s;
   }
-  // What x gives to pre-activation g; where the scan multiplies x, zx [.., lanes] begins with that of g0.
-  V input(const UnitVector& p, int64_t g, const A* zx, int64_t g0 = 0) const {
-    const V v = r_.gx == nullptr
-                    ? loadu<V>(zx + (g - g0) * L)
-                    : load(static_cast<const A*>(r_.gx) + p.at * r_.gx_stride + g * H_ + p.j, p.n);
-    return v + bias(p, g);
-  }
-  V bias(const UnitVector& p, int64_t g) const { return loadu<V>(bias_.row(g) + p.j); }
-  void save_gate(const UnitVector& p, int64_t g, V v) const {
-    if (r_.gates != nullptr) store(static_cast<A*>(r_.gates) + p.at * r_.gates_stride + g * H_ + p.j, v, p.n);
-  }
-  // The new state: into the output, and for the next step.
-  void store_state(const UnitVector& p, int now, V h) {
-    store(static_cast<S*>(r_.y) + p.at * r_.y_stride + p.j, h, p.n);
-    store(h_[now ^ 1].row(p.b) + p.j, h, L);
-    if constexpr (rounded) store(rounded_h_[now ^ 1].row(p.b) + p.j, h, p.n);
+  template <class T>
+  static Rows<T> all_rows(const PaddedMatrix<T>& m) {
+    return {m.stride == 0 ? nullptr : m.memory.data, m.stride};
   }
 
   void panels(const ThreadSlice& slice, const GemmWeights<S>& w, int* first, int* last) const {
@@ -189,9 +277,10 @@ class TypedForwardScan final : public ForwardScan {
     *last = static_cast<int>(ceil_div(*last, w.panel_width()));
   }
 
-  template <int gates, class Epilogue>
-  void gemm(const ThreadSlice& slice, const ActiveRows& rows, int64_t step, const GemmWeights<S>& w,
-            const PaddedMatrix<Element>& a, Epilogue epilogue, const GemmWeights<S>* w_x = nullptr) {
+  template <int gates, class Epilogue, class Activate = NoActivation>
+  void gemm(const ThreadSlice& slice, const ActiveRows& rows, int64_t step, const ForwardStep<S>& s,
+            const GemmWeights<S>& w, const PaddedMatrix<Element>& a, const GemmWeights<S>* w_x,
+            Epilogue epilogue, Activate activate = {}) {
     int first, last;
     panels(slice, w, &first, &last);
     InputGemm<S> x;
@@ -200,117 +289,94 @@ class TypedForwardScan final : public ForwardScan {
     }
     gemm_panels<gates>(
         w, first, last, rows.valid.data(), static_cast<int>(rows.valid.size()), a.row(0), a.stride, epilogue,
-        [&](int32_t b, int u)
-            __attribute__((always_inline)) { prefetch(step * l_.B + b, static_cast<int64_t>(u) * L); },
-        x);
-  }
-
-  // Asks for the input of one vector of units, and for the memory of its results. Inlined by force: gcc takes
-  // a function of nothing but prefetches for one without effect.
-  __attribute__((always_inline)) void prefetch(int64_t at, int64_t j) const {
-    for (int64_t g = 0; r_.gx != nullptr && g < G_; ++g) {
-      __builtin_prefetch(static_cast<const A*>(r_.gx) + at * r_.gx_stride + g * H_ + j);
-    }
-    __builtin_prefetch(static_cast<S*>(r_.y) + at * r_.y_stride + j, 1);
-    if (r_.gates == nullptr) return;
-    for (int64_t g = 0; g < K_; ++g) {
-      __builtin_prefetch(static_cast<A*>(r_.gates) + at * r_.gates_stride + g * H_ + j, 1);
-    }
-    if (r_.c_kept != nullptr) __builtin_prefetch(static_cast<A*>(r_.c_kept) + at * H_ + j, 1);
+        [s](int32_t b, int u, int units) __attribute__((always_inline)) { s.prefetch(b, u, units); }, x,
+        activate);
   }
 
   // The GEMM with the state; its epilogue is all that can be made of it at once.
   void first_gemm(const ThreadSlice& slice, const ActiveRows& rows, int64_t step, int now) {
     const PaddedMatrix<Element>& h = state_operand(now);
+    const ForwardStep<S> s = at_step(step, now);
+    const GemmWeights<S>* const w_x = &first_input_weights_;
     switch (l_.cell) {
       case Cell::rnn_tanh:
-        gemm<1>(
-            slice, rows, step, first_weights_, h,
-            [&](int32_t b, int u, const A* z, const A* zx) {
-              const UnitVector p = unit_vector(step, b, u, H_);
-              store_state(p, now, RnnTanh::step<M>(input(p, 0, zx) + loadu<V>(z)));
-            },
-            &first_input_weights_);
+        gemm<1>(slice, rows, step, s, first_weights_, h, w_x, [s](int32_t b, int u, const A* z, const A* zx) {
+          const UnitVector p = s.unit_vector(b, u, s.H);
+          s.store_state(p, RnnTanh::step<M>(s.input(p, 0, zx) + loadu<V>(z)));
+        });
         break;
       case Cell::rnn_relu:
-        gemm<1>(
-            slice, rows, step, first_weights_, h,
-            [&](int32_t b, int u, const A* z, const A* zx) {
-              const UnitVector p = unit_vector(step, b, u, H_);
-              store_state(p, now, RnnRelu::step<M>(input(p, 0, zx) + loadu<V>(z)));
-            },
-            &first_input_weights_);
+        gemm<1>(slice, rows, step, s, first_weights_, h, w_x, [s](int32_t b, int u, const A* z, const A* zx) {
+          const UnitVector p = s.unit_vector(b, u, s.H);
+          s.store_state(p, RnnRelu::step<M>(s.input(p, 0, zx) + loadu<V>(z)));
+        });
         break;
       case Cell::lstm:
         gemm<4>(
-            slice, rows, step, first_weights_, h,
-            [&](int32_t b, int u, const A* z, const A* zx) { lstm(unit_vector(step, b, u, H_), now, z, zx); },
-            &first_input_weights_);
+            slice, rows, step, s, first_weights_, h, w_x,
+            [s](int32_t b, int u, const A* z, const A*) {
+              const UnitVector p = s.unit_vector(b, u, s.H);
+              const V m = s.lstm_state(p, z);
+              if (s.second.first != nullptr) {
+                store(s.second.row(b) + p.j, m, p.n);
+              } else {
+                s.store_state(p, m);
+              }
+            },
+            [s](int32_t b, int u, A* z, const A* zx) { s.lstm_gates(s.unit_vector(b, u, s.H), z, zx); });
         break;
       case Cell::gru:
         gemm<3>(
-            slice, rows, step, first_weights_, h,
-            [&](int32_t b, int u, const A* z, const A* zx) {
-              const UnitVector p = unit_vector(step, b, u, H_);
-              const V hn = loadu<V>(z + 2 * L) + bias(p, 3);
-              const auto s =
-                  GruResetAfter::step<M>(input(p, 0, zx) + loadu<V>(z), input(p, 1, zx) + loadu<V>(z + L),
-                                         input(p, 2, zx), hn, loadu<V>(h_[now].row(b) + p.j));
-              save_gate(p, 0, s.r), save_gate(p, 1, s.z), save_gate(p, 2, s.n), save_gate(p, 3, hn);
-              store_state(p, now, s.h);
+            slice, rows, step, s, first_weights_, h, w_x,
+            [s](int32_t b, int u, const A* z, const A* zx) {
+              const UnitVector p = s.unit_vector(b, u, s.H);
+              const V n = GruResetAfter::candidate<M>(loadu<V>(z), s.input(p, 2, zx), loadu<V>(z + 2 * L));
+              s.save_gate(p, 2, n);
+              s.store_state(p, gru_state<M>(loadu<V>(z + L), n, loadu<V>(s.h.row(b) + p.j)));
             },
-            &first_input_weights_);
+            [s](int32_t b, int u, A* z, const A* zx) {
+              const UnitVector p = s.unit_vector(b, u, s.H);
+              s.activate(p, 0, zx, z, M::sigmoid);
+              s.activate(p, 1, zx, z, M::sigmoid);
+              const V hn = loadu<V>(z + 2 * L) + s.input_bias(p, 3);
+              s.save_gate(p, 3, hn);
+              storeu(z + 2 * L, hn);
+            });
         break;
       case Cell::gru_reset_before:
         gemm<2>(
-            slice, rows, step, first_weights_, h,
-            [&](int32_t b, int u, const A* z, const A* zx) {
-              const UnitVector p = unit_vector(step, b, u, H_);
-              const V r = M::sigmoid(input(p, 0, zx) + loadu<V>(z));
-              const V update = M::sigmoid(input(p, 1, zx) + loadu<V>(z + L));
-              save_gate(p, 0, r), save_gate(p, 1, update);
-              store(z_.row(b) + p.j, update, L);
-              store(second_operand_.row(b) + p.j, r * loadu<V>(h_[now].row(b) + p.j), p.n);
+            slice, rows, step, s, first_weights_, h, w_x,
+            [s](int32_t b, int u, const A* z, const A*) {
+              const UnitVector p = s.unit_vector(b, u, s.H);
+              store(s.z.row(b) + p.j, loadu<V>(z + L), L);
+              store(s.second.row(b) + p.j, loadu<V>(z) * loadu<V>(s.h.row(b) + p.j), p.n);
             },
-            &first_input_weights_);
+            [s](int32_t b, int u, A* z, const A* zx) {
+              const UnitVector p = s.unit_vector(b, u, s.H);
+              s.activate(p, 0, zx, z, M::sigmoid);
+              s.activate(p, 1, zx, z, M::sigmoid);
+            });
         break;
-    }
-  }
-
-  void lstm(const UnitVector& p, int now, const A* z, const A* zx) {
-    A* c = c_.row(p.b) + p.j;
-    const auto s = Lstm::step<M>(input(p, 0, zx) + loadu<V>(z), input(p, 1, zx) + loadu<V>(z + L),
-                                 input(p, 2, zx) + loadu<V>(z + 2 * L), input(p, 3, zx) + loadu<V>(z + 3 * L),
-                                 loadu<V>(c));
-    save_gate(p, 0, s.i), save_gate(p, 1, s.f), save_gate(p, 2, s.g), save_gate(p, 3, s.o);
-    store(c, s.c, L);
-    if (r_.c_kept != nullptr) store(static_cast<A*>(r_.c_kept) + p.at * H_ + p.j, s.c, p.n);
-    if (r_.c_all != nullptr) store(static_cast<S*>(r_.c_all) + p.at * H_ + p.j, s.c, p.n);
-    if (l_.P) {
-      store(second_operand_.row(p.b) + p.j, s.m, p.n);
-    } else {
-      store_state(p, now, s.m);
     }
   }
 
   // The second GEMM, with what `first_gemm` left in second_operand_.
   void second_gemm(const ThreadSlice& slice, const ActiveRows& rows, int64_t step, int now) {
+    const ForwardStep<S> s = at_step(step, now);
     if (l_.P) {
-      gemm<1>(slice, rows, step, second_weights_, second_operand_,
-              [&](int32_t b, int u, const A* z, const A*) {
-                store_state(unit_vector(step, b, u, N_), now, loadu<V>(z));
+      gemm<1>(slice, rows, step, s, second_weights_, second_operand_, nullptr,
+              [s](int32_t b, int u, const A* z, const A*) {
+                s.store_state(s.unit_vector(b, u, s.N), loadu<V>(z));
               });
       return;
     }
-    gemm<1>(
-        slice, rows, step, second_weights_, second_operand_,
-        [&](int32_t b, int u, const A* z, const A* zx) {
-          const UnitVector p = unit_vector(step, b, u, H_);
-          const V n = GruResetBefore::candidate<M>(input(p, 2, zx, 2) + loadu<V>(z));
-          save_gate(p, 2, n);
-          store_state(p, now, gru_state<M>(loadu<V>(z_.row(b) + p.j), n, loadu<V>(h_[now].row(b) + p.j)));
-        },
-        &second_input_weights_);
+    gemm<1>(slice, rows, step, s, second_weights_, second_operand_, &second_input_weights_,
+            [s](int32_t b, int u, const A* z, const A* zx) {
+              const UnitVector p = s.unit_vector(b, u, s.H);
+              const V n = GruResetBefore::candidate<M>(s.input(p, 2, zx, 2) + loadu<V>(z));
+              s.save_gate(p, 2, n);
+              s.store_state(p, gru_state<M>(loadu<V>(s.z.row(b) + p.j), n, loadu<V>(s.h.row(b) + p.j)));
+            });
   }
 
   const Forward f_;

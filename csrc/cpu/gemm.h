@@ -49,7 +49,7 @@ class TypedGemm final : public GemmKernel {
             store(out + (m + r) * ldo + j, loadu<vector_t<S>>(z),
                   static_cast<int>(std::min<int64_t>(L, weights.units - j)));
           },
-          [](int32_t, int) {});
+          [](int32_t, int, int) {});
     }
   }
 

@@ -13,8 +13,5 @@
 #include <utility>
 #include <vector>
 
-#include "../cells/gru.h"
-#include "../cells/lstm.h"
-#include "../cells/rnn.h"
 #include "scan.h"
 #include "wait_word.h"

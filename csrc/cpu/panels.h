@@ -76,6 +76,11 @@ __attribute__((always_inline)) inline typename Vector<A>::Value lane_sums(
   }
 }
 
+// Vectors of units in a full panel.
+constexpr int full_panel(int gates) {
+  return gates == 3 ? (RNNKIT_BYTES == 64 ? 1 : 2) : max_vectors / gates;
+}
+
 // The weights of a GEMM, packed into panels. For a single step they stay as they are: a few rows
 // take lane by lane what lies side by side, and for more each panel is packed into the first-level cache when
 // its turn comes. Weights whose columns are the outputs stay as they are for a few rows, too.
@@ -97,9 +102,7 @@ struct GemmWeights {
   AlignedBuffer<Operand> panels;
 
   int unit_vectors() const { return static_cast<int>(ceil_div(units, L)); }  // vectors of units
-  int panel_width() const {                                                  // of them in a full panel
-    return gates == 3 ? (RNNKIT_BYTES == 64 ? 1 : 2) : max_vectors / gates;
-  }
+  int panel_width() const { return full_panel(gates); }
   int panel_count() const { return static_cast<int>(ceil_div(unit_vectors(), panel_width())); }
   int panel_vectors(int p) const { return std::min(panel_width(), unit_vectors() - p * panel_width()); }
   int64_t panel_size() const { return static_cast<int64_t>(panel_width()) * gates * L * K; }
@@ -345,25 +348,28 @@ __attribute__((always_inline)) inline void each_tile(int rows, int most, Use use
   }
 }
 
+struct NoActivation {};  // where a product has an epilogue alone
+
 // Calls epilogue(row, u, z, zx) for each row of `rows` and each vector u of units in the panels [p0, p1),
 // with z [gates, lanes] the product of a[row] and the weights, and zx that beside it where there is one.
-// Before a tile is summed, prefetch(row, u) may ask for the memory that epilogue(row, u) will need: it
-// arrives meanwhile. `epilogue` is called from one place only: in copies of it, one for each kind of tile,
-// the compiler would fuse other multiplications with additions, and a row's result would depend on the rows
-// beside it.
-template <int gates, class S, class Epilogue, class Prefetch>
+// Before it, activate(row, u, z, zx) may change the z of a whole tile: what waits for one another goes in two
+// loops, since a processor looks ahead for some 300 instructions, about those of one vector of a GRU.
+// Before a tile is summed, prefetch(row, u, units) may ask for the memory that epilogue(row, u) will need of
+// so many u: it arrives meanwhile. Each is called from one place only: in copies of it, one for each kind of
+// tile, the compiler would fuse other multiplications with additions, and a row's result would depend on the
+// rows beside it.
+template <int gates, class S, class Epilogue, class Prefetch, class Activate = NoActivation>
 inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* rows, int count,
                         const element_t<S>* a, int64_t lda, Epilogue epilogue, Prefetch prefetch,
-                        const InputGemm<S>& input = {}) {
+                        const InputGemm<S>& input = {}, Activate activate = {}) {
   using A = opmath_t<S>;
   using Operand = operand_t<S>;
-  constexpr int L = lanes<A>, vectors_of_a_line = 64 / RNNKIT_BYTES;
+  constexpr int L = lanes<A>, width = full_panel(gates);
   if (count == 0) return;
   alignas(64) A out[block_rows * widest_panel * L], out_x[block_rows * widest_panel * L];
   const bool single = w.raw != nullptr, dots = single && count <= few_rows, swept = w.columns != nullptr;
-  AlignedBuffer<Operand> once(single && !dots ? w.panel_width() * w.gates * w.lanes_size() : 0);
-  const int first_vector = p0 * w.panel_width(),
-            last_vector = std::min(p1 * w.panel_width(), w.unit_vectors());
+  AlignedBuffer<Operand> once(single && !dots ? width * w.gates * w.lanes_size() : 0);
+  const int first_vector = p0 * width, last_vector = std::min(p1 * width, w.unit_vectors());
   const int64_t swept_vectors = last_vector - first_vector;
   AlignedBuffer<A> sums(swept ? count * swept_vectors * L : 0);
   if (swept) w.sweep(first_vector, last_vector, a, lda, rows, count, sums.data);
@@ -398,15 +404,10 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
       }
       each_tile(in_block, fit, [&](int first, int here) __attribute__((always_inline)) {
         A* const z = out + first * units * gates * L;
-        for (int r = first; r < first + here; ++r) {
-          for (int u = 0; u < units; ++u) {
-            const int vector = p * w.panel_width() + u;
-            if (vector % vectors_of_a_line == 0) prefetch(rows[block + r], vector);
-          }
-        }
+        for (int r = first; r < first + here; ++r) prefetch(rows[block + r], p * width, units);
         if (swept) {
           for (int r = 0; r < here; ++r) {
-            const int64_t at = (block + first + r) * swept_vectors + p * w.panel_width() - first_vector;
+            const int64_t at = (block + first + r) * swept_vectors + p * width - first_vector;
             std::copy_n(sums.data + at * L, vectors * L, z + r * vectors * L);
           }
         } else if (dots) {
@@ -418,10 +419,18 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
         } else {
           product.run(w.panel(p), strip, k0, row + first, here, z);
         }
+        if constexpr (!std::is_same_v<Activate, NoActivation>) {
+          for (int r = first; r < first + here; ++r) {
+            for (int u = 0; u < units; ++u) {
+              const int at = (r * units + u) * gates * L;
+              activate(rows[block + r], p * width + u, out + at, out_x + at);
+            }
+          }
+        }
         for (int r = first; r < first + here; ++r) {
           for (int u = 0; u < units; ++u) {
             const int at = (r * units + u) * gates * L;
-            epilogue(rows[block + r], p * w.panel_width() + u, out + at, out_x + at);
+            epilogue(rows[block + r], p * width + u, out + at, out_x + at);
           }
         }
       });

@@ -44,6 +44,14 @@ inline V loadu(const T* p) {
   return v;
 }
 
+// By a type that the compiler takes to change numbers of type T alone, not the pointers and sizes beside
+// them, as it would a memcpy's bytes: those stay in registers.
+template <class T>
+inline void storeu(T* p, typename Vector<T>::Value v) {
+  typedef T Unaligned __attribute__((vector_size(RNNKIT_BYTES), aligned(sizeof(T))));
+  *reinterpret_cast<Unaligned*>(p) = v;
+}
+
 template <class V, class T>
 inline V load_partial(const T* p, int n) {
   V v{};
@@ -84,6 +92,36 @@ inline void store_partial(T* p, V v, int n) {
   for (int k = 0; k < n; ++k) p[k] = v[k];
 }
 
+// The lesser and the greater of two numbers, b where one is a NaN. By instructions: from a comparison and a
+// selection gcc makes two.
+template <class V>
+inline V lesser(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+inline V greater(V a, V b) {
+  return a > b ? a : b;
+}
+#if defined(RNNKIT_AVX512)
+template <>
+inline Vector<float>::Value lesser(Vector<float>::Value a, Vector<float>::Value b) {
+  return (Vector<float>::Value)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+}
+template <>
+inline Vector<float>::Value greater(Vector<float>::Value a, Vector<float>::Value b) {
+  return (Vector<float>::Value)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+}
+#elif defined(RNNKIT_AVX2)
+template <>
+inline Vector<float>::Value lesser(Vector<float>::Value a, Vector<float>::Value b) {
+  return (Vector<float>::Value)_mm256_min_ps((__m256)a, (__m256)b);
+}
+template <>
+inline Vector<float>::Value greater(Vector<float>::Value a, Vector<float>::Value b) {
+  return (Vector<float>::Value)_mm256_max_ps((__m256)a, (__m256)b);
+}
+#endif
+
 // load<S>(p, n): n elements (all lanes, or the first n and zeros), as the type that S is computed in.
 inline Vector<float>::Value load(const float* p, int n) {
   using V = Vector<float>::Value;
@@ -97,7 +135,7 @@ inline Vector<double>::Value load(const double* p, int n) {
 
 inline void store(float* p, Vector<float>::Value v, int n) {
   if (n == lanes<float>) {
-    __builtin_memcpy(p, &v, sizeof v);
+    storeu(p, v);
   } else {
     store_partial(p, v, n);
   }
@@ -105,7 +143,7 @@ inline void store(float* p, Vector<float>::Value v, int n) {
 
 inline void store(double* p, Vector<double>::Value v, int n) {
   if (n == lanes<double>) {
-    __builtin_memcpy(p, &v, sizeof v);
+    storeu(p, v);
   } else {
     store_partial(p, v, n);
   }

@@ -3,6 +3,12 @@
 // the standard headers, so that none of their inline functions is compiled with instructions another
 // processor lacks.
 
+// Templates of the arithmetic, which is a variant's own; compiled for less, its functions would not be
+// inlined into them.
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+
 namespace rnnkit {
 namespace RNNKIT_VARIANT {
 extern const Engine engine;

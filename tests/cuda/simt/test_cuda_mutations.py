@@ -41,7 +41,7 @@ TENSOR = ("bf16", "fp16", "tf32")  # in the order of operands.cuh
 
 GATES = [  # a wrong gate, or a wrong derivative of one; both regimes call these
     ("cells/rnn.h", "dh * (M::set(1) - h * h)", "dh * (M::set(1) - h)", "rnn_tanh"),
-    ("cells/lstm.h", "s.c = s.f * c_before + s.i * s.g", "s.c = s.i * c_before + s.f * s.g", "lstm"),
+    ("cells/lstm.h", "c = f * c_before + i * g", "c = i * c_before + f * g", "lstm"),
     ("cells/lstm.h", "d.ai = dc * g * i * (one - i)", "d.ai = dc * g * i", "lstm"),
     ("cells/gru.h", "(M::set(1) - z) * n + z * h_before", "(M::set(1) - z) * h_before + z * n", "gru"),
     ("cells/gru.h", "d.hn = d.n * r", "d.hn = d.n", "gru"),
