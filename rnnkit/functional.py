@@ -283,7 +283,7 @@ def stack(
         checks.expect_jagged(input)  # type: ignore[arg-type]
     data: Tensor = input.data if packed else input.values() if nested else input  # type: ignore[union-attr,assignment]
     if not isinstance(data, Tensor):
-        checks.expect_tensor(data, "input", "[T, B, I]")
+        checks.expect_tensor(data, "input", "[B, T, I]" if batch_first else "[T, B, I]")
     dims = data.dim()
     if dims != 2 and (packed or dims != 3):
         expected = "2 dimensions of data in a PackedSequence" if packed else "2 or 3 dimensions"
@@ -375,12 +375,12 @@ def layer_by_layer(
     t: StackInputs,
     weights: Sequence[Tensor],
     drop: layer_stack.Dropout,
-    backend: str = "auto",
+    backend: str | None = None,
 ) -> list[Tensor]:
     """A call layer by layer, for what does not go as one: its outputs, as `layer_stack.run` gives them.
 
-    run: `ops.layer`, or what stands for it. drop: dropout of the output of layer k. backend: for the question whether
-    both directions may run at once, on a GPU.
+    run: `ops.layer`, or what stands for it. drop: dropout of the output of layer k. backend: by which a layer may also
+    run as one, both directions of it, or both at once on a GPU; None: `run` does all.
     """
     cell, layers, directions, _, form, all_states, recompute, dropout = o
     x, h_0, c_0, lengths, reset, h_r, c_r = t
@@ -416,8 +416,27 @@ def layer_by_layer(
             recompute=recompute,
         )
 
+    def whole(k: int, x: Tensor) -> Tensor | None:
+        if backend is None or layers == 1:
+            return None
+        here = slice(k * directions, (k + 1) * directions)
+        h, c, h_2, c_2 = (None if v is None else v[here] for v in (h_0, c_0, h_r, c_r))
+        tensors = StackInputs(x, h, c, lengths, reset, h_2, c_2)
+        one = StackOptions(cell, 1, directions, o.proj_size, TIME_MAJOR, all_states, recompute)
+        own = weights[here.start * each : here.stop * each]
+        found = layer_stack.run(one, backend, tensors, own, layer_by_layer)
+        if found is None:
+            return None
+        left = iter(found)
+        y, *rest = (next(left) if there else None for there in one.outputs)
+        h_n, c_n, h_all, c_all = ([None] * directions if v is None else v for v in rest)  # [D, ...]
+        finals.extend(zip(h_n, c_n, strict=True))  # type: ignore[arg-type]
+        if all_states:
+            everything.extend(zip(h_all, c_all, strict=True))  # type: ignore[arg-type]
+        return y
+
     def both(k: int, x: Tensor) -> tuple[Layer, ...]:
-        if streams.on_gpu(x):
+        if backend is not None and streams.on_gpu(x):
             given, options = (h_0, c_0, h_r, c_r), LayerOptions(True, all_states, recompute)
             last = weights[(2 * k + 1) * each : (2 * k + 2) * each]
             if directions_overlap(
@@ -429,6 +448,9 @@ def layer_by_layer(
         return direction(k, 0, x), direction(k, 1, x)
 
     def layer(k: int, x: Tensor) -> Tensor:  # a function, so that nothing of a layer is held while the next one runs
+        y = whole(k, x)
+        if y is not None:
+            return y
         ran = (direction(k, 0, x),) if directions == 1 else both(k, x)
         finals.extend((h_n, c_n) for _, h_n, c_n, _ in ran)
         if all_states:

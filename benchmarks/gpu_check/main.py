@@ -29,7 +29,7 @@ from rnnkit.backends.cuda import backend as cuda
 from rnnkit.backends.cuda import configs as cuda_configs
 from rnnkit.backends.triton import backend as triton
 from rnnkit.backends.triton import configs as triton_configs
-from rnnkit.cli import info
+from rnnkit.cli import info, values
 from rnnkit.cli.progress import Progress
 from rnnkit.demo import check_out
 from rnnkit.demo.text import InputError
@@ -53,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--quick", action="store_true", help="in under two minutes: a few problems, the targets' cases")
     parser.add_argument(
-        "--limit", type=run.seconds, metavar="S", help=f"all in all; default: {LIMIT:g}, quick {QUICK:g}"
+        "--limit", type=values.seconds, metavar="S", help=f"all in all; default: {LIMIT:g}, quick {QUICK:g}"
     )
-    parser.add_argument("--seconds", type=run.seconds, metavar="S", help="for each that is timed, as in `bench`")
-    parser.add_argument("--backend", type=run.names, action="extend", default=[], metavar="B", help="default: all")
-    parser.add_argument("--dtype", type=run.names, action="extend", default=[], metavar="D",
+    parser.add_argument("--seconds", type=values.seconds, metavar="S", help="for each that is timed, as in `bench`")
+    parser.add_argument("--backend", type=values.names, action="extend", default=[], metavar="B", help="default: all")
+    parser.add_argument("--dtype", type=values.names, action="extend", default=[], metavar="D",
                         help=f"of the benchmark: {', '.join(DTYPES)}; default: bfloat16,float32")  # fmt: skip
     parser.add_argument("--workers", type=worker_pool.count, metavar="N",
                         help=f"processes for parity; default: half of the cores, up to {worker_pool.MOST}")  # fmt: skip

@@ -21,6 +21,7 @@ import torch
 
 from rnnkit.cli import instruction_set
 from rnnkit.cli.progress import Progress
+from rnnkit.cli.values import names, seconds
 from rnnkit.demo import check_out
 from rnnkit.demo.text import InputError
 
@@ -287,20 +288,7 @@ def _complain(error: Exception | str, code: int) -> int:
     return code
 
 
-def names(value: str) -> list[str]:
-    """An option's value, for argparse: names with commas between them."""
-    return [name for name in value.split(",") if name]
-
-
 def _count(value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise BadInput(f"--threads takes numbers of at least 1, as 1,2; got {value!r}")
     return int(value)
-
-
-def seconds(value: str) -> float:
-    """An option's value, for argparse: a time above 0."""
-    number = float(value)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {value}")
-    return number

@@ -195,7 +195,7 @@ class TypedBackwardScan final : public BackwardScan {
     if (l_.masks.resets_before(t, p.b, l_.reverse)) return state(l_.h_r, p, N_);
     if (is_first_step(t, p.b)) return state(q_.h_0, p, N_);
     const int64_t before = p.at + (l_.reverse ? l_.B : -l_.B);
-    return load(static_cast<const S*>(q_.y) + before * N_ + p.j, p.n);
+    return load(static_cast<const S*>(q_.y) + before * q_.y_stride + p.j, p.n);
   }
   V c_before(const UnitVector& p, int64_t t) const {
     if (l_.masks.resets_before(t, p.b, l_.reverse)) return state(l_.c_r, p, H_);
@@ -268,7 +268,9 @@ class TypedBackwardScan final : public BackwardScan {
     }
   }
 
-  V output(const UnitVector& p) const { return load(static_cast<const S*>(q_.y) + p.at * N_ + p.j, p.n); }
+  V output(const UnitVector& p) const {
+    return load(static_cast<const S*>(q_.y) + p.at * q_.y_stride + p.j, p.n);
+  }
 
   void lstm(const UnitVector& p, int64_t t, int now, V dm) {
     A* dc = dc_.row(p.b) + p.j;

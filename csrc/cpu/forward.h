@@ -114,7 +114,7 @@ class TypedForwardScan final : public ForwardScan {
     for (int64_t b = slice.row0; b < slice.row1; ++b) {
       if (l_.masks.valid(r_.t0 + step, b)) continue;
       const int64_t at = step * l_.B + b;
-      std::fill_n(static_cast<S*>(r_.y) + at * N_ + n0, n, S{});
+      std::fill_n(static_cast<S*>(r_.y) + at * r_.y_stride + n0, n, S{});
       std::copy_n(h_[now].row(b) + n0, n, h_[now ^ 1].row(b) + n0);
       round_state(now ^ 1, b, n0, n);
       if (r_.c_all != nullptr) std::fill_n(static_cast<S*>(r_.c_all) + at * H_ + h0, h, S{});
@@ -178,7 +178,7 @@ class TypedForwardScan final : public ForwardScan {
   }
   // The new state: into the output, and for the next step.
   void store_state(const UnitVector& p, int now, V h) {
-    store(static_cast<S*>(r_.y) + p.at * N_ + p.j, h, p.n);
+    store(static_cast<S*>(r_.y) + p.at * r_.y_stride + p.j, h, p.n);
     store(h_[now ^ 1].row(p.b) + p.j, h, L);
     if constexpr (rounded) store(rounded_h_[now ^ 1].row(p.b) + p.j, h, p.n);
   }
@@ -211,7 +211,7 @@ class TypedForwardScan final : public ForwardScan {
     for (int64_t g = 0; r_.gx != nullptr && g < G_; ++g) {
       __builtin_prefetch(static_cast<const A*>(r_.gx) + at * r_.gx_stride + g * H_ + j);
     }
-    __builtin_prefetch(static_cast<S*>(r_.y) + at * N_ + j, 1);
+    __builtin_prefetch(static_cast<S*>(r_.y) + at * r_.y_stride + j, 1);
     if (r_.gates == nullptr) return;
     for (int64_t g = 0; g < K_; ++g) {
       __builtin_prefetch(static_cast<A*>(r_.gates) + at * r_.gates_stride + g * H_ + j, 1);

@@ -254,10 +254,10 @@ struct GemmWeights {
   // first-level cache.
   void sweep(int v0, int v1, const element_t<S>* a, int64_t lda, const int32_t* rows, int count,
              A* out) const {
-    constexpr int64_t block_k = 8;
+    constexpr int terms = 8;  // of a sum at a time
     std::fill_n(out, static_cast<int64_t>(count) * (v1 - v0) * L, A(0));
     int64_t k = 0;
-    for (; k + block_k <= K; k += block_k) add_terms<block_k>(v0, v1, a, lda, rows, count, k, out);
+    for (; k + terms <= K; k += terms) add_terms<terms>(v0, v1, a, lda, rows, count, k, out);
     for (; k < K; ++k) add_terms<1>(v0, v1, a, lda, rows, count, k, out);
   }
 

@@ -109,7 +109,8 @@ struct ForwardChunk {
   int64_t gx_stride;
   const void* x;  // S [n, B, I] by these strides; see Forward::w_ih
   int64_t x_step, x_row;
-  void* y;      // S [n, B, N], 0 where the step is padding
+  void* y;  // S [n, B, y_stride >= N], 0 where the step is padding
+  int64_t y_stride;
   void* c_all;  // S [n, B, H], or null
   void* gates;  // A [n, B, saved_of H], or null; where S is A it may be gx itself, with that stride
   int64_t gates_stride;
@@ -148,8 +149,9 @@ struct Backward {
   int64_t T;
   const void* gy;  // S [T, B, N] by gy_strides, or null: zeros
   Strides gy_strides;
-  const void* gc_all;        // S [T, B, H], or null
-  const void* y;             // S [T, B, N] as the forward gave it
+  const void* gc_all;  // S [T, B, H], or null
+  const void* y;       // S [T, B, y_stride >= N] as the forward gave it
+  int64_t y_stride;
   const void* h_0;           // A [B, N]
   const void* c_0;           // A [B, H]
   bool wants_initial_grads;  // whether the four below are wanted in the end, so that the last step to run

@@ -22,17 +22,23 @@ constexpr int max_rows = registers >= 32 ? 12 : 6;
 constexpr int few_sums = 8;  // in flight hide the latency of a multiply-add: fewer rows take more strips
 constexpr int max_strips = 4;
 
-// Rows of a tile of one strip.
-constexpr int tile_rows(int width) { return std::min(max_rows, most_sums / width); }
+// One or two rows stream the weights: the fewer strips they read side by side, the faster.
+constexpr int streaming_rows = 2;
+constexpr int streamed_strip = 4;  // vectors
+
+// Rows of a tile of one strip. Where only one or two rows have strips of four vectors, no tile has more.
+constexpr int tile_rows(int width) {
+  const bool streamed = width == streamed_strip && width > widest_strip;
+  return streamed ? streaming_rows : std::min(max_rows, most_sums / width);
+}
 
 // Strips that a tile takes side by side.
 constexpr int tile_strips(int width, int rows) {
-  return rows > 2 || width == 1 ? 1 : std::max(1, few_sums / (rows * width));
+  return rows > streaming_rows || width == 1 ? 1 : std::max(1, few_sums / (rows * width));
 }
 
-// The strips' width for products of `rows` rows. One or two rows stream the weights: the fewer strips they
-// read side by side, the faster.
-constexpr int strip_for(int64_t rows) { return rows <= 2 ? 4 : widest_strip; }
+// The strips' width for products of `rows` rows.
+constexpr int strip_for(int64_t rows) { return rows <= streaming_rows ? streamed_strip : widest_strip; }
 
 // k whose weights, in a strip of two vectors, are at most half of a first-level cache of 32 KB with AVX2. The
 // second level serves four vectors of AVX-512 as fast as they are multiplied, in one block. Sums wait in

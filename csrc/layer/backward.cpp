@@ -16,7 +16,9 @@ Tensor state_grad(const LayerInputs& in, const OptionalTensor& g, const char* na
   char* to =
       static_cast<char*>(d.mutable_data_ptr());  // null without elements, which memcpy may not be given
   if (g.has_value()) {
-    const Tensor from = to_opmath(expect(*g, name, in.x.scalar_type(), {in.B, width}), in.dtype);
+    Tensor given = *g;
+    expect(given, name, in.x.scalar_type(), {in.B, width});
+    const Tensor from = to_opmath(given, in.dtype);
     std::copy_n(static_cast<const char*>(from.const_data_ptr()), in.B * width * bytes, to);
   } else {
     std::fill_n(to, in.B * width * bytes, 0);
@@ -95,7 +97,9 @@ RowPointers states_before(const LayerInputs& in, const ChunkGrads& s, const Tens
   const auto row = [&](const void* base, int64_t r) -> const void* {
     return base == nullptr ? nullptr : static_cast<const char*>(base) + r * bytes;
   };
-  const void *states = y.const_data_ptr(), *h_0 = pointer(in.h_0), *h_r = pointer(in.h_r);
+  const int64_t stride = *row_stride(y) * bytes_of(in.dtype);
+  const char* states = static_cast<const char*>(y.const_data_ptr());
+  const void *h_0 = pointer(in.h_0), *h_r = pointer(in.h_r);
   RowPointers rows(s.n * in.B);
   for (int64_t k = 0, r = 0; k < s.n; ++k) {
     const int64_t t = s.t0 + k;
@@ -109,7 +113,7 @@ RowPointers states_before(const LayerInputs& in, const ChunkGrads& s, const Tens
       } else if (t == start) {
         rows[r] = row(h_0, b);
       } else {
-        rows[r] = row(states, (in.reverse ? t + 1 : t - 1) * in.B + b);
+        rows[r] = states + ((in.reverse ? t + 1 : t - 1) * in.B + b) * stride;
       }
     }
   }
@@ -129,29 +133,19 @@ int64_t steps_at_a_time(const LayerInputs& in, bool recompute) {
 class WeightGrads {
  public:
   WeightGrads(const LayerInputs& in, const LayerGradients& g, const LengthsAndResets& masks, int64_t needs)
-      : in_(in), g_(g), masks_(masks), masked_(masks.any()), width_(in.G * in.H) {
-    const auto wanted = [&](int bit) { return (needs >> bit & 1) != 0; };
-    // the first chunk writes them
-    const bool written = in.T > 0 && in.B > 0 && in.H > 0;
-    const auto sum = [&](std::initializer_list<int64_t> sizes) {
-      return written ? empty(sizes, opmath_type(in.dtype)) : zeros(sizes, opmath_type(in.dtype));
-    };
+      : in_(in), g_(g), masks_(masks), masked_(masks.any()), needs_(needs), width_(in.G * in.H) {
     if (wanted(0)) {
       // without units no product writes it
       dx = in.H > 0 ? empty({in.T, in.B, in.I}, in.x.scalar_type())
                     : zeros({in.T, in.B, in.I}, in.x.scalar_type());
     }
-    if (wanted(3)) {
-      dw_ih = sum({width_, in.I});
-      x_ = in.x.stride(2) == 1 || in.I == 1 ? in.x : torch::stable::contiguous(in.x);
-    }
-    if (wanted(4)) dw_hh = sum({width_, in.N});
-    if (wanted(5) || wanted(6)) db = sum({width_});
-    if (wanted(6) && in.cell == Cell::gru) db_hn = sum({in.H});
-    if (wanted(7)) dw_hr = sum({in.P, in.H});
+    if (wanted(3)) x_ = in.x.stride(2) == 1 || in.I == 1 ? in.x : torch::stable::contiguous(in.x);
+    const bool none = in.T == 0 || in.B == 0 || in.H == 0;  // no chunk comes
+    if (none) allocate(zeros);
   }
 
   void add(const ChunkGrads& s) {
+    if (!added_) allocate(empty);  // this chunk writes them
     const Tensor d = matrix(s.dgx, 0, width_);
     if (dx.has_value()) {
       const int64_t rows = in_.T * in_.B;
@@ -159,7 +153,7 @@ class WeightGrads {
       Tensor rows_of_dx = view(*dx, {s.n * in_.B, in_.I}, {in_.I, 1}, s.t0 * in_.B * in_.I);
       times_w_ih_->run(d, rows_of_dx);
     }
-    if (!dw_ih && !dw_hh && !db && !dw_hr) return;
+    if ((needs_ & 0xf8) == 0) return;  // no weight is asked for
     const std::vector<bool> any = rows_with_grad(s.dgx, masked_);
     const RowPointers of_x = dw_ih.has_value() ? rows_of(*x_, s.t0, s.n, any) : RowPointers{};
     const RowPointers states = dw_hh.has_value() ? states_before(in_, s, g_.y, any, masks_) : RowPointers{};
@@ -191,11 +185,23 @@ class WeightGrads {
   OptionalTensor dx, dw_ih, dw_hh, db, db_hn, dw_hr;
 
  private:
+  bool wanted(int bit) const { return (needs_ >> bit & 1) != 0; }
+
+  // Not before the scan is done: what only a scan needs is gone then.
+  void allocate(Tensor (*make)(std::initializer_list<int64_t>, ScalarType)) {
+    const ScalarType type = opmath_type(in_.dtype);
+    if (wanted(3)) dw_ih = make({width_, in_.I}, type);
+    if (wanted(4)) dw_hh = make({width_, in_.N}, type);
+    if (wanted(5) || wanted(6)) db = make({width_}, type);
+    if (wanted(6) && in_.cell == Cell::gru) db_hn = make({in_.H}, type);
+    if (wanted(7)) dw_hr = make({in_.P, in_.H}, type);
+  }
+
   const LayerInputs& in_;
   const LayerGradients& g_;
   const LengthsAndResets masks_;
   const bool masked_;
-  const int64_t width_;
+  const int64_t needs_, width_;
   bool added_ = false;  // whether there was a chunk before
   std::optional<PackedGemm> times_w_ih_;
   OptionalTensor x_;
@@ -248,7 +254,7 @@ class GateRecompute {
     }
     made.gx_stride = gx_.has_value() ? in_.G * in_.H : stride_;
     made.gx = projection_.run(chunk.t0, n, gx_.has_value() ? *gx_ : gates_, made.gx_stride, 0);
-    made.y = y_.mutable_data_ptr();
+    made.y = y_.mutable_data_ptr(), made.y_stride = in_.N;
     made.gates = gates_.mutable_data_ptr();
     made.gates_stride = stride_;
     scan_->run(made);
@@ -266,16 +272,18 @@ class GateRecompute {
     const bool inside = previous >= 0 && previous < in_.T;
     OptionalTensor after;
     if (inside) {
-      after = to_opmath(view(states, {in_.B, width}, {width, 1}, previous * in_.B * width), in_.dtype);
+      const int64_t stride = *row_stride(states);
+      after = to_opmath(view(states, {in_.B, width}, {stride, 1}, previous * in_.B * stride), in_.dtype);
     }
     const int64_t count = width * bytes();
     char* row = static_cast<char*>(to);
     for (int64_t b = 0; b < in_.B; ++b, row += count) {
-      const void* from = pointer(inside && masks_.valid(previous, b) ? after : first);
-      if (from == nullptr) {
-        std::fill_n(row, count, 0);
+      const OptionalTensor& from = inside && masks_.valid(previous, b) ? after : first;
+      if (from.has_value()) {
+        const int64_t distance = from->stride(0) * bytes();
+        std::copy_n(static_cast<const char*>(from->const_data_ptr()) + b * distance, count, row);
       } else {
-        std::copy_n(static_cast<const char*>(from) + b * count, count, row);
+        std::fill_n(row, count, 0);
       }
     }
   }
@@ -298,12 +306,13 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   const ScalarType type = in.x.scalar_type();
   const bool lstm = in.cell == Cell::lstm;
   const int64_t saved = saved_of(in.cell), width = in.G * in.H;
-  g.y = expect(g.y, "y", type, {in.T, in.B, in.N});
+  check(g.y, "y", type, {in.T, in.B, in.N});
+  if (!row_stride(g.y).has_value()) g.y = torch::stable::contiguous(g.y);
   const bool recompute = saved != 0 && !g.gates.has_value();
   RNNKIT_CHECK(!lstm || g.c_kept.has_value(), "c must be given, as the forward gave it");
-  g.gates = expect(g.gates, "gates", opmath_type(in.dtype), {in.T, in.B, saved * in.H});
-  g.c_kept = expect(g.c_kept, "c", recompute ? type : opmath_type(in.dtype), {in.T, in.B, in.H});
-  g.gc_all = expect(g.gc_all, "gc_all", type, {in.T, in.B, in.H});
+  expect(g.gates, "gates", opmath_type(in.dtype), {in.T, in.B, saved * in.H});
+  expect(g.c_kept, "c", recompute ? type : opmath_type(in.dtype), {in.T, in.B, in.H});
+  expect(g.gc_all, "gc_all", type, {in.T, in.B, in.H});
   Backward q{};
   if (g.gy.has_value()) {
     check(*g.gy, "gy", type, {in.T, in.B, in.N});
@@ -322,7 +331,7 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
   q.T = in.T;
   q.gy = pointer(g.gy);
   q.gc_all = pointer(g.gc_all);
-  q.y = g.y.const_data_ptr();
+  q.y = g.y.const_data_ptr(), q.y_stride = *row_stride(g.y);
   q.h_0 = pointer(h_0);
   q.c_0 = pointer(c_0);
   q.wants_initial_grads = (needs >> 1 & 3) != 0 || resets;
@@ -373,7 +382,10 @@ std::vector<Tensor> layer_backward(LayerInputs in, LayerGradients g, int64_t nee
         if (!v.has_value()) return std::nullopt;
         return view(*v, {n, in.B, v->size(2)}, {in.B * v->size(2), v->size(2), 1}, 0);
       };
-      if (done + n == in.T) scan.reset(), made.reset();  // and their panels
+      if (done + n == in.T) {
+        scan.reset(), made.reset();  // and their panels
+        if (!q.wants_initial_grads) dh = Tensor(), dc.reset();
+      }
       weight_grads.add({here.t0, n, *first(s.dgx), first(s.dgn), first(s.dp), first(s.second_operand)});
       done += n;
     }

@@ -48,18 +48,18 @@ void LayerInputs::check() {
   RNNKIT_CHECK(B < (int64_t{1} << 31), "B must be below 2^31, got ", B);
   const ScalarType type = x.scalar_type();
   rnnkit::check(x, "x", type, {T, B, I});
-  w_ih = expect(w_ih, "w_ih", type, {G * H, I});
-  w_hh = expect(w_hh, "w_hh", type, {G * H, N});
-  b_ih = expect(b_ih, "b_ih", type, {G * H});
-  b_hh = expect(b_hh, "b_hh", type, {G * H});
+  expect(w_ih, "w_ih", type, {G * H, I});
+  expect(w_hh, "w_hh", type, {G * H, N});
+  expect(b_ih, "b_ih", type, {G * H});
+  expect(b_hh, "b_hh", type, {G * H});
   RNNKIT_CHECK(b_ih.has_value() == b_hh.has_value(), "b_ih and b_hh must both be given, or neither");
-  w_hr = expect(w_hr, "w_hr", type, {P, H});
-  h_0 = expect(h_0, "h_0", type, {B, N});
-  c_0 = expect(c_0, "c_0", type, {B, H});
-  lengths = expect(lengths, "lengths", ScalarType::Long, {B});
-  reset = expect(reset, "reset", ScalarType::Bool, {T, B});
-  h_r = expect(h_r, "h_r", type, {B, N});
-  c_r = expect(c_r, "c_r", type, {B, H});
+  expect(w_hr, "w_hr", type, {P, H});
+  expect(h_0, "h_0", type, {B, N});
+  expect(c_0, "c_0", type, {B, H});
+  expect(lengths, "lengths", ScalarType::Long, {B});
+  expect(reset, "reset", ScalarType::Bool, {T, B});
+  expect(h_r, "h_r", type, {B, N});
+  expect(c_r, "c_r", type, {B, H});
 }
 
 Layer LayerInputs::layer() {
@@ -154,7 +154,8 @@ void project_and_scan(const LayerInputs& in, int64_t chunk_steps, const Optional
 
 }  // namespace
 
-std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk_steps) {
+std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk_steps,
+                                  OptionalTensor into) {
   in.check();
   const ScalarType type = in.x.scalar_type();
   const bool lstm = in.cell == Cell::lstm;
@@ -163,7 +164,10 @@ std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, in
   std::optional<StateBuffer> c;
   if (lstm) c.emplace(in.c_0, in.B, in.H, in.dtype);
 
-  Tensor y = empty({in.T, in.B, in.N}, type);
+  if (into.has_value()) check(*into, "y", type, {in.T, in.B, in.N});
+  Tensor y = into.has_value() ? *into : empty({in.T, in.B, in.N}, type);
+  const auto y_stride = row_stride(y);
+  RNNKIT_CHECK(y_stride.has_value(), "y must have rows in equal distances");
   OptionalTensor c_all, gates, c_kept;
   if (lstm && all_states) c_all = empty({in.T, in.B, in.H}, type);
   if (saved) gates = empty({in.T, in.B, saved * in.H}, opmath_type(in.dtype));
@@ -178,7 +182,8 @@ std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, in
     const auto chunk_at = [&](int64_t t0, int64_t n) {
       ForwardChunk chunk{};
       chunk.t0 = t0, chunk.n = n;
-      chunk.y = at(y.mutable_data_ptr(), t0 * in.B * in.N, bytes);
+      chunk.y = at(y.mutable_data_ptr(), t0 * in.B * *y_stride, bytes);
+      chunk.y_stride = *y_stride;
       if (c_all.has_value()) chunk.c_all = at(c_all->mutable_data_ptr(), t0 * in.B * in.H, bytes);
       if (gates.has_value()) {
         chunk.gates = at(gates->mutable_data_ptr(), t0 * in.B * saved * in.H, opmath_size);

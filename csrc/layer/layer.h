@@ -35,8 +35,10 @@ struct LayerInputs {
 
 // y [T, B, N], h_n [B, N]; for an LSTM c_n [B, H]; with all_states c_all [T, B, H]; with save what the
 // backward wants: gates [T, B, saved H] in the compute type, and for an LSTM c [T, B, H] in it. chunk_steps:
-// steps that are projected at a time, 0: as many as serve the caches.
-std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk_steps);
+// steps that are projected at a time, 0: as many as serve the caches. into: where y shall be written, its
+// rows in equal distances; new memory where missing.
+std::vector<Tensor> layer_forward(LayerInputs in, bool all_states, bool save, int64_t chunk_steps,
+                                  OptionalTensor into = std::nullopt);
 
 // A copy in the compute type; `v` itself where it is in it.
 Tensor to_opmath(const Tensor& v, Dtype dtype);
@@ -56,7 +58,7 @@ class Projection {
 };
 
 struct LayerGradients {
-  Tensor y;  // [T, B, N] as the forward gave it
+  Tensor y;  // [T, B, N] as the forward gave it, its rows in equal distances or not
   // As the forward saved them. Without gates they are made again, chunk by chunk of time, and c_kept is
   // c_all, [T, B, H] in the dtype of x.
   OptionalTensor gates, c_kept;

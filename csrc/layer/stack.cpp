@@ -73,10 +73,22 @@ OptionalTensor part(const OptionalTensor& v, int64_t i) {
   return view(*v, v->dim() - 1, sizes.data(), strides.data(), i * v->stride(0));
 }
 
+// from: contiguous, or [T, B, N] with rows in equal distances.
 void copy_to_part(const Tensor& from, const Tensor& all, int64_t i) {
-  const auto bytes = static_cast<size_t>(from.numel()) * from.element_size();
-  if (bytes == 0) return;
-  std::memcpy(static_cast<char*>(all.mutable_data_ptr()) + i * bytes, from.const_data_ptr(), bytes);
+  const auto bytes = static_cast<int64_t>(from.element_size());
+  if (from.numel() == 0) return;
+  const int64_t width = from.is_contiguous() ? from.numel() : from.size(2);
+  const int64_t distance = from.is_contiguous() ? width : *row_stride(from);
+  char* to = static_cast<char*>(all.mutable_data_ptr()) + i * from.numel() * bytes;
+  const char* row = static_cast<const char*>(from.const_data_ptr());
+  for (int64_t r = from.numel() / width; r > 0; --r, to += width * bytes, row += distance * bytes) {
+    std::memcpy(to, row, static_cast<size_t>(width * bytes));
+  }
+}
+
+// Columns d N .. (d + 1) N of [T, B, D N]: one direction's.
+Tensor direction_of(const Tensor& v, int64_t d, int64_t N) {
+  return view(v, {v.size(0), v.size(1), N}, {v.stride(0), v.stride(1), v.stride(2)}, d * N * v.stride(2));
 }
 
 // The stack's tensors as layers take them, and one layer's at a time.
@@ -85,9 +97,9 @@ class Stack {
   explicit Stack(StackInputs& in) : in_(in), lstm_(in.cell == Cell::lstm) {
     RNNKIT_CHECK(in.layers > 0 && (in.directions == 1 || in.directions == 2),
                  "layers must be at least 1 and directions 1 or 2, got ", in.layers, " and ", in.directions);
-    for (const OptionalTensor& v :
-         {OptionalTensor(in.x), in.h_0, in.c_0, in.lengths, in.reset, in.h_r, in.c_r}) {
-      if (v.has_value()) check_dense(*v, "a tensor");  // others have no strides
+    check_dense(in.x, "a tensor");  // others have no strides
+    for (const OptionalTensor* v : {&in.h_0, &in.c_0, &in.lengths, &in.reset, &in.h_r, &in.c_r}) {
+      if (v->has_value()) check_dense(**v, "a tensor");
     }
     count_ = in.layers * in.directions;
     each_ = static_cast<int64_t>(in.weights.size()) / count_;
@@ -104,6 +116,8 @@ class Stack {
     RNNKIT_CHECK(in.x.dim() == dims, "x must have ", dims, " dimensions, got ", shown(in.x.sizes()));
     in.x = to_layer(in.x);
     T_ = in.x.size(0), B_ = in.x.size(1);
+    RNNKIT_CHECK(in.weights[1].dim() == 2, "w_hh must have 2 dimensions, got ", shown(in.weights[1].sizes()));
+    N_ = in.weights[1].size(1);
     RNNKIT_CHECK(T_ > 0, "x must have at least one step");
     if (in.reset.has_value()) {
       RNNKIT_CHECK(in.reset->dim() == (in.layout == Layout::unbatched ? 1 : 2), "reset must be [T, B]");
@@ -126,6 +140,7 @@ class Stack {
   int64_t each() const { return each_; }
   int64_t steps() const { return T_; }
   int64_t rows() const { return B_; }
+  int64_t states() const { return N_; }
   bool lstm() const { return lstm_; }
 
   LayerInputs layer(int64_t k, int64_t d, const Tensor& x) const {
@@ -208,7 +223,7 @@ class Stack {
 
   void check_lengths() {
     if (in_.layout == Layout::unbatched && in_.lengths->dim() == 0) in_.lengths = with_one(*in_.lengths, 0);
-    in_.lengths = expect(in_.lengths, "lengths", ScalarType::Long, {B_});
+    expect(in_.lengths, "lengths", ScalarType::Long, {B_});
     const auto* v = static_cast<const int64_t*>(in_.lengths->const_data_ptr());
     for (int64_t b = 0; b < B_; ++b) {
       RNNKIT_CHECK(v[b] >= 0 && v[b] <= T_, "lengths must lie in [0, T=", T_, "], got ", v[b], " at row ", b);
@@ -217,7 +232,8 @@ class Stack {
 
   StackInputs& in_;
   const bool lstm_;
-  int64_t count_ = 0, each_ = 0, T_ = 0, B_ = 0;  // layers times directions; weights of each
+  int64_t count_ = 0, each_ = 0;  // layers times directions; weights of each
+  int64_t T_ = 0, B_ = 0, N_ = 0;
 };
 
 // The states of every layer and direction in one tensor; of one alone its own memory, and of a step [B, N].
@@ -259,8 +275,8 @@ int64_t lowest_layer(const StackInputs& in, const StackOptions& o, int64_t each)
 }
 
 // Whether a layer's input is the output that the layer below keeps anyhow.
-bool input_is_output_below(const StackInputs& in, const StackOptions& o, int64_t k, int64_t lowest) {
-  return in.directions == 1 && o.dropout == 0 && k > lowest;
+bool input_is_output_below(const StackOptions& o, int64_t k, int64_t lowest) {
+  return o.dropout == 0 && k > lowest;
 }
 
 void check_needs(const StackInputs& in, const StackOptions& o) {
@@ -281,17 +297,17 @@ std::vector<Tensor> stack_forward(StackInputs in, const StackOptions& o, std::ve
   Tensor x = in.x;
   for (int64_t k = 0; k < in.layers; ++k) {
     const bool keep = k >= lowest, last = k + 1 == in.layers;
-    if (keep && k > 0 && !input_is_output_below(in, o, k, lowest)) kept.push_back(x);
-    std::array<OptionalTensor, 2> y;
+    if (keep && k > 0 && !input_is_output_below(o, k, lowest)) kept.push_back(x);
+    OptionalTensor y;  // both directions side by side, or what the layer makes
+    if (in.directions == 2) y = empty({stack.steps(), stack.rows(), 2 * stack.states()}, x.scalar_type());
     for (int64_t d = 0; d < in.directions; ++d) {
       const int64_t i = k * in.directions + d;
       const bool again = keep && o.recompute;
       std::vector<Tensor> made =
-          layer_forward(stack.layer(k, d, x), o.all_states || again, keep && !again, 0);
-      y[d] = made[0];
+          layer_forward(stack.layer(k, d, x), o.all_states || again, keep && !again, 0,
+                        y.has_value() ? OptionalTensor(direction_of(*y, d, stack.states())) : std::nullopt);
       h_n.put(made[1], i);
       if (stack.lstm()) c_n.put(made[2], i);
-      if (keep && !(last && reads_output(in))) kept.push_back(made[0]);
       size_t next = stack.lstm() ? 3 : 2;
       if (o.all_states) h_all.put(stack.count() == 1 ? torch::stable::clone(made[0]) : made[0], i);
       if (stack.lstm() && (o.all_states || again)) {
@@ -300,13 +316,10 @@ std::vector<Tensor> stack_forward(StackInputs in, const StackOptions& o, std::ve
         if (again) kept.push_back(c);
       }
       kept.insert(kept.end(), made.begin() + static_cast<int64_t>(next), made.end());
+      if (in.directions == 1) y = made[0];
     }
-    if (in.directions == 1) {
-      x = *y[0];
-    } else {
-      const AtenTensorHandle both[] = {y[0]->get(), y[1]->get()};
-      x = torch_result([&](auto* made) { return aoti_torch_cpu_cat(both, 2, 2, made); });
-    }
+    x = *y;
+    if (keep && !(last && reads_output(in))) kept.push_back(x);
     if (o.dropout > 0 && !last) {
       if (draws) masks.push_back(dropout_mask(x, o.dropout));
       x = multiply(x, masks[k]);
@@ -332,22 +345,19 @@ std::vector<OptionalTensor> stack_backward(StackInputs in, const StackOptions& o
   const int64_t saved = saved_of(in.cell) == 0 ? 0 : recompute ? (lstm ? 1 : 0) : (lstm ? 2 : 1);
   const int64_t mask_count = o.dropout > 0 ? in.layers - 1 : 0;
 
-  // Where in `kept` each layer's begin: its input where it is kept, then for each direction y and `saved`
-  // more.
+  // Where in `kept` each layer's begin: its input where it is kept, then `saved` for each direction, then its
+  // output where that is not the call's.
   struct Kept {
-    int64_t x = -1;
-    std::array<int64_t, 2> y{}, rest{};
+    int64_t x = -1, y = -1;
+    std::array<int64_t, 2> rest{};
   };
   std::vector<Kept> at(in.layers);
   int64_t next = mask_count;
   for (int64_t k = lowest; k < in.layers; ++k) {
     const bool output = k + 1 == in.layers && reads_output(in);
-    if (k > 0 && !input_is_output_below(in, o, k, lowest)) at[k].x = next++;
-    for (int64_t d = 0; d < D; ++d) {
-      at[k].y[d] = output ? -1 : next++;
-      at[k].rest[d] = next;
-      next += saved;
-    }
+    if (k > 0 && !input_is_output_below(o, k, lowest)) at[k].x = next++;
+    for (int64_t d = 0; d < D; ++d, next += saved) at[k].rest[d] = next;
+    if (!output) at[k].y = next++;
   }
   RNNKIT_CHECK(next == static_cast<int64_t>(g.kept.size()), "what is kept must be ", next, " tensors, got ",
                g.kept.size());
@@ -360,21 +370,17 @@ std::vector<OptionalTensor> stack_backward(StackInputs in, const StackOptions& o
   AllStates dh_0(stack), dc_0(stack), dh_r(stack), dc_r(stack);
   std::vector<OptionalTensor> dw(in.weights.size());
   for (int64_t k = in.layers - 1; k >= lowest; --k) {
-    const Tensor x = k == 0 ? in.x : at[k].x >= 0 ? g.kept[at[k].x] : g.kept[at[k - 1].y[0]];
+    const Tensor x = k == 0 ? in.x : at[k].x >= 0 ? g.kept[at[k].x] : g.kept[at[k - 1].y];
+    const Tensor y = at[k].y < 0 ? stack.to_layer(*g.y) : g.kept[at[k].y];
     const bool below = k > lowest || (k == 0 && wanted(o, of_x));
     OptionalTensor dx;
     for (int64_t d = 0; d < D; ++d) {
       const int64_t i = k * D + d, first = i * stack.each();
       LayerGradients own;
-      own.y = at[k].y[d] < 0 ? stack.to_layer(*g.y) : g.kept[at[k].y[d]];
+      own.y = D == 1 ? y : direction_of(y, d, stack.states());
       if (saved > 0 && !recompute) own.gates = g.kept[at[k].rest[d]];
       if (lstm) own.c_kept = g.kept[at[k].rest[d] + saved - 1];
-      const int64_t N = own.y.size(2);
-      if (gy.has_value()) {
-        own.gy = D == 1 ? *gy
-                        : view(*gy, {stack.steps(), stack.rows(), N},
-                               {gy->stride(0), gy->stride(1), gy->stride(2)}, d * N * gy->stride(2));
-      }
+      if (gy.has_value()) own.gy = D == 1 ? *gy : direction_of(*gy, d, stack.states());
       if (const OptionalTensor more = part(gh_all, i))
         own.gy = own.gy.has_value() ? add(*own.gy, *more) : more;
       own.gh_n = stack.state(gh_n, i), own.gc_n = stack.state(gc_n, i), own.gc_all = part(gc_all, i);

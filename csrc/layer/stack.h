@@ -49,7 +49,7 @@ struct StackGradients {
 // The gradients of what o.needs names, in its places.
 std::vector<OptionalTensor> stack_backward(StackInputs in, const StackOptions& o, const StackGradients& g);
 
-// Whether the forward's y is what the backward reads, so that it is not among what is kept.
-inline bool reads_output(const StackInputs& in) { return in.directions == 1 && in.layout != Layout::step; }
+// Whether the forward's y is what the backward reads, so that it is not among what is kept. A step has none.
+inline bool reads_output(const StackInputs& in) { return in.layout != Layout::step; }
 
 }  // namespace rnnkit

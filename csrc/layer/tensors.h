@@ -87,16 +87,26 @@ inline void check(const Tensor& tensor, const char* name, ScalarType type,
   if (tensor.numel() != 0 && tensor.const_data_ptr() == nullptr) throw NoMemory();
 }
 
-// `tensor` in contiguous memory, after checking what it is.
-inline Tensor expect(const Tensor& tensor, const char* name, ScalarType type,
-                     std::initializer_list<int64_t> sizes) {
+// Checks what `tensor` is, and brings it into contiguous memory.
+inline void expect(Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
   check(tensor, name, type, sizes);
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
 }
 
-inline OptionalTensor expect(const OptionalTensor& tensor, const char* name, ScalarType type,
-                             std::initializer_list<int64_t> sizes) {
-  return tensor.has_value() ? OptionalTensor(expect(*tensor, name, type, sizes)) : std::nullopt;
+inline void expect(OptionalTensor& tensor, const char* name, ScalarType type,
+                   std::initializer_list<int64_t> sizes) {
+  if (tensor.has_value()) expect(*tensor, name, type, sizes);
+}
+
+// By how many numbers the rows of v [T, B, N] lie apart, or nothing where they do not lie in equal distances
+// with their own numbers side by side.
+inline std::optional<int64_t> row_stride(const Tensor& v) {
+  const int64_t T = v.size(0), B = v.size(1);
+  if (v.numel() == 0) return v.size(2);  // any will do
+  if (v.size(2) > 1 && v.stride(2) != 1) return std::nullopt;
+  if (B == 1) return v.stride(0);
+  if (T > 1 && v.stride(0) != B * v.stride(1)) return std::nullopt;
+  return v.stride(1);
 }
 
 inline const void* pointer(const OptionalTensor& tensor) {

@@ -153,15 +153,16 @@ bool fits(PyObject* o) {
 
 template <class... Args, size_t... k>
 bool all_fit(PyObject* const* given, std::index_sequence<k...>) {
-  return (fits<Args>(given[k]) && ...);
+  return (fits<std::decay_t<Args>>(given[k]) && ...);
 }
 
 template <class Result, class... Args, size_t... k>
 PyObject* call(Result (*f)(Args...), PyObject* const* given, std::index_sequence<k...>) {
-  std::tuple<Args...> args{from_python<Args>(given[k])...};
+  std::tuple<std::decay_t<Args>...> args{from_python<std::decay_t<Args>>(given[k])...};
   Result found = [&] {
     const ReleaseGil released;
-    return f(std::get<k>(args)...);  // copies: `args` goes when the GIL is back
+    return f(
+        std::get<k>(args)...);  // what is not taken by reference is a copy: `args` goes when the GIL is back
   }();
   return to_python(found);
 }

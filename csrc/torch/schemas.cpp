@@ -73,19 +73,19 @@ std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_
 
 std::vector<Tensor> cpu_stack_forward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
                                       int64_t layout, int64_t all_states, int64_t recompute, double dropout,
-                                      std::string_view needs, std::vector<OptionalTensor> tensors,
-                                      std::vector<Tensor> masks) {
+                                      std::string_view needs, const std::vector<OptionalTensor>& tensors,
+                                      const std::vector<Tensor>& masks) {
   RNNKIT_CHECK(tensors.size() >= before_weights, "there must be ", before_weights,
                " tensors and weights, got ", tensors.size());
   return stack_forward(stack(cell, layers, directions, P, layout, tensors, tensors.size() - before_weights),
-                       {all_states != 0, recompute != 0, dropout, needs}, std::move(masks));
+                       {all_states != 0, recompute != 0, dropout, needs}, masks);
 }
 
 std::vector<OptionalTensor> cpu_stack_backward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
                                                int64_t layout, int64_t all_states, int64_t recompute,
                                                double dropout, std::string_view needs,
-                                               std::vector<OptionalTensor> saved,
-                                               std::vector<OptionalTensor> grads) {
+                                               const std::vector<OptionalTensor>& saved,
+                                               const std::vector<OptionalTensor>& grads) {
   const size_t count = needs.size();
   RNNKIT_CHECK(count >= before_weights && saved.size() >= count,
                "needs must have a byte for each tensor, got ", count, " for ", saved.size(),

@@ -26,15 +26,15 @@ std::vector<Tensor> cpu_layer_backward(int64_t cell, Tensor x, OptionalTensor h_
 // of which is missing; `needs` has a byte for each.
 std::vector<Tensor> cpu_stack_forward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
                                       int64_t layout, int64_t all_states, int64_t recompute, double dropout,
-                                      std::string_view needs, std::vector<OptionalTensor> tensors,
-                                      std::vector<Tensor> masks);
+                                      std::string_view needs, const std::vector<OptionalTensor>& tensors,
+                                      const std::vector<Tensor>& masks);
 
 // saved: the tensors, then y where stack_backward reads it, then what the forward gave to be kept. grads: of
 // the forward's results, as many as there are. Gives as many as there are tensors.
 std::vector<OptionalTensor> cpu_stack_backward(int64_t cell, int64_t layers, int64_t directions, int64_t P,
                                                int64_t layout, int64_t all_states, int64_t recompute,
                                                double dropout, std::string_view needs,
-                                               std::vector<OptionalTensor> saved,
-                                               std::vector<OptionalTensor> grads);
+                                               const std::vector<OptionalTensor>& saved,
+                                               const std::vector<OptionalTensor>& grads);
 
 }  // namespace rnnkit

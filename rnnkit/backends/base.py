@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..cells import CELLS
 from .spec import LayerInputs, LayerOptions, LayerOutputs, LayerSpec, Result, StackOptions
 
 Gradient = Tensor | None
@@ -61,6 +62,10 @@ class Backend:
         """
         raise NotImplementedError(self.name)
 
+    def saved_bytes(self, spec: LayerSpec) -> int:
+        """About what `stack_forward` keeps of a layer and direction for the backward, the output with it."""
+        raise NotImplementedError(self.name)
+
     def stack_backward(
         self, o: StackOptions, needs: bytes, saved: tuple[Gradient, ...], grads: tuple[Gradient, ...]
     ) -> list[Gradient]:
@@ -82,3 +87,10 @@ class Backend:
     ) -> list[Gradient]:
         """Gradients of `t`, in its order (None where not needed), given those of the outputs (None: zeros)."""
         raise NotImplementedError(self.name)
+
+    def kept(self, cell: str, t: LayerInputs, o: LayerOptions, result: Result | None) -> tuple[Tensor, ...]:
+        """What the forward saved for `backward`: of its result, or, where it kept nothing, of a second one."""
+        kind = CELLS[cell]
+        saved = () if result is None else result.saved
+        needed = kind.has_c if o.recompute else kind.saved
+        return saved if saved or not needed else self.forward(cell, t, o, train=True).saved

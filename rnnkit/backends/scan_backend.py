@@ -147,9 +147,7 @@ class ScanBackend(Backend):
         needs: list[bool],
     ) -> list[Gradient]:
         kind = CELLS[cell]
-        saved = () if result is None else result.saved
-        if not saved and (kind.has_c if o.recompute else kind.saved):
-            saved = self.forward(cell, t, o, train=True).saved
+        saved = self.kept(cell, t, o, result)
         if o.recompute:
             return self._backward_in_chunks(kind, t, o, y, saved[0] if kind.has_c else None, grads, needs)
         gates = saved[0] if kind.saved else None

@@ -1,8 +1,8 @@
 """The literal table of backends and the choice among them.
 
 `auto` takes the first backend, in the order of recorded times, that gives no reason against a layer and does not leave
-it to others; a named backend runs it or raises with its reasons. Nothing falls back silently. The choice for a layer is
-cached for eager calls.
+it to others; a named backend runs it or raises with its reasons, and no other takes its place. The choice for a layer
+is cached for eager calls.
 """
 
 from __future__ import annotations
@@ -312,8 +312,7 @@ def choice_facts(name: str) -> tuple | None:
     each is to be told."""
     if _thread.record is not None:
         return None
-    override = _thread.override
-    return name if override is None else override[0], get_num_threads(), _get_mkldnn_enabled(), _tables
+    return _asked(name), _state(), _tables
 
 
 def _asked(name: str) -> str:

@@ -97,8 +97,8 @@ class StackOptions(NamedTuple):
 
     @property
     def reads_output(self) -> bool:
-        """Whether the backward reads the y that the caller has, so that it is not kept beside."""
-        return self.directions == 1 and self.layout != STEP
+        """Whether the backward reads the y that the caller has, so that it is not kept beside. A step has none."""
+        return self.layout != STEP
 
 
 class StackInputs(NamedTuple):

@@ -27,9 +27,9 @@ from .profiler import as_row, named, recording
 
 Dropout = Callable[[Tensor, int], Tensor]  # of the output of layer k
 LayerByLayer = Callable[..., list[Tensor]]  # functional.layer_by_layer
-NODE_BYTES = 4 << 20
-"""One node holds what all its layers saved until the last gradient is there. Where the weights, and so their gradients,
-take more than this, a node a layer lets go of it in turn, and what a call costs does not matter."""
+NODE_BYTES = 1 << 20
+"""One node holds what all its layers saved until the last gradient is there. Where what is saved and the gradients both
+take more than this, a node a layer lets go of it in turn, and costs little beside the layer's work."""
 CACHE_SIZE = 1024  # plans; T and B are part of one. A program that meets more starts over
 _plans: dict[tuple, tuple[Backend, list[Any]] | None] = {}
 _plain_eager, _function_modes = checks.is_plain_eager, checks.function_modes
@@ -102,7 +102,8 @@ def _plan(
         return None
     if others or not only.stacks:
         return None
-    if train and len(specs) > 1 and sum(w.numel() for w in weights) * t.x.element_size() > NODE_BYTES:
+    saved, gradients = sum(map(only.saved_bytes, specs)), sum(w.numel() for w in weights) * t.x.element_size()
+    if train and o.layers > 1 and min(saved, gradients) > NODE_BYTES:
         return None
     return only, specs
 
@@ -120,7 +121,7 @@ class StackFunction(torch.autograd.Function):
         results = sum(o.outputs)
         given, kept = tuple(found[:results]), found[results:]
         if o.reads_output:
-            save_for_backward(ctx, tensors, given[0], kept, guard=o.cell != "lstm")
+            save_for_backward(ctx, tensors, given[0], kept, guard=o.cell != "lstm" or o.directions == 2)
         else:
             ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(False)

@@ -21,7 +21,8 @@ from ..backends.cpu import extension
 from ..backends.dispatch_times import RecordedShape, fastest_first, said
 from ..backends.user_times import NAMES, Refused
 from ..cli.progress import Progress
-from .measure import CELLS, DTYPES, Measured, measure_layers
+from ..cli.values import seconds
+from .measure import CELLS, DTYPES, Measured, layers, measure_layers
 
 SECONDS = 75.0  # no layer begins later; the last one and the start take some more
 SHOWN = 20  # changes
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, action="append", metavar="D", help=f"{', '.join(DTYPES)}; default: both"
     )
     parser.add_argument(
-        "--seconds", type=_seconds, default=SECONDS, metavar="S", help="begin no layer later; default: %(default)g"
+        "--seconds", type=seconds, default=SECONDS, metavar="S", help="begin no layer later; default: %(default)g"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table here, where `auto` does not look")
 
@@ -75,18 +76,11 @@ def _measured(dtypes: Sequence[str], seconds: float) -> Measured:
     print(f"{processor.identity()}: {', '.join(isas)}, {said(threads)}, torch {torch.__version__}", file=sys.stderr)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY:
         print("this machine is busy with other work, which may make a backend look slow", file=sys.stderr)
-    progress = None
+    progress = Progress("tune", len(layers(dtypes)), sys.stderr, "layer")
     try:
-
-        def show(done: int, total: int, what: str) -> None:
-            nonlocal progress
-            progress = progress or Progress("tune", total, sys.stderr, "layer")
-            progress.show(done, what)
-
-        return measure_layers(dtypes, seconds, show)
+        return measure_layers(dtypes, seconds, progress.show)
     finally:
-        if progress is not None:
-            progress.close()
+        progress.close()
 
 
 def change(row: RecordedShape) -> str | None:
@@ -108,8 +102,8 @@ def change(row: RecordedShape) -> str | None:
 
 def _report(found: Measured, changes: list[str]) -> None:
     left = f"; there was no time for {found.left} more" if found.left else ""
-    print(f"{len(found.rows)} layers measured (B×T×I×H){left}. Against rnnkit's own times, auto changes for", end=" ")
-    print(f"{len(changes)} of them{':' if changes else ''}")
+    print(f"{len(found.rows)} rows measured, each a layer (B×T×I×H) in one mode{left}.", end=" ")
+    print(f"Against rnnkit's own times, auto changes for {len(changes)} of them{':' if changes else ''}")
     for line in changes[:SHOWN]:
         print(f"  {line}")
     if len(changes) > SHOWN:
@@ -119,10 +113,3 @@ def _report(found: Measured, changes: list[str]) -> None:
 def _complain(error: Exception | str, code: int) -> int:
     print(f"rnnkit tune: {error}", file=sys.stderr)
     return code
-
-
-def _seconds(value: str) -> float:
-    number = float(value)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {value}")
-    return number

@@ -59,25 +59,30 @@ class Measured:
     """How many rows there was no time for."""
 
 
-def measure_layers(dtypes: Sequence[str], seconds: float, show: Callable[[int, int, str], object]) -> Measured:
+def layers(dtypes: Sequence[str]) -> list[tuple[Sizes, str, str]]:
+    """What `measure_layers` measures: sizes, dtype and cell of each, in its order."""
+    return [(sizes, dtype, cell) for sizes in SHAPES for dtype in dtypes for cell in CELLS]
+
+
+def measure_layers(dtypes: Sequence[str], seconds: float, show: Callable[[int, str], object]) -> Measured:
     """Rows of this machine, with torch's number of threads.
 
-    seconds: no layer is begun later. show: hears the number of a layer, of how many, and which it is.
+    seconds: no layer is begun later. show: hears after each layer its number, from 1, and which it was.
     """
-    jobs = [(sizes, dtype, cell) for sizes in SHAPES for dtype in dtypes for cell in CELLS]
+    jobs = layers(dtypes)
     end, found = time.monotonic() + seconds, Measured()
     for done, (sizes, dtype, cell) in enumerate(jobs):
         now = time.monotonic()
         if now >= end:
             found.left = len(MODES) * (len(jobs) - done)
             break
-        show(done + 1, len(jobs), f"{cell} {dtype} {'×'.join(map(str, sizes))}")
         both = [BenchJob(BenchCase("grid", *sizes), cell, mode, dtype) for mode in MODES]
         made = implementations.setup(both[1], "cpu", torch.get_num_threads(), NAMES, False, None)
         found.wrong += [f"{both[1].name}: {line}" for line in made.failed]
         share = CLOCK * (end - now) / (len(MODES) * (len(jobs) - done))
         for job in both:
             _add(found, job, made, min(LONGEST, share))
+        show(done + 1, f"{cell} {dtype} {'×'.join(map(str, sizes))}")
     return found
 
 

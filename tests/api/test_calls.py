@@ -300,10 +300,10 @@ def test_no_grad_and_inference_mode(kind: str) -> None:
         with torch.no_grad():
             plain = flat(mine(x, hx))
         with torch.inference_mode():
-            quick = flat(mine(*arguments(kind, mine)))
-        assert not any(v.requires_grad for v in plain) and all(v.is_inference() for v in quick)
+            inferred = flat(mine(*arguments(kind, mine)))
+        assert not any(v.requires_grad for v in plain) and all(v.is_inference() for v in inferred)
         all_close(plain, expected)
-        all_close([v.clone() for v in quick], expected)
+        all_close([v.clone() for v in inferred], expected)
 
 
 @kinds

@@ -382,6 +382,10 @@ SENTENCES: dict[str, tuple[Mistake, str]] = {
     "an LSTM's lengths by place": (lambda p: p.LSTM(I, H)(x, torch.tensor([5, 3])), "keyword: lengths=..."),
     "a pair for one": (lambda p: p.GRU(I, H)(x, (state, state)), "hx must be one tensor for gru, got tuple"),
     "a list": (lambda p: p.RNN(I, H)([1.0]), "input must be a tensor [T, B, I], got list"),
+    "batch_first: a list": (
+        lambda p: p.RNN(I, H, batch_first=True)([1.0]),
+        "input must be a tensor [B, T, I], got list",
+    ),
     "a sparse input": (lambda p: p.GRU(I, H)(x.to_sparse()), "x must be a dense tensor"),
     "another device": (lambda p: p.GRU(I, H)(x.to("meta")), "x is on meta and w_ih on cpu; move one of them"),
     "cell: text": (lambda p: p.GRUCell(I, H)("text"), "input must be a tensor [B, I] or [I], got str"),

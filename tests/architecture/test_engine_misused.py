@@ -6,19 +6,9 @@ from typing import Any
 
 import pytest
 from engine import forget
-from sequences import F32, KINDS, Case, check
+from sequences import EVERYTHING, F32, KINDS, PLACES, Case, check
 
 from rnnkit.backends import BY_NAME, StackInputs
-
-EVERYTHING: dict[str, Any] = {
-    "layers": 2,
-    "bidirectional": True,
-    "lengths": (4, 0, 6),
-    "resets": ((2, 0), (3, 2), (5, 2)),
-    "reset_state": True,
-    "states": True,
-}
-PLACES = ("x", "h_0", "c_0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "lengths", "reset", "h_r", "c_r")
 
 
 def misused(error: str, monkeypatch: pytest.MonkeyPatch) -> None:

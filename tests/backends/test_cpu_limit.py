@@ -272,6 +272,49 @@ def test_the_engines_threads_run_where_their_caller_may() -> None:
     assert program(FOLLOWED, RNNKIT_CPU_THREADS="3").strip() == "same"
 
 
+TAKEN_UP = """
+import os, torch
+import rnnkit
+
+def status(tid):
+    with open(f"/proc/self/task/{tid}/status") as lines:
+        return dict(line.strip().split(":", 1) for line in lines)
+
+def slept():  # how often each helper fell asleep, once all sleep
+    while any(status(tid)["State"].split()[0] != "S" for tid in helpers):
+        os.sched_yield()
+    return [int(status(tid)["voluntary_ctxt_switches"]) for tid in helpers]
+
+def tasks():
+    return set(os.listdir("/proc/self/task"))
+
+layer, x = rnnkit.GRU(4, 48, 2, backend="cpu"), torch.randn(12, 24, 4)
+with torch.no_grad():
+    torch.set_num_threads(1)
+    before = tasks()
+    layer(x)
+    assert tasks() == before, "one thread, and others were started"
+    torch.set_num_threads(5)
+    layer(x)
+    helpers = sorted(tasks() - before)
+    assert len(helpers) == 2, helpers
+    for threads in (1, 5, 1, 2, 5):
+        torch.set_num_threads(threads)
+        seen = slept()
+        layer(x)
+        worked = [now > then for now, then in zip(slept(), seen)]
+        assert worked == [threads == 5] * 2, (threads, worked)
+print("same")
+"""
+
+
+@linux
+def test_another_number_of_torchs_threads_is_what_the_next_call_uses() -> None:
+    """By the threads that worked: with five of torch's where three may run they are the engine's own, which nothing
+    else wakes; with up to three of torch's, torch runs them."""
+    assert program(TAKEN_UP, RNNKIT_CPU_THREADS="3").strip() == "same"
+
+
 def test_a_wrong_number_of_threads_is_refused_with_one_thread_too() -> None:
     text = """
 import torch

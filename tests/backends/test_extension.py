@@ -325,7 +325,7 @@ def test_schema(cell, proj):
 
 
 def test_missing_library_has_a_reason(tmp_path):
-    assert "not built" in extension._load(tmp_path)
+    assert f"not built in {tmp_path}; `pip" in extension._load(tmp_path)
     (tmp_path / "_C.abi3.so").write_bytes(b"no library")
     assert "_C.abi3.so does not load" in extension._load(tmp_path)
 

@@ -67,9 +67,9 @@ def test_a_step_is_bitwise_the_same(name, options, hx, bias, engine, monkeypatch
     cell, x = getattr(rnnkit, f"{name}Cell")(I, H, bias=bias, **options), torch.randn(B, I)
     state = state_of(name, B, H) if hx else None
     first = outcome(lambda: cell(x, state))
-    quick, checked = both_ways(lambda: cell(x, state), monkeypatch)
+    planned, checked = both_ways(lambda: cell(x, state), monkeypatch)
     assert engine.went == ["whole", "whole", "layer"]
-    assert same(quick, checked) and same(first, checked)
+    assert same(planned, checked) and same(first, checked)
     row = None if state is None else tuple(v[0] for v in state) if name == "LSTM" else state[0]
     assert same(*both_ways(lambda: cell(x[0], row), monkeypatch))  # unbatched
     assert same(*both_ways(lambda: cell(x.T.contiguous().T, state), monkeypatch))
@@ -130,15 +130,15 @@ def test_a_mistake_says_the_same(name, engine, monkeypatch):
     for _ in range(2):
         cell(GOOD, state_of(name, B, H))
     for k, call in enumerate(ruined(name)):
-        quick, checked = both_ways(lambda call=call: call(cell), monkeypatch)
-        assert same(quick, checked) and type(quick) is type(checked), (k, quick, checked)
-        assert isinstance(quick, tuple) or k >= 2, k
+        planned, checked = both_ways(lambda call=call: call(cell), monkeypatch)
+        assert same(planned, checked) and type(planned) is type(checked), (k, planned, checked)
+        assert isinstance(planned, tuple) or k >= 2, k
     changes = [lambda w: w[:-1], lambda w: w.double(), lambda w: w[..., :-1], lambda w: None, lambda w: w[None]]
     for which in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
         for change in changes:
             cell = broken(getattr(rnnkit, f"{name}Cell")(I, H), which, change)
-            quick, checked = both_ways(lambda cell=cell: cell(GOOD), monkeypatch)
-            assert same(quick, checked), (which, quick, checked)
+            planned, checked = both_ways(lambda cell=cell: cell(GOOD), monkeypatch)
+            assert same(planned, checked), (which, planned, checked)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,13 +149,13 @@ def test_a_layers_mistake_says_the_same(name, engine, monkeypatch):
     inputs = [x[..., :2], x[None], x.double(), x.long(), "x", None, x[:0], x[:, :0]]
     states = [state_of(name, 2, B, H), state_of(name, 1, B + 1, H), state_of(name, B, H), "h", [torch.zeros(1, B, H)]]
     for k, args in enumerate([(v, None) for v in inputs] + [(x, hx) for hx in states]):
-        quick, checked = both_ways(lambda args=args: layer(*args), monkeypatch)
-        assert same(quick, checked), (k, quick, checked)
+        planned, checked = both_ways(lambda args=args: layer(*args), monkeypatch)
+        assert same(planned, checked), (k, planned, checked)
     for which in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
         for change in (lambda w: w[:-1], lambda w: w.double(), lambda w: w[..., :-1], lambda w: None):
             layer = broken(getattr(rnnkit, name)(I, H), which, change)
-            quick, checked = both_ways(lambda layer=layer: layer(x), monkeypatch)
-            assert isinstance(quick, tuple) and quick == checked, (which, quick, checked)
+            planned, checked = both_ways(lambda layer=layer: layer(x), monkeypatch)
+            assert isinstance(planned, tuple) and planned == checked, (which, planned, checked)
 
 
 @torch.no_grad()
@@ -265,6 +265,22 @@ def test_few_choices_are_remembered(engine, monkeypatch):
         assert select_backend("auto", problem) is select_backend("auto", problem) is BY_NAME["cpu"]
         rnnkit.GRU(I, H)(torch.randn(steps, B, I))
         assert len(select._selected) <= 4 and 0 < len(stack._plans) <= 4
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@torch.no_grad()
+def test_what_is_refused_as_one_call_goes_layer_by_layer_through_the_same_backend(backend, engine, monkeypatch):
+    """Chosen, and named where `auto` would take another."""
+    layer, x, right = rnnkit.GRU(I, H, 2, backend=backend), torch.randn(T, B, I), select.preference
+    if backend != "auto":
+        monkeypatch.setattr(select, "preference", lambda spec: right(spec)[::-1])
+    y, _ = layer(x)
+
+    def refuse(*_: Any) -> None:
+        raise extension.Unfit("does not fit")
+
+    monkeypatch.setattr(BY_NAME["cpu"], "stack_forward", refuse)
+    assert torch.equal(layer(x)[0], y) and engine.went == ["whole", "layer", "layer"]
 
 
 # Weights of this moment.
@@ -430,18 +446,25 @@ def test_a_change_between_two_calls_has_effect_at_once(name, change, engine):
         assert not same(before, after) or change == "backend"
 
 
-def test_threads_and_backends_of_a_block_have_effect_at_once(engine):
-    layer, x = rnnkit.GRU(I, H, 2), torch.randn(T, B, I)
+def test_threads_and_backends_of_a_block_have_effect_at_once(engine, monkeypatch):
+    """The number of threads by the choice: here `auto` takes the reference for three."""
+    layer, x, right = rnnkit.GRU(I, H, 2), torch.randn(T, B, I), select.preference
+
+    def preference(spec: LayerSpec) -> tuple[Any, ...]:
+        return (BY_NAME["reference"],) if torch.get_num_threads() == 3 else right(spec)
+
+    monkeypatch.setattr(select, "preference", preference)
     y, _ = layer(x)
-    engine.went.clear()
     with rnnkit.use_backend("reference"):
         layer(x)
-    assert engine.went == []
+    assert engine.went == ["whole"]
     count = torch.get_num_threads()
     try:
-        for threads in (1, 3, 1):
+        for threads, whole in ((1, 2), (3, 2), (1, 3), (2, 4), (3, 4)):
             torch.set_num_threads(threads)
-            assert torch.equal(layer(x)[0], y)
+            found, _ = layer(x)
+            torch.testing.assert_close(found, y)
+            assert torch.equal(found, y) or threads == 3
+            assert engine.went == ["whole"] * whole, threads
     finally:
         torch.set_num_threads(count)
-    assert engine.went == ["whole"] * 3

@@ -181,19 +181,40 @@ def test_frozen_layers_are_neither_kept_nor_computed(name, went, monkeypatch):
         p.requires_grad_("l2" in key)
     y, _ = layer(x)
     tensors = [v for v in y.grad_fn.saved_tensors[7 + len(whole) :]]
-    assert sum(v.shape[-1] == 2 * H for v in tensors) == 1, "the input of the last layer"
+    assert sum(v.shape[-1] == 2 * H for v in tensors) == 2, "y, and the input of the last layer"
     found = torch.autograd.grad(squares(flat(layer(x))), [p for p in layer.parameters() if p.requires_grad])
     assert same(found, [whole[key] for key in whole if "l2" in key])
 
 
 def test_large_stacks_have_a_node_a_layer(went):
     """One node would hold what every layer saved until the last gradient is there."""
-    layer, x = rnnkit.GRU(8, 512, 2, backend="cpu"), torch.randn(2, 1, 8)
-    layer(x)
-    assert went == []
+    layer = rnnkit.GRU(8, 300, 2, backend="cpu")
+    long, short = torch.randn(30, 20, 8), torch.randn(2, 1, 8)
+    layer(long)
+    assert went == BOTH[:1] * 2
+    went.clear()
+    layer(short)
     with torch.no_grad():
-        layer(x)
-    assert went == BOTH[:1]
+        layer(long)
+    assert went == BOTH[:1] * 2
+
+
+@every_name
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_node_a_layer_gives_what_one_node_gives(name, bidirectional, went, monkeypatch):
+    layer, x, hx = case(name, True, num_layers=3, bidirectional=bidirectional)
+    leaves = [x.requires_grad_(), *(v.requires_grad_() for v in flat(hx)), *layer.parameters()]
+
+    def call() -> list[Tensor]:
+        went.clear()
+        results = flat(layer(x, hx, return_all_states=True, lengths=torch.tensor([T, 2])))
+        return [*results, *torch.autograd.grad(squares(results), leaves)]
+
+    whole = call()
+    assert went == BOTH
+    monkeypatch.setattr(stack, "NODE_BYTES", 0)
+    stack._plans.clear()
+    assert same(call(), whole) and went == BOTH[:1] * 3 + BOTH[1:] * 3
 
 
 def minus(v: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import rnnkit
 from rnnkit import checks
-from rnnkit.backends import BACKENDS, BY_NAME, describe
+from rnnkit.backends import BACKENDS, BY_NAME, LayerInputs, describe
 
 F32, F64 = torch.float32, torch.float64
 Results = dict[str, Tensor]
@@ -99,6 +99,29 @@ class Case:
                 parts.append(name)
         flags = [name for name in ("reset_state", "states", "recompute") if getattr(self, name)]
         return "-".join(parts + flags + [f"no_{name}" for name in ("bias", "hx") if not getattr(self, name)])
+
+
+EVERYTHING: dict[str, Any] = {
+    "layers": 2,
+    "bidirectional": True,
+    "lengths": (4, 0, 6),
+    "resets": ((2, 0), (3, 2), (5, 2)),
+    "reset_state": True,
+    "states": True,
+}
+"""What a case may have beside its sizes, all at once."""
+EMULATED: dict[str, Any] = {
+    "bidirectional": True,
+    "steps": 4,
+    "rows": 3,
+    "lengths": (4, 0, 3),
+    "resets": ((0, 0), (2, 0), (1, 2), (3, 2)),
+    "reset_state": True,
+    "states": True,
+}
+"""The same in one layer of few steps, for kernels that are emulated."""
+PLACES = tuple(name.replace("_reset", "_r") for name in LayerInputs._fields)
+"""What a layer reads, in the order in which a backend gives gradients, under the names of `Given`."""
 
 
 @dataclass

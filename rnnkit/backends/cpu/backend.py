@@ -83,6 +83,11 @@ class CPU(Backend):
     def stack_forward(self, o: StackOptions, needs: bytes, tensors: Any, masks: Any) -> list[Tensor]:
         return self._stack[0](CELL_IDS[o.cell], *o[1:], needs, tensors, masks)
 
+    def saved_bytes(self, spec: LayerSpec) -> int:
+        kind = CELLS[spec.cell]
+        blocks = 1 + kind.has_c + (0 if spec.recompute else kind.saved)
+        return spec.steps * spec.batch * blocks * spec.hidden_size * spec.dtype.itemsize
+
     def stack_backward(self, o: StackOptions, needs: bytes, saved: Any, grads: Any) -> list[Gradient]:
         return self._stack[1](CELL_IDS[o.cell], *o[1:], needs, saved, grads)
 
@@ -97,9 +102,7 @@ class CPU(Backend):
         needs: list[bool],
     ) -> list[Gradient]:
         kind = CELLS[cell]
-        saved = () if result is None else result.saved
-        if not saved and (kind.has_c if o.recompute else kind.saved):
-            saved = self.forward(cell, t, o, train=True).saved
+        saved = self.kept(cell, t, o, result)
         gates = saved[0] if kind.saved and not o.recompute else None
         c = saved[-1] if kind.has_c else None
         found = iter(self._functions()[1](CELL_IDS[cell], *t, o.reverse, y, gates, c, *grads, grad_mask(tuple(needs))))

@@ -27,7 +27,7 @@ def _load(folder: Path) -> str:
     """Load the library in `folder`. Returns why it is not available, empty where it is."""
     library = _library(folder)
     if library is None:
-        return f"the C++ extension is not built; {_HOW}"
+        return f"the C++ extension is not built in {folder}; {_HOW}"
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:

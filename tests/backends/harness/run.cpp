@@ -121,7 +121,7 @@ Ran run_forward(const rnnkit::Engine& engine, const Problem& p, const How& how) 
     r.t0 = t0, r.n = n;
     (how.inside ? r.x : r.gx) = gx.data() + first * gx_stride * format(x_dtype).bytes;
     r.gx_stride = r.x_row = gx_stride, r.x_step = p.B * gx_stride;
-    r.y = y.data() + first * N * in;
+    r.y = y.data() + first * N * in, r.y_stride = N;
     if (p.all_states) r.c_all = c_all.data() + first * H * in;
     if (kept != 0) r.gates = (how.in_place ? gx : gates).data() + first * gates_stride * opmath;
     r.gates_stride = gates_stride;
@@ -168,7 +168,7 @@ Gradients run_backward(const rnnkit::Engine& engine, const Problem& p, const Sav
   q.gy = p.has_gy ? gy.data() : nullptr;
   q.gy_strides = p.gy_strides;
   q.gc_all = p.has_gc_all ? gc_all.data() : nullptr;
-  q.y = y.data();
+  q.y = y.data(), q.y_stride = N;
   if (p.lstm()) q.dc = dc.data();
   q.h_0 = p.has_h_0 ? h_0.data() : nullptr;
   q.c_0 = p.lstm() && p.has_c_0 ? c_0.data() : nullptr;

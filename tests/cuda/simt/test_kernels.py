@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from sequences import F32, F64, KINDS, Case, build, check, compare, ours
+from sequences import EMULATED, F32, F64, KINDS, Case, build, check, compare, ours
 from simt import run as simt
 from test_nan import assert_unseen, everything, unseen_places
 from torch import Tensor
@@ -23,15 +23,6 @@ from rnnkit.backends import chunks
 from rnnkit.backends.cuda import backend as cuda
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-ALL = {
-    "bidirectional": True,
-    "steps": 4,
-    "rows": 3,
-    "lengths": (4, 0, 3),
-    "resets": ((0, 0), (2, 0), (1, 2), (3, 2)),
-    "reset_state": True,
-    "states": True,
-}
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -45,12 +36,12 @@ def regime(request: pytest.FixtureRequest) -> Iterator[str]:
 @kinds
 @pytest.mark.parametrize("rows", [3, 9])
 def test_float64_step_by_step(kind: str, rows: int) -> None:
-    check(Case(kind, **{**ALL, "rows": rows, "lengths": (4, 0, 3) * (rows // 3)}), "cuda", F64)
+    check(Case(kind, **{**EMULATED, "rows": rows, "lengths": (4, 0, 3) * (rows // 3)}), "cuda", F64)
 
 
 @kinds
 def test_everything_at_once(kind: str, regime: str) -> None:
-    check(Case(kind, **ALL), "cuda", F32)
+    check(Case(kind, **EMULATED), "cuda", F32)
 
 
 @kinds
@@ -88,7 +79,7 @@ def test_what_a_row_does_not_see(kind: str, poison: float, regime: str) -> None:
 
 @kinds
 def test_recompute_and_again_give_the_same_bits(kind: str, regime: str) -> None:
-    case = Case(kind, **{**ALL, "bidirectional": False})
+    case = Case(kind, **{**EMULATED, "bidirectional": False})
     first = ours(case, "cuda", F32)
     for again in (ours(case, "cuda", F32), ours(replace(case, recompute=True), "cuda", F32)):
         assert all(torch.equal(again[name], v) for name, v in first.items())
@@ -100,7 +91,7 @@ def test_recompute_in_ranges(kind: str, regime: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
     monkeypatch.setattr(chunks, "MOST_CHUNKS", 3)
     resets = ((0, 0), (2, 0), (3, 0), (4, 2), (1, 2))
-    check(Case(kind, recompute=True, **{**ALL, "steps": 5, "lengths": (5, 2, 4), "resets": resets}), "cuda", F32)
+    check(Case(kind, recompute=True, **{**EMULATED, "steps": 5, "lengths": (5, 2, 4), "resets": resets}), "cuda", F32)
 
 
 @kinds

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sequences import F32, KINDS, Case, check, ours
+from sequences import EMULATED, F32, KINDS, Case, check, ours
 from support import CELLS, Config, by_lengths, by_reset, in_two, parity, some
 from test_nan import assert_unseen, everything, unseen_places
 from torch import Tensor
@@ -19,20 +19,11 @@ from rnnkit.backends.triton import configs as triton_configs
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 TILE = 16  # rows
-ALL = {
-    "bidirectional": True,
-    "steps": 4,
-    "rows": 3,
-    "lengths": (4, 0, 3),
-    "resets": ((0, 0), (2, 0), (1, 2), (3, 2)),
-    "reset_state": True,
-    "states": True,
-}
 
 
 @kinds
 def test_everything_at_once(kind: str, regime: str) -> None:
-    check(Case(kind, **ALL), "triton", F32)
+    check(Case(kind, **EMULATED), "triton", F32)
 
 
 @kinds
@@ -116,7 +107,7 @@ def test_what_a_row_does_not_see(kind: str, poison: float, regime: str) -> None:
 
 @kinds
 def test_recompute_and_again_give_the_same_bits(kind: str, regime: str) -> None:
-    case = Case(kind, **{**ALL, "bidirectional": False})
+    case = Case(kind, **{**EMULATED, "bidirectional": False})
     first = ours(case, "triton", F32)
     for again in (ours(case, "triton", F32), ours(replace(case, recompute=True), "triton", F32)):
         assert all(torch.equal(again[name], v) for name, v in first.items())
@@ -128,7 +119,7 @@ def test_recompute_in_ranges(kind: str, regime: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
     monkeypatch.setattr(chunks, "MOST_CHUNKS", 3)
     resets = ((0, 0), (2, 0), (3, 0), (4, 2), (1, 2))
-    check(Case(kind, recompute=True, **{**ALL, "steps": 5, "lengths": (5, 2, 4), "resets": resets}), "triton", F32)
+    check(Case(kind, recompute=True, **{**EMULATED, "steps": 5, "lengths": (5, 2, 4), "resets": resets}), "triton", F32)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["y", "h_n", "c_n"])
