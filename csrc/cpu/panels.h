@@ -328,12 +328,16 @@ struct PanelGemm {
   int last_strip() const { return (strips - 1) / together * together; }
   int64_t last_k0() const { return K <= block ? 0 : (K - 1) / block * block; }
 
-  // Adds a pass of a tile of `rows` rows to out [rows, strips, width, lanes].
-  void run(const T* panel, int strip, int64_t k0, const T* const* a, int rows, opmath_t<T>* out) const {
+  // Adds a pass of a tile, the rows [first, first + rows) of `count`, to out [rows, strips, width, lanes].
+  void run(const T* panel, int strip, int64_t k0, const T* const* a, int first, int rows, int count,
+           opmath_t<T>* out) const {
     constexpr int L = lanes<T>;
+    const int64_t here = std::min(block, K - k0);
+    const T* const from = panel + strip * strip_size + k0 * width * L;
+    const T* const next_block = from + here * width * L;
     tile_for<T>(width, std::min(together, strips - strip), rows)(
-        a, k0, panel + strip * strip_size + k0 * width * L, strip_size, std::min(block, K - k0),
-        out + strip * width * L, strips * width * L, k0 > 0);
+        a, k0, from, strip_size, here, out + strip * width * L, strips * width * L, k0 > 0,
+        next_block + here * width * L * first / count, (width * L * rows + count - 1) / count);
   }
 };
 
@@ -389,7 +393,8 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
       const auto pass = [&](const PanelGemm<Operand>& gemm, const Operand* panel, int at, int64_t from,
                             const Operand* const* a_row, A* to) {
         each_tile(in_block, tile_rows(gemm.width), [&](int first, int here) {
-          gemm.run(panel, at, from, a_row + first, here, to + first * gemm.strips * gemm.width * L);
+          gemm.run(panel, at, from, a_row + first, first, here, in_block,
+                   to + first * gemm.strips * gemm.width * L);
         });
       };
       if (input.w != nullptr) {
@@ -417,7 +422,7 @@ inline void gemm_panels(const GemmWeights<S>& w, int p0, int p1, const int32_t* 
             rows_by_lanes(row + first, here, once.data + v * w.lanes_size(), w.K, z + v * L, vectors * L);
           }
         } else {
-          product.run(w.panel(p), strip, k0, row + first, here, z);
+          product.run(w.panel(p), strip, k0, row + first, first, here, in_block, z);
         }
         if constexpr (!std::is_same_v<Activate, NoActivation>) {
           for (int r = first; r < first + here; ++r) {

@@ -194,18 +194,24 @@ class GemmKernel {
                    const Workers& workers) const = 0;
 };
 
-// out [M, N] += sum over k of a[k]^T row[k], for a weight's gradient; sums are made in the order of k. Where
-// not `add`, out and sum are written, whatever stands there.
-struct GemmTN {
-  Dtype dtype;
-  bool add;
-  int64_t M, N, K;
-  const void* a;  // S [K, M], rows lda apart
-  int64_t lda;
+// What the columns of a matrix a [K, ...] are multiplied with: out [M, N] += sum over k of a[k, :M]^T row[k].
+struct GemmTNRight {
+  int64_t M, N;
   const void* const* rows;  // K rows, S [N] each, or null: zeros
   void* out;                // A [M, N], rows ldo apart
   int64_t ldo;
-  void* sum;  // A [M] += sum over k of a[k], or null
+};
+
+// The gradients of up to two weights, whose left operand is packed once for both; sums are made in the order
+// of k. Where not `add`, outputs and `sum` are written, whatever stands there.
+struct GemmTN {
+  Dtype dtype;
+  bool add;
+  int64_t M, K;
+  const void* a;  // S [K, M], rows lda apart
+  int64_t lda;
+  GemmTNRight right[2];  // M: no more than that of `a`; N = 0 where there is none
+  void* sum;             // A [M] += sum over k of a[k], or null
   Workers workers;
 };
 

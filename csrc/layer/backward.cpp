@@ -155,38 +155,29 @@ class WeightGrads {
     }
     if ((needs_ & 0xf8) == 0) return;  // no weight is asked for
     const std::vector<bool> any = rows_with_grad(s.dgx, masked_);
-    if (dw_ih.has_value()) {
-      gemm_tn(d, rows_of(*x_, s.t0, s.n, any), *dw_ih, db, added_);
-    } else if (db.has_value()) {
-      sum(d, *db);
+    const RowPointers of_x = dw_ih.has_value() ? rows_of(*x_, s.t0, s.n, any) : RowPointers{};
+    const RowPointers states = dw_hh.has_value() ? states_before(in_, s, g_.y, any, masks_) : RowPointers{};
+    // a GRU's candidate has gradients or a right operand of its own
+    const bool gru = in_.cell == Cell::gru || in_.cell == Cell::gru_reset_before;
+    const auto recurrent = [&](int64_t first, int64_t count) {
+      return view(*dw_hh, {count * in_.H, in_.N}, {in_.N, 1}, first * in_.H * in_.N);
+    };
+    std::vector<WeightGrad> grads;
+    if (dw_ih.has_value()) grads.push_back({of_x, *dw_ih});
+    if (dw_hh.has_value()) grads.push_back({states, recurrent(0, gru ? 2 : in_.G)});
+    gemm_tn(d, grads, db, added_);
+    grads.clear();
+    if (in_.cell == Cell::gru_reset_before && dw_hh.has_value()) {
+      const RowPointers reset_states = rows_of(*s.second_operand, 0, s.n, any);
+      gemm_tn(matrix(s.dgx, 2 * in_.H, in_.H), {{reset_states, recurrent(2, 1)}}, {}, added_);
     }
-    if (dw_hh.has_value()) {
-      const RowPointers states = states_before(in_, s, g_.y, any, masks_);
-      const auto block = [&](int64_t first, int64_t count) {
-        return view(*dw_hh, {count * in_.H, in_.N}, {in_.N, 1}, first * in_.H * in_.N);
-      };
-      switch (in_.cell) {
-        case Cell::rnn_tanh:
-        case Cell::rnn_relu:
-        case Cell::lstm:
-          gemm_tn(d, states, *dw_hh, {}, added_);
-          break;
-        case Cell::gru:
-          gemm_tn(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {}, added_);
-          gemm_tn(matrix(*s.dgn, 0, in_.H), states, block(2, 1), db_hn, added_);
-          break;
-        case Cell::gru_reset_before:
-          gemm_tn(matrix(s.dgx, 0, 2 * in_.H), states, block(0, 2), {}, added_);
-          gemm_tn(matrix(s.dgx, 2 * in_.H, in_.H), rows_of(*s.second_operand, 0, s.n, any), block(2, 1), {},
-                  added_);
-          break;
-      }
-    } else if (db_hn.has_value()) {
-      sum(matrix(*s.dgn, 0, in_.H), *db_hn);
+    if (in_.cell == Cell::gru) {
+      if (dw_hh.has_value()) grads.push_back({states, recurrent(2, 1)});
+      gemm_tn(matrix(*s.dgn, 0, in_.H), grads, db_hn, added_);
     }
     if (dw_hr.has_value()) {
-      gemm_tn(matrix(*s.dp, 0, in_.P), rows_of(*s.second_operand, 0, s.n, rows_with_grad(*s.dp, masked_)),
-              *dw_hr, {}, added_);
+      const RowPointers unprojected = rows_of(*s.second_operand, 0, s.n, rows_with_grad(*s.dp, masked_));
+      gemm_tn(matrix(*s.dp, 0, in_.P), {{unprojected, *dw_hr}}, {}, added_);
     }
     added_ = true;
   }
@@ -204,10 +195,6 @@ class WeightGrads {
     if (wanted(5) || wanted(6)) db = make({width_}, type);
     if (wanted(6) && in_.cell == Cell::gru) db_hn = make({in_.H}, type);
     if (wanted(7)) dw_hr = make({in_.P, in_.H}, type);
-  }
-
-  void sum(const Tensor& d, const Tensor& into) {
-    gemm_tn(d, RowPointers(d.size(0), nullptr), view(into, {d.size(1), 0}, {1, 1}, 0), into, added_);
   }
 
   const LayerInputs& in_;

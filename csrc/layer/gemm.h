@@ -28,10 +28,16 @@ class PackedGemm {
   std::unique_ptr<GemmKernel> own_;
 };
 
-// out [M, N] += sum over k of a[k]^T row[k], with a [K, M] and rows of N elements (null: zeros); `sum` [M],
-// where there is one, += the sum over k of a[k]. `out` and `sum` are in the compute type; where not `add`
-// they are written, whatever stands there.
-void gemm_tn(const Tensor& a, const std::vector<const void*>& rows, const Tensor& out,
-             const OptionalTensor& sum, bool add);
+// The gradient of a weight: out [M, N] += sum over k of a[k, :M]^T row[k], with rows of N elements (null:
+// zeros).
+struct WeightGrad {
+  const std::vector<const void*>& rows;
+  Tensor out;
+};
+
+// Those of up to two weights, by one left operand a [K, ...], which is packed once for both; `sum`, where
+// there is one, += the sum over k of a[k]. Outputs and `sum` are in the compute type; where not `add` they
+// are written, whatever stands there.
+void gemm_tn(const Tensor& a, const std::vector<WeightGrad>& grads, const OptionalTensor& sum, bool add);
 
 }  // namespace rnnkit

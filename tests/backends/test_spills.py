@@ -35,7 +35,7 @@ namespace rnnkit {
 #include "tiles.h"
 constexpr int width = 2;
 template void tile<TYPE, width, 1, tile_rows(width) + MORE>(const TYPE* const*, int64_t, const TYPE*, int64_t,
-                                                            int64_t, TYPE*, int64_t, bool);
+                                                            int64_t, TYPE*, int64_t, bool, const TYPE*, int64_t);
 }
 """
 
