@@ -417,7 +417,7 @@ def layer_by_layer(
         )
 
     def whole(k: int, x: Tensor) -> Tensor | None:
-        if backend is None or layers == 1:
+        if backend is None or layers == 1 or not x.is_cpu:
             return None
         here = slice(k * directions, (k + 1) * directions)
         h, c, h_2, c_2 = (None if v is None else v[here] for v in (h_0, c_0, h_r, c_r))

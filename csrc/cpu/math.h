@@ -20,7 +20,7 @@ struct Constants<float> {
   static constexpr float lower = 0x1p-64f;   // 2^-lift
   static constexpr float log2e = 0x1.715476p0f, ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
   static constexpr float least = -105.0f;  // sigmoid is 0 from here on down
-  static constexpr float large = 40.0f;    // exp(-x) is nothing beside 1 from here on up
+  static constexpr float large = 40.0f;    // exp(-x) is nothing beside 1 from here on up, nor exp(-2 |x|)
   static constexpr int mantissa = 23;
   // Minimax for r² q(r) against exp(r) on the interval, 3e-9.
   static constexpr float q[] = {1.3950631e-3f, 8.3689699e-3f, 4.16662022e-2f, 1.66665182e-1f, 0.5f};

@@ -357,7 +357,7 @@ struct NoActivation {};  // where a product has an epilogue alone
 // Calls epilogue(row, u, z, zx) for each row of `rows` and each vector u of units in the panels [p0, p1),
 // with z [gates, lanes] the product of a[row] and the weights, and zx that beside it where there is one.
 // Before it, activate(row, u, z, zx) may change the z of a whole tile: what waits for one another goes in two
-// loops, since a processor looks ahead for some 300 instructions, about those of one vector of a GRU.
+// loops, since a processor looks ahead for some 300 instructions, not two vectors of a GRU.
 // Before a tile is summed, prefetch(row, u, units) may ask for the memory that epilogue(row, u) will need of
 // so many u: it arrives meanwhile. Each is called from one place only: in copies of it, one for each kind of
 // tile, the compiler would fuse other multiplications with additions, and a row's result would depend on the

@@ -187,7 +187,7 @@ class WeightGrads {
  private:
   bool wanted(int bit) const { return (needs_ >> bit & 1) != 0; }
 
-  // Not before the scan is done: what only a scan needs is gone then.
+  // Not before the first chunk is scanned: of one that is all, what only a scan needs is gone then.
   void allocate(Tensor (*make)(std::initializer_list<int64_t>, ScalarType)) {
     const ScalarType type = opmath_type(in_.dtype);
     if (wanted(3)) dw_ih = make({width_, in_.I}, type);

@@ -86,7 +86,7 @@ void copy_to_part(const Tensor& from, const Tensor& all, int64_t i) {
   }
 }
 
-// Columns d N .. (d + 1) N of [T, B, D N]: one direction's.
+// Columns d N .. (d + 1) N of [T, B, 2 N]: one direction's.
 Tensor direction_of(const Tensor& v, int64_t d, int64_t N) {
   return view(v, {v.size(0), v.size(1), N}, {v.stride(0), v.stride(1), v.stride(2)}, d * N * v.stride(2));
 }
@@ -171,6 +171,11 @@ class Stack {
                    "every layer and direction must have H = ", first.H, " and N = ", first.N, ", got ",
                    other.H, " and ", other.N);
     }
+  }
+
+  // A layer's output, or the gradient of it: both directions lie in it.
+  void check_output(const Tensor& v, const char* name) const {
+    check(v, name, in_.x.scalar_type(), {T_, B_, in_.directions * N_});
   }
 
   // [T, B, ...] in the caller's layout, and back. Of a step there is no way back: y is its state.
@@ -364,7 +369,7 @@ std::vector<OptionalTensor> stack_backward(StackInputs in, const StackOptions& o
   RNNKIT_CHECK(!reads_output(in) || g.y.has_value(), "y must be given, as the forward gave it");
 
   OptionalTensor gy = g.gy;
-  if (gy.has_value()) gy = stack.to_layer(*gy);
+  if (gy.has_value()) gy = stack.to_layer(*gy), stack.check_output(*gy, "gy");
   const OptionalTensor gh_n = stack.states_to_layer(g.gh_n), gc_n = stack.states_to_layer(g.gc_n);
   const OptionalTensor gh_all = stack.all_to_layer(g.gh_all), gc_all = stack.all_to_layer(g.gc_all);
   AllStates dh_0(stack), dc_0(stack), dh_r(stack), dc_r(stack);
@@ -372,6 +377,7 @@ std::vector<OptionalTensor> stack_backward(StackInputs in, const StackOptions& o
   for (int64_t k = in.layers - 1; k >= lowest; --k) {
     const Tensor x = k == 0 ? in.x : at[k].x >= 0 ? g.kept[at[k].x] : g.kept[at[k - 1].y];
     const Tensor y = at[k].y < 0 ? stack.to_layer(*g.y) : g.kept[at[k].y];
+    stack.check_output(y, "y");
     const bool below = k > lowest || (k == 0 && wanted(o, of_x));
     OptionalTensor dx;
     for (int64_t d = 0; d < D; ++d) {

@@ -161,8 +161,8 @@ PyObject* call(Result (*f)(Args...), PyObject* const* given, std::index_sequence
   std::tuple<std::decay_t<Args>...> args{from_python<std::decay_t<Args>>(given[k])...};
   Result found = [&] {
     const ReleaseGil released;
-    return f(
-        std::get<k>(args)...);  // what is not taken by reference is a copy: `args` goes when the GIL is back
+    // What is not taken by reference is a copy: `args` goes when the GIL is back.
+    return f(std::get<k>(args)...);
   }();
   return to_python(found);
 }

@@ -52,7 +52,7 @@ class Backend:
         raise NotImplementedError(self.name)
 
     def stack_forward(
-        self, o: StackOptions, needs: bytes, tensors: tuple[Gradient, ...], masks: tuple[Tensor, ...]
+        self, o: StackOptions, needs: bytes, tensors: tuple[Tensor | None, ...], masks: tuple[Tensor, ...]
     ) -> list[Tensor]:
         """A whole call in the caller's layout: `o.outputs`, then what `stack_backward` wants kept, masks of dropout
         first.
@@ -67,7 +67,7 @@ class Backend:
         raise NotImplementedError(self.name)
 
     def stack_backward(
-        self, o: StackOptions, needs: bytes, saved: tuple[Gradient, ...], grads: tuple[Gradient, ...]
+        self, o: StackOptions, needs: bytes, saved: tuple[Tensor | None, ...], grads: tuple[Gradient, ...]
     ) -> list[Gradient]:
         """The gradients of the tensors (None where not needed), given those of the results.
 

@@ -54,8 +54,8 @@ def direct_layer(backend: Backend, cell: str, *tensors: Any, **how: Any) -> Laye
 def save_for_backward(
     ctx: Any, tensors: Sequence[Tensor | None], y: Tensor, kept: Sequence[Tensor], *, guard: bool
 ) -> None:
-    """Save inputs, y and what the backend keeps. torch's RNN and GRU let a program change y in place before the
-    backward: with `guard` a counter of its changes is held with it."""
+    """Save inputs, y and what the backend keeps. Where torch's layers let a program change y in place before the
+    backward, `guard` holds a counter of its changes with it."""
     if not guard:
         ctx.save_for_backward(*tensors, y, *kept)
         return

@@ -102,8 +102,8 @@ def _plan(
         return None
     if others or not only.stacks:
         return None
-    saved, gradients = sum(map(only.saved_bytes, specs)), sum(w.numel() for w in weights) * t.x.element_size()
-    if train and o.layers > 1 and min(saved, gradients) > NODE_BYTES:
+    gradients = sum(w.numel() * w.element_size() for w in weights if w is not None)
+    if train and o.layers > 1 and gradients > NODE_BYTES and sum(map(only.saved_bytes, specs)) > NODE_BYTES:
         return None
     return only, specs
 

@@ -70,7 +70,7 @@ def main(options: argparse.Namespace) -> int:
     return 1 if found.wrong else 0
 
 
-def _measured(dtypes: Sequence[str], seconds: float) -> Measured:
+def _measured(dtypes: Sequence[str], limit: float) -> Measured:
     threads = torch.get_num_threads()
     isas = dict.fromkeys(processor.instruction_set(getattr(torch, dtype)) for dtype in dtypes)
     print(f"{processor.identity()}: {', '.join(isas)}, {said(threads)}, torch {torch.__version__}", file=sys.stderr)
@@ -78,7 +78,7 @@ def _measured(dtypes: Sequence[str], seconds: float) -> Measured:
         print("this machine is busy with other work, which may make a backend look slow", file=sys.stderr)
     progress = Progress("tune", len(layers(dtypes)), sys.stderr, "layer")
     try:
-        return measure_layers(dtypes, seconds, progress.show)
+        return measure_layers(dtypes, limit, progress.show)
     finally:
         progress.close()
 

@@ -79,6 +79,8 @@ BACKWARD = {
     "another result": (9, (*TENSORS, TENSORS[0], TENSORS[0]), "what is kept must be 0 tensors, got 1"),
     "no gradients": (10, (), "each result must have its gradient or none, got 0"),
     "a list of them": (10, [TENSORS[0], None], "not of the kind"),
+    "y of another size": (9, (*TENSORS, TENSORS[0][..., 1:]), r"y must be Float \[5, 2, 4\], got Float \[5, 2, 3\]"),
+    "a gradient of another size": (10, (TENSORS[0][..., 1:], None), r"gy must be Float \[5, 2, 4\]"),
 }
 
 
@@ -90,6 +92,17 @@ def test_a_backward_refuses_what_does_not_fit(which):
     assert found[:8] == [None] * 8 and found[8].shape == (H, H)
     with pytest.raises(extension.Unfit, match=words):
         native.stack_backward(*good[:at], value, *good[at + 1 :])
+
+
+def test_a_backward_refuses_the_output_of_one_direction_for_both():
+    """It would read beyond the end."""
+    tensors, y = (*TENSORS[:7], *[torch.eye(H)] * 4), torch.ones(T, B, 2 * H)
+    needs = bytes(10) + b"1"
+    found = native.stack_backward(0, 1, 2, *WHOLE[3:8], needs, (*tensors, y), (y, None))
+    assert found[10].shape == (H, H)
+    for saved, grads, name in (((*tensors, y[..., :H]), (y, None), "y"), ((*tensors, y), (y[..., :H], None), "gy")):
+        with pytest.raises(extension.Unfit, match=rf"^rnnkit: {name} must be Float \[5, 2, 8\], got Float \[5, 2, 4\]"):
+            native.stack_backward(0, 1, 2, *WHOLE[3:8], needs, saved, grads)
 
 
 @pytest.mark.parametrize("which", SIZES)

@@ -84,9 +84,9 @@ class CPU(Backend):
         return self._stack[0](CELL_IDS[o.cell], *o[1:], needs, tensors, masks)
 
     def saved_bytes(self, spec: LayerSpec) -> int:
-        kind = CELLS[spec.cell]
-        blocks = 1 + kind.has_c + (0 if spec.recompute else kind.saved)
-        return spec.steps * spec.batch * blocks * spec.hidden_size * spec.dtype.itemsize
+        kind, narrow = CELLS[spec.cell], spec.dtype.itemsize
+        blocks = kind.has_c * narrow if spec.recompute else (kind.saved + kind.has_c) * max(4, narrow)
+        return spec.steps * spec.batch * spec.hidden_size * (narrow + blocks)
 
     def stack_backward(self, o: StackOptions, needs: bytes, saved: Any, grads: Any) -> list[Gradient]:
         return self._stack[1](CELL_IDS[o.cell], *o[1:], needs, saved, grads)
