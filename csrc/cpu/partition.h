@@ -3,7 +3,7 @@
 
 template <class T>
 struct AlignedBuffer {
-  explicit AlignedBuffer(int64_t size = 0) : memory(new T[size + 64 / sizeof(T)]) {
+  explicit AlignedBuffer(int64_t size = 0) : memory(size > 0 ? new T[size + 64 / sizeof(T)] : nullptr) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory.get());
     data = reinterpret_cast<T*>((address + 63) / 64 * 64);
   }
