@@ -52,6 +52,10 @@ struct ForwardStep {
     save_gate(p, g, v);
     storeu(z + g * L, v);
   }
+  // M::sigmoid is inlined by force, so no pointer to it is passed.
+  void sigmoid(const UnitVector& p, int64_t g, const A* zx, A* z) const {
+    activate(p, g, zx, z, [](V a) { return M::sigmoid(a); });
+  }
   void save_gate(const UnitVector& p, int64_t g, V v) const {
     if (gates.first != nullptr) store(gates.row(p.b) + g * H + p.j, v, p.n);
   }
@@ -336,8 +340,8 @@ class TypedForwardScan final : public ForwardScan {
             },
             [s](int32_t b, int u, A* z, const A* zx) {
               const UnitVector p = s.unit_vector(b, u, s.H);
-              s.activate(p, 0, zx, z, M::sigmoid);
-              s.activate(p, 1, zx, z, M::sigmoid);
+              s.sigmoid(p, 0, zx, z);
+              s.sigmoid(p, 1, zx, z);
               const V hn = loadu<V>(z + 2 * L) + s.input_bias(p, 3);
               s.save_gate(p, 3, hn);
               storeu(z + 2 * L, hn);
@@ -353,8 +357,8 @@ class TypedForwardScan final : public ForwardScan {
             },
             [s](int32_t b, int u, A* z, const A* zx) {
               const UnitVector p = s.unit_vector(b, u, s.H);
-              s.activate(p, 0, zx, z, M::sigmoid);
-              s.activate(p, 1, zx, z, M::sigmoid);
+              s.sigmoid(p, 0, zx, z);
+              s.sigmoid(p, 1, zx, z);
             });
         break;
     }
