@@ -262,7 +262,7 @@ class ProgramBackward {
       if (dw_ih_.has_value()) pairs.push_back({of_x, *dw_ih_});
     }
     const auto shared = [&](const ProgramHeader::WeightGrad& g) {
-      return chunk.memory[g.dy].first == dgx.first && in_.heads == 1 && g.blocks == in_.G;
+      return is_dgx(g, chunk, dgx) && in_.heads == 1;
     };
     bool done = false;  // one product whose gradients are those of the projected input goes with it
     for (const ProgramHeader::WeightGrad& g : in_.header.grads) {
@@ -271,13 +271,27 @@ class ProgramBackward {
       pairs.push_back({operand, dw_[g.weight]});
       done = true;
     }
-    gemm_tn(d, pairs, db_ih_, true);
+    gemm_tn(d, pairs, sum_of_dgx(chunk, dgx), true);
     bool first = true;
     for (const ProgramHeader::WeightGrad& g : in_.header.grads) {
       const bool together = first && done && shared(g) && wanted(weight_at(g.weight));
       if (together) first = false;
       product_grads(g, chunk, dgx, alive, bytes, together);
     }
+  }
+
+  bool is_dgx(const ProgramHeader::WeightGrad& g, const ProgramChunk& chunk, const ProgramMemory& dgx) const {
+    return chunk.memory[g.dy].first == dgx.first && g.blocks == in_.G;
+  }
+
+  // The gradient of b_ih, of b_hh, or of both where W_hh h meets the projected input as it is.
+  OptionalTensor sum_of_dgx(const ProgramChunk& chunk, const ProgramMemory& dgx) {
+    bool recurrent = false;
+    for (const ProgramHeader::WeightGrad& g : in_.header.grads)
+      recurrent = recurrent || (g.weight == 0 && in_.header.has_w_hh && is_dgx(g, chunk, dgx));
+    if (!db_ih_.has_value()) return recurrent ? db_hh_ : std::nullopt;
+    bias_is_db_ih_ = recurrent && db_hh_.has_value();
+    return db_ih_;
   }
 
   RowPointers operand_rows(const ProgramHeader::WeightGrad& g, const ProgramChunk& chunk,
@@ -292,9 +306,7 @@ class ProgramBackward {
     const int64_t rows = chunk.n * B_, head = H_ / in_.heads;
     const ProgramMemory& dy = chunk.memory[g.dy];
     const bool bias = g.weight == 0 && in_.header.has_w_hh && db_hh_.has_value();
-    if (bias && dy.first == dgx.first && g.blocks == in_.G) {
-      bias_is_db_ih_ = true;
-    } else if (bias) {
+    if (bias && !is_dgx(g, chunk, dgx)) {
       gemm_tn(matrix(dy, rows, 0, g.blocks * H_), {}, db_hh_, true);
     }
     if (made || !wanted(weight_at(g.weight))) return;
@@ -321,8 +333,7 @@ class ProgramBackward {
     give(1, dw_ih_), give(2, db_ih_);
     if (bias_is_db_ih_ && wanted(3)) {
       const Tensor copy = empty({width_}, wide_);
-      const Tensor& from = db_ih_.has_value() ? *db_ih_ : *db_hh_;
-      std::copy_n(static_cast<const char*>(from.const_data_ptr()), width_ * opmath_bytes(in_.dtype),
+      std::copy_n(static_cast<const char*>(db_ih_->const_data_ptr()), width_ * opmath_bytes(in_.dtype),
                   static_cast<char*>(copy.mutable_data_ptr()));
       db_hh_ = copy;
     }
