@@ -54,7 +54,7 @@ ProgramProduct read_product(Reader& r, const Program& p) {
   ProgramProduct q{};
   q.weight = r.of(p.weights), q.blocks = r.in(1, 64), q.transposed = r.flag();
   q.state = r.maybe(p.states), q.memory = first_of(r, q.blocks, p.memories);
-  q.adds = first_of(r, q.blocks, p.memories), q.bias = r.maybe(p.biases);
+  q.adds = first_of(r, q.blocks, p.memories), q.added = r.in(INT64_MIN, INT64_MAX), q.bias = r.maybe(p.biases);
   q.into = r.maybe(p.states), q.accumulates = r.flag();
   if (q.transposed ? q.state >= 0 || q.adds >= 0 || q.bias >= 0 : q.memory >= 0 || q.into >= 0)
     Reader::fail("a product of both kinds");

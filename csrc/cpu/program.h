@@ -69,7 +69,8 @@ struct ProgramProduct {
   bool transposed;
   int64_t state;       // whose value it multiplies itself (forward), or -1: what is stored to Place::operand,
   int64_t memory;      // or -1; transposed: the first of `blocks` neighbours in memory, which make one row
-  int64_t adds;        // the first of `blocks` memories that are added to the results, or -1
+  int64_t adds;        // the first of `blocks` memories that are added to the results, or -1;
+  int64_t added;       // and to which of them, as bits
   int64_t bias;        // that is added, or -1
   int64_t into;        // whose gradient the result is (Place::d_state), or -1
   bool accumulates;    // on what stands there

@@ -92,7 +92,7 @@ class Product {
           const int n = static_cast<int>(std::min<int64_t>(L, w.units - static_cast<int64_t>(u) * L));
           for (int g = 0; g < gates; ++g) {
             V v = loadu<V>(z + g * L);
-            if (p_.adds >= 0) {
+            if (p_.adds >= 0 && p_.added >> (block + g) & 1) {
               const Spot more = scan.memory_at(p_.adds + block + g, t, b);
               v += load(static_cast<const A*>(more.first) + j, n);
             }

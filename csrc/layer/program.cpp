@@ -27,7 +27,10 @@ ProgramHeader read_header(const int64_t*& at, const int64_t* end) {
     const bool bias = flag();
     h.unit_sources.push_back({bias, word(at, end, 0, (bias ? h.gates : h.units) - 1)});
   }
-  for (int64_t k = size(); k > 0; --k) h.bias_sources.push_back(word(at, end, 1, 3));
+  for (int64_t k = size(); k > 0; --k) {
+    const bool b_hh = flag();
+    h.bias_sources.push_back({b_hh, word(at, end, INT64_MIN, INT64_MAX)});
+  }
   h.dys = size(), h.operands = size();
   for (int64_t k = size(); k > 0; --k) {
     ProgramHeader::WeightGrad g{};
@@ -109,8 +112,8 @@ void ProgramLayer::check() {
   }
   for (const ProgramHeader::Unit& u : header.unit_sources)
     RNNKIT_CHECK(!u.bias || b_ih.has_value(), "b_ih must be given");
-  for (int64_t source : header.bias_sources) {
-    RNNKIT_CHECK((!(source & 1) || b_ih.has_value()) && (!(source & 2) || b_hh.has_value()),
+  for (const ProgramHeader::Bias& source : header.bias_sources) {
+    RNNKIT_CHECK((source.b_ih == 0 || b_ih.has_value()) && (!source.b_hh || b_hh.has_value()),
                  "the biases must be given");
   }
   for (int64_t m : header.padded) {
@@ -135,19 +138,21 @@ ProgramProblem ProgramLayer::problem() {
     q.units.push_back(u.bias ? at(opmath(b_ih).const_data_ptr(), u.index * H, bytes)
                              : opmath(units[u.index]).const_data_ptr());
   }
-  for (int64_t source : header.bias_sources) {
-    if (source != 3) {
-      q.biases.push_back(opmath(source == 1 ? b_ih : b_hh).const_data_ptr());
-      continue;
-    }
-    const Tensor a = opmath(b_ih), b = opmath(b_hh);
-    Tensor sum = empty({G * H}, opmath_type(dtype));
-    const auto add = [&](auto one) {
+  for (const ProgramHeader::Bias& source : header.bias_sources) {
+    Tensor sum = zeros({G * H}, opmath_type(dtype));
+    const auto add = [&](auto one, const OptionalTensor& bias, int64_t blocks) {
       using A = decltype(one);
-      const A *p = static_cast<const A*>(a.const_data_ptr()), *r = static_cast<const A*>(b.const_data_ptr());
-      for (int64_t j = 0; j < G * H; ++j) static_cast<A*>(sum.mutable_data_ptr())[j] = p[j] + r[j];
+      const Tensor from = opmath(bias);
+      for (int64_t j = 0; j < G * H; ++j) {
+        if (blocks >> (j / H) & 1)
+          static_cast<A*>(sum.mutable_data_ptr())[j] += static_cast<const A*>(from.const_data_ptr())[j];
+      }
     };
-    dtype == Dtype::f64 ? add(double{}) : add(float{});
+    const auto add_both = [&](auto one) {
+      if (source.b_ih != 0) add(one, b_ih, source.b_ih);
+      if (source.b_hh) add(one, b_hh, -1);
+    };
+    dtype == Dtype::f64 ? add_both(double{}) : add_both(float{});
     held_.push_back(sum);
     q.biases.push_back(sum.const_data_ptr());
   }

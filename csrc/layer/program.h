@@ -30,7 +30,12 @@ struct ProgramHeader {
   std::vector<bool> row_steps;      // inputs of each step: whether they are per row
   int64_t saved, saved_rows;
   std::vector<Unit> unit_sources;
-  std::vector<int64_t> bias_sources;  // 1: b_ih, 2: b_hh, 3: their sum
+  // What a product adds: b_hh or nothing, and the blocks of b_ih whose bit is set.
+  struct Bias {
+    bool b_hh;
+    int64_t b_ih;
+  };
+  std::vector<Bias> bias_sources;
   // Backward. Memories of the gradients of results that are not those of the projected input, in blocks of H;
   // of operands; and the states before or after a step that are read.
   int64_t dys, operands;

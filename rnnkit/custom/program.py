@@ -56,6 +56,7 @@ class _Product:
     state: int = -1
     memory: int = -1
     adds: int = -1
+    added: int = 0
     bias: int = -1
     into: int = -1
     accumulates: bool = False
@@ -76,7 +77,7 @@ class _Words:
     saved: int = 0
     saved_rows: int = 0
     units: list[tuple[bool, int]] = field(default_factory=list)
-    biases: list[int] = field(default_factory=list)
+    biases: list[tuple[bool, int]] = field(default_factory=list)
     products: list[_Product] = field(default_factory=list)
     memories: int = 0
     dys: int = 0
@@ -91,12 +92,13 @@ class _Words:
             self.units.append((bias, index))
         return Spot("parameter", self.units.index((bias, index)))
 
-    def bias(self, which: int) -> int:
-        if not which:
+    def bias(self, b_hh: bool, b_ih: int) -> int:
+        """The bias of a product: b_hh or nothing, and blocks of b_ih as bits."""
+        if not b_hh and not b_ih:
             return -1
-        if which not in self.biases:
-            self.biases.append(which)
-        return self.biases.index(which)
+        if (b_hh, b_ih) not in self.biases:
+            self.biases.append((b_hh, b_ih))
+        return self.biases.index((b_hh, b_ih))
 
 
 def _step_memories(p: CellProgram, first: int) -> dict[Input, Spot]:
@@ -140,10 +142,10 @@ def forward_words(key: ProgramKey, save: bool, biases: int) -> bytes:
         product = g.products[old]
         (operand,) = product.operands
         made = _Product(number[product.weight], product.blocks, False, state=state_of.get(operand, -1))
-        which = B_HH & biases if product.bias else 0
-        if any(q == numbers[old] for q, _ in folded.values()):
-            made.adds, which = 0, which | (B_IH & biases)
-        made.bias = w.bias(which)
+        added = sum(1 << k for q, k in folded.values() if q == numbers[old])
+        if added:
+            made.adds, made.added = 0, added
+        made.bias = w.bias(bool(product.bias and biases & B_HH), added if biases & B_IH else 0)
         if made.state < 0:
             stores.append(Store(operand, Spot("operand", numbers[old])))
         w.products.append(made)
@@ -155,10 +157,9 @@ def forward_words(key: ProgramKey, save: bool, biases: int) -> bytes:
     inputs = {**gx, **_step_memories(p, steps)}
     inputs |= {Input(s, 0, UNIT): Spot("state_in", k) for k, s in enumerate(p.states)}
     inputs |= {Input(s, 0, UNIT): w.unit(False, k) for k, s in enumerate(p.units) if _reads(g, levels, s)}
-    biased = {}
-    if biases & B_IH:
-        folded_gx = {g.nodes[x].data for n in folded for x in g.nodes[n].args if g.nodes[x].op == "input"}
-        biased = {i: w.unit(True, i.block) for i in gx if i not in folded_gx and _reads(g, levels, *i[:2])}
+    alone = {x for n in levels if n not in folded for x in g.nodes[n].args} | {s.node for s in stores}
+    read = [i for i in gx if g.index_of(i) in alone]
+    biased = {i: w.unit(True, i.block) for i in read} if biases & B_IH else {}
     at = _product_levels(g, levels, numbers)
     schedule = Schedule(g, p.hidden, inputs, stores, folded, biased, numbers, at)
     return _encode(p, w, schedule)
@@ -170,7 +171,7 @@ def _reads(g: Graph, levels: dict[int, int], name: str, block: int = 0) -> bool:
 
 
 def _folded(p: CellProgram, levels: dict[int, int], used: list[int]) -> dict[int, tuple[int, int]]:
-    """The sums of gx and a product, block by block, where nobody wants that product alone: its end makes them."""
+    """The sums of a block of gx and one of a product where nobody wants that product alone: its end makes them."""
     g = p.forward
     readers: dict[int, list[int]] = {}
     for n in levels:
@@ -179,21 +180,14 @@ def _folded(p: CellProgram, levels: dict[int, int], used: list[int]) -> dict[int
     roots = {*p.new, *p.saved, *p.saved_rows} | {x for product in g.products for x in product.operands}
     folded: dict[int, tuple[int, int]] = {}
     for new, old in enumerate(used):
-        if g.products[old].blocks != p.gates or g.products[old].bias is None:
-            continue
-        found = {}
-        for k in range(p.gates):
+        for k in range(p.gates if g.products[old].blocks == p.gates else 0):
             result, gx = g.index_of_product(old, k), g.index_of(Input("gx", k, UNIT))
             sums = readers.get(result, []) if result is not None else []
-            if gx is None or len(sums) != 1 or result in roots:
-                break
+            if gx is None or len(sums) != 1 or result in roots or sums[0] in folded:
+                continue
             node = g.nodes[sums[0]]
-            if node.op != "add" or set(node.args) != {gx, result}:
-                break
-            found[sums[0]] = (new, k)
-        else:
-            folded |= found
-            break
+            if node.op == "add" and set(node.args) == {gx, result}:
+                folded[sums[0]] = new, k
     return folded
 
 
@@ -326,7 +320,7 @@ def _encode(p: CellProgram, w: _Words, schedule: Schedule) -> bytes:
     words += [bool(p.weights) and p.weights[0][0] == "w_hh"]
     words += [len(p.steps), *(kind == ROW for _, kind, _ in p.steps)]
     words += [w.saved, w.saved_rows, len(w.units), *(x for unit in w.units for x in unit)]
-    words += [len(w.biases), *w.biases, w.dys, w.operands, len(w.grads)]
+    words += [len(w.biases), *(x for bias in w.biases for x in bias), w.dys, w.operands, len(w.grads)]
     for grad in w.grads:
         words += [grad.weight, grad.dy, grad.state, grad.memory]
     words += [*(w.needs or (False,) * len(p.states)), len(w.padded), *w.padded]
@@ -337,7 +331,7 @@ def _encode(p: CellProgram, w: _Words, schedule: Schedule) -> bytes:
     words += [len(schedule.constants), *(struct.unpack("<q", struct.pack("<d", v))[0] for v in schedule.constants)]
     words += [len(w.products)]
     for q in w.products:
-        words += [q.weight, q.blocks, q.transposed, q.state, q.memory, q.adds, q.bias, q.into, q.accumulates]
+        words += [q.weight, q.blocks, q.transposed, q.state, q.memory, q.adds, q.added, q.bias, q.into, q.accumulates]
     words += [len(schedule.spans)]
     own = units + rows + len(schedule.constants) + len(w.units)
     first = {"unit": 0, "row": units, "const": units + rows, "parameter": units + rows + len(schedule.constants)}
