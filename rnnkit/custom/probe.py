@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..autocast import no_autocast
 from .declare import CellSpec
-from .reference import step_of
+from .scan import step_of
 
 ROWS = 2
 _passed: set[tuple[CellSpec, int, str, torch.dtype]] = set()
@@ -25,9 +25,15 @@ def probe(spec: CellSpec, hidden: int, device: str, dtype: torch.dtype) -> None:
     if key in _passed:
         return
     # whoever calls may compile, transform or watch what is called
-    with torch.no_grad(), torch.inference_mode(False), no_autocast(device):
-        with _disable_current_modes(), torch._C._DisableFuncTorch(), torch._C.DisableTorchFunction():
-            _try(spec, hidden, device, dtype)
+    with (
+        torch.no_grad(),
+        torch.inference_mode(False),
+        no_autocast(device),
+        _disable_current_modes(),
+        torch._C._DisableFuncTorch(),
+        torch._C.DisableTorchFunction(),
+    ):
+        _try(spec, hidden, device, dtype)
     _passed.add(key)
 
 
