@@ -1,0 +1,273 @@
+"""A user's step as a graph: the step is run once on tensors that hold no numbers and note what is asked of them.
+
+Each tensor of the trace knows its shape (by a tensor on torch's `meta` device, so that torch itself says what shapes
+fit) and which values of the graph it is made of: a block [H] of its last dimension is one value per unit, any other
+element one value per row. What only moves values (chunk, slices, cat, expand, ...) is done by torch on numbers that
+name them, whatever it is called; a result that tears a block apart is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from rnnkit.custom.functions import NotTraced
+from rnnkit.custom.graph import ROW, UNIT, Graph, Product
+from rnnkit.custom.term import Term
+
+
+@dataclass(frozen=True)
+class Traced:
+    graph: Graph
+    new: tuple[int, ...]
+    """The states after the step."""
+    uses_w_hh: bool
+
+
+class Value(Tensor):
+    """A tensor of the trace. `nodes`: its values, in order; a weight has none."""
+
+    nodes: tuple[int, ...]
+    weight: str | None
+    turned: bool
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class Tracer(TorchFunctionMode):
+    """While a step runs under it, what torch is asked becomes nodes of `graph`."""
+
+    def __init__(self, hidden: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.graph, self.hidden, self.dtype = Graph(), hidden, dtype
+        self.rows = (
+            13 if hidden != 13 else 17
+        )  # a prime, so no multiple of H: a shape says which dimension is the batch
+        self.products_of: dict[str, tuple[int, str | None]] = {}  # a weight's blocks and bias
+
+    # --- tensors -------------------------------------------------------------------------------------------------
+
+    def tensor(self, shape: Sequence[int], nodes: Sequence[int], dtype: torch.dtype | None = None) -> Value:
+        value = torch.empty(tuple(shape), dtype=dtype or self.dtype, device="meta").as_subclass(Value)
+        value.nodes, value.weight, value.turned = tuple(nodes), None, False
+        return value
+
+    def weight(self, name: str, blocks: int, bias: str | None = None) -> Value:
+        value = self.tensor((blocks * self.hidden, self.hidden), ())
+        value.weight = name
+        self.products_of[name] = blocks, bias
+        return value
+
+    def input(self, name: str, blocks: int, shape: Sequence[int], kind: str = UNIT) -> Value:
+        return self.tensor(shape, [self.graph.input(name, k, kind) for k in range(blocks)])
+
+    def as_value(self, x: Any, what: str = "") -> Value:
+        if isinstance(x, Value):
+            if x.weight is not None:
+                raise NotTraced(
+                    f"{what} of the weight {x.weight}: a weight may only be multiplied by, as F.linear(v, {x.weight})"
+                )
+            return x
+        if isinstance(x, (bool, int, float)):
+            return self.tensor((), [self.graph.const(x)], torch.bool if isinstance(x, bool) else None)
+        if isinstance(x, Tensor):
+            if x.numel() == 1 and x.device.type != "meta" and not x.requires_grad:
+                dtype = torch.bool if x.dtype == torch.bool else None
+                return self.tensor(x.shape, [self.graph.const(x.item())], dtype)
+            raise NotTraced(
+                f"a tensor {list(x.shape)} from outside the step: declare it (per_unit, weight, per_step) and take it "
+                "as an argument"
+            )
+        raise NotTraced(f"{what} with {type(x).__name__}: a step works on tensors and numbers")
+
+    def names(self, x: Value) -> Tensor:
+        """Numbers in the shape of x that name its values: k·H + u for unit u of block k, -1 - k for a value per row.
+        The batch takes no memory."""
+        rest = x.shape[1:] if self.batched(x) else x.shape
+        if self.by_unit(x):
+            names = torch.arange(len(x.nodes) * self.hidden)
+        else:
+            names = -1 - torch.arange(len(x.nodes))
+        names = names.view(rest)
+        return names.expand(x.shape) if self.batched(x) else names
+
+    def batched(self, x: Tensor) -> bool:
+        return x.dim() > 0 and x.shape[0] == self.rows
+
+    def by_unit(self, x: Tensor) -> bool:
+        return x.dim() > 0 and x.shape[-1] % self.hidden == 0 and not (x.dim() == 1 and self.batched(x))
+
+    def moved(self, names: Tensor, nodes: Sequence[int], what: str, dtype: torch.dtype) -> Value:
+        """The tensor whose values `names` names."""
+        flat = names[0] if self.batched(names) else names
+        if self.batched(names) and names.stride(0) != 0 and not bool((names == names[:1]).all()):
+            raise NotTraced(f"{what}: it joins different rows of the batch, which a step may not")
+        found: list[int] = []
+        if self.by_unit(names):
+            for block in flat.reshape(-1, self.hidden):
+                first = int(block[0])
+                if first < 0 and bool((block == first).all()):
+                    found.append(nodes[-1 - first])
+                elif (
+                    first >= 0
+                    and first % self.hidden == 0
+                    and torch.equal(block, torch.arange(first, first + self.hidden))
+                ):
+                    found.append(nodes[first // self.hidden])
+                else:
+                    raise NotTraced(f"{what}: it takes blocks of H = {self.hidden} units apart; use whole blocks")
+        else:
+            if flat.numel() > 64 or bool((flat >= 0).any()):
+                raise NotTraced(
+                    f"{what}: its result {list(names.shape)} is neither blocks of H = {self.hidden} units nor one "
+                    "value for each row"
+                )
+            found = [nodes[-1 - int(k)] for k in flat.reshape(-1)]
+        return self.tensor(names.shape, found, dtype)
+
+    def move(self, func: Callable[..., Any], args: Any, kwargs: Any, what: str) -> Any:
+        """What only moves values, whatever its name."""
+        nodes: list[int] = []
+        dtypes: list[torch.dtype] = []
+
+        def name(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                x = self.as_value(x, what)
+                at = len(nodes)
+                nodes.extend(x.nodes)
+                dtypes.append(x.dtype)
+                names = self.names(x)
+                return names + at * self.hidden if self.by_unit(x) else names - at
+            if isinstance(x, (list, tuple)):
+                return type(x)(name(y) for y in x)
+            return x
+
+        out = func(*name(args), **{k: name(v) for k, v in kwargs.items()})
+        dtype = dtypes[0] if len(set(dtypes)) == 1 else self.dtype
+        if isinstance(out, Tensor):
+            return self.moved(out, nodes, what, dtype)
+        return tuple(self.moved(x, nodes, what, dtype) for x in out)
+
+    def expanded(self, x: Value, shape: torch.Size) -> tuple[int, ...]:
+        """The values of x in a larger shape."""
+        if x.shape == shape:
+            return x.nodes
+        return self.moved(self.names(x).expand(shape), x.nodes, "broadcasting", x.dtype).nodes
+
+    # --- what handlers call ----------------------------------------------------------------------------------------
+
+    def pointwise(self, formula: Callable[..., Term], *tensors: Any, dtype: torch.dtype | None = None) -> Value:
+        values = [self.as_value(x, getattr(formula, "__name__", "")) for x in tensors]
+        shape = torch.broadcast_shapes(*(v.shape for v in values))
+        parts = [self.expanded(v, shape) for v in values]
+        made = [formula(*(Term(self.graph, n) for n in ns)).n for ns in zip(*parts)]
+        return self.tensor(shape, made, dtype)
+
+    def rowwise(self, x: Any, dim: Any, what: str) -> list[list[Term]]:
+        """The blocks that a reduction over the last dimension takes together."""
+        x = self.as_value(x, what)
+        dims = [dim] if isinstance(dim, int) else list(dim) if dim is not None else list(range(x.dim()))
+        if {d % x.dim() for d in dims} != {x.dim() - 1}:
+            raise NotTraced(
+                f"{what} over dimension {dim} of {list(x.shape)}: only the last dimension (-1) is a row's own"
+            )
+        terms = [Term(self.graph, n) for n in x.nodes]
+        if not self.by_unit(x):
+            raise NotTraced(f"{what} of one value a row, {list(x.shape)}")
+        count = x.shape[-1] // self.hidden
+        return [terms[k : k + count] for k in range(0, len(terms), count)]
+
+    def reduced(self, x: Any, results: Sequence[Term], keepdim: bool) -> Value:
+        shape = (*x.shape[:-1], 1) if keepdim else tuple(x.shape[:-1])
+        return self.tensor(shape, [t.n for t in results])
+
+    def product(self, x: Any, w: Value, what: str) -> Value:
+        x = self.as_value(x, what)
+        if x.shape[-1] != self.hidden or not self.by_unit(x) or len(x.nodes) != 1:
+            raise NotTraced(
+                f"{what}: {list(x.shape)} times the weight {w.weight} {list(w.shape)}; a product takes one block "
+                f"[B, {self.hidden}]"
+            )
+        assert w.weight is not None
+        if self.graph.kind(x.nodes[0]) != UNIT:
+            raise NotTraced(f"{what}: the product of {w.weight} with what is the same in every unit")
+        blocks, bias = self.products_of[w.weight]
+        nodes = self.graph.product(Product(w.weight, blocks, x.nodes, bias=bias))
+        return self.tensor((*x.shape[:-1], blocks * self.hidden), nodes)
+
+    # --- torch's calls ---------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from rnnkit.custom.calls import call  # here, for it knows this class
+
+        return call(self, func, args, kwargs or {})
+
+
+def trace(
+    step: Callable[..., Any],
+    *,
+    hidden: int,
+    gates: int,
+    states: Sequence[str],
+    units: Sequence[str] = (),
+    weights: Mapping[str, int] | None = None,
+    steps: Mapping[str, tuple[str, bool]] | None = None,
+    options: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Traced:
+    """The graph of a step. `weights`: blocks of each declared one; `steps`: kind and whether a gradient is wanted."""
+    weights, steps, options = dict(weights or {}), steps or {}, options or {}
+    if hidden == 1:
+        raise NotTraced("hidden_size 1: a value per unit and one per row look the same")
+    t = Tracer(hidden, dtype)
+    given: dict[str, Any] = {}
+    parameters = inspect.signature(step).parameters
+    uses_w_hh = "a" in parameters or "gh" in parameters
+    wide = (t.rows, gates * hidden)
+    gx = t.input("gx", gates, wide)
+    for s in states:
+        given[s] = t.input(s, 1, (t.rows, hidden))
+    for u in units:
+        given[u] = t.input(u, 1, (hidden,))
+    for name, blocks in weights.items():
+        if name != "w_hh" or not uses_w_hh:
+            given[name] = t.weight(name, blocks)
+    for name, (kind, _) in steps.items():
+        given[name] = t.input(name, 1, (t.rows, 1 if kind == ROW else hidden), kind)
+    given.update(options)
+    if uses_w_hh:
+        gh = t.product(given[states[0]], t.weight("w_hh", gates, "b_hh"), "gh")
+        given["gh"] = gh
+        given["a"] = t.pointwise(lambda x, y: x + y, gx, gh)
+    given["gx"] = gx
+    with t:
+        out = step(**{name: given[name] for name in parameters})
+    return Traced(t.graph, _results(t, out, states), uses_w_hh)
+
+
+def _results(t: Tracer, out: Any, states: Sequence[str]) -> tuple[int, ...]:
+    listed = f"({', '.join(states)}{',' if len(states) == 1 else ''})"
+    if isinstance(out, Tensor) and len(states) == 1:
+        out = (out,)
+    if not isinstance(out, (tuple, list)):
+        raise NotTraced(f"step returned {type(out).__name__}; it returns the states after it, {listed}")
+    if len(out) != len(states):
+        raise NotTraced(f"step returned {len(out)} values for {len(states)} states; it returns {listed}")
+    new = []
+    for name, x in zip(states, out, strict=True):
+        if not isinstance(x, Tensor):
+            raise NotTraced(f"step returned {type(x).__name__} for the state {name}; it returns a tensor [B, H]")
+        x = t.as_value(x, "a state")
+        if tuple(x.shape) != (t.rows, t.hidden):
+            shape = ["B" if d == t.rows else d for d in x.shape]
+            raise NotTraced(f"step returned {shape} for the state {name}; it returns [B, {t.hidden}]".replace("'", ""))
+        if not x.dtype.is_floating_point:
+            raise NotTraced(f"step returned {x.dtype} for the state {name}; it returns numbers of the states' dtype")
+        new.append(x.nodes[0])
+    return tuple(new)
