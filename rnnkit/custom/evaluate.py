@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rnnkit.custom.graph import CellProgram, Graph, Input
 from rnnkit.custom.rules import RULES
+from rnnkit.custom.term import leaf_of, result_of
 
 
 def evaluate(
@@ -17,19 +18,19 @@ def evaluate(
 ) -> list[Tensor]:
     """Each root: [B, H], or [B, 1] for a value per row, or what broadcasts to it. `weights` holds the biases too."""
     values: dict[int, Tensor] = {}
-    like = next(leaf(node.data) for node in graph.nodes if node.op == "input")  # type: ignore[arg-type]
+    like = next(leaf(leaf_of(node)) for node in graph.nodes if node.op == "input")
     for n in sorted(graph.reach(roots)):
         node = graph.nodes[n]
         if node.op == "const":
             values[n] = torch.tensor(node.data, dtype=like.dtype, device=like.device)
         elif node.op == "input":
-            values[n] = leaf(node.data)  # type: ignore[arg-type]
+            values[n] = leaf(leaf_of(node))
         elif node.op == "product":
-            number, block = node.data  # type: ignore[misc]
+            number, block = result_of(node)
             product = graph.products[number]
             weight = weights[product.weight]
-            shape = torch.broadcast_shapes((hidden,), *(values[x].shape for x in product.operands))
-            x = torch.cat([values[x].expand(shape) for x in product.operands], -1)
+            blocks = [values[x] for x in product.operands]
+            x = torch.cat(torch.broadcast_tensors(*blocks, like.new_empty(hidden))[:-1], -1)
             if product.transposed:
                 values[n] = x @ weight
             else:
@@ -82,13 +83,15 @@ def backward(
         return named[x.name] if x.name in named else values[x.name]
 
     steps = tuple(name for name, _, _ in program.steps)
-    roots: list[tuple[str, int, int | None]] = [(s, 0, n) for s, n in zip(program.states, program.d_states)]
+    roots: list[tuple[str, int, int | None]] = [
+        (s, 0, n) for s, n in zip(program.states, program.d_states, strict=True)
+    ]
     roots += [("gx", k, n) for k, n in enumerate(program.d_gx)]
-    roots += [(u, 0, n) for u, n in zip(program.units, program.d_units)]
-    roots += [(s, 0, n) for s, n in zip(steps, program.d_steps)]
+    roots += [(u, 0, n) for u, n in zip(program.units, program.d_units, strict=True)]
+    roots += [(s, 0, n) for s, n in zip(steps, program.d_steps, strict=True)]
     products = [n for _, ds, operand in program.d_products for n in (operand, *ds)]
     wanted = [n for _, _, n in roots if n is not None] + [n for n in products if n is not None]
-    found = dict(zip(wanted, evaluate(program.backward, wanted, leaf, values, hidden)))
+    found = dict(zip(wanted, evaluate(program.backward, wanted, leaf, values, hidden), strict=True))
 
     gradients = {name: torch.zeros_like(x) for name, x in values.items()}
     for name, block, n in roots:

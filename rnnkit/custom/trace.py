@@ -1,7 +1,6 @@
 """A user's step as a graph: the step is run once on tensors that hold no numbers and note what is asked of them.
 
-Each tensor of the trace knows its shape (by a tensor on torch's `meta` device, so that torch itself says what shapes
-fit) and which values of the graph it is made of: a block [H] of its last dimension is one value per unit, any other
+Each tensor of the trace has a shape, a dtype and no memory, and knows which values of the graph it is made of: a block [H] of its last dimension is one value per unit, any other
 element one value per row. What only moves values (chunk, slices, cat, expand, ...) is done by torch on numbers that
 name them, whatever it is called; a result that tears a block apart is refused.
 """
@@ -9,6 +8,8 @@ name them, whatever it is called; a result that tears a block apart is refused.
 from __future__ import annotations
 
 import inspect
+import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rnnkit.custom.functions import NotTraced
+from rnnkit.custom.errors import NotTraced, StepError
 from rnnkit.custom.graph import ROW, UNIT, Graph, Product
 from rnnkit.custom.term import Term
 
@@ -37,7 +38,7 @@ class Value(Tensor):
     weight: str | None
     turned: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 class Tracer(TorchFunctionMode):
@@ -54,7 +55,7 @@ class Tracer(TorchFunctionMode):
     # --- tensors -------------------------------------------------------------------------------------------------
 
     def tensor(self, shape: Sequence[int], nodes: Sequence[int], dtype: torch.dtype | None = None) -> Value:
-        value = torch.empty(tuple(shape), dtype=dtype or self.dtype, device="meta").as_subclass(Value)
+        value = torch.zeros((), dtype=dtype or self.dtype).expand(tuple(shape)).as_subclass(Value)
         value.nodes, value.weight, value.turned = tuple(nodes), None, False
         return value
 
@@ -77,7 +78,7 @@ class Tracer(TorchFunctionMode):
         if isinstance(x, (bool, int, float)):
             return self.tensor((), [self.graph.const(x)], torch.bool if isinstance(x, bool) else None)
         if isinstance(x, Tensor):
-            if x.numel() == 1 and x.device.type != "meta" and not x.requires_grad:
+            if x.numel() == 1 and not x.requires_grad:
                 dtype = torch.bool if x.dtype == torch.bool else None
                 return self.tensor(x.shape, [self.graph.const(x.item())], dtype)
             raise NotTraced(
@@ -164,9 +165,9 @@ class Tracer(TorchFunctionMode):
 
     def pointwise(self, formula: Callable[..., Term], *tensors: Any, dtype: torch.dtype | None = None) -> Value:
         values = [self.as_value(x, getattr(formula, "__name__", "")) for x in tensors]
-        shape = torch.broadcast_shapes(*(v.shape for v in values))
+        shape = torch.broadcast_tensors(*values)[0].shape  # torch.broadcast_shapes imports sympy
         parts = [self.expanded(v, shape) for v in values]
-        made = [formula(*(Term(self.graph, n) for n in ns)).n for ns in zip(*parts)]
+        made = [formula(*(Term(self.graph, n) for n in ns)).n for ns in zip(*parts, strict=True)]
         return self.tensor(shape, made, dtype)
 
     def rowwise(self, x: Any, dim: Any, what: str) -> list[list[Term]]:
@@ -246,28 +247,42 @@ def trace(
         given["gh"] = gh
         given["a"] = t.pointwise(lambda x, y: x + y, gx, gh)
     given["gx"] = gx
-    with t:
-        out = step(**{name: given[name] for name in parameters})
-    return Traced(t.graph, _results(t, out, states), uses_w_hh)
+    missing = [name for name in parameters if name not in given]
+    if missing:
+        known = ", ".join(["a", "gh", *given] if "a" not in given else given)
+        raise StepError(f"step takes {', '.join(missing)}, which the cell does not declare; it may take {known}")
+    try:
+        with t:
+            out = step(**{name: given[name] for name in parameters})
+    except NotTraced as e:
+        raise NotTraced(f"{e}{_where(e)}") from e
+    new = results(out, states, t.rows, hidden)
+    return Traced(t.graph, tuple(t.as_value(x, "a state").nodes[0] for x in new), uses_w_hh)
 
 
-def _results(t: Tracer, out: Any, states: Sequence[str]) -> tuple[int, ...]:
-    listed = f"({', '.join(states)}{',' if len(states) == 1 else ''})"
+def _where(e: BaseException) -> str:
+    """The line of the user's that asked for it."""
+    not_own = os.path.dirname(__file__), os.path.dirname(torch.__file__)
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(e.__traceback__)]
+    own = [(name, line) for name, line in lines if not name.startswith(not_own)]
+    return f" (line {own[-1][1]} of {os.path.basename(own[-1][0])})" if own else ""
+
+
+def results(out: Any, states: Sequence[str], rows: int, hidden: int) -> tuple[Tensor, ...]:
+    """What a step returned, if that is its states."""
+    listed = f"return {', '.join(states)}{',' if len(states) == 1 else ''}"
     if isinstance(out, Tensor) and len(states) == 1:
         out = (out,)
     if not isinstance(out, (tuple, list)):
-        raise NotTraced(f"step returned {type(out).__name__}; it returns the states after it, {listed}")
+        raise StepError(f"step returned {type(out).__name__}; it has to return the states after it: {listed}")
     if len(out) != len(states):
-        raise NotTraced(f"step returned {len(out)} values for {len(states)} states; it returns {listed}")
-    new = []
+        raise StepError(f"step returned {len(out)} values, but the cell has {len(states)} states: {listed}")
     for name, x in zip(states, out, strict=True):
         if not isinstance(x, Tensor):
-            raise NotTraced(f"step returned {type(x).__name__} for the state {name}; it returns a tensor [B, H]")
-        x = t.as_value(x, "a state")
-        if tuple(x.shape) != (t.rows, t.hidden):
-            shape = ["B" if d == t.rows else d for d in x.shape]
-            raise NotTraced(f"step returned {shape} for the state {name}; it returns [B, {t.hidden}]".replace("'", ""))
+            raise StepError(f"step returned {type(x).__name__} for the state {name}, which is a tensor [B, {hidden}]")
+        if tuple(x.shape) != (rows, hidden):
+            shape = ", ".join("B" if d == rows else str(d) for d in x.shape)
+            raise StepError(f"step returned [{shape}] for the state {name}, which is [B, {hidden}]")
         if not x.dtype.is_floating_point:
-            raise NotTraced(f"step returned {x.dtype} for the state {name}; it returns numbers of the states' dtype")
-        new.append(x.nodes[0])
-    return tuple(new)
+            raise StepError(f"step returned {x.dtype} for the state {name}; return numbers of its own dtype")
+    return tuple(out)
