@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,9 +67,13 @@ def forward(program: CellProgram, values: Mapping[str, Tensor]) -> Kept:
 
 
 def backward(
-    program: CellProgram, values: Mapping[str, Tensor], kept: Kept, d_new: Sequence[Tensor]
+    program: CellProgram,
+    values: Mapping[str, Tensor],
+    kept: Kept,
+    d_new: Sequence[Tensor],
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """The gradients of everything in `values` that has one, in its shape; what is missing is zero."""
+    """The gradients of `names` (of everything in `values`) in their shapes."""
     hidden = program.hidden
     rows = values[program.states[0]].shape[0]
     named = {"d_" + s: d for s, d in zip(program.states, d_new, strict=True)}
@@ -93,9 +97,9 @@ def backward(
     wanted = [n for _, _, n in roots if n is not None] + [n for n in products if n is not None]
     found = dict(zip(wanted, evaluate(program.backward, wanted, leaf, values, hidden), strict=True))
 
-    gradients = {name: torch.zeros_like(x) for name, x in values.items()}
+    gradients = {name: torch.zeros_like(values[name]) for name in (values if names is None else names)}
     for name, block, n in roots:
-        if n is None:
+        if n is None or name not in gradients:
             continue
         into = _block(gradients[name], block, hidden) if name == "gx" else gradients[name]
         into += found[n].expand(rows, hidden).sum(0) if name in program.units else found[n]
@@ -104,7 +108,8 @@ def backward(
         for k, n in enumerate(ds):
             if n is not None:
                 d = found[n].expand(rows, hidden)
-                gradients[weight][k * hidden : (k + 1) * hidden] += d.T @ x
+                if weight in gradients:
+                    gradients[weight][k * hidden : (k + 1) * hidden] += d.T @ x
                 if weight == "w_hh" and "b_hh" in gradients:
                     gradients["b_hh"][k * hidden : (k + 1) * hidden] += d.sum(0)
     return gradients

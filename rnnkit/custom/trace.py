@@ -1,8 +1,9 @@
 """A user's step as a graph: the step is run once on tensors that hold no numbers and note what is asked of them.
 
-Each tensor of the trace has a shape, a dtype and no memory, and knows which values of the graph it is made of: a block [H] of its last dimension is one value per unit, any other
-element one value per row. What only moves values (chunk, slices, cat, expand, ...) is done by torch on numbers that
-name them, whatever it is called; a result that tears a block apart is refused.
+Each tensor of the trace has a shape, a dtype and no memory, and knows which values of the graph it is made of: a block
+[H] of its last dimension is one value per unit, any other element one value per row. What only moves values (chunk,
+slices, cat, expand, ...) is done by torch on numbers that name them, whatever it is called; a result that tears a block
+apart is refused.
 """
 
 from __future__ import annotations
