@@ -99,7 +99,7 @@ def compile_step(spec: Spec, hidden: int, dtype: torch.dtype = torch.float32) ->
 
 _EDGES = (0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 1e-3, -1e-3, 2.0)
 _EXTREMES = (80.0, -80.0, 20.0, -20.0, 1e-30, -1e-30, 0.0, 1.0)
-_FAR = 1 << 22
+_FAR = 1 << 20
 """Numbers in a weight above which its gradient is not formed: that of a product is the same whatever H is."""
 
 
@@ -208,15 +208,11 @@ def check_program(spec: Spec, program: CellProgram, dtype: torch.dtype = torch.f
         wanted = [name for name, x in given.items() if x.requires_grad]
         random = torch.Generator().manual_seed(number)
         d_new = [torch.randn(x.shape, generator=random, dtype=torch.float64) for x in out]
-        differentiable = [(x, d) for x, d in zip(out, d_new, strict=True) if x.requires_grad]
+        # One number, and not grad_outputs, at which torch imports sympy, for a second
+        total = torch.stack([(x * d).sum() for x, d in zip(out, d_new, strict=True)]).sum()
         want: tuple[Tensor | None, ...] = (None,) * len(wanted)
-        if differentiable:
-            want = torch.autograd.grad(
-                [x for x, _ in differentiable],
-                [given[name] for name in wanted],
-                [d for _, d in differentiable],
-                allow_unused=True,
-            )
+        if total.requires_grad:
+            want = torch.autograd.grad(total, [given[name] for name in wanted], allow_unused=True)
         with torch.no_grad():
             kept = evaluate.forward(program, given)
             have = evaluate.backward(program, given, kept, d_new, wanted)
@@ -262,6 +258,17 @@ def _make(spec: Spec, hidden: int, dtype: torch.dtype) -> Checked:
     return Checked(program if reason is None else None, reason, time.perf_counter() - start)
 
 
+def _alone(spec: Spec, hidden: int, dtype: torch.dtype) -> Checked:
+    """In a thread of its own, which has no autocast, no inference mode, no transform and no mode of torch's. On one
+    thread of torch's: the tensors are small, and on a busy machine several take 20 times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that have not yet begun
+    try:
+        return _make(spec, hidden, dtype)
+    finally:
+        torch.set_num_threads(threads)
+
+
 _cache: dict[Hashable, Checked] = {}
 _lock = threading.Lock()
 _KEPT = 512
@@ -284,9 +291,8 @@ def program_of(spec: Spec, hidden: int, dtype: torch.dtype = torch.float32) -> C
         with _lock:
             found = _cache.get(key)
             if found is None:
-                # A thread of its own has no autocast, no inference mode, no transform and no mode of torch's
                 with ThreadPoolExecutor(1) as own:
-                    found = own.submit(_make, spec, hidden, dtype).result()
+                    found = own.submit(_alone, spec, hidden, dtype).result()
                 while len(_cache) >= _KEPT:
                     del _cache[next(iter(_cache))]
                 _cache[key] = found

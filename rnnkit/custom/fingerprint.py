@@ -24,6 +24,11 @@ _KNOWN_MODULES = ("torch", "math", "operator", "builtins", "typing", "functools"
 
 
 @functools.lru_cache(maxsize=1024)
+def _known(module: str) -> bool:
+    return module.split(".")[0] in _KNOWN_MODULES
+
+
+@functools.lru_cache(maxsize=1024)
 def _reads(code: types.CodeType) -> tuple[tuple[bool, tuple[str, ...]], ...]:
     """Names that a function takes from outside: whether from its closure, and the name with the attributes behind it,
     as (False, ("config", "scale")) for config.scale."""
@@ -95,8 +100,8 @@ def _of(value: Any, name: str, seen: set[int]) -> Hashable:
             "argument"
         )
     raise NotTraced(
-        f"{name} ({type(value).__name__}), which the step reads, could change unseen: use numbers, tuples or functions, "
-        "or an option"
+        f"{name} ({type(value).__name__}), which the step reads, could change unseen: use numbers, tuples or "
+        "functions, or an option"
     )
 
 
@@ -113,7 +118,7 @@ def _fixed(owner: Any) -> bool:
 
 
 def _of_function(function: types.FunctionType, seen: set[int]) -> Hashable:
-    if (function.__module__ or "").split(".")[0] in _KNOWN_MODULES[:-1]:
+    if _known(function.__module__ or "") and not function.__module__.startswith("rnnkit"):
         return "known", id(function)
     if id(function) in seen:
         return "again", function.__qualname__
@@ -131,6 +136,9 @@ def _of_function(function: types.FunctionType, seen: set[int]) -> Hashable:
             value = function.__globals__[root]
         else:
             continue  # Python's own, or nothing of this name, so that the step raises of itself
+        if isinstance(value, types.ModuleType) and _known(value.__name__):
+            parts.append(value.__name__)
+            continue
         value, rest = _follow(value, names[1:])
         parts.append((dotted, rest, _of(value, dotted, seen)))
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
@@ -141,7 +149,7 @@ def _of_function(function: types.FunctionType, seen: set[int]) -> Hashable:
 def _follow(value: Any, names: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
     """Attributes of modules, classes and objects, down to what is itself a value; a method of a value is left."""
     for k, name in enumerate(names):
-        if isinstance(value, types.ModuleType) and value.__name__.split(".")[0] in _KNOWN_MODULES:
+        if isinstance(value, types.ModuleType) and _known(value.__name__):
             return value, names[k:]
         if isinstance(value, (Tensor, int, float, str, tuple, types.FunctionType)) and not hasattr(value, "_fields"):
             return value, names[k:]
