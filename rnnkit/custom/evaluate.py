@@ -14,11 +14,16 @@ from rnnkit.custom.term import leaf_of, result_of
 
 
 def evaluate(
-    graph: Graph, roots: Sequence[int], leaf: Callable[[Input], Tensor], weights: Mapping[str, Tensor], hidden: int
+    graph: Graph,
+    roots: Sequence[int],
+    leaf: Callable[[Input], Tensor],
+    weights: Mapping[str, Tensor],
+    hidden: int,
+    like: Tensor,
 ) -> list[Tensor]:
-    """Each root: [B, H], or [B, 1] for a value per row, or what broadcasts to it. `weights` holds the biases too."""
+    """Each root: [B, H], or [B, 1] for a value per row, or what broadcasts to it. `weights` holds the biases too;
+    `like` has the dtype and the device."""
     values: dict[int, Tensor] = {}
-    like = next(leaf(leaf_of(node)) for node in graph.nodes if node.op == "input")
     for n in sorted(graph.reach(roots)):
         node = graph.nodes[n]
         if node.op == "const":
@@ -60,7 +65,7 @@ def forward(program: CellProgram, values: Mapping[str, Tensor]) -> Kept:
         return _block(values[x.name], x.block, program.hidden) if x.name == "gx" else values[x.name]
 
     roots = [*program.new, *program.saved, *program.saved_rows]
-    out = evaluate(program.forward, roots, leaf, values, program.hidden)
+    out = evaluate(program.forward, roots, leaf, values, program.hidden, values[program.states[0]])
     a, b = len(program.new), len(program.new) + len(program.saved)
     full = [x.expand(rows, program.hidden) for x in out[:b]]
     return Kept(tuple(full[:a]), tuple(full[a:]), tuple(x.expand(rows, 1) for x in out[b:]))
@@ -95,7 +100,9 @@ def backward(
     roots += [(s, 0, n) for s, n in zip(steps, program.d_steps, strict=True)]
     products = [n for _, ds, operand in program.d_products for n in (operand, *ds)]
     wanted = [n for _, _, n in roots if n is not None] + [n for n in products if n is not None]
-    found = dict(zip(wanted, evaluate(program.backward, wanted, leaf, values, hidden), strict=True))
+    found = dict(
+        zip(wanted, evaluate(program.backward, wanted, leaf, values, hidden, values[program.states[0]]), strict=True)
+    )
 
     gradients = {name: torch.zeros_like(values[name]) for name in (values if names is None else names)}
     for name, block, n in roots:

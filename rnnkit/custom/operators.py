@@ -46,7 +46,7 @@ _ALIASES = {
     "bitwise_xor": "logical_xor", "bitwise_not": "logical_not", "__pow__": "pow", "subtract": "sub",
     "multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg", "absolute": "abs", "less": "lt",
     "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne", "clip": "clamp", "sgn": "sign",
-    "expit": "sigmoid", "fix": "trunc", "swish": "silu", "log_sigmoid": "logsigmoid",
+    "expit": "sigmoid", "fix": "trunc", "swish": "silu", "log_sigmoid": "logsigmoid", "_threshold": "threshold",
     "special_expit": "sigmoid", "special_expm1": "expm1",
     "special_log1p": "log1p", "special_erf": "erf", "special_logsumexp": "logsumexp", "special_softmax": "softmax",
     "special_log_softmax": "log_softmax", "rsub": "__rsub__", "__rdiv__": "__rtruediv__", "mm": "matmul",
@@ -64,7 +64,7 @@ _POINTWISE: dict[str, Callable[..., Term]] = {
     "sign": f.sign, "ceil": f.ceil, "trunc": f.trunc, "frac": lambda x: x - f.trunc(x), "square": lambda x: x * x,
     "exp2": lambda x: (x * math.log(2)).point("exp"), "log2": lambda x: x.point("log") * (1 / math.log(2)),
     "log10": lambda x: x.point("log") * (1 / math.log(10)), "sinh": f.sinh, "cosh": f.cosh, "tan": f.tan,
-    "relu6": lambda x, inplace=None: f.hardtanh(x, 0.0, 6.0), "softsign": f.softsign, "logsigmoid": f.logsigmoid,
+    "relu6": lambda x: f.hardtanh(x, 0.0, 6.0), "softsign": f.softsign, "logsigmoid": f.logsigmoid,
     "tanhshrink": lambda x: x - x.point("tanh"), "logaddexp": f.logaddexp, "pow": f.power,
     "__rsub__": lambda x, y: y - x, "__rtruediv__": lambda x, y: y / x, "__rpow__": lambda x, y: f.power(y, x),
     "rad2deg": lambda x: x * (180 / math.pi), "deg2rad": lambda x: x * (math.pi / 180), "hypot": lambda x, y:
@@ -79,6 +79,7 @@ _TRUTHS: dict[str, Callable[..., Term]] = {
     "logical_xor": f.differ,
     "logical_not": f.no,
     "isnan": lambda x: x.point("ne", x),
+    "isfinite": lambda x: x.point("abs") < math.inf,
     "isinf": lambda x: x.point("abs").same(math.inf),
     "signbit": lambda x: x < 0,
 }
@@ -89,9 +90,7 @@ _RANDOM = _words(
     "dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rrelu uniform_ normal_ bernoulli_ random_ "
     "exponential_ gumbel_softmax geometric_ log_normal_ cauchy_ binomial"
 )
-_VALUE = _words(
-    "__bool__ __float__ __int__ __index__ item tolist numpy __contains__ equal allclose is_nonzero nonzero any all"
-)
+_VALUE = _words("__float__ __int__ __index__ item tolist numpy __contains__ equal allclose is_nonzero nonzero any all")
 _INSTEAD = {
     "max": "torch.amax over units, torch.maximum of two tensors",
     "min": "-torch.amax(-x, -1) over units, torch.minimum of two tensors",
@@ -102,9 +101,18 @@ _INSTEAD = {
     "bmm": "F.linear with a declared weight",
     "addmm": "F.linear with a declared weight",
     "nan_to_num": "torch.where(x != x, 0, x)",
-    "atan2": "a rational or tanh form",
+    "atan2": "torch.sin and torch.cos of what makes the angle",
     "T": "F.linear for a product",
-    "half": "nothing: a step computes in float32 or wider",
+    "remainder": "x - torch.floor(x / y) * y",
+    "__mod__": "x - torch.floor(x / y) * y",
+    "__floordiv__": "torch.floor(x / y)",
+    "floor_divide": "torch.floor(x / y)",
+    "arange": "a parameter per unit, or an input per step",
+    "eye": "a declared weight",
+    "linspace": "a parameter per unit",
+    "fmax": "torch.maximum",
+    "fmin": "torch.minimum",
+    "cumsum": "another form: a unit's value may not depend on its place among the others",
     "glu": "a, b = x.chunk(2, -1); a * torch.sigmoid(b)",
 }
 
@@ -244,6 +252,17 @@ def _cast(t: Tracer, input: Any, dtype: Any) -> Value:
     raise NotTraced(f"a change of dtype, {x.dtype} to {dtype}: {DTYPE}")
 
 
+_CASTS = {
+    "float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16,
+    "bool": torch.bool, "int": torch.int32, "long": torch.int64, "short": torch.int16, "char": torch.int8,
+    "byte": torch.uint8,
+}  # fmt: skip
+
+
+def _caster(dtype: torch.dtype) -> Callable[..., Value]:
+    return lambda t, input: _cast(t, input, dtype)
+
+
 def _to(t: Tracer, input: Any, *args: Any, **kwargs: Any) -> Value:
     for x in (*args, *kwargs.values()):
         if isinstance(x, torch.dtype):
@@ -299,8 +318,8 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     
      
     "to": _to,
-    "type": _to, "type_as": _to, "float": lambda t, x: _cast(t, x, torch.float32),
-    "double": lambda t, x: _cast(t, x, torch.float64), "bool": lambda t, x: _cast(t, x, torch.bool),
+    "type": _to, "type_as": _to, 
+    **{name: _caster(dtype) for name, dtype in _CASTS.items()}, 
     **ROWS, "zeros_like": _like(0.0), "ones_like": _like(1.0), "full_like": _like(None),
     "zeros": _made(0.0, False), "ones": _made(1.0, False), "full": _made(None, False),
     "new_zeros": _made(0.0, True), "new_ones": _made(1.0, True), "new_full": _made(None, True),
@@ -335,8 +354,11 @@ def call(t: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise NotTraced(f"{name}, which changes a tensor in place: write a new value, as x = x.mul(2) or torch.where")
     if name in _RANDOM:
         raise StepError(_random_words(name))
+    if name == "__bool__":
+        raise NotTraced("a branch on a value (if, while, and, or, not): it differs by row and unit; write torch.where")
     if name in _VALUE:
-        raise NotTraced(f"a branch on a value ({name}): which way it goes differs by row; write torch.where")
+        raise NotTraced(f"{name}, which reads a tensor's value into Python: it differs by row; stay with tensors")
+    kwargs.pop("inplace", None)
     if name in ("t", "transpose", "permute", "swapaxes", "swapdims") and _weight(args[0]):
         return _turned(t, args[0])
     if name == "max" and len(args) == 2 and isinstance(args[1], Tensor):

@@ -158,7 +158,7 @@ def _normed(t: Tracer, input: Any, normalized_shape: Any, what: str) -> list[lis
     input = t.as_value(input, what)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if shape != tuple(input.shape[-1:]):
-        raise NotTraced(f"{what} over {list(shape)} of {list(input.shape)}: only over the last dimension")
+        raise NotTraced(f"{what} over {list(shape)} of {t.shown(input)}: only over the last dimension")
     return t.rowwise(input, -1, what)
 
 

@@ -32,6 +32,11 @@ class Traced:
     uses_w_hh: bool
 
 
+_BATCH, _ROWS = 1 << 40, 1 << 39
+_MOST = 64
+"""Values per row that a tensor may hold."""
+
+
 class Value(Tensor):
     """A tensor of the trace. `nodes`: its values, in order; a weight has none."""
 
@@ -83,54 +88,60 @@ class Tracer(TorchFunctionMode):
                 dtype = torch.bool if x.dtype == torch.bool else None
                 return self.tensor(x.shape, [self.graph.const(x.item())], dtype)
             raise NotTraced(
-                f"a tensor {list(x.shape)} from outside the step: declare it (per_unit, weight, per_step) and take it "
+                f"a tensor {self.shown(x)} from outside the step: declare it (per_unit, weight, per_step) and take it "
                 "as an argument"
             )
         raise NotTraced(f"{what} with {type(x).__name__}: a step works on tensors and numbers")
 
     def names(self, x: Value) -> Tensor:
-        """Numbers in the shape of x that name its values: k·H + u for unit u of block k, -1 - k for a value per row.
-        The batch takes no memory."""
+        """Numbers in the shape of x that name its values: k·H + u for unit u of block k, _ROWS + k for a value per
+        row, and _BATCH · (r + 1) more in row r of the batch."""
         rest = x.shape[1:] if self.batched(x) else x.shape
         if self.by_unit(x):
-            names = torch.arange(len(x.nodes) * self.hidden)
+            names = torch.arange(len(x.nodes) * self.hidden).view(rest)
         else:
-            names = -1 - torch.arange(len(x.nodes))
-        names = names.view(rest)
-        return names.expand(x.shape) if self.batched(x) else names
+            names = _ROWS + torch.arange(len(x.nodes)).view(rest)
+        return names + self.tags(x.dim()) if self.batched(x) else names
+
+    def tags(self, dimensions: int) -> Tensor:
+        return (_BATCH * torch.arange(1, self.rows + 1)).view(self.rows, *[1] * (dimensions - 1))
 
     def batched(self, x: Tensor) -> bool:
         return x.dim() > 0 and x.shape[0] == self.rows
+
+    def shown(self, x: Tensor) -> str:
+        return f"[{', '.join('B' if d == self.rows else str(d) for d in x.shape)}]"
 
     def by_unit(self, x: Tensor) -> bool:
         return x.dim() > 0 and x.shape[-1] % self.hidden == 0 and not (x.dim() == 1 and self.batched(x))
 
     def moved(self, names: Tensor, nodes: Sequence[int], what: str, dtype: torch.dtype) -> Value:
         """The tensor whose values `names` names."""
-        flat = names[0] if self.batched(names) else names
-        if self.batched(names) and names.stride(0) != 0 and not bool((names == names[:1]).all()):
-            raise NotTraced(f"{what}: it joins different rows of the batch, which a step may not")
+        tag, name = names - names % _BATCH, names % _BATCH
+        if self.batched(names):
+            own = (tag == 0) | (tag == self.tags(names.dim()))
+            if not bool(own.all()) or not bool((name == name[:1]).all()):
+                raise NotTraced(f"{what}: it joins different rows of the batch, which a step may not")
+            name = name[0]
+        elif bool(tag.any()):
+            raise NotTraced(f"{what}: its result {self.shown(names)} has lost the batch, the first dimension")
         found: list[int] = []
         if self.by_unit(names):
-            for block in flat.reshape(-1, self.hidden):
+            for block in name.reshape(-1, self.hidden):
                 first = int(block[0])
-                if first < 0 and bool((block == first).all()):
-                    found.append(nodes[-1 - first])
-                elif (
-                    first >= 0
-                    and first % self.hidden == 0
-                    and torch.equal(block, torch.arange(first, first + self.hidden))
-                ):
+                if first >= _ROWS and bool((block == first).all()):
+                    found.append(nodes[first - _ROWS])
+                elif first % self.hidden == 0 and torch.equal(block, torch.arange(first, first + self.hidden)):
                     found.append(nodes[first // self.hidden])
                 else:
                     raise NotTraced(f"{what}: it takes blocks of H = {self.hidden} units apart; use whole blocks")
         else:
-            if flat.numel() > 64 or bool((flat >= 0).any()):
+            if name.numel() > _MOST or bool((name < _ROWS).any()):
                 raise NotTraced(
-                    f"{what}: its result {list(names.shape)} is neither blocks of H = {self.hidden} units nor one "
-                    "value for each row"
+                    f"{what}: its result {self.shown(names)} is neither whole blocks of H = {self.hidden} units nor "
+                    "one value for each row"
                 )
-            found = [nodes[-1 - int(k)] for k in flat.reshape(-1)]
+            found = [nodes[int(k) - _ROWS] for k in name.reshape(-1)]
         return self.tensor(names.shape, found, dtype)
 
     def move(self, func: Callable[..., Any], args: Any, kwargs: Any, what: str) -> Any:
@@ -145,7 +156,7 @@ class Tracer(TorchFunctionMode):
                 nodes.extend(x.nodes)
                 dtypes.append(x.dtype)
                 names = self.names(x)
-                return names + at * self.hidden if self.by_unit(x) else names - at
+                return names + (at * self.hidden if self.by_unit(x) else at)
             if isinstance(x, (list, tuple)):
                 return type(x)(name(y) for y in x)
             return x
@@ -176,12 +187,10 @@ class Tracer(TorchFunctionMode):
         x = self.as_value(x, what)
         dims = [dim] if isinstance(dim, int) else list(dim) if dim is not None else list(range(x.dim()))
         if {d % x.dim() for d in dims} != {x.dim() - 1}:
-            raise NotTraced(
-                f"{what} over dimension {dim} of {list(x.shape)}: only the last dimension (-1) is a row's own"
-            )
+            raise NotTraced(f"{what} over dimension {dim} of {self.shown(x)}: only the last one, -1, is a row's own")
         terms = [Term(self.graph, n) for n in x.nodes]
         if not self.by_unit(x):
-            raise NotTraced(f"{what} of one value a row, {list(x.shape)}")
+            raise NotTraced(f"{what} of one value a row, {self.shown(x)}")
         count = x.shape[-1] // self.hidden
         return [terms[k : k + count] for k in range(0, len(terms), count)]
 
@@ -193,7 +202,7 @@ class Tracer(TorchFunctionMode):
         x = self.as_value(x, what)
         if x.shape[-1] != self.hidden or not self.by_unit(x) or len(x.nodes) != 1:
             raise NotTraced(
-                f"{what}: {list(x.shape)} times the weight {w.weight} {list(w.shape)}; a product takes one block "
+                f"{what}: {self.shown(x)} times the weight {w.weight} {list(w.shape)}; a product takes one block "
                 f"[B, {self.hidden}]"
             )
         assert w.weight is not None
