@@ -19,6 +19,7 @@ from .. import masks
 from ..cells import compute_dtype
 from .declare import CellSpec
 from .inputs import CellInputs, CellOptions, CellOutputs
+from .trace import results
 
 Step = Callable[..., tuple[Tensor, ...]]
 """gx [B, G·H], the states [B, H], inputs of the step, weights, b_hh, units -> the new states."""
@@ -36,7 +37,7 @@ def dense(w: Tensor, heads: int) -> Tensor:
 
 def step_of(spec: CellSpec) -> Step:
     """The user's step on what it names."""
-    n, recurrent = len(spec.states), spec.recurrent
+    recurrent = spec.recurrent
     weights = [name for name, _ in spec.weights[recurrent:]]
     inputs = [name for name, _, _ in spec.steps]
     has_a, has_gx, has_gh = (name in spec.arguments for name in ("a", "gx", "gh"))
@@ -65,28 +66,10 @@ def step_of(spec: CellSpec) -> Step:
             if has_a:
                 given["a"] = gx + gh
         new = spec.step(**given)
-        if n == 1 and isinstance(new, Tensor):
-            new = (new,)
-        return states_returned(spec, new, before[0])
+        found = results(new, spec.states, *before[0].shape)
+        return tuple([v if v.dtype == gx.dtype else v.to(gx.dtype) for v in found])
 
     return step
-
-
-def states_returned(spec: CellSpec, new: object, like: Tensor) -> tuple[Tensor, ...]:
-    """What a step gave back, checked: a tensor [B, H] for each state."""
-    wanted = ", ".join(spec.states)
-    if not isinstance(new, tuple | list) or len(new) != len(spec.states):
-        got = f"{len(new)} values" if isinstance(new, tuple | list) else type(new).__name__
-        got = "one tensor" if isinstance(new, Tensor) else got
-        raise ValueError(f"{spec.name}.step returned {got}; its states are {wanted}: return {wanted}")
-    for name, v in zip(spec.states, new, strict=True):
-        if not isinstance(v, Tensor):
-            raise TypeError(f"{spec.name}.step returned {type(v).__name__} for {name}; it must be a tensor [B, H]")
-        if v.shape != like.shape:
-            raise ValueError(
-                f"{spec.name}.step returned {name} of shape {list(v.shape)}; it must be [B, H] = {list(like.shape)}"
-            )
-    return tuple([v if v.dtype == like.dtype else v.to(like.dtype) for v in new])
 
 
 def guard(t: CellInputs, reverse: bool) -> tuple[Tensor | None, Tensor | None]:
