@@ -90,7 +90,7 @@ _RANDOM = _words(
     "dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rrelu uniform_ normal_ bernoulli_ random_ "
     "exponential_ gumbel_softmax geometric_ log_normal_ cauchy_ binomial"
 )
-_VALUE = _words("__float__ __int__ __index__ item tolist numpy __contains__ equal allclose is_nonzero nonzero any all")
+_VALUE = _words("__float__ __int__ __index__ item tolist numpy __contains__ equal allclose is_nonzero nonzero")
 _INSTEAD = {
     "max": "torch.amax over units, torch.maximum of two tensors",
     "min": "-torch.amax(-x, -1) over units, torch.minimum of two tensors",
@@ -155,6 +155,8 @@ def _clamp(t: Tracer, input: Any, min: Any = None, max: Any = None) -> Value:
 
 
 def _where(t: Tracer, condition: Any, input: Any, other: Any) -> Value:
+    if not _truths(condition) and _truths(input):  # x.where(condition, y)
+        condition, input = input, condition
     return t.pointwise(lambda c, a, b: c.where(a, b), condition, input, other)
 
 
@@ -354,8 +356,8 @@ def call(t: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise NotTraced(f"{name}, which changes a tensor in place: write a new value, as x = x.mul(2) or torch.where")
     if name in _RANDOM:
         raise StepError(_random_words(name))
-    if name == "__bool__":
-        raise NotTraced("a branch on a value (if, while, and, or, not): it differs by row and unit; write torch.where")
+    if name in ("__bool__", "any", "all"):
+        raise NotTraced(f"a branch on values ({name}): they differ by row and unit; write torch.where")
     if name in _VALUE:
         raise NotTraced(f"{name}, which reads a tensor's value into Python: it differs by row; stay with tensors")
     kwargs.pop("inplace", None)

@@ -217,8 +217,8 @@ def check_program(spec: Spec, program: CellProgram, dtype: torch.dtype = torch.f
             for name, x, y in zip(spec.states, kept.new, out, strict=True):
                 if wrong := _differs(x, y):
                     return (
-                        f"what was read off the step gives the state {name} as {wrong}: does it depend on the number of "
-                        "rows, or on more than its arguments?"
+                        f"what was read off the step gives the state {name} as {wrong}: does it depend on the "
+                        "number of rows, or on more than its arguments?"
                     )
             for name, found in zip(wanted, want, strict=True):
                 y = torch.zeros(()) if found is None else found

@@ -152,7 +152,7 @@ def make_program(
 
     after: dict[int, str] = {}
     for s, n in zip(states, new, strict=True):
-        if graph.nodes[n].op not in ("input", "const"):
+        if graph.kind(n) == UNIT and graph.nodes[n].op != "input":
             after.setdefault(n, s)
 
     def free(n: int) -> bool:

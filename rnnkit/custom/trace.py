@@ -124,7 +124,7 @@ class Tracer(TorchFunctionMode):
                 raise NotTraced(f"{what}: it joins different rows of the batch, which a step may not")
             name = name[0]
         elif bool(tag.any()):
-            raise NotTraced(f"{what}: its result {self.shown(names)} has lost the batch, the first dimension")
+            raise NotTraced(f"{what}: its result {self.shown(names)} has not the batch as its first dimension")
         found: list[int] = []
         if self.by_unit(names):
             for block in name.reshape(-1, self.hidden):
@@ -185,7 +185,9 @@ class Tracer(TorchFunctionMode):
     def rowwise(self, x: Any, dim: Any, what: str) -> list[list[Term]]:
         """The blocks that a reduction over the last dimension takes together."""
         x = self.as_value(x, what)
-        dims = [dim] if isinstance(dim, int) else list(dim) if dim is not None else list(range(x.dim()))
+        if dim is None or dim == ():
+            raise NotTraced(f"{what} over the whole tensor, the batch too: only the last dimension, -1, is a row's own")
+        dims = [dim] if isinstance(dim, int) else list(dim)
         if {d % x.dim() for d in dims} != {x.dim() - 1}:
             raise NotTraced(f"{what} over dimension {dim} of {self.shown(x)}: only the last one, -1, is a row's own")
         terms = [Term(self.graph, n) for n in x.nodes]
