@@ -14,8 +14,9 @@ if not (_Path(__file__).parent / "benchmarks").exists():  # a clone that runs as
 from . import functional, ops
 from .backends import use_backend
 from .convert import convert, patch_torch, revert
+from .custom.declare import Cell, module, option, per_step, per_unit, weight
 from .explain import explain
-from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .nn import GRU, LSTM, RNN, Custom, GRUCell, LSTMCell, RNNCell
 from .version import __version__ as __version__
 
 if _TYPE_CHECKING:
@@ -34,14 +35,21 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Cell",
+    "Custom",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "convert",
     "explain",
     "functional",
+    "module",
     "ops",
+    "option",
     "patch_torch",
+    "per_step",
+    "per_unit",
     "revert",
     "use_backend",
+    "weight",
 ]

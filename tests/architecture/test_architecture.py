@@ -46,6 +46,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("rnnkit.layer.custom_ops", "rnnkit.layer.override", "rnnkit.layer.profiler", "rnnkit.checks", "rnnkit.layouts"),
     ("rnnkit.layer.autograd",),
     ("rnnkit.layer",),
+    ("rnnkit.custom",),
     ("rnnkit.ops",),
     ("rnnkit.functional",),
     ("rnnkit.nn",),
