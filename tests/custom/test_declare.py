@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from custom_layers import Everything, GRU, LSTM
+from custom_layers import GRU, LSTM, Everything
 from torch import nn
 
 import rnnkit
@@ -125,9 +125,7 @@ def test_initial_values_and_names_are_as_torch_has_them() -> None:
 
 def test_arguments_of_the_layer() -> None:
     said = repr(rnnkit.Custom(Everything(act="relu"), 3, 4, 2, bidirectional=True, dropout=0.5, heads=2))
-    assert said == (
-        "Custom(Everything(act='relu'), 3, 4, num_layers=2, dropout=0.5, bidirectional=True, heads=2)"
-    )
+    assert said == ("Custom(Everything(act='relu'), 3, 4, num_layers=2, dropout=0.5, bidirectional=True, heads=2)")
     with pytest.raises(ValueError, match="multiple of heads"):
         rnnkit.Custom(LSTM, 3, 4, heads=3)
     with pytest.raises(ValueError, match="num_layers"):
