@@ -9,6 +9,7 @@ apart is refused.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -171,6 +172,9 @@ class Tracer(TorchFunctionMode):
         """The values of x in a larger shape."""
         if x.shape == shape:
             return x.nodes
+        if len(x.nodes) == 1 and x.dim() in (0, len(shape)):  # the same in each block; what follows would find it too
+            rest = math.prod(shape[1:] if shape[:1] == (self.rows,) else shape)
+            return x.nodes * (rest // self.hidden if shape[-1] % self.hidden == 0 else rest)
         return self.moved(self.names(x).expand(shape), x.nodes, "broadcasting", x.dtype).nodes
 
     # --- what handlers call ----------------------------------------------------------------------------------------
