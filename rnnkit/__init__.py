@@ -14,18 +14,20 @@ if not (_Path(__file__).parent / "benchmarks").exists():  # a clone that runs as
 from . import functional, ops
 from .backends import use_backend
 from .convert import convert, patch_torch, revert
+from .custom.declare import Cell, module, option, per_step, per_unit, weight
 from .explain import explain
-from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .nn import GRU, LSTM, RNN, Custom, GRUCell, LSTMCell, RNNCell
 from .version import __version__ as __version__
 
 if _TYPE_CHECKING:
     from . import diagnostics as diagnostics
     from . import sequence as sequence
+    from . import variants as variants
 else:
 
     def __getattr__(name: str) -> _ModuleType:
-        """`rnnkit.diagnostics` and `rnnkit.sequence` are imported when they are first asked for."""
-        if name in ("diagnostics", "sequence"):
+        """`rnnkit.diagnostics`, `rnnkit.sequence` and `rnnkit.variants` are imported when they are first asked for."""
+        if name in ("diagnostics", "sequence", "variants"):
             return _importlib.import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -34,14 +36,21 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Cell",
+    "Custom",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "convert",
     "explain",
     "functional",
+    "module",
     "ops",
+    "option",
     "patch_torch",
+    "per_step",
+    "per_unit",
     "revert",
     "use_backend",
+    "weight",
 ]

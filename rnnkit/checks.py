@@ -310,7 +310,7 @@ def layer(
             expect_shape(c_r, "reset_state[1]", "[B, H]", (rows, hidden), ValueError)
     if reset is not None:
         reset = reset_of(reset, steps, rows, x.device)
-    _same(x, _NAMES, (w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_r, c_r))
+    expect_same(x, _NAMES, (w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, h_r, c_r))
     t = LayerInputs(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, h_r, c_r)  # type: ignore[arg-type]
     return t, LayerOptions(reverse, all_states, recompute)
 
@@ -318,7 +318,7 @@ def layer(
 _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0", "reset_state", "reset_state[1]")
 
 
-def _same(x: Tensor, names: Sequence[str], others: Sequence[Tensor | None]) -> None:
+def expect_same(x: Tensor, names: Sequence[str], others: Sequence[Tensor | None]) -> None:
     """One floating dtype (any under autocast) and one device. `names` are those of `others`, w_ih first."""
     dtype, device = x.dtype, x.device
     w_ih: Tensor = others[0]  # type: ignore[assignment]
@@ -374,7 +374,7 @@ def sequence(
             expect_shape(v, label, form, wanted, BadValue if own else ValueError)
 
 
-def _expect_count(value: object, name: str, least: int) -> None:
+def expect_count(value: object, name: str, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise BadType(f"{name} must be an integer, got {value!r}")
     if value < least:
@@ -387,8 +387,8 @@ def stack(cell: str, weights: Sequence[Tensor], layers: int, directions: int, pr
     if type(weights) is not list and not isinstance(weights, list | tuple):
         raise BadType(f"weights must be a list of tensors, got {type(weights).__name__}")
     if type(layers) is not int or type(proj_size) is not int or layers < 1 or proj_size < 0:
-        _expect_count(layers, "num_layers", 1)
-        _expect_count(proj_size, "proj_size", 0)
+        expect_count(layers, "num_layers", 1)
+        expect_count(proj_size, "proj_size", 0)
     count = layers * directions
     each, rest = divmod(len(weights), count)
     expected = (3, 5) if proj_size else (2, 4)
@@ -446,7 +446,7 @@ def weights_before_dropout(cell: str, x: Tensor, pieces: Sequence[Sequence[Tenso
         assert w_ih is not None and w_hh is not None  # two weights at least, checked above
         width = x.shape[-1] if k < directions else directions * w_hh.shape[1]
         expect_shape(w_ih, f"w_ih of layer {k // directions}", "[G·H, I]", (w_ih.shape[0], width))
-        _same(x, _NAMES[:5], (w_ih, w_hh, b_ih, b_hh, w_hr))
+        expect_same(x, _NAMES[:5], (w_ih, w_hh, b_ih, b_hh, w_hr))
 
 
 def cell_rows(input: object, hx: object, name: str) -> tuple[Tensor, object]:

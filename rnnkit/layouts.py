@@ -34,7 +34,7 @@ class Layout:
                 there = torch.arange(self.rows) < sizes[:, None]
                 self.index = there.flatten().nonzero().squeeze(1).to(input.data.device)
                 self.lengths = there.sum(0).to(input.data.device)
-            self.x = self._pad(input.data)
+            self.x = self.pad(input.data)
         else:
             self.dims = input.dim()
             if self.dims == 2:
@@ -43,7 +43,7 @@ class Layout:
                 self.x = input.transpose(0, 1) if batch_first else input
             self.steps, self.rows, _ = self.x.shape
 
-    def _pad(self, data: Tensor) -> Tensor:
+    def pad(self, data: Tensor) -> Tensor:
         """[sum of lengths, ...] -> [T, B, ...], zeros beyond each row's length."""
         if self.index is not None:
             blank = data.new_zeros((self.steps * self.rows, *data.shape[1:]))
@@ -56,20 +56,24 @@ class Layout:
 
     def dropout(self, y: Tensor, p: float) -> Tensor:
         """Dropout between layers, drawn over the same elements in the same order as torch.nn draws it."""
-        return self._pad(F.dropout(self._pack(y), p)) if self.packed else F.dropout(y, p)
+        return self.pad(F.dropout(self._pack(y), p)) if self.packed else F.dropout(y, p)
+
+    def expect_packed_alike(self, v: PackedSequence, name: str) -> None:
+        """Of something that is packed as the input is."""
+        if not torch.equal(v.batch_sizes, self.source.batch_sizes):
+            raise ValueError(f"{name} must be packed with the input's lengths: its batch_sizes differ")
+        orders = [s.sorted_indices for s in (self.source, v)]
+        known = [order for order in orders if order is not None]
+        if len(known) == 1 or (len(known) == 2 and not torch.equal(*known)):
+            raise ValueError(f"{name} must be packed in the input's order of rows: its sorted_indices differ")
 
     def reset_mask(self, reset: Tensor | PackedSequence) -> Tensor:
         """`reset` in the input's layout as [T, B]."""
         if self.packed:
             if not isinstance(reset, PackedSequence):
                 raise TypeError(f"with a PackedSequence, reset must be one too, got {type(reset).__name__}")
-            if not torch.equal(reset.batch_sizes, self.source.batch_sizes):
-                raise ValueError("reset must be packed with the input's lengths: its batch_sizes differ")
-            orders = [s.sorted_indices for s in (self.source, reset)]
-            known = [order for order in orders if order is not None]
-            if len(known) == 1 or (len(known) == 2 and not torch.equal(*known)):
-                raise ValueError("reset must be packed in the input's order of rows: its sorted_indices differ")
-            return self._pad(_marks(reset.data))
+            self.expect_packed_alike(reset, "reset")
+            return self.pad(_marks(reset.data))
         if not isinstance(reset, Tensor):
             way = "" if isinstance(reset, PackedSequence) else "; pass torch.as_tensor(reset)"
             raise TypeError(f"reset must be a tensor of 0 and 1 in the input's layout, got {type(reset).__name__}{way}")
@@ -148,11 +152,11 @@ class JaggedLayout(Layout):
         if torch.compiler.is_compiling():
             self.outside = (row < 0) | (row >= self.rows)
             self.index = self.index.where(~self.outside, self.steps * self.rows)
-        self.x = self._pad(values)
+        self.x = self.pad(values)
 
-    def _pad(self, data: Tensor) -> Tensor:
+    def pad(self, data: Tensor) -> Tensor:
         if self.outside is None:
-            return super()._pad(data)
+            return super().pad(data)
         blank = data.new_zeros((self.steps * self.rows + 1, *data.shape[1:]))  # the last is for what lies outside
         return blank.index_copy(0, self.index, data)[:-1].view(self.steps, self.rows, *data.shape[1:])  # type: ignore[arg-type]
 
@@ -163,19 +167,23 @@ class JaggedLayout(Layout):
 
     def dropout(self, y: Tensor, p: float) -> Tensor:
         """Drawn over the values, as for a PackedSequence."""
-        return self._pad(F.dropout(self._pack(y), p))
+        return self.pad(F.dropout(self._pack(y), p))
 
     def reset_mask(self, reset: Tensor | PackedSequence) -> Tensor:
         """`reset`, nested as the input is, [B, j] or [B, j, 1], as [T, B]."""
         if not (isinstance(reset, Tensor) and reset.is_nested and reset.layout is torch.jagged):
             got = reset.layout if isinstance(reset, Tensor) else type(reset).__name__
             raise TypeError(f"with a nested input, reset must be nested too, of layout torch.jagged, got {got}")
-        if not torch.compiler.is_compiling() and not torch.equal(reset.offsets(), self.offsets):  # type: ignore[attr-defined]
-            raise ValueError("reset must be nested with the input's lengths: its offsets differ")
-        marks: Tensor = reset.values()
-        if marks.shape[0] != self.count:
-            raise ValueError(f"reset must have {self.count} values as the input, got {marks.shape[0]}")
-        return self._pad(_marks(marks))
+        self.expect_nested_alike(reset, "reset")
+        return self.pad(_marks(reset.values()))
+
+    def expect_nested_alike(self, v: Tensor, name: str) -> None:
+        """Of something that is nested as the input is."""
+        if not torch.compiler.is_compiling() and not torch.equal(v.offsets(), self.offsets):  # type: ignore[attr-defined]
+            raise ValueError(f"{name} must be nested with the input's lengths: its offsets differ")
+        values: Tensor = v.values()
+        if values.shape[0] != self.count:
+            raise ValueError(f"{name} must have {self.count} values as the input, got {values.shape[0]}")
 
     def output(self, y: Tensor) -> Tensor:
         """[T, B, N] -> [B, j, N] with the input's offsets, so that it meets other tensors that have them."""

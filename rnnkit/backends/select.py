@@ -296,10 +296,10 @@ def select_backend(name: str, spec: LayerSpec, *, cache: bool = True, report: bo
     facts = choice_facts(name) if cache else None
     chosen = None if facts is None else _selected.get((facts, spec))
     if chosen is None:
-        asked = _asked(name)
-        chosen = _first_able(spec) if asked == "auto" else _named(asked, spec)
+        wanted = asked(name)
+        chosen = _first_able(spec) if wanted == "auto" else _named(wanted, spec)
         if report and _thread.record is not None:
-            _thread.record.append((spec, asked, chosen.name))
+            _thread.record.append((spec, wanted, chosen.name))
         if facts is not None:
             if len(_selected) >= CACHE_SIZE:
                 _selected.clear()
@@ -312,10 +312,11 @@ def choice_facts(name: str) -> tuple | None:
     each is to be told."""
     if _thread.record is not None:
         return None
-    return _asked(name), _state(), _tables
+    return asked(name), _state(), _tables
 
 
-def _asked(name: str) -> str:
+def asked(name: str) -> str:
+    """What `use_backend` says in this block and thread, else `name`."""
     override = _thread.override
     return name if override is None else override[0]
 

@@ -1,0 +1,1 @@
+"""A user's cell: declared, looked at, made into kernels, run."""

@@ -125,6 +125,17 @@ class Graph:
         number = self.products.index(product)
         return [self.make("product", (), (number, k)) for k in range(product.results)]
 
+    def index_of(self, data: Input) -> int | None:
+        """The leaf that stands for this input, where there is one."""
+        return self._index.get(Node("input", (), data))
+
+    def index_of_product(self, number: int, block: int) -> int | None:
+        return self._index.get(Node("product", (), (number, block)))
+
+    def copy(self) -> Graph:
+        """One that may be added to."""
+        return Graph(list(self.nodes), list(self.products), dict(self._index), list(self._kinds))
+
     def value(self, n: int) -> float | None:
         """Of a constant, else None."""
         return self.nodes[n].data if self.nodes[n].op == "const" else None  # type: ignore[return-value]

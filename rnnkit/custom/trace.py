@@ -221,7 +221,7 @@ class Tracer(TorchFunctionMode):
     # --- torch's calls ---------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from rnnkit.custom.operators import call  # here, for it knows this class
+        from rnnkit.custom.calls import call  # here, for it knows this class
 
         return call(self, func, args, kwargs or {})
 

@@ -46,6 +46,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("rnnkit.layer.custom_ops", "rnnkit.layer.override", "rnnkit.layer.profiler", "rnnkit.checks", "rnnkit.layouts"),
     ("rnnkit.layer.autograd",),
     ("rnnkit.layer",),
+    ("rnnkit.custom",),
     ("rnnkit.ops",),
     ("rnnkit.functional",),
     ("rnnkit.nn",),
@@ -110,6 +111,7 @@ def test_the_plan_names_what_there_is() -> None:
         "rnnkit.benchmarks",
         "rnnkit.cli",
         "rnnkit.tune",
+        "rnnkit.variants",
     }
 
 

@@ -1,0 +1,176 @@
+"""Which backend runs a custom layer, and why the others do not.
+
+A kernel backend is a module with `unsupported`, `forward` and `backward` over a `CellProgram`; `KERNELS` names those
+there are. The reference has the same functions over the `CellSpec` itself and takes every cell. Before a kernel is
+chosen, the user's step has been tried once by itself (`probe`), and its program has been held against it (`check`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..cells import compute_dtype
+from . import check, reference
+from .declare import CellSpec, spec_named
+from .inputs import CellInputs, CellOptions, CellOutputs
+from .probe import probe
+
+NAMES = ("auto", "cpu", "triton", "reference")
+KERNELS = {"cpu": "rnnkit.backends.cpu.program", "triton": "rnnkit.backends.triton.program"}
+_DEVICES = {"cpu": "cpu", "cuda": "triton"}
+"""Type of device to the backend that `auto` asks first there."""
+_NEVER = {
+    "torch": "it has torch.nn's own layers alone",
+    "cuda": "its kernels are written for the built-in cells",
+}
+
+
+class CellBackend(Protocol):
+    """What runs a layer. `plan` is a CellProgram, of the reference a CellSpec."""
+
+    name: str
+
+    def unsupported(self, program: Any, device: str, dtype: torch.dtype, o: CellOptions) -> list[str]:
+        """Reasons against a layer; `program` None asks what can be said before the step has been looked at."""
+
+    def forward(self, plan: Any, t: CellInputs, o: CellOptions, train: bool) -> tuple[CellOutputs, Sequence[Tensor]]:
+        """Outputs, and with `train` what `backward` is given as `saved`."""
+
+    def backward(
+        self,
+        plan: Any,
+        t: CellInputs,
+        o: CellOptions,
+        y: Tensor,
+        saved: Sequence[Tensor],
+        grads: CellOutputs,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients in the flat order of `t`, None where they are not needed."""
+
+
+class Choice(NamedTuple):
+    name: str
+    backend: CellBackend
+    plan: Any
+
+
+class Asked(NamedTuple):
+    """All that a choice depends on, beside the cell and the Python state that its step reads."""
+
+    hidden: int
+    device: str
+    dtype: torch.dtype
+    o: CellOptions
+
+
+@functools.cache
+def _module(path: str) -> ModuleType | None:
+    """A backend's module, where there is one."""
+    return importlib.import_module(path) if importlib.util.find_spec(path) else None
+
+
+def backend_named(name: str) -> Any:
+    return reference if name == "reference" else _module(KERNELS[name])
+
+
+def _checked(spec: CellSpec, hidden: int, dtype: torch.dtype) -> tuple[Any, str | None]:
+    """The cell's program, or why there is none."""
+    found = check.program_of(spec, hidden, dtype)
+    return found.program, found.reason
+
+
+class Verdict(NamedTuple):
+    """reasons: against the backend; empty means that it can. cells: whether the cell itself is the reason."""
+
+    reasons: list[str]
+    plan: Any
+    cells: bool = False
+
+
+def judge(name: str, spec: CellSpec, q: Asked) -> Verdict:
+    """Whether a backend can run this layer."""
+    if name == "reference":
+        return Verdict([], spec)
+    if name in _NEVER:
+        return Verdict([f"{_NEVER[name]}, not a user's step"], None)
+    backend = backend_named(name)
+    if backend is None:
+        return Verdict(["it has no kernels for custom cells yet"], None)
+    reasons = backend.unsupported(None, q.device, q.dtype, q.o)
+    if reasons:
+        return Verdict(reasons, None)
+    program, reason = _checked(spec, q.hidden, compute_dtype(q.dtype))
+    if program is None:
+        return Verdict([reason or "its step has no program"], None, cells=True)
+    reasons = backend.unsupported(program, q.device, q.dtype, q.o)
+    return Verdict(reasons, program, cells=bool(reasons))
+
+
+def choose(spec: CellSpec, q: Asked, wanted: str) -> Choice:
+    """The backend that runs this layer: the named one, or of `auto` the device's own, or the reference.
+
+    Raises NotImplementedError, with its reasons, where a named one cannot.
+    """
+    expect_known(wanted)
+    probe(spec, q.hidden, compute_dtype(q.dtype))
+    if wanted == "auto":
+        wanted = _DEVICES.get(q.device, "reference")
+        verdict = judge(wanted, spec, q)
+        if not verdict.reasons:
+            return Choice(wanted, backend_named(wanted), verdict.plan)
+        if verdict.cells:
+            _warn(spec.key, f"{spec.name} runs step by step in torch's operators, slowly: {verdict.reasons[0]}")
+        return Choice("reference", backend_named("reference"), spec)
+    verdict = judge(wanted, spec, q)
+    if verdict.reasons:
+        raise NotImplementedError(
+            f"backend {wanted!r} cannot run {spec.name} on {q.device}: {'; '.join(verdict.reasons)}. "
+            "backend='auto' chooses one that can, backend='reference' runs every cell."
+        )
+    return Choice(wanted, backend_named(wanted), verdict.plan)
+
+
+def expect_known(name: str) -> None:
+    """Raise ValueError where no backend bears this name."""
+    if name not in NAMES and name not in _NEVER:
+        raise ValueError(f"backend of a custom cell must be one of {', '.join(NAMES)}; got {name!r}")
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn(key: str, words: str) -> None:
+    """Once for each cell and reason."""
+    if (key, words) not in _warned:
+        _warned.add((key, words))
+        warnings.warn(words, stacklevel=2)
+
+
+def choose_by_key(
+    key: str,
+    hidden: int,
+    device: str,
+    dtype: torch.dtype,
+    reverse: bool,
+    all_states: bool,
+    recompute: bool,
+    heads: int,
+    name: str,
+) -> str:
+    """The name of the choice, from constants alone: torch.compile takes what it returns for one."""
+    o = CellOptions(reverse, all_states, recompute, heads)
+    return choose(spec_named(key), Asked(hidden, device, dtype, o), name).name
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler with the package.
+choose_by_key._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,52 @@
+"""The user's step, called once by itself before a layer first runs it, for mistakes that would give wrong numbers.
+
+What the step raises comes through as it is, with a note where it came from. States that are wrong, an argument changed
+in place and random numbers drawn inside are errors, whatever backend runs: a loop over time would show them late, or
+never.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..autocast import no_autocast
+from .check import points, run_step
+from .declare import CellSpec
+from .errors import StepError
+
+_passed: set[tuple[CellSpec, int, torch.dtype]] = set()
+
+
+def probe(spec: CellSpec, hidden: int, dtype: torch.dtype) -> None:
+    """Raise where the step cannot be a step. Once for each cell, H and dtype, on the CPU."""
+    key = (spec, hidden, dtype)
+    if key in _passed:
+        return
+    # whoever calls may compile, transform or watch what is called
+    with (
+        torch.no_grad(),
+        torch.inference_mode(False),
+        no_autocast("cpu"),
+        _disable_current_modes(),
+        torch._C._DisableFuncTorch(),
+        torch._C.DisableTorchFunction(),
+    ):
+        _try(spec, hidden, dtype)
+    _passed.add(key)
+
+
+def _try(spec: CellSpec, hidden: int, dtype: torch.dtype) -> None:
+    given, random = next(points(spec, hidden, dtype)), torch.get_rng_state()
+    try:
+        run_step(spec, given)
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            rows = given["gx"].shape[0]
+            error.add_note(f"{spec.name}.step was tried once, with B = {rows} and H = {hidden}")
+        raise
+    if not torch.equal(random, torch.get_rng_state()):
+        raise StepError(
+            f"{spec.name}.step draws random numbers: its derivative would see others. Draw masks outside: declare "
+            "mask = rnnkit.per_step(grad=False), and pass it at the call or return it from the cell's `draw`"
+        )
