@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from custom_cells import CELLS, StepSpec, spec_of
 from torch import Tensor
 
-from rnnkit.custom import check, cut, operators, rules
+from rnnkit.custom import calls, check, cut, rules
 from rnnkit.custom.check import program_of, warn_once
 from rnnkit.custom.errors import NotTraced, StepError
 from rnnkit.custom.fingerprint import fingerprint, of_value
@@ -64,7 +64,7 @@ def test_a_lost_detach(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert program_of(spec_of(step, 1, ("h",)), HIDDEN).reason is None
     check._cache.clear()
-    monkeypatch.setitem(operators._HANDLERS, "detach", lambda t, x: x)
+    monkeypatch.setitem(calls._HANDLERS, "detach", lambda t, x: x)
     assert "another derivative" in _reason(spec_of(step, 1, ("h",)))
 
 
@@ -72,7 +72,7 @@ def test_a_dropped_cast(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(a: Tensor, h: Tensor) -> tuple[Tensor, ...]:
         return (torch.tanh(a.bfloat16().float()),)
 
-    monkeypatch.setitem(operators._HANDLERS, "bfloat16", lambda t, x: x)
+    monkeypatch.setitem(calls._HANDLERS, "bfloat16", lambda t, x: x)
     assert "gives the state h as" in _reason(spec_of(step, 1, ("h",)))
 
 
@@ -89,7 +89,7 @@ def test_a_kept_value_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(operators._POINTWISE, "tanh", operators._POINTWISE["sin"])
+    monkeypatch.setitem(calls._POINTWISE, "tanh", calls._POINTWISE["sin"])
     assert "gives the state h as" in _reason(CELLS["lstm"])
 
 
