@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cells import compute_dtype
-from . import check, reference
+from . import check, kernel_check, reference
 from .declare import CellSpec, spec_named
 from .inputs import CellInputs, CellOptions, CellOutputs
 from .probe import probe
@@ -113,6 +113,9 @@ def judge(name: str, spec: CellSpec, q: Asked) -> Verdict:
     if program is None:
         return Verdict([reason or "its step has no program"], None, cells=True)
     reasons = backend.unsupported(program, q.device, q.dtype, q.o)
+    if not reasons:
+        wrong = kernel_check.mismatch(name, backend, spec, program, q.device, q.dtype)
+        reasons = [wrong] if wrong else []
     return Verdict(reasons, program, cells=bool(reasons))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...cells import compute_dtype
 from ...custom.graph import CellProgram
 from ...custom.inputs import CellInputs, CellOptions, CellOutputs
 from ...custom.program import B_HH, B_IH, ProgramKey, backward_words, forward_words
@@ -41,11 +42,14 @@ def _kept(p: CellProgram, o: CellOptions) -> list[bool]:
     return [o.recompute or state in p.needs for state in p.states[1:]]
 
 
-def saved_widths(p: CellProgram, o: CellOptions) -> tuple[int, int, int]:
-    """What a training forward keeps beside y, in the compute type: states [T, B, H], blocks of `saved` [K, T, B, H] and
-    of `saved_rows` [R, T, B]."""
-    blocks = (0, 0) if o.recompute else (len(p.saved), len(p.saved_rows))
-    return sum(_kept(p, o)), *blocks
+def saved_shapes(p: CellProgram, t: CellInputs, o: CellOptions) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of what a training forward keeps beside y: states, blocks per unit, numbers per row; in the compute type."""
+    wide, (steps, rows) = compute_dtype(t.x.dtype), t.x.shape[:2]
+    shapes: list[tuple[int, ...]] = [(steps, rows, p.hidden)] * sum(_kept(p, o))
+    if not o.recompute:
+        shapes += [(len(p.saved), steps, rows, p.hidden)] if p.saved else []
+        shapes += [(len(p.saved_rows), steps, rows)] if p.saved_rows else []
+    return [(shape, wide) for shape in shapes]
 
 
 def _tensors(p: CellProgram, t: CellInputs) -> tuple[Tensor | None, ...]:
