@@ -189,6 +189,8 @@ class Tracer(TorchFunctionMode):
     def rowwise(self, x: Any, dim: Any, what: str) -> list[list[Term]]:
         """The blocks that a reduction over the last dimension takes together."""
         x = self.as_value(x, what)
+        if dim in (None, ()) and x.dim() == 1 and not self.batched(x):
+            dim = -1
         if dim is None or dim == ():
             raise NotTraced(f"{what} over the whole tensor, the batch too: only the last dimension, -1, is a row's own")
         dims = [dim] if isinstance(dim, int) else list(dim)
