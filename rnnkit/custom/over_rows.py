@@ -45,7 +45,7 @@ def _sum(t: Tracer, input: Any, dim: Any = None, keepdim: bool = False, *, dtype
 
 
 def _mean_of(terms: list[Term], hidden: int) -> Term:
-    return _total(terms, hidden) * (1 / (len(terms) * hidden))
+    return _total(terms, hidden) / (len(terms) * hidden)
 
 
 def _mean(t: Tracer, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
@@ -61,7 +61,7 @@ def _spread(terms: list[Term], hidden: int, correction: float) -> tuple[list[Ter
     """
     mean = _mean_of(terms, hidden)
     squares = [(x - mean.point("stop")) * (x - mean.point("stop")) for x in terms]
-    return [x - mean for x in terms], _total(squares, hidden) * (1 / (len(terms) * hidden - correction))
+    return [x - mean for x in terms], _total(squares, hidden) / (len(terms) * hidden - correction)
 
 
 def _variances(t: Tracer, input: Any, dim: Any, unbiased: Any, correction: Any, what: str) -> list[Term]:

@@ -112,9 +112,9 @@ def drawn(ops: list[tuple[str, int, int, int]]) -> StepSpec:
         values = [*gx.chunk(2, -1), *gh.split(HIDDEN, -1), h, c, u, k, r]
         for name, *at in ops:
             x, y, z = (values[-1 - i % len(values)] for i in at)
-            if name in OVER_ROWS or name in PRODUCTS:  # these take whole blocks
-                x, y = x + torch.zeros_like(h), y + torch.zeros_like(h)
-            values.append(PRODUCTS[name](x + h, w) if name in PRODUCTS else EVERY[name](x, y, z))
+            if name in OVER_ROWS or name in PRODUCTS:  # of units that differ: a deviation of equals is but rounding
+                x, y = x + h, y + c
+            values.append(PRODUCTS[name](x, w) if name in PRODUCTS else EVERY[name](x, y, z))
         return tuple(v + torch.zeros_like(h) for v in values[:-3:-1])
 
     return StepSpec(
