@@ -163,3 +163,12 @@ def test_drawn_steps_are_their_programs(ops: list[tuple[str, int, int, int]], nu
     for given_ in (inputs, edges(inputs, number)):
         error, where = distance(spec, program, given_, number)
         assert error < 1e-10, where
+
+
+@seed(int(os.environ.get("RNNKIT_DRAWN_SEED", "18")))
+@settings(max_examples=100, deadline=None, database=None, print_blob=True)
+@given(DRAWS)
+def test_the_check_raises_no_false_alarm(ops: list[tuple[str, int, int, int]]) -> None:
+    """Its points lie far out and at edges, where many a step is ill-conditioned."""
+    spec = drawn(ops)
+    assert check.check_program(spec, check.compile_step(spec, HIDDEN)) is None

@@ -72,6 +72,8 @@ POINTWISE: dict[str, Callable[[Tensor], Any]] = {
     "addcmul": lambda x: torch.addcmul(x, x, x.sin(), value=0.5) + x.addcdiv(x, x * x + 1, value=2),
     "logaddexp": lambda x: torch.logaddexp(x, x.sin()),
     "masked_fill": lambda x: x.masked_fill(x > 1, 0.5) + torch.masked_fill(x, x < 0, 0.0),
+    "prelu": lambda x: F.prelu(x, torch.tensor(0.1)) + torch.prelu(x, torch.tensor(-2.0)),
+    "glu": lambda x: F.glu(torch.cat([x, x.sin()], -1)) + F.glu(torch.cat([x, x.sin()], 1), dim=1),
     "finite": lambda x: torch.where(x.isnan() | torch.isinf(x), 0.0, x) + torch.where(torch.isfinite(x), x, 0.0),
     "detach": lambda x: x * x.sigmoid().detach() + x.tanh().data * x,
     "straight through": lambda x: x + (x.round() - x).detach(),
