@@ -24,7 +24,7 @@ from rnnkit.custom.errors import NotTraced, StepError
 from rnnkit.custom.fingerprint import fingerprint, of_value
 from rnnkit.custom.graph import CellProgram
 from rnnkit.custom.trace import Traced, trace
-from rnnkit.custom.trial import FAR, Spec, Tried, nearby, points, run_step, try_step
+from rnnkit.custom.trial import AT_EDGES, FAR, Spec, Tried, nearby, points, run_step, try_step
 
 
 class Checked(NamedTuple):
@@ -88,7 +88,7 @@ def check_program(spec: Spec, program: CellProgram, dtype: torch.dtype = torch.f
         with torch.no_grad():
             kept = evaluate.forward(program, given)
             have = evaluate.backward(program, given, kept, d_new, names)
-        around: list[Tried] = []
+        around: list[list[Tried]] = []
         for what, mine, pick in [
             *((f"the state {s}", kept.new[k], _state(k)) for k, s in enumerate(spec.states)),
             *((f"the gradient of {name}", have[name], _gradient(name)) for name in names),
@@ -97,9 +97,11 @@ def check_program(spec: Spec, program: CellProgram, dtype: torch.dtype = torch.f
             wrong = _wrong(mine, own, 0.0)
             if bool(wrong.any()):
                 around = around or [
-                    try_step(spec, _moved(given, weights, by), names, d_new, wide) for by in (_APART, -_APART)
+                    [try_step(spec, _moved(given, weights, by), names, d_new, wide) for by in side] for side in _SIDES
                 ]
-                wrong = _wrong(mine, own, torch.minimum(*((pick(x) - own).abs() for x in around)).nan_to_num(math.inf))
+                out, in_ = (torch.stack([(pick(x) - own).abs() for x in side]).amax(0) for side in around)
+                spread = torch.minimum(out, in_) if number == AT_EDGES else torch.maximum(out, in_)
+                wrong = _wrong(mine, own, 10 * spread.nan_to_num(math.inf))
             if bool(wrong.any()):
                 at = tuple(wrong.nonzero()[0].tolist())
                 return (
@@ -109,8 +111,9 @@ def check_program(spec: Spec, program: CellProgram, dtype: torch.dtype = torch.f
     return None
 
 
-_APART = 1e-13
-"""How far around a point the step is tried where it and its program differ: both may be ill-conditioned there."""
+_SIDES = ((1e-13, 3e-14, 1e-14), (-1e-13, -3e-14, -1e-14))
+"""How far around a point the step is tried where it and its program differ: both may be ill-conditioned there. At edges
+the better side counts: beyond a bound a derivative is another one, but on one side of it is as at the bound itself."""
 _HINTS = {
     True: "does it depend on the number of rows, or on more than its arguments?",
     False: "an operation in it has another derivative than its own",

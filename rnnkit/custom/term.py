@@ -17,11 +17,13 @@ def leaf_of(node: Node) -> Input:
 
 def result_of(node: Node) -> tuple[int, int]:
     """The product that a node is a result of, and which result."""
-    assert node.op == "product"
-    return node.data  # type: ignore[return-value]
+    assert isinstance(node.data, tuple)
+    return node.data
 
 
 class Term:
+    """A node of a graph, on which Python's operators make further nodes."""
+
     __slots__ = ("graph", "n")
 
     def __init__(self, graph: Graph, n: int) -> None:

@@ -27,6 +27,8 @@ from rnnkit.custom.term import Term
 
 @dataclass(frozen=True)
 class Traced:
+    """A step as a graph."""
+
     graph: Graph
     new: tuple[int, ...]
     """The states after the step."""

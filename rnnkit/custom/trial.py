@@ -47,6 +47,10 @@ FAR = 1 << 20
 """Numbers in a weight above which its gradient is not formed: that of a product is the same whatever H is."""
 
 
+AT_EDGES = 2
+"""Which of `points` is at edges."""
+
+
 def points(spec: Spec, hidden: int, dtype: torch.dtype = torch.float64) -> Iterator[dict[str, Tensor]]:
     """Inputs of one step to try a cell at, by name: near, at the edges (with equals), far out. The same ones always,
     and torch's generator is left alone."""
