@@ -8,10 +8,12 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "program.h"
 #include "scan.h"
 #include "wait_word.h"

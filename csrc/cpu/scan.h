@@ -215,6 +215,9 @@ struct GemmTN {
   Workers workers;
 };
 
+struct ProgramProblem;  // program.h
+class ProgramScan;
+
 struct Engine {
   const char* name;
   // Whether bfloat16 is multiplied as it is stored, by dot products: what products read is rounded to it, the
@@ -231,6 +234,7 @@ struct Engine {
   std::unique_ptr<GemmKernel> (*gemm_nn)(Dtype dtype, int64_t N, int64_t K, const void* w, bool pack,
                                          const Workers& workers);
   void (*gemm_tn)(const GemmTN& problem);
+  std::unique_ptr<ProgramScan> (*program)(const ProgramProblem& problem);
   // What the tests hold against float64: 0 sigmoid, 1 tanh, of n values.
   void (*function)(int which, Dtype dtype, int64_t n, const void* in, void* out);
 };

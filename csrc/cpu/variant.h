@@ -25,6 +25,9 @@ namespace {
 #include "forward.h"
 #include "backward.h"
 #include "gemm.h"
+#include "functions.h"
+#include "interpreter.h"
+#include "program_scan.h"
 // clang-format on
 
 #if !defined(RNNKIT_NATIVE_BF16)
@@ -91,6 +94,17 @@ void gemm_tn(const GemmTN& problem) {
   dispatch(problem.dtype, [&](auto s) { TypedGemmTN<decltype(s)>(problem).run(); });
 }
 
+// Programs multiply in the type that they compute in: dot products of bfloat16 serve the built-in cells.
+std::unique_ptr<ProgramScan> program(const ProgramProblem& problem) {
+#if defined(RNNKIT_NATIVE_BF16)
+  return other_dtypes().program(problem);
+#else
+  return dispatch(problem.dtype, [&](auto s) -> std::unique_ptr<ProgramScan> {
+    return std::make_unique<TypedProgramScan<decltype(s)>>(problem);
+  });
+#endif
+}
+
 void function(int which, Dtype dtype, int64_t n, const void* in, void* out) {
   if (elsewhere(dtype)) return other_dtypes().function(which, dtype, n, in, out);
   const auto run = [&](auto t) {
@@ -107,7 +121,7 @@ void function(int which, Dtype dtype, int64_t n, const void* in, void* out) {
 }  // namespace
 
 const Engine engine = {RNNKIT_NAME, multiplies_bf16, &supported, &forward, &backward,
-                       &gemm_nt,    &gemm_nn,        &gemm_tn,   &function};
+                       &gemm_nt,    &gemm_nn,        &gemm_tn,   &program,  &function};
 
 }  // namespace RNNKIT_VARIANT
 }  // namespace rnnkit

@@ -16,6 +16,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../layer/program.h"
 #include "schemas.h"
 
 namespace rnnkit {
@@ -257,6 +258,9 @@ PyMethodDef methods[] = {
     {"stack_forward", function(&method<-1, &cpu_stack_forward>), METH_FASTCALL,
      "cpu_stack_forward of csrc/torch/schemas.h"},
     {"stack_backward", function(&method<-1, &cpu_stack_backward>), METH_FASTCALL, "Its gradients"},
+    {"program_forward", function(&method<-1, &program_forward>), METH_FASTCALL,
+     "program_forward of csrc/layer/program.h"},
+    {"program_backward", function(&method<-1, &program_backward>), METH_FASTCALL, "Its gradients"},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,

@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "../cpu/program.h"
 #include "../layer/cpu_limit.h"
 #include "schemas.h"
 
@@ -126,6 +127,15 @@ Tensor cpu_function(int64_t which, Tensor x) {
   return out;
 }
 
+// The instructions of a program, in the order of their numbers.
+std::string cpu_program_ops() {
+  std::string names;
+#define RNNKIT_OP(name) names += names.empty() ? #name : " " #name;
+  RNNKIT_PROGRAM_OPS(RNNKIT_OP)
+#undef RNNKIT_OP
+  return names;
+}
+
 std::string cpu_variants() {
   cpu_limits();  // a wrong RNNKIT_CPU_THREADS speaks here, before a layer runs
   std::string names = engine().name;
@@ -166,6 +176,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
         "Tensor[]");
   m.def("cpu_function(int which, Tensor x) -> Tensor");
   m.def("cpu_variants() -> str");
+  m.def("cpu_program_ops() -> str");
   m.def("cpu_workers() -> str");
   m.def("cpu_quota(str root) -> int");
 #undef RNNKIT_LAYER
@@ -179,6 +190,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkit, CompositeExplicitAutograd, m) {
   m.impl("cpu_variants", TORCH_BOX(&rnnkit::cpu_variants));
+  m.impl("cpu_program_ops", TORCH_BOX(&rnnkit::cpu_program_ops));
   m.impl("cpu_workers", TORCH_BOX(&rnnkit::cpu_workers));
   m.impl("cpu_quota", TORCH_BOX(&rnnkit::cpu_quota));
 }

@@ -8,7 +8,7 @@ maximum over a row's units. Nodes that say the same are one node, and a node's a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -125,6 +125,17 @@ class Graph:
         number = self.products.index(product)
         return [self.make("product", (), (number, k)) for k in range(product.results)]
 
+    def index_of(self, data: Input) -> int | None:
+        """The leaf that stands for this input, where there is one."""
+        return self._index.get(Node("input", (), data))
+
+    def index_of_product(self, number: int, block: int) -> int | None:
+        return self._index.get(Node("product", (), (number, block)))
+
+    def copy(self) -> Graph:
+        """One that may be added to."""
+        return Graph(list(self.nodes), list(self.products), dict(self._index), list(self._kinds))
+
     def value(self, n: int) -> float | None:
         """Of a constant, else None."""
         return self.nodes[n].data if self.nodes[n].op == "const" else None  # type: ignore[return-value]
@@ -192,7 +203,7 @@ def _divide(a: float, b: float) -> float:
     return a / b if b else math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1, b)
 
 
-_FOLDED = {
+_FOLDED: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,

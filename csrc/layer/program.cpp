@@ -1,0 +1,279 @@
+// A layer of a cell that a user wrote: its tensors are looked at, x is projected in chunks of time and scanned.
+
+#include "program_layer.h"
+
+namespace rnnkit {
+namespace {
+
+char* at(const void* base, int64_t elements, int64_t bytes) {
+  return static_cast<char*>(const_cast<void*>(base)) + elements * bytes;
+}
+
+int64_t word(const int64_t*& at, const int64_t* end, int64_t least, int64_t most) {
+  RNNKIT_CHECK(at < end && *at >= least && *at <= most, "the header of a program must hold other numbers");
+  return *at++;
+}
+
+ProgramHeader read_header(const int64_t*& at, const int64_t* end) {
+  const auto size = [&] { return word(at, end, 0, 4096); };
+  const auto flag = [&] { return word(at, end, 0, 1) == 1; };
+  ProgramHeader h{};
+  h.gates = size(), h.states = word(at, end, 1, 64), h.units = size(), h.weights = size();
+  for (int64_t k = 0; k < h.weights; ++k) h.weight_blocks.push_back(word(at, end, 1, 64));
+  h.has_w_hh = flag();
+  for (int64_t k = size(); k > 0; --k) h.row_steps.push_back(flag());
+  h.saved = size(), h.saved_rows = size();
+  for (int64_t k = size(); k > 0; --k) {
+    const bool bias = flag();
+    h.unit_sources.push_back({bias, word(at, end, 0, (bias ? h.gates : h.units) - 1)});
+  }
+  for (int64_t k = size(); k > 0; --k) {
+    const bool b_hh = flag();
+    h.bias_sources.push_back({b_hh, word(at, end, INT64_MIN, INT64_MAX)});
+  }
+  h.dys = size(), h.operands = size();
+  for (int64_t k = size(); k > 0; --k) {
+    ProgramHeader::WeightGrad g{};
+    g.weight = word(at, end, 0, h.weights - 1), g.blocks = h.weight_blocks[g.weight];
+    g.dy = size(), g.state = word(at, end, -1, h.states - 1), g.memory = word(at, end, -1, 4096);
+    h.grads.push_back(g);
+  }
+  for (int64_t k = 0; k < h.states; ++k) h.needs.push_back(flag());
+  for (int64_t k = size(); k > 0; --k) h.padded.push_back(word(at, end, -4097, 4096));
+  return h;
+}
+
+}  // namespace
+
+ProgramLayer::ProgramLayer(std::string_view program, int64_t heads_, bool reverse_,
+                           const std::vector<OptionalTensor>& tensors)
+    : heads(heads_), reverse(reverse_) {
+  RNNKIT_CHECK(program.size() % sizeof(int64_t) == 0, "a program must be whole words, got ", program.size(), " bytes");
+  words_.resize(program.size() / sizeof(int64_t));
+  std::copy_n(program.data(), program.size(), reinterpret_cast<char*>(words_.data()));
+  const int64_t *from = words_.data(), *end = from + words_.size();
+  header = read_header(from, end);
+  code = Program::read(from, static_cast<size_t>(end - from));
+  RNNKIT_CHECK(code.states == header.states && code.weights == header.weights &&
+                   code.units == static_cast<int64_t>(header.unit_sources.size()) &&
+                   code.biases == static_cast<int64_t>(header.bias_sources.size()),
+               "a program must fit its header");
+  const size_t count = 6 + 2 * header.states + header.weights + header.units + header.row_steps.size();
+  RNNKIT_CHECK(tensors.size() >= count, "there must be ", count, " tensors, got ", tensors.size());
+  inputs = count;
+  auto next = tensors.begin();
+  RNNKIT_CHECK(next->has_value(), "x must be given");
+  x = **next++;
+  w_ih = *next++, b_ih = *next++, b_hh = *next++, lengths = *next++, reset = *next++;
+  const auto take = [&](int64_t n, std::vector<OptionalTensor>& into) {
+    into.assign(next, next + n);
+    next += n;
+  };
+  take(header.states, states), take(header.states, reset_states), take(header.weights, weights);
+  take(header.units, units), take(static_cast<int64_t>(header.row_steps.size()), steps);
+  check();
+}
+
+void ProgramLayer::check() {
+  dtype = dtype_of(x);
+  const ScalarType type = x.scalar_type();
+  RNNKIT_CHECK(x.dim() == 3, "x must be [T, B, I], got ", shown(x.sizes()));
+  RNNKIT_CHECK(states[0].has_value() && states[0]->dim() == 2, "a state must be [B, H]");
+  T = x.size(0), B = x.size(1), I = x.size(2), H = states[0]->size(1), G = header.gates;
+  RNNKIT_CHECK(heads >= 1 && H % heads == 0, "H = ", H, " must be a multiple of heads = ", heads);
+  RNNKIT_CHECK(B < (int64_t{1} << 31), "B must be below 2^31, got ", B);
+  rnnkit::check(x, "x", type, {T, B, w_ih.has_value() ? I : G * H});
+  expect(w_ih, "w_ih", type, {G * H, I});
+  expect(b_ih, "b_ih", type, {G * H});
+  expect(b_hh, "b_hh", type, {G * H});
+  expect(lengths, "lengths", ScalarType::Long, {B});
+  expect(reset, "reset", ScalarType::Bool, {T, B});
+  for (OptionalTensor& v : states) {
+    RNNKIT_CHECK(v.has_value(), "every state must be given");
+    expect(v, "a state", type, {B, H});
+  }
+  for (OptionalTensor& v : reset_states) expect(v, "a state at a reset", type, {B, H});
+  for (size_t k = 0; k < weights.size(); ++k) {
+    RNNKIT_CHECK(weights[k].has_value(), "every weight must be given");
+    expect(weights[k], "a weight", type, {header.weight_blocks[k] * H, H / heads});
+  }
+  for (OptionalTensor& v : units) {
+    RNNKIT_CHECK(v.has_value(), "every parameter per unit must be given");
+    expect(v, "a parameter per unit", type, {H});
+  }
+  for (size_t k = 0; k < steps.size(); ++k) {
+    RNNKIT_CHECK(steps[k].has_value(), "every input of a step must be given");
+    if (header.row_steps[k]) {
+      rnnkit::check(*steps[k], "an input per row", type, {T, B});
+    } else {
+      rnnkit::check(*steps[k], "an input per unit", type, {T, B, H});
+      if (H > 1 && steps[k]->stride(2) != 1) *steps[k] = torch::stable::contiguous(*steps[k]);
+    }
+  }
+  for (const ProgramHeader::Unit& u : header.unit_sources)
+    RNNKIT_CHECK(!u.bias || b_ih.has_value(), "b_ih must be given");
+  for (const ProgramHeader::Bias& source : header.bias_sources) {
+    RNNKIT_CHECK((source.b_ih == 0 || b_ih.has_value()) && (!source.b_hh || b_hh.has_value()),
+                 "the biases must be given");
+  }
+  for (int64_t m : header.padded) {
+    RNNKIT_CHECK((m < 0 ? -1 - m : m) < code.memories, "a program must fit its header");
+  }
+}
+
+Tensor ProgramLayer::opmath(const OptionalTensor& v) {
+  held_.push_back(to_opmath(*v, dtype));
+  return held_.back();
+}
+
+ProgramProblem ProgramLayer::problem() {
+  ProgramProblem q{};
+  q.program = &code, q.dtype = dtype;
+  q.T = T, q.B = B, q.H = H, q.heads = heads, q.reverse = reverse;
+  q.masks = {static_cast<const int64_t*>(pointer(lengths)), static_cast<const bool*>(pointer(reset)), T, B};
+  q.workers = workers();
+  for (const OptionalTensor& w : weights) q.weights.push_back(w->const_data_ptr());
+  const int64_t bytes = opmath_bytes(dtype);
+  for (const ProgramHeader::Unit& u : header.unit_sources) {
+    q.units.push_back(u.bias ? at(opmath(b_ih).const_data_ptr(), u.index * H, bytes)
+                             : opmath(units[u.index]).const_data_ptr());
+  }
+  for (const ProgramHeader::Bias& source : header.bias_sources) {
+    Tensor sum = zeros({G * H}, opmath_type(dtype));
+    const auto add = [&](auto one, const OptionalTensor& bias, int64_t blocks) {
+      using A = decltype(one);
+      const Tensor from = opmath(bias);
+      for (int64_t j = 0; j < G * H; ++j) {
+        if (blocks >> (j / H) & 1)
+          static_cast<A*>(sum.mutable_data_ptr())[j] += static_cast<const A*>(from.const_data_ptr())[j];
+      }
+    };
+    const auto add_both = [&](auto one) {
+      if (source.b_ih != 0) add(one, b_ih, source.b_ih);
+      if (source.b_hh) add(one, b_hh, -1);
+    };
+    dtype == Dtype::f64 ? add_both(double{}) : add_both(float{});
+    held_.push_back(sum);
+    q.biases.push_back(sum.const_data_ptr());
+  }
+  for (const OptionalTensor& v : reset_states)
+    q.reset_states.push_back(v.has_value() ? opmath(v).const_data_ptr() : nullptr);
+  return q;
+}
+
+std::vector<ProgramMemory> ProgramLayer::step_memories(int64_t t0) const {
+  std::vector<ProgramMemory> m;
+  for (const OptionalTensor& v : steps) {
+    m.push_back({at(v->const_data_ptr(), t0 * v->stride(0), bytes_of(dtype)), !is_half(dtype), v->stride(0),
+                 v->stride(1)});
+  }
+  return m;
+}
+
+ProgramMemory ProgramLayer::rows(const OptionalTensor& v, int64_t t0, int64_t offset, int64_t width,
+                                 bool opmath) const {
+  if (!v.has_value()) return {nullptr, opmath, 0, 0};
+  const int64_t bytes = opmath ? opmath_bytes(dtype) : bytes_of(dtype);
+  return {at(v->const_data_ptr(), t0 * B * width + offset, bytes), opmath || !is_half(dtype), B * width, width};
+}
+
+// Steps that are projected and scanned at a time: they stay in the second-level cache.
+int64_t ProgramLayer::steps_at_a_time() const {
+  if (T * B <= H / 4) return T;
+  const int64_t bytes = std::max<int64_t>(1, G * H * 4);
+  const int64_t rows = std::clamp<int64_t>((int64_t{256} << 10) / bytes, 48, 512);
+  return std::max<int64_t>(1, rows / std::max<int64_t>(1, B));
+}
+
+// x times W_ih for some steps, without bias.
+class ProgramProjection {
+ public:
+  explicit ProgramProjection(const ProgramLayer& in, int64_t most) : in_(in) {
+    if (!in.w_ih.has_value()) {
+      gx_ = torch::stable::contiguous(to_opmath(in.x, in.dtype));
+      return;
+    }
+    x_ = in.x.is_contiguous() ? in.x : torch::stable::contiguous(in.x);
+    gemm_.emplace(*in.w_ih, false, in.T * in.B, in.T > 1);
+    gx_ = empty({most * in.B, in.G * in.H}, opmath_type(in.dtype));
+  }
+
+  // The memories of its blocks.
+  void run(int64_t t0, int64_t n, std::vector<ProgramMemory>& m) {
+    const int64_t width = in_.G * in_.H;
+    if (gemm_.has_value()) {
+      const Tensor from = view(*x_, {n * in_.B, in_.I}, {in_.I, 1}, t0 * in_.B * in_.I);
+      Tensor out = view(*gx_, {n * in_.B, width}, {width, 1}, 0);
+      gemm_->run(from, out);
+    }
+    for (int64_t g = 0; g < in_.G; ++g)
+      m.push_back(in_.rows(gx_, gemm_.has_value() ? 0 : t0, g * in_.H, width, true));
+  }
+
+ private:
+  const ProgramLayer& in_;
+  OptionalTensor x_, gx_;
+  std::optional<PackedGemm> gemm_;
+};
+
+ProgramForward::ProgramForward(ProgramLayer& in, int64_t most)
+    : in_(in), projection_(std::make_unique<ProgramProjection>(in, most)) {
+  ProgramProblem q = in.problem();
+  for (int64_t s = 0; s < in.header.states; ++s) {
+    states.push_back(empty({in.B, in.H}, opmath_type(in.dtype)));
+    q.states.push_back(states.back().mutable_data_ptr());
+  }
+  scan_ = engine().program(q);
+}
+ProgramForward::~ProgramForward() = default;
+
+void ProgramForward::run(int64_t t0, int64_t n, const std::vector<ProgramMemory>& results) {
+  ProgramChunk chunk{t0, n, {}, nullptr};
+  projection_->run(t0, n, chunk.memory);
+  for (const ProgramMemory& m : in_.step_memories(t0)) chunk.memory.push_back(m);
+  chunk.memory.insert(chunk.memory.end(), results.begin(), results.end());
+  RNNKIT_CHECK(static_cast<int64_t>(chunk.memory.size()) == in_.code.memories, "a program must fit its header");
+  scan_->run(chunk, in_.header.padded);
+}
+
+std::vector<OptionalTensor> program_forward(std::string_view program, int64_t heads, int64_t reverse,
+                                            int64_t keep_states, const std::vector<OptionalTensor>& tensors) {
+  ProgramLayer in(program, heads, reverse != 0, tensors);
+  const ScalarType type = in.x.scalar_type(), wide = opmath_type(in.dtype);
+  const int64_t T = in.T, B = in.B, H = in.H, K = in.header.saved, R = in.header.saved_rows;
+  std::vector<OptionalTensor> after{empty({T, B, H}, type)};
+  for (int64_t s = 1; s < in.header.states; ++s)
+    after.push_back(keep_states >> s & 1 ? OptionalTensor(empty({T, B, H}, wide)) : std::nullopt);
+  OptionalTensor saved, saved_rows;
+  if (K) saved = empty({K, T, B, H}, wide);
+  if (R) saved_rows = empty({R, T, B}, wide);
+  std::vector<OptionalTensor> last;
+  if (T > 0 && B > 0 && H > 0) {
+    const int64_t most = std::min(T, in.w_ih.has_value() ? in.steps_at_a_time() : T);
+    ProgramForward scan(in, most);
+    for (int64_t s = 0; s < in.header.states; ++s) in.copy_state(in.states[s], scan.states[s]);
+    for (int64_t done = 0; done < T;) {
+      const int64_t n = std::min(most, T - done), t0 = in.reverse ? T - done - n : done;
+      std::vector<ProgramMemory> m;
+      for (int64_t s = 0; s < in.header.states; ++s) m.push_back(in.rows(after[s], t0, 0, H, s > 0));
+      for (int64_t k = 0; k < K; ++k) m.push_back(in.rows(saved, t0, k * T * B * H, H, true));
+      for (int64_t k = 0; k < R; ++k) m.push_back(in.rows(saved_rows, t0, k * T * B, 1, true));
+      scan.run(t0, n, m);
+      done += n;
+    }
+    for (const Tensor& v : scan.states) last.push_back(is_half(in.dtype) ? torch::stable::to(v, type) : v);
+  } else {
+    for (const OptionalTensor& v : in.states) {
+      last.push_back(empty({B, H}, type));
+      const auto bytes = v->numel() * static_cast<int64_t>(v->element_size());
+      std::copy_n(static_cast<const char*>(v->const_data_ptr()), bytes, static_cast<char*>(last.back()->mutable_data_ptr()));
+    }
+  }
+  std::vector<OptionalTensor> out{after[0]};
+  out.insert(out.end(), last.begin(), last.end());
+  out.insert(out.end(), after.begin() + 1, after.end());
+  out.push_back(saved), out.push_back(saved_rows);
+  return out;
+}
+
+}  // namespace rnnkit

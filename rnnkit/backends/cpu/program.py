@@ -1,0 +1,109 @@
+"""Custom cells on the C++ engine: a cell's program, run over a whole layer in one direction.
+
+csrc/layer/program.h says what the two functions take and give; rnnkit/custom/program.py writes the words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...custom.graph import CellProgram
+from ...custom.inputs import CellInputs, CellOptions, CellOutputs
+from ...custom.program import B_HH, B_IH, ProgramKey, backward_words, forward_words
+from . import extension
+
+name = "cpu"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def unsupported(program: CellProgram | None, device: str, dtype: torch.dtype, o: CellOptions) -> list[str]:
+    """Why the engine cannot run this layer; empty where it can. `program` None: before there is one."""
+    reasons = []
+    if not extension.available():
+        reasons.append(extension.reason())
+    elif extension.refusal:
+        reasons.append(extension.refusal)
+    elif extension.native is None:
+        reasons.append("this torch has no way for tensors to cross into the extension; torch 2.11 and later have")
+    if device != "cpu":
+        reasons.append(f"runs on the device cpu, got {device}")
+    if dtype not in DTYPES:
+        reasons.append(f"computes in float32, float64, bfloat16 and float16, got {dtype}")
+    return reasons
+
+
+def _kept(p: CellProgram, o: CellOptions) -> list[bool]:
+    """Which states after each step the backward wants, beside y."""
+    return [o.recompute or state in p.needs for state in p.states[1:]]
+
+
+def saved_widths(p: CellProgram, o: CellOptions) -> tuple[int, int, int]:
+    """What a training forward keeps beside y, in the compute type: states [T, B, H], blocks of `saved` [K, T, B, H] and
+    of `saved_rows` [R, T, B]."""
+    blocks = (0, 0) if o.recompute else (len(p.saved), len(p.saved_rows))
+    return sum(_kept(p, o)), *blocks
+
+
+def _tensors(p: CellProgram, t: CellInputs) -> tuple[Tensor | None, ...]:
+    again = t.reset_states or (None,) * len(p.states)
+    front = (t.x, t.w_ih, t.b_ih, t.b_hh, t.lengths, t.reset)
+    return (*front, *t.states, *again, *t.weights, *t.units, *t.steps)
+
+
+def _biases(t: CellInputs) -> int:
+    return B_IH * (t.b_ih is not None) + B_HH * (t.b_hh is not None)
+
+
+def forward(p: CellProgram, t: CellInputs, o: CellOptions, train: bool) -> tuple[CellOutputs, tuple[Tensor, ...]]:
+    """The outputs, and with `train` what `backward` wants: states, saved, saved_rows, as far as there are any."""
+    kept = _kept(p, o) if train else [False] * (len(p.states) - 1)
+    mask = sum(1 << k for k, wanted in enumerate(kept, 1) if wanted or o.all_states)
+    words = forward_words(ProgramKey(p), train and not o.recompute, _biases(t))
+    found = extension.native.program_forward(words, o.heads, int(o.reverse), mask, _tensors(p, t))  # type: ignore[union-attr]
+    n = len(p.states)
+    y, last, states, blocks = found[0], tuple(found[1 : n + 1]), found[n + 1 : 2 * n], found[2 * n :]
+    every = tuple(v.to(t.x.dtype) for v in states) if o.all_states else ()
+    saved = (*(v for v, wanted in zip(states, kept, strict=True) if wanted), *(v for v in blocks if v is not None))
+    return CellOutputs(y, last, every), saved if train else ()
+
+
+def backward(
+    p: CellProgram,
+    t: CellInputs,
+    o: CellOptions,
+    y: Tensor,
+    saved: Sequence[Tensor],
+    grads: CellOutputs,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients in the flat order of `t`, None where they are not needed."""
+    n = len(p.states)
+    kept = iter(saved)
+    states = [next(kept) if wanted else None for wanted in _kept(p, o)]
+    blocks = [None if o.recompute or not some else next(kept) for some in (p.saved, p.saved_rows)]
+    key = ProgramKey(p)
+    every = grads.all or (None,) * (n - 1)
+    a, b, c = 1 + n, 1 + n + 3, len(needs) - n * bool(t.reset_states)
+    resets = needs[c:] if t.reset_states else (False,) * n
+    ordered = [needs[0], *needs[a:b], False, False, *needs[1:a], *resets, *needs[b : c - 2]]
+    found = extension.native.program_backward(  # type: ignore[union-attr]
+        backward_words(key, t.x.dtype in _HALF),
+        forward_words(key, True, _biases(t)),
+        o.heads,
+        int(o.reverse),
+        bytes(ordered),
+        (*_tensors(p, t), y, *states, *blocks, grads.y, *grads.last, *every),
+    )
+    x, weights, states_, again, rest = (
+        found[0],
+        found[1:4],
+        found[6 : 6 + n],
+        found[6 + n : 6 + 2 * n],
+        found[6 + 2 * n :],
+    )
+    given = [x, *states_, *weights, *rest, None, None, *(again if t.reset_states else ())]
+    return [g if need else None for g, need in zip(given, needs, strict=True)]
