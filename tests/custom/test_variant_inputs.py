@@ -6,13 +6,11 @@ import math
 
 import pytest
 import torch
-from cell_loop import F64
+from cell_loop import BACKENDS, F64
 
 import rnnkit
 from rnnkit import variants
 from rnnkit.variants.gru import SequenceBatchNorm
-
-BACKENDS = ["reference"]
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

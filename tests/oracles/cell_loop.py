@@ -13,7 +13,10 @@ from torch import Tensor
 from variant_cells import Function, Oracle, Values, logistic
 
 import rnnkit
+from rnnkit.backends.cpu import extension
 
+BACKENDS = ["reference", *["cpu"] * extension.available()]
+"""That run custom cells here."""
 F64 = torch.float64
 SUFFIXES = ("_l0", "_l0_reverse")
 
