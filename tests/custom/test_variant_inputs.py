@@ -47,10 +47,10 @@ def test_ligru_in_eval_uses_what_it_has_seen() -> None:
 def test_slstm_at_gate_values_of_80(backend: str, dtype: torch.dtype) -> None:
     """Every combination of -80, 0 and 80 in i, f and z: finite, and as the paper's ratio by logarithms."""
     corners = torch.cartesian_prod(*[torch.tensor([-80.0, 0.0, 80.0])] * 3).to(dtype)  # [27, 3]
-    layer = rnnkit.Custom(variants.SLSTM, 3, 1, dtype=dtype, bias=False, backend=backend)
+    layer = rnnkit.Custom(variants.SLSTM, 3, 2, dtype=dtype, bias=False, backend=backend)
     with torch.no_grad():
         layer.weight_hh_l0.zero_()
-        layer.weight_ih_l0.copy_(torch.eye(4, 3, dtype=dtype))  # o is 0
+        layer.weight_ih_l0.copy_(torch.eye(4, 3).repeat_interleave(2, 0))  # o is 0, the two units are equal
     order = torch.stack([torch.roll(torch.arange(27), k) for k in range(4)])
     x = corners[order].requires_grad_()  # [T = 4, 27, 3]: every corner after another
     y, states = layer(x)
@@ -61,7 +61,7 @@ def test_slstm_at_gate_values_of_80(backend: str, dtype: torch.dtype) -> None:
         kept = [torch.nn.functional.logsigmoid(f[k + 1 : t + 1]).sum(0) for k in range(t + 1)]
         log_w = i[: t + 1] + torch.stack(kept)
         expected = 0.5 * (torch.softmax(log_w, 0) * torch.tanh(z[: t + 1])).sum(0)
-        torch.testing.assert_close(y[t, :, 0].double(), expected, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(y[t].double(), expected[:, None].expand(27, 2), rtol=2e-6, atol=2e-6)
 
 
 def test_slstm_begins_anew_after_a_reset() -> None:
