@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..cells import compute_dtype
-from . import check, reference
+from . import check, kernel_check, reference
 from .declare import CellSpec, spec_named
 from .inputs import CellInputs, CellOptions, CellOutputs
 from .probe import probe
@@ -106,7 +106,11 @@ def judge(name: str, spec: CellSpec, q: Asked) -> Verdict:
     checked = check.program_of(spec, q.hidden, compute_dtype(q.dtype))
     if checked.program is None:
         return Verdict([checked.reason or "its step has no program"], None, checked)
-    return Verdict(backend.unsupported(checked.program, q.device, q.dtype, q.o), checked.program, checked)
+    reasons = backend.unsupported(checked.program, q.device, q.dtype, q.o)
+    if not reasons:
+        wrong = kernel_check.mismatch(name, backend, spec, checked.program, q.device, q.dtype)
+        reasons = [wrong] if wrong else []
+    return Verdict(reasons, checked.program, checked)
 
 
 CACHE_SIZE = 1024
