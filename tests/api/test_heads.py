@@ -371,3 +371,16 @@ def test_a_subclass_that_fills_its_weights() -> None:
 
     w = Orthogonal(I, H, heads=2).weight_hh_l0
     torch.testing.assert_close(w.T @ w, torch.eye(H // 2))
+
+
+@backends
+def test_recompute_keeps_less(backend: str) -> None:
+    def kept(recompute: bool) -> int:
+        sizes: list[int] = []
+        layer = lstm(heads=2, recompute=recompute, backend=backend)
+        lengths = torch.full((B,), T)  # the reference lets torch keep what it likes without
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: sizes.append(v.numel()) or v, lambda v: v):
+            layer(torch.randn(T, B, I), lengths=lengths)
+        return sum(sizes)
+
+    assert kept(True) < kept(False)
