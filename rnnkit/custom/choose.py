@@ -26,12 +26,15 @@ from .probe import probe
 
 NAMES = ("auto", "cpu", "triton", "reference")
 KERNELS = {"cpu": "rnnkit.backends.cpu.program", "triton": "rnnkit.backends.triton.program"}
-_DEVICES = {"cpu": "cpu", "cuda": "triton"}
+DEVICES = {"cpu": "cpu", "cuda": "triton"}
 """Type of device to the backend that `auto` asks first there."""
 _NEVER = {
     "torch": "it has torch.nn's own layers alone",
     "cuda": "its kernels are written for the built-in cells",
 }
+
+EVERY = (*NAMES[1:], *_NEVER)
+"""All that can be named but auto."""
 
 
 class CellBackend(Protocol):
@@ -83,6 +86,15 @@ def backend_named(name: str) -> Any:
     return reference if name == "reference" else _module(KERNELS[name])
 
 
+def unable(name: str, device: str, dtype: torch.dtype = torch.float32, o: CellOptions | None = None) -> list[str]:
+    """Why a backend runs no cell at all on this kind of device; empty where it runs some."""
+    backend = backend_named(name)
+    if backend is None:
+        return ["it has no kernels for custom cells yet"]
+    found: list[str] = backend.unsupported(None, device, dtype, o or CellOptions())
+    return found
+
+
 def _checked(spec: CellSpec, hidden: int, dtype: torch.dtype) -> tuple[Any, str | None]:
     """The cell's program, or why there is none."""
     found = check.program_of(spec, hidden, dtype)
@@ -103,12 +115,10 @@ def judge(name: str, spec: CellSpec, q: Asked) -> Verdict:
         return Verdict([], spec)
     if name in _NEVER:
         return Verdict([f"{_NEVER[name]}, not a user's step"], None)
-    backend = backend_named(name)
-    if backend is None:
-        return Verdict(["it has no kernels for custom cells yet"], None)
-    reasons = backend.unsupported(None, q.device, q.dtype, q.o)
+    reasons = unable(name, q.device, q.dtype, q.o)
     if reasons:
         return Verdict(reasons, None)
+    backend = backend_named(name)
     program, reason = _checked(spec, q.hidden, compute_dtype(q.dtype))
     if program is None:
         return Verdict([reason or "its step has no program"], None, cells=True)
@@ -124,7 +134,7 @@ def choose(spec: CellSpec, q: Asked, wanted: str) -> Choice:
     expect_known(wanted)
     probe(spec, q.hidden, compute_dtype(q.dtype))
     if wanted == "auto":
-        wanted = _DEVICES.get(q.device, "reference")
+        wanted = DEVICES.get(q.device, "reference")
         verdict = judge(wanted, spec, q)
         if not verdict.reasons:
             return Choice(wanted, backend_named(wanted), verdict.plan)
