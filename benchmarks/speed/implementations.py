@@ -116,7 +116,8 @@ class Setup:
 
 
 def incapable(backends: Sequence[str], jobs: Sequence[BenchJob], device: str) -> str | None:
-    """Why none of these backends does any of the jobs; resets, lengths and custom cells are asked later. None where one does one."""
+    """Why none of these backends does any of the jobs, None where one does one. Resets, lengths and custom cells are
+    asked later."""
     if "auto" in backends:
         return None
     reasons: dict[str, list[str]] = {}

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import timing
-from . import variant_cells
+from . import timing, variant_cells
 from .bench_cases import CUSTOM, GATES, BenchJob
 
 EXPS = {"RNN": 1, "GRU": 3, "LSTM": 5}  # exponentials a unit and step: a sigmoid or a tanh each

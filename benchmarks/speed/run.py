@@ -106,7 +106,9 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, options.device
-        self.jobs = select(options.device, options.case, options.cell, options.mode, options.quick, options.dtype, options.compile)
+        self.jobs = select(
+            options.device, options.case, options.cell, options.mode, options.quick, options.dtype, options.compile
+        )
         self.backends = known("backend", options.backend, implementations.NAMES) or implementations.NAMES
         if options.record and not RESULTS.is_dir():
             raise BadInput(

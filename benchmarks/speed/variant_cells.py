@@ -1,4 +1,4 @@
-"""The cells of `rnnkit.variants` as the benchmark has them: their names, how a layer of one is made, what it multiplies."""
+"""The cells of `rnnkit.variants` as the benchmark has them: names, how a layer of one is made, what it multiplies."""
 
 from __future__ import annotations
 

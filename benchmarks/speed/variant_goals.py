@@ -1,5 +1,5 @@
-"""What is aimed at with custom cells on a CPU: against a loop of torch operators, against that loop compiled, and of LSTM
-and GRU against the built-in ones.
+"""What is aimed at with custom cells on a CPU: against a loop of torch operators, against that loop compiled, and of
+LSTM and GRU against the built-in ones.
 
 A target is over all cells of some shapes. Shapes that no target names are listed, and none may be below 1.
 """
