@@ -22,11 +22,12 @@ from .version import __version__ as __version__
 if _TYPE_CHECKING:
     from . import diagnostics as diagnostics
     from . import sequence as sequence
+    from . import variants as variants
 else:
 
     def __getattr__(name: str) -> _ModuleType:
-        """`rnnkit.diagnostics` and `rnnkit.sequence` are imported when they are first asked for."""
-        if name in ("diagnostics", "sequence"):
+        """`rnnkit.diagnostics`, `rnnkit.sequence` and `rnnkit.variants` are imported when they are first asked for."""
+        if name in ("diagnostics", "sequence", "variants"):
             return _importlib.import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import checks
+from .. import checks, masks
 from ..layouts import Layout, layout_of
 from . import layer
 from .declare import Cell, CellSpec
@@ -131,6 +131,8 @@ def _direction(
             raise ValueError(f"{spec.name}.enter must keep the shape {list(x.shape)}, got {list(entered.shape)}")
         x = entered
     if spec.projects:
+        valid = masks.valid_mask(lengths, x.shape[0], x.device)
+        x = x if valid is None else x.masked_fill(~valid, 0)  # NaN in padding would reach the gradient of W_ih
         gx = F.linear(x, piece.w_ih, b_ih)
         x, w_ih, b_ih = cell.project(gx, lengths, training, **piece.modules), None, None
         if x.shape != gx.shape:

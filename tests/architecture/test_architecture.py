@@ -111,6 +111,7 @@ def test_the_plan_names_what_there_is() -> None:
         "rnnkit.benchmarks",
         "rnnkit.cli",
         "rnnkit.tune",
+        "rnnkit.variants",
     }
 
 

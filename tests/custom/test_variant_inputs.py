@@ -1,0 +1,142 @@
+"""What variants do outside of the step: LiGRU's batch norm over ragged rows, GRU-D's decays, sLSTM at its limits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cell_loop import F64
+
+import rnnkit
+from rnnkit import variants
+from rnnkit.variants.gru import SequenceBatchNorm
+
+BACKENDS = ["reference"]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_batch_norm_is_torchs_over_the_steps_that_there_are(momentum: float | None, ragged: bool) -> None:
+    torch.manual_seed(0)
+    mine, theirs = (kind(6, momentum=momentum, dtype=F64) for kind in (SequenceBatchNorm, torch.nn.BatchNorm1d))
+    lengths = torch.tensor([4, 0, 5] if ragged else [5, 5, 5])
+    inside = torch.arange(5)[:, None] < lengths
+    for _ in range(3):
+        x = torch.randn(5, 3, 6, dtype=F64)
+        x[~inside] = math.nan
+        found, expected = mine(x, lengths if ragged else None), theirs(x[inside])
+        torch.testing.assert_close(found[inside], expected, rtol=1e-12, atol=1e-12)
+    for (name, a), b in zip(mine.state_dict().items(), theirs.state_dict().values()):
+        torch.testing.assert_close(a, b, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(mine.eval()(x, lengths)[inside], theirs.eval()(x[inside]))
+
+
+def test_ligru_in_eval_uses_what_it_has_seen() -> None:
+    torch.manual_seed(0)
+    layer = rnnkit.Custom(variants.LiGRU, 4, 6, bias=False)
+    x = torch.randn(5, 3, 4)
+    assert set(layer.state_dict()) >= {"norm_l0.weight", "norm_l0.running_mean"}
+    for _ in range(200):
+        trained = layer(x)[0]
+    layer.eval()
+    torch.testing.assert_close(layer(x)[0], trained, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(layer(x[:, :1])[0], layer(x)[0][:, :1])  # a row by itself gives what it gave in company
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_slstm_at_gate_values_of_80(backend: str, dtype: torch.dtype) -> None:
+    """Every combination of -80, 0 and 80 in i, f and z: finite, and as the paper's ratio by logarithms."""
+    corners = torch.cartesian_prod(*[torch.tensor([-80.0, 0.0, 80.0])] * 3).to(dtype)  # [27, 3]
+    layer = rnnkit.Custom(variants.SLSTM, 3, 1, dtype=dtype, bias=False, backend=backend)
+    with torch.no_grad():
+        layer.weight_hh_l0.zero_()
+        layer.weight_ih_l0.copy_(torch.eye(4, 3, dtype=dtype))  # o is 0
+    order = torch.stack([torch.roll(torch.arange(27), k) for k in range(4)])
+    x = corners[order].requires_grad_()  # [T = 4, 27, 3]: every corner after another
+    y, states = layer(x)
+    (y.sum() + sum(v.sum() for v in states)).backward()
+    assert y.isfinite().all() and x.grad.isfinite().all() and all(v.isfinite().all() for v in states)
+    i, f, z = x.detach().double().unbind(-1)
+    for t in range(4):  # h = σ(o) Σ w_k tanh(z_k) / Σ w_k, log w_k = i_k + Σ log σ(f) after k
+        log_w = i[: t + 1] + torch.stack([torch.nn.functional.logsigmoid(f[k + 1 : t + 1]).sum(0) for k in range(t + 1)])
+        expected = 0.5 * (torch.softmax(log_w, 0) * torch.tanh(z[: t + 1])).sum(0)
+        torch.testing.assert_close(y[t, :, 0].double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_slstm_begins_anew_after_a_reset() -> None:
+    torch.manual_seed(0)
+    layer = rnnkit.Custom(variants.SLSTM, 4, 6, heads=2, dtype=F64)
+    x = torch.randn(6, 2, 4, dtype=F64)
+    reset = torch.zeros(6, 2, dtype=torch.bool)
+    reset[3, 1] = True
+    torch.testing.assert_close(layer(x, reset=reset)[0][3:, 1], layer(x[3:, 1:])[0][:, 0])
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_inputs_of_grud_are_the_papers(batch_first: bool) -> None:
+    """One number at a time; what is not observed may be NaN."""
+    torch.manual_seed(0)
+    steps, rows, width = 6, 3, 2
+    times, observed = torch.rand(steps, rows, dtype=F64).cumsum(0), torch.rand(steps, rows, width) < 0.5
+    x = torch.randn(steps, rows, width, dtype=F64)
+    reset = torch.zeros(steps, rows, dtype=torch.bool)
+    reset[3, 1] = True
+    made = variants.GRUDInputs(width, 5, mean=torch.tensor([0.3, -0.2]), batch_first=batch_first, dtype=F64)
+    gaps, features = torch.zeros(steps, rows, width, dtype=F64), torch.zeros(steps, rows, 2 * width, dtype=F64)
+    with torch.no_grad():
+        made.bias_x.fill_(0.1)
+        for b in range(rows):
+            for d in range(width):
+                last = made.mean[d]
+                for t in range(steps):
+                    if t:
+                        gaps[t, b, d] = times[t, b] - times[t - 1, b] + (not observed[t - 1, b, d]) * gaps[t - 1, b, d]
+                    if reset[t, b]:
+                        last = made.mean[d]
+                    if observed[t, b, d]:
+                        last = features[t, b, d] = x[t, b, d]
+                    else:
+                        decay = math.exp(-max(0.0, made.weight_x[d] * gaps[t, b, d] + made.bias_x[d]))
+                        features[t, b, d] = decay * last + (1 - decay) * made.mean[d]
+                    features[t, b, width + d] = float(observed[t, b, d])
+        decays = torch.exp(-torch.relu(gaps @ made.hidden.weight.T + made.hidden.bias))
+    given = [x.masked_fill(~observed, math.nan), observed, times, reset]
+    if batch_first:
+        given = [v.transpose(0, 1) for v in given]
+        gaps, features, decays = (v.transpose(0, 1) for v in (gaps, features, decays))
+    value, seen, when, again = given
+    found = variants.time_gaps(when, seen, batch_first)
+    torch.testing.assert_close(found, gaps)
+    torch.testing.assert_close(made(value, seen, found, again), (features, decays))
+    assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(made, {"weight_x": w}, tuple([
+        value, seen, found])), made.weight_x.detach().requires_grad_())  # fmt: skip
+
+
+def test_grud_with_gaps_trains() -> None:
+    torch.manual_seed(0)
+    made, layer = variants.GRUDInputs(3, 8), rnnkit.Custom(variants.GRUD, 6, 8)
+    x, observed = torch.randn(7, 2, 3), torch.rand(7, 2, 3) < 0.6
+    features, decay = made(x, observed, variants.time_gaps(torch.arange(7.0)[:, None].expand(7, 2), observed))
+    layer(features, decay=decay, lengths=torch.tensor([7, 4]))[0].square().sum().backward()
+    assert all(v.grad is not None and v.grad.abs().sum() > 0 for v in [*layer.parameters(), made.hidden.weight])
+
+
+def test_what_does_not_fit_grud_is_said() -> None:
+    x = torch.zeros(4, 2, 3)
+    with pytest.raises(ValueError, match=r"gaps must have the shape of x, \[4, 2, 3\], got \[4, 2, 1\]"):
+        variants.GRUDInputs(3, 8)(x, x.bool(), x[..., :1])
+    with pytest.raises(ValueError, match=r"mean must be \[I\] = \[3\]"):
+        variants.GRUDInputs(3, 8, mean=torch.zeros(2))
+    with pytest.raises(TypeError, match="GRUD needs decay at every call"):
+        rnnkit.Custom(variants.GRUD, 6, 8)(torch.zeros(4, 2, 6))
+
+
+def test_attention_0_leaves_the_state() -> None:
+    torch.manual_seed(0)
+    layer = rnnkit.Custom(variants.AUGRU, 4, 6, batch_first=True)
+    attention = torch.rand(2, 5)
+    attention[:, 3] = 0
+    y, _ = layer(torch.randn(2, 5, 4), attention=attention)
+    assert torch.equal(y[:, 3], y[:, 2]) and not torch.equal(y[:, 4], y[:, 3])
