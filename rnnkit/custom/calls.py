@@ -13,22 +13,29 @@ import torch
 from torch import Tensor
 
 from rnnkit.custom import functions as f
-from rnnkit.custom.functions import NotTraced, primitive
+from rnnkit.custom.errors import NotTraced, StepError
+from rnnkit.custom.functions import primitive
+from rnnkit.custom.over_rows import DTYPE, ROWS, own_dtype
 from rnnkit.custom.term import Term
 from rnnkit.custom.trace import Tracer, Value
 
-_ASKED = (  # of a tensor, what Python may know while tracing
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ASKED = _words(  # of a tensor, what Python may know while tracing
     "shape size dim ndim ndimension numel nelement dtype device layout is_floating_point is_complex requires_grad "
     "is_contiguous stride __len__ element_size is_leaf is_cuda is_cpu is_meta is_sparse is_quantized is_nested "
-    "names result_type promote_types get_device grad_fn is_tensor is_grad_enabled is_storage __hash__ finfo is_inference"
-).split()
+    "result_type promote_types get_device grad_fn is_tensor is_grad_enabled is_storage __hash__ is_inference"
+)
 
-_MOVES = (
+_MOVES = _words(
     "chunk unsafe_chunk split unsafe_split split_with_sizes tensor_split hsplit narrow __getitem__ select unbind "
     "unflatten flatten view reshape view_as reshape_as expand expand_as broadcast_to broadcast_tensors repeat tile "
     "unsqueeze squeeze permute movedim moveaxis transpose swapaxes swapdims flip roll cat concat concatenate hstack "
     "stack index_select contiguous clone alias positive __pos__ requires_grad_"
-).split()
+)
 
 _ALIASES = {
     "__add__": "add", "__radd__": "add", "__sub__": "sub", "__mul__": "mul", "__rmul__": "mul", "__truediv__": "div",
@@ -39,7 +46,8 @@ _ALIASES = {
     "bitwise_xor": "logical_xor", "bitwise_not": "logical_not", "__pow__": "pow", "subtract": "sub",
     "multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg", "absolute": "abs", "less": "lt",
     "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne", "clip": "clamp", "sgn": "sign",
-    "expit": "sigmoid", "fix": "trunc", "swish": "silu", "log_sigmoid": "logsigmoid", "special_expit": "sigmoid", "special_expm1": "expm1",
+    "expit": "sigmoid", "fix": "trunc", "swish": "silu", "log_sigmoid": "logsigmoid", "_threshold": "threshold",
+    "special_expit": "sigmoid", "special_expm1": "expm1",
     "special_log1p": "log1p", "special_erf": "erf", "special_logsumexp": "logsumexp", "special_softmax": "softmax",
     "special_log_softmax": "log_softmax", "rsub": "__rsub__", "__rdiv__": "__rtruediv__", "mm": "matmul",
     "__matmul__": "matmul", "mv": "matmul", "float_power": "pow",
@@ -48,15 +56,15 @@ _ALIASES = {
 _POINTWISE: dict[str, Callable[..., Term]] = {
     **{
         op: primitive(op)
-        for op in (
-            "mul div maximum minimum neg abs sigmoid tanh relu exp expm1 log log1p sqrt rsqrt reciprocal sin cos erf "
+        for op in _words(
+            "div maximum minimum neg abs sigmoid tanh exp expm1 log log1p sqrt rsqrt reciprocal sin cos erf "
             "floor"
-        ).split()
+        )
     },
     "sign": f.sign, "ceil": f.ceil, "trunc": f.trunc, "frac": lambda x: x - f.trunc(x), "square": lambda x: x * x,
     "exp2": lambda x: (x * math.log(2)).point("exp"), "log2": lambda x: x.point("log") * (1 / math.log(2)),
     "log10": lambda x: x.point("log") * (1 / math.log(10)), "sinh": f.sinh, "cosh": f.cosh, "tan": f.tan,
-    "relu6": lambda x, inplace=None: f.hardtanh(x, 0.0, 6.0), "softsign": f.softsign, "logsigmoid": f.logsigmoid,
+    "relu6": lambda x: f.hardtanh(x, 0.0, 6.0), "softsign": f.softsign, "logsigmoid": f.logsigmoid,
     "tanhshrink": lambda x: x - x.point("tanh"), "logaddexp": f.logaddexp, "pow": f.power,
     "__rsub__": lambda x, y: y - x, "__rtruediv__": lambda x, y: y / x, "__rpow__": lambda x, y: f.power(y, x),
     "rad2deg": lambda x: x * (180 / math.pi), "deg2rad": lambda x: x * (math.pi / 180), "hypot": lambda x, y:
@@ -71,17 +79,18 @@ _TRUTHS: dict[str, Callable[..., Term]] = {
     "logical_xor": f.differ,
     "logical_not": f.no,
     "isnan": lambda x: x.point("ne", x),
+    "isfinite": lambda x: x.point("abs") < math.inf,
     "isinf": lambda x: x.point("abs").same(math.inf),
     "signbit": lambda x: x < 0,
 }
 """Those whose result is true or false."""
 
-_RANDOM = (
+_RANDOM = _words(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli normal multinomial poisson dropout1d "
     "dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rrelu uniform_ normal_ bernoulli_ random_ "
     "exponential_ gumbel_softmax geometric_ log_normal_ cauchy_ binomial"
-).split()
-_VALUE = "__bool__ __float__ __int__ __index__ item tolist numpy __contains__ equal allclose is_nonzero nonzero any all".split()
+)
+_VALUE = _words("__float__ __int__ __index__ item tolist numpy __contains__ equal allclose is_nonzero nonzero")
 _INSTEAD = {
     "max": "torch.amax over units, torch.maximum of two tensors",
     "min": "-torch.amax(-x, -1) over units, torch.minimum of two tensors",
@@ -92,14 +101,23 @@ _INSTEAD = {
     "bmm": "F.linear with a declared weight",
     "addmm": "F.linear with a declared weight",
     "nan_to_num": "torch.where(x != x, 0, x)",
-    "atan2": "a rational or tanh form",
+    "atan2": "torch.sin and torch.cos of what makes the angle",
     "T": "F.linear for a product",
-    "half": "nothing: a step computes in float32 or wider",
+    "remainder": "x - torch.floor(x / y) * y",
+    "__mod__": "x - torch.floor(x / y) * y",
+    "__floordiv__": "torch.floor(x / y)",
+    "floor_divide": "torch.floor(x / y)",
+    "arange": "a parameter per unit, or an input per step",
+    "eye": "a declared weight",
+    "linspace": "a parameter per unit",
+    "fmax": "torch.maximum",
+    "fmin": "torch.minimum",
+    "cumsum": "another form: a unit's value may not depend on its place among the others",
     "glu": "a, b = x.chunk(2, -1); a * torch.sigmoid(b)",
 }
 
 
-# --- the few that have parameters, in torch's own signatures -----------------------------------------------------------
+# --- the few that have parameters, in torch's own signatures ---------------------------------------------------------
 
 
 def _add(t: Tracer, input: Any, other: Any, *, alpha: float = 1) -> Value:
@@ -137,6 +155,8 @@ def _clamp(t: Tracer, input: Any, min: Any = None, max: Any = None) -> Value:
 
 
 def _where(t: Tracer, condition: Any, input: Any, other: Any) -> Value:
+    if not _truths(condition) and _truths(input):  # x.where(condition, y)
+        condition, input = input, condition
     return t.pointwise(lambda c, a, b: c.where(a, b), condition, input, other)
 
 
@@ -164,7 +184,7 @@ def _round(t: Tracer, input: Any, *, decimals: int = 0) -> Value:
 
 def _dropout(t: Tracer, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if training and p:
-        raise NotTraced(_random_words("dropout"))
+        raise StepError(_random_words("dropout"))
     return input
 
 
@@ -184,7 +204,7 @@ def _parameters(formula: Callable[..., Term], *names: str) -> Callable[..., Valu
             inspect.Parameter("input", inspect.Parameter.POSITIONAL_OR_KEYWORD),
             *(
                 inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=defaults[mine].default)
-                for name, mine in zip(names, own)
+                for name, mine in zip(names, own, strict=True)
             ),
             inspect.Parameter("inplace", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=False),
         ]
@@ -202,7 +222,7 @@ def _parameters(formula: Callable[..., Term], *names: str) -> Callable[..., Valu
     return handler
 
 
-# --- products ----------------------------------------------------------------------------------------------------------
+# --- products --------------------------------------------------------------------------------------------------------
 
 
 def _linear(t: Tracer, input: Any, weight: Any, bias: Any = None) -> Value:
@@ -220,182 +240,7 @@ def _matmul(t: Tracer, input: Any, other: Any) -> Value:
     return t.product(input, other, "matmul")
 
 
-# --- over a row --------------------------------------------------------------------------------------------------------
-
-
-def _total(terms: list[Term], hidden: int) -> Term:
-    total = terms[0]
-    for x in terms[1:]:
-        total = total + x
-    return total.rowsum(hidden)
-
-
-def _largest(terms: list[Term]) -> Term:
-    """No gradient goes through it."""
-    largest = terms[0]
-    for x in terms[1:]:
-        largest = largest.point("maximum", x)
-    return largest.point("stop").rowmax()
-
-
-def _own(dtype: Any, t: Tracer, what: str) -> None:
-    if dtype is not None and dtype != t.dtype:
-        raise NotTraced(f"{what} with dtype={dtype}: {_DTYPE}")
-
-
-def _sum(t: Tracer, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
-    _own(dtype, t, "sum")
-    return t.reduced(input, [_total(g, t.hidden) for g in t.rowwise(input, dim, "sum")], keepdim)
-
-
-def _mean_of(terms: list[Term], hidden: int) -> Term:
-    return _total(terms, hidden) * (1 / (len(terms) * hidden))
-
-
-def _mean(t: Tracer, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
-    _own(dtype, t, "mean")
-    return t.reduced(input, [_mean_of(g, t.hidden) for g in t.rowwise(input, dim, "mean")], keepdim)
-
-
-def _spread(terms: list[Term], hidden: int, correction: float) -> tuple[list[Term], Term]:
-    """The values less their mean, and their variance: in two passes, for the squares of values can be far larger."""
-    mean = _mean_of(terms, hidden)
-    apart = [x - mean for x in terms]
-    return apart, _total([x * x for x in apart], hidden) * (1 / (len(terms) * hidden - correction))
-
-
-def _variances(t: Tracer, input: Any, dim: Any, unbiased: Any, correction: Any, what: str) -> list[Term]:
-    if isinstance(dim, bool):
-        raise NotTraced(f"{what} over the whole tensor: give the dimension, -1")
-    if unbiased is not None:
-        correction = int(unbiased)
-    correction = 1 if correction is None else correction
-    return [_spread(g, t.hidden, correction)[1] for g in t.rowwise(input, dim, what)]
-
-
-def _var(
-    t: Tracer, input: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> Value:
-    return t.reduced(input, _variances(t, input, dim, unbiased, correction, "var"), keepdim)
-
-
-def _std(
-    t: Tracer, input: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> Value:
-    found = _variances(t, input, dim, unbiased, correction, "std")
-    return t.reduced(input, [f.root_or_zero(x) for x in found], keepdim)
-
-
-def _var_mean(
-    t: Tracer, input: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> tuple[Value, Value]:
-    return (
-        _var(t, input, dim, unbiased, keepdim, correction=correction),
-        _mean(t, input, dim, keepdim),
-    )
-
-
-def _amax(t: Tracer, input: Any, dim: Any = (), keepdim: bool = False) -> Value:
-    groups = t.rowwise(input, dim, "amax")
-    if any(len(g) > 1 for g in groups):
-        raise NotTraced("amax over more than one block: take torch.maximum of the blocks first")
-    return t.reduced(input, [g[0].rowmax() for g in groups], keepdim)
-
-
-def _logsumexp(t: Tracer, input: Any, dim: Any, keepdim: bool = False) -> Value:
-    found = []
-    for g in t.rowwise(input, dim, "logsumexp"):
-        top = _largest(g)
-        found.append(top + _total([(x - top).point("exp") for x in g], t.hidden).point("log"))
-    return t.reduced(input, found, keepdim)
-
-
-def _norm(t: Tracer, input: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
-    _own(dtype, t, "norm")
-    found = []
-    for g in t.rowwise(input, dim, "norm"):
-        if p in (2, "fro", None):
-            found.append(f.root_or_zero(_total([x * x for x in g], t.hidden)))
-        elif p == 1:
-            found.append(_total([x.point("abs") for x in g], t.hidden))
-        else:
-            raise NotTraced(f"a norm of order {p}: 1 and 2 are known")
-    return t.reduced(input, found, keepdim)
-
-
-def _vector_norm(
-    t: Tracer, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Value:
-    return _norm(t, x, ord, dim, keepdim, dtype)
-
-
-def _normalize(t: Tracer, input: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Value:
-    if out is not None:
-        raise NotTraced("normalize with out=: leave it away")
-    length = _clamp(t, _norm(t, input, p, dim, keepdim=True), min=eps)
-    return t.pointwise(lambda a, b: a / b, input, length)
-
-
-def _softmax(t: Tracer, input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Value:
-    _own(dtype, t, "softmax")
-    made: list[int] = []
-    for g in t.rowwise(input, -1 if dim is None else dim, "softmax"):
-        top = _largest(g)
-        e = [(x - top).point("exp") for x in g]
-        scale = _total(e, t.hidden).point("reciprocal")
-        made += [(x * scale).n for x in e]
-    return t.tensor(input.shape, made)
-
-
-def _log_softmax(t: Tracer, input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Value:
-    _own(dtype, t, "log_softmax")
-    made: list[int] = []
-    for g in t.rowwise(input, -1 if dim is None else dim, "log_softmax"):
-        top = _largest(g)
-        down = [x - top for x in g]
-        total = _total([x.point("exp") for x in down], t.hidden).point("log")
-        made += [(x - total).n for x in down]
-    return t.tensor(input.shape, made)
-
-
-def _normed(t: Tracer, input: Any, normalized_shape: Any, what: str) -> list[list[Term]]:
-    input = t.as_value(input, what)
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if shape != tuple(input.shape[-1:]):
-        raise NotTraced(f"{what} over {list(shape)} of {list(input.shape)}: only over the last dimension")
-    return t.rowwise(input, -1, what)
-
-
-def _scaled(t: Tracer, y: Value, weight: Any, bias: Any) -> Value:
-    if weight is not None:
-        y = t.pointwise(lambda a, b: a * b, y, weight)
-    return y if bias is None else t.pointwise(lambda a, b: a + b, y, bias)
-
-
-def _layer_norm(
-    t: Tracer, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Value:  # fmt: skip
-    made: list[int] = []
-    for g in _normed(t, input, normalized_shape, "layer_norm"):
-        apart, variance = _spread(g, t.hidden, 0)
-        scale = (variance + eps).point("rsqrt")
-        made += [(x * scale).n for x in apart]
-    return _scaled(t, t.tensor(input.shape, made), weight, bias)
-
-
-def _rms_norm(t: Tracer, input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Value:
-    eps = torch.finfo(t.dtype).eps if eps is None else eps
-    made: list[int] = []
-    for g in _normed(t, input, normalized_shape, "rms_norm"):
-        scale = (_mean_of([x * x for x in g], t.hidden) + eps).point("rsqrt")
-        made += [(x * scale).n for x in g]
-    return _scaled(t, t.tensor(input.shape, made), weight, None)
-
-
-# --- dtypes, constants -------------------------------------------------------------------------------------------------
-
-_DTYPE = "a step computes in its states' dtype, float32 or wider: leave the cast away"
+# --- dtypes, constants -----------------------------------------------------------------------------------------------
 
 
 def _cast(t: Tracer, input: Any, dtype: Any) -> Value:
@@ -406,7 +251,18 @@ def _cast(t: Tracer, input: Any, dtype: Any) -> Value:
         return t.tensor(x.shape, x.nodes)
     if dtype == torch.bool:
         return t.pointwise(f.truth, x, dtype=torch.bool)
-    raise NotTraced(f"a change of dtype, {x.dtype} to {dtype}: {_DTYPE}")
+    raise NotTraced(f"a change of dtype, {x.dtype} to {dtype}: {DTYPE}")
+
+
+_CASTS = {
+    "float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16,
+    "bool": torch.bool, "int": torch.int32, "long": torch.int64, "short": torch.int16, "char": torch.int8,
+    "byte": torch.uint8,
+}  # fmt: skip
+
+
+def _caster(dtype: torch.dtype) -> Callable[..., Value]:
+    return lambda t, input: _cast(t, input, dtype)
 
 
 def _to(t: Tracer, input: Any, *args: Any, **kwargs: Any) -> Value:
@@ -421,7 +277,7 @@ def _to(t: Tracer, input: Any, *args: Any, **kwargs: Any) -> Value:
 def _like(fill: float | None) -> Callable[..., Value]:
     def handler(t: Tracer, input: Any, *args: Any, **kwargs: Any) -> Value:
         value = args[0] if fill is None and args else kwargs.pop("fill_value", fill)
-        _own(kwargs.get("dtype"), t, "a constant")
+        own_dtype(kwargs.get("dtype"), t, "a constant")
         return _filled(t, tuple(input.shape), value)
 
     return handler
@@ -443,7 +299,7 @@ def _made(fill: float | None, method: bool) -> Callable[..., Value]:
         if size is None:
             size, args = (args[0], args[1:]) if isinstance(args[0], (tuple, list)) else (args, ())
         value = fill if fill is not None else args[0] if args else kwargs.pop("fill_value")
-        _own(kwargs.get("dtype"), t, "a constant")
+        own_dtype(kwargs.get("dtype"), t, "a constant")
         return _filled(t, tuple(size), value)
 
     return handler
@@ -460,30 +316,31 @@ def _tensor(t: Tracer, data: Any, **kwargs: Any) -> Value:
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "add": _add, "sub": _sub, "mul": _mul, "div": _div, "clamp": _clamp, "where": _where,
     "masked_fill": _masked_fill, "lerp": _lerp, "addcmul": _addcmul, "addcdiv": _addcdiv, "round": _round,
-    "dropout": _dropout, "detach": _detach, "linear": _linear, "matmul": _matmul, "sum": _sum, "mean": _mean,
-    "var": _var, "std": _std, "var_mean": _var_mean, "amax": _amax, "logsumexp": _logsumexp, "norm": _norm,
-    "vector_norm": _vector_norm, "linalg_vector_norm": _vector_norm, "normalize": _normalize, "softmax": _softmax,
-    "log_softmax": _log_softmax, "layer_norm": _layer_norm, "rms_norm": _rms_norm, "to": _to,
-    "type": _to, "type_as": _to, "float": lambda t, x: _cast(t, x, torch.float32),
-    "double": lambda t, x: _cast(t, x, torch.float64), "bool": lambda t, x: _cast(t, x, torch.bool),
-    "zeros_like": _like(0.0), "ones_like": _like(1.0), "full_like": _like(None),
+    "dropout": _dropout, "detach": _detach, "linear": _linear, "matmul": _matmul, 
+    
+     
+    "to": _to,
+    "type": _to, "type_as": _to, 
+    **{name: _caster(dtype) for name, dtype in _CASTS.items()}, 
+    **ROWS, "zeros_like": _like(0.0), "ones_like": _like(1.0), "full_like": _like(None),
     "zeros": _made(0.0, False), "ones": _made(1.0, False), "full": _made(None, False),
     "new_zeros": _made(0.0, True), "new_ones": _made(1.0, True), "new_full": _made(None, True),
     "tensor": _tensor, "scalar_tensor": _tensor,
     "clamp_min": lambda t, input, min: _clamp(t, input, min), "clamp_max": lambda t, input, max:
     _clamp(t, input, None, max),
-    "leaky_relu": _parameters(f.leaky_relu, "negative_slope"), "elu": _parameters(f.elu, "alpha", "scale", "input_scale"),
+    "leaky_relu": _parameters(f.leaky_relu, "negative_slope"), 
+    "elu": _parameters(f.elu, "alpha", "scale", "input_scale"),
     "selu": _parameters(f.selu), "celu": _parameters(f.celu, "alpha"), "silu": _parameters(f.silu),
     "gelu": _parameters(f.gelu, "approximate"), "softplus": _parameters(f.softplus, "beta", "threshold"),
     "hardsigmoid": _parameters(f.hardsigmoid), "hardswish": _parameters(f.hardswish),
     "hardtanh": _parameters(f.hardtanh, "min_val", "max_val"), "hardshrink": _parameters(f.hardshrink, "lambd"),
     "softshrink": _parameters(f.softshrink, "lambd"), "mish": _parameters(f.mish),
     "threshold": _parameters(f.threshold, "threshold", "value"),
-    "relu": _parameters(primitive("relu")),
+    "relu": _parameters(lambda x: x.point("relu")),
 }  # fmt: skip
 
 
-# --- the call ----------------------------------------------------------------------------------------------------------
+# --- the call --------------------------------------------------------------------------------------------------------
 
 
 def call(t: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -498,12 +355,14 @@ def call(t: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
         raise NotTraced(f"{name}, which changes a tensor in place: write a new value, as x = x.mul(2) or torch.where")
     if name in _RANDOM:
-        raise NotTraced(_random_words(name))
+        raise StepError(_random_words(name))
+    if name in ("__bool__", "any", "all"):
+        raise NotTraced(f"a branch on values ({name}): they differ by row and unit; write torch.where")
     if name in _VALUE:
-        raise NotTraced(f"a branch on a value ({name}): which way it goes differs by row; write torch.where")
-    if args and isinstance(args[0], Value) and args[0].weight is not None:
-        if name in ("t", "transpose", "permute", "swapaxes", "swapdims"):
-            return _turned(t, args[0])
+        raise NotTraced(f"{name}, which reads a tensor's value into Python: it differs by row; stay with tensors")
+    kwargs.pop("inplace", None)
+    if name in ("t", "transpose", "permute", "swapaxes", "swapdims") and _weight(args[0]):
+        return _turned(t, args[0])
     if name == "max" and len(args) == 2 and isinstance(args[1], Tensor):
         name = "maximum"
     if name == "min" and len(args) == 2 and isinstance(args[1], Tensor):
@@ -532,6 +391,10 @@ def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _weight(x: Any) -> bool:
+    return isinstance(x, Value) and x.weight is not None
+
+
 def _turned(t: Tracer, w: Value) -> Value:
     turned = t.tensor((w.shape[1], w.shape[0]), ())
     turned.weight, turned.turned = w.weight, not w.turned
@@ -542,7 +405,7 @@ def _attribute(t: Tracer, func: Any, kind: str, args: tuple[Any, ...]) -> Any:
     name = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
     if kind != "__get__":
         raise NotTraced(f"setting .{name} of a tensor: write a new value")
-    if name in ("T", "mT") and isinstance(args[0], Value) and args[0].weight is not None:
+    if name in ("T", "mT") and _weight(args[0]):
         return _turned(t, args[0])
     if name == "data":
         return _detach(t, args[0])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cells import compute_dtype
-from . import reference
+from . import check, reference
 from .declare import CellSpec, spec_named
 from .inputs import CellInputs, CellOptions, CellOutputs
 from .probe import probe
@@ -83,12 +83,9 @@ def backend_named(name: str) -> Any:
     return reference if name == "reference" else _module(KERNELS[name])
 
 
-def _checked(spec: CellSpec, hidden: int) -> tuple[Any, str | None]:
+def _checked(spec: CellSpec, hidden: int, dtype: torch.dtype) -> tuple[Any, str | None]:
     """The cell's program, or why there is none."""
-    check = _module("rnnkit.custom.check")
-    if check is None:
-        return None, "no program is made of a step yet"
-    found = check.program_of(spec, hidden)
+    found = check.program_of(spec, hidden, dtype)
     return found.program, found.reason
 
 
@@ -112,7 +109,7 @@ def judge(name: str, spec: CellSpec, q: Asked) -> Verdict:
     reasons = backend.unsupported(None, q.device, q.dtype, q.o)
     if reasons:
         return Verdict(reasons, None)
-    program, reason = _checked(spec, q.hidden)
+    program, reason = _checked(spec, q.hidden, compute_dtype(q.dtype))
     if program is None:
         return Verdict([reason or "its step has no program"], None, cells=True)
     reasons = backend.unsupported(program, q.device, q.dtype, q.o)
@@ -125,7 +122,7 @@ def choose(spec: CellSpec, q: Asked, wanted: str) -> Choice:
     Raises NotImplementedError, with its reasons, where a named one cannot.
     """
     expect_known(wanted)
-    probe(spec, q.hidden, q.device, compute_dtype(q.dtype))
+    probe(spec, q.hidden, compute_dtype(q.dtype))
     if wanted == "auto":
         wanted = _DEVICES.get(q.device, "reference")
         verdict = judge(wanted, spec, q)

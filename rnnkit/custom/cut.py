@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from rnnkit.custom.graph import ROW_SUMS, UNIT, CellProgram, Graph, Input, Node, Product
+from rnnkit.custom.graph import ROW_SUMS, UNIT, CellProgram, Graph, Product
 from rnnkit.custom.rules import differentiate
+from rnnkit.custom.term import leaf_of, result_of
 
 _UNIT_COST, _ROW_COST, _INFINITE = 1000, 1, 1 << 40
 
@@ -112,7 +113,7 @@ def _copy(
             continue
         node = graph.nodes[n]
         if node.op == "product":
-            which, block = node.data  # type: ignore[misc]
+            which, block = result_of(node)
             old = graph.products[which]
             operands = tuple(number[x] for x in old.operands)
             number[n] = into.product(Product(old.weight, old.blocks, operands, old.transposed, old.bias))[block]
@@ -151,12 +152,12 @@ def make_program(
 
     after: dict[int, str] = {}
     for s, n in zip(states, new, strict=True):
-        if graph.nodes[n].op not in ("input", "const"):
+        if graph.kind(n) == UNIT and graph.nodes[n].op != "input":
             after.setdefault(n, s)
 
     def free(n: int) -> bool:
         node = graph.nodes[n]
-        return n in after or node.op == "const" or (node.op == "input" and _name(node) != "gx")
+        return n in after or node.op == "const" or (node.op == "input" and leaf_of(node).name != "gx")
 
     kept = _keep(graph, roots, set(tangents), free)
     saved = [n for n in kept if graph.kind(n) == UNIT]
@@ -178,7 +179,7 @@ def make_program(
     def at(ns: Iterable[int | None]) -> tuple[int | None, ...]:
         return tuple(None if n is None else number[n] for n in ns)
 
-    read = {_name(node) for node in backward.nodes if node.op == "input"}
+    read = {leaf_of(node).name for node in backward.nodes if node.op == "input"}
     return CellProgram(
         name=name,
         hidden=hidden,
@@ -199,8 +200,3 @@ def make_program(
         d_products=tuple((graph.products[k].weight, at(d_results[k]), number[operands[k]]) for k in d_results),
         needs=tuple(s for s in states if s in read or "new_" + s in read),
     )
-
-
-def _name(node: Node) -> str:
-    assert isinstance(node.data, Input)
-    return node.data.name

@@ -373,8 +373,8 @@ def _arguments(
                 "rnnkit.per_unit(), rnnkit.weight(blocks), rnnkit.per_step() or rnnkit.option(default)"
             )  # fmt: skip
             raise TypeError(
-                f"{name}.step names {argument.name!r}, which is neither a, gx, gh nor a state ({', '.join(states)}) and "
-                f"is not declared: write {argument.name} = {way} in the class"
+                f"{name}.step names {argument.name!r}, which is neither a, gx, gh nor a state ({', '.join(states)}), "
+                f"and is not declared: write {argument.name} = {way} in the class"
             )
     if "a" not in found and "gx" not in found:
         raise TypeError(f"{name}.step must name a (= gx + gh) or gx, or it never sees the input")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,26 +10,32 @@ from torch import Tensor
 
 from rnnkit.custom.graph import CellProgram, Graph, Input
 from rnnkit.custom.rules import RULES
+from rnnkit.custom.term import leaf_of, result_of
 
 
 def evaluate(
-    graph: Graph, roots: Sequence[int], leaf: Callable[[Input], Tensor], weights: Mapping[str, Tensor], hidden: int
+    graph: Graph,
+    roots: Sequence[int],
+    leaf: Callable[[Input], Tensor],
+    weights: Mapping[str, Tensor],
+    hidden: int,
+    like: Tensor,
 ) -> list[Tensor]:
-    """Each root: [B, H], or [B, 1] for a value per row, or what broadcasts to it. `weights` holds the biases too."""
+    """Each root: [B, H], or [B, 1] for a value per row, or what broadcasts to it. `weights` holds the biases too;
+    `like` has the dtype and the device."""
     values: dict[int, Tensor] = {}
-    like = next(leaf(node.data) for node in graph.nodes if node.op == "input")  # type: ignore[arg-type]
     for n in sorted(graph.reach(roots)):
         node = graph.nodes[n]
         if node.op == "const":
             values[n] = torch.tensor(node.data, dtype=like.dtype, device=like.device)
         elif node.op == "input":
-            values[n] = leaf(node.data)  # type: ignore[arg-type]
+            values[n] = leaf(leaf_of(node))
         elif node.op == "product":
-            number, block = node.data  # type: ignore[misc]
+            number, block = result_of(node)
             product = graph.products[number]
             weight = weights[product.weight]
-            shape = torch.broadcast_shapes((hidden,), *(values[x].shape for x in product.operands))
-            x = torch.cat([values[x].expand(shape) for x in product.operands], -1)
+            blocks = [values[x] for x in product.operands]
+            x = torch.cat(torch.broadcast_tensors(*blocks, like.new_empty(hidden))[:-1], -1)
             if product.transposed:
                 values[n] = x @ weight
             else:
@@ -59,16 +65,20 @@ def forward(program: CellProgram, values: Mapping[str, Tensor]) -> Kept:
         return _block(values[x.name], x.block, program.hidden) if x.name == "gx" else values[x.name]
 
     roots = [*program.new, *program.saved, *program.saved_rows]
-    out = evaluate(program.forward, roots, leaf, values, program.hidden)
+    out = evaluate(program.forward, roots, leaf, values, program.hidden, values[program.states[0]])
     a, b = len(program.new), len(program.new) + len(program.saved)
     full = [x.expand(rows, program.hidden) for x in out[:b]]
     return Kept(tuple(full[:a]), tuple(full[a:]), tuple(x.expand(rows, 1) for x in out[b:]))
 
 
 def backward(
-    program: CellProgram, values: Mapping[str, Tensor], kept: Kept, d_new: Sequence[Tensor]
+    program: CellProgram,
+    values: Mapping[str, Tensor],
+    kept: Kept,
+    d_new: Sequence[Tensor],
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """The gradients of everything in `values` that has one, in its shape; what is missing is zero."""
+    """The gradients of `names` (of everything in `values`) in their shapes."""
     hidden = program.hidden
     rows = values[program.states[0]].shape[0]
     named = {"d_" + s: d for s, d in zip(program.states, d_new, strict=True)}
@@ -82,17 +92,21 @@ def backward(
         return named[x.name] if x.name in named else values[x.name]
 
     steps = tuple(name for name, _, _ in program.steps)
-    roots: list[tuple[str, int, int | None]] = [(s, 0, n) for s, n in zip(program.states, program.d_states)]
+    roots: list[tuple[str, int, int | None]] = [
+        (s, 0, n) for s, n in zip(program.states, program.d_states, strict=True)
+    ]
     roots += [("gx", k, n) for k, n in enumerate(program.d_gx)]
-    roots += [(u, 0, n) for u, n in zip(program.units, program.d_units)]
-    roots += [(s, 0, n) for s, n in zip(steps, program.d_steps)]
+    roots += [(u, 0, n) for u, n in zip(program.units, program.d_units, strict=True)]
+    roots += [(s, 0, n) for s, n in zip(steps, program.d_steps, strict=True)]
     products = [n for _, ds, operand in program.d_products for n in (operand, *ds)]
     wanted = [n for _, _, n in roots if n is not None] + [n for n in products if n is not None]
-    found = dict(zip(wanted, evaluate(program.backward, wanted, leaf, values, hidden)))
+    found = dict(
+        zip(wanted, evaluate(program.backward, wanted, leaf, values, hidden, values[program.states[0]]), strict=True)
+    )
 
-    gradients = {name: torch.zeros_like(x) for name, x in values.items()}
+    gradients = {name: torch.zeros_like(values[name]) for name in (values if names is None else names)}
     for name, block, n in roots:
-        if n is None:
+        if n is None or name not in gradients:
             continue
         into = _block(gradients[name], block, hidden) if name == "gx" else gradients[name]
         into += found[n].expand(rows, hidden).sum(0) if name in program.units else found[n]
@@ -101,7 +115,8 @@ def backward(
         for k, n in enumerate(ds):
             if n is not None:
                 d = found[n].expand(rows, hidden)
-                gradients[weight][k * hidden : (k + 1) * hidden] += d.T @ x
+                if weight in gradients:
+                    gradients[weight][k * hidden : (k + 1) * hidden] += d.T @ x
                 if weight == "w_hh" and "b_hh" in gradients:
                     gradients["b_hh"][k * hidden : (k + 1) * hidden] += d.sum(0)
     return gradients

@@ -9,11 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from rnnkit.custom.errors import NotTraced
 from rnnkit.custom.term import Term
-
-
-class NotTraced(Exception):
-    """A step holds what no kernel is made from; the text names it and says what to write instead."""
 
 
 def primitive(op: str) -> Callable[..., Term]:

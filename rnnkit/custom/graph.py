@@ -8,7 +8,7 @@ maximum over a row's units. Nodes that say the same are one node, and a node's a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -203,7 +203,7 @@ def _divide(a: float, b: float) -> float:
     return a / b if b else math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1, b)
 
 
-_FOLDED = {
+_FOLDED: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,

@@ -8,7 +8,6 @@ wanted. What such a function gives is differentiated again, or batched, by the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ..autocast import autocasting, no_autocast
 from ..backends import asked
 from ..layer.autograd import any_requires_grad, is_differentiated, save_for_backward, was_changed
 from ..layer.profiler import annotated, as_row, named, recording
-from . import choose, operators, reference
+from . import choose, derivative, operators, scan
 from .choose import Asked, Choice
 from .declare import CellSpec
 from .inputs import CellInputs, CellOptions, CellOutputs, outputs_of, unflat
@@ -59,7 +58,7 @@ def _direct(spec: CellSpec, chosen: Choice, t: CellInputs, o: CellOptions, train
             return _as_row(spec, chosen, t, o)
         return chosen.backend.forward(chosen.plan, t, o, False)[0]
     if chosen.name == "reference" and t.lengths is None and t.reset is None:
-        return annotated(spec.name, lambda: reference.outputs(spec, t, o), t.flat())  # type: ignore[return-value,arg-type]
+        return _formulas(spec, t, o)
     found = named(CellFunction, spec.name).apply((spec, chosen, o), *t.flat())
     return outputs_of(spec, o, found)
 
@@ -68,10 +67,19 @@ def _as_row(spec: CellSpec, chosen: Choice, t: CellInputs, o: CellOptions) -> Ce
     """The same, where a profiler records."""
 
     def forward() -> tuple[Tensor, ...]:
-        y, last, every = chosen.backend.forward(chosen.plan, t, o, False)[0]
-        return y, *last, *every
+        return _flat(chosen.backend.forward(chosen.plan, t, o, False)[0])
 
     return outputs_of(spec, o, as_row(spec.name, forward, t.flat()))
+
+
+def _formulas(spec: CellSpec, t: CellInputs, o: CellOptions) -> CellOutputs:
+    """The reference, for torch to differentiate, batch or trace."""
+    return outputs_of(spec, o, annotated(spec.name, lambda: _flat(scan.outputs(spec, t, o)), t.flat()))
+
+
+def _flat(outputs: CellOutputs) -> tuple[Tensor, ...]:
+    y, last, every = outputs
+    return y, *last, *every
 
 
 def _traced(spec: CellSpec, backend: str, t: CellInputs, o: CellOptions, train: bool) -> CellOutputs:
@@ -79,7 +87,7 @@ def _traced(spec: CellSpec, backend: str, t: CellInputs, o: CellOptions, train: 
     compiling = torch.compiler.is_compiling()
     opaque = compiling and not torch.onnx.is_in_onnx_export() and not operators.compiling_a_transform()
     if not opaque and (compiling or torch.jit.is_tracing() or _transforming() or forward_ad._current_level >= 0):
-        return annotated(spec.name, lambda: reference.outputs(spec, t, o), t.flat())  # type: ignore[return-value,arg-type]
+        return _formulas(spec, t, o)
     return operators.forward(spec, backend, t, o, train)
 
 
@@ -107,29 +115,7 @@ class CellFunction(torch.autograd.Function):
         given = outputs_of(spec, o, grads)  # type: ignore[arg-type]
         with no_autocast(t.x.device.type):
             if is_differentiated(grads):
-                return (None, *differentiable_backward(spec, t, o, given, needs))
+                return (None, *derivative.differentiable_backward(spec, t, o, given, needs))
             if was_changed(ctx):  # make y again
-                (y, _, _), saved = chosen.backend.forward(chosen.plan, t, o, True)  # type: ignore[assignment]
+                (y, _, _), saved = chosen.backend.forward(chosen.plan, t, o, True)
             return (None, *chosen.backend.backward(chosen.plan, t, o, y, saved, given, needs))
-
-
-def differentiable_backward(
-    spec: CellSpec, t: CellInputs, o: CellOptions, grads: CellOutputs, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The same gradients as a function that torch can differentiate again, or batch: by the reference."""
-    again = torch.is_grad_enabled()
-    if t.lengths is not None or t.reset is not None:
-        return reference.vjp(spec, t, o, (), grads, needs, again=again)
-    with torch.enable_grad():
-        flat = t.flat()
-        # views: what is asked for is the gradient of each alone, also where one of them was made of another
-        live = [v.view_as(v) if v is not None and need else v for v, need in zip(flat, needs, strict=True)]
-        if not again:
-            live = [v.detach().requires_grad_() if v is not None and n else v for v, n in zip(live, needs, strict=True)]
-        y, last, every = reference.outputs(spec, unflat(spec, live), o)
-        pairs = zip((y, *last, *every), (grads.y, *grads.last, *grads.all), strict=True)
-        pairs = [(v, g) for v, g in pairs if g is not None and v.requires_grad]  # type: ignore[assignment]
-        wanted = [v for v, need in zip(live, needs, strict=True) if need]
-        ends, received = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(ends, wanted, received, create_graph=again, allow_unused=True))  # type: ignore[arg-type]
-    return [next(found) if need else None for need in needs]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..autocast import no_autocast
-from . import reference
 from .choose import Asked, Choice, backend_named, choose
 from .declare import CellSpec, spec_named
+from .derivative import differentiable_backward
 from .inputs import CellInputs, CellOptions, CellOutputs, count_outputs, outputs_of, unflat
 
 _HOW = "str cell, str backend, bool reverse, bool all_states, bool recompute, int heads"
@@ -123,7 +123,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def _derivative(ctx: Any, grads: list[Tensor | None]) -> tuple:
-    cell, backend, *options = ctx.how
+    cell, _, *options = ctx.how
     spec, o, there = spec_named(cell), CellOptions(*options), ctx.there
     tensors, results = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
     needs = [bool(need) for need in _spread(there, ctx.needs_input_grad[8])]
@@ -131,7 +131,7 @@ def _derivative(ctx: Any, grads: list[Tensor | None]) -> tuple:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         t = unflat(spec, _spread(there, tensors))
         with no_autocast(t.x.device.type):
-            every = reference.vjp(spec, t, o, (), outputs_of(spec, o, own), needs, again=True)  # type: ignore[arg-type]
+            every = differentiable_backward(spec, t, o, outputs_of(spec, o, own), needs)  # type: ignore[arg-type]
     else:
         arrived = [g is not None for g in own]
         given = [g for g in own if g is not None]

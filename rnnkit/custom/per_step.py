@@ -70,7 +70,7 @@ def _dense(layout: Layout, name: str, v: object) -> tuple[Tensor, bool]:
         if not isinstance(layout, JaggedLayout):
             raise TypeError(f"{name} must be a tensor in the input's layout, got a nested one")
         layout.expect_nested_alike(v, name)
-        return layout.pad(v.values()), True  # type: ignore[operator]
+        return layout.pad(v.values()), True
     checks.expect_dense(v, name)
     return v, False
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rnnkit.custom.graph import CONST, ROW_SUMS, UNIT, Graph, Product
-from rnnkit.custom.term import Term
+from rnnkit.custom.term import Term, leaf_of, result_of
 
 
 class Rule(NamedTuple):
@@ -136,7 +136,7 @@ def differentiate(
     for n in range(last):
         node = graph.nodes[n]
         if node.op == "input":
-            active[n] = node.data.name not in constant  # type: ignore[attr-defined]
+            active[n] = leaf_of(node).name not in constant
         elif node.op == "product":
             active[n] = True
         elif node.op in ROW_SUMS or (node.op != "const" and _passes(node.op)):
@@ -146,30 +146,32 @@ def differentiate(
     for n, d in zip(new, d_new, strict=True):
         if graph.kind(n) != CONST:
             gradients.add(n, Term(graph, d), per_unit=True)
-    leaves, products = {}, {}
+    leaves: dict[int, int] = {}
+    products: dict[int, tuple[int | None, ...]] = {}
     for n in reversed(range(last)):
         if not active[n]:
             continue
         node = graph.nodes[n]
         if node.op == "product":
-            number, block = node.data  # type: ignore[misc]
+            number, block = result_of(node)
             if block == 0:  # the first of its results, so the last that is seen
                 found = [gradients.at(x) for x in graph.product(graph.products[number])]
                 if any(found):
                     products[number] = tuple(x.n if x else None for x in found)
                     _back(graph, graph.products[number], products[number], active, gradients)
             continue
-        d = gradients.at(n)
-        if d is None:
+        arrived = gradients.at(n)
+        if arrived is None:
             continue
         if node.op == "input":
-            leaves[n] = d.n
+            leaves[n] = arrived.n
             continue
+        y = Term(graph, n)
         terms = [Term(graph, x) for x in node.args]
         if node.op == "rowmax":
-            parts: tuple[Term | None, ...] = _row_maximum(d, Term(graph, n), terms[0], hidden)
+            parts: tuple[Term | None, ...] = _row_maximum(arrived, y, terms[0], hidden)
         else:
-            parts = RULES[node.op].derivative(d, Term(graph, n), *terms)
+            parts = RULES[node.op].derivative(arrived, y, *terms)
         per_unit = graph.kind(n) == UNIT
         for x, part in zip(node.args, parts, strict=True):
             if part is not None and active[x]:
@@ -188,6 +190,3 @@ def _back(graph: Graph, product: Product, d: tuple[int | None, ...], active: lis
         operands = tuple(graph.const(0.0) if x is None else x for x in d)
         (back,) = graph.product(Product(product.weight, product.blocks, operands, transposed=True))
         gradients.add(operand, Term(graph, back), per_unit=True)
-
-
-__all__ = ["RULES", "Derivative", "Rule", "differentiate"]

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import Union
 
-from rnnkit.custom.graph import Graph
+from rnnkit.custom.graph import UNIT, Graph, Input, Node
 
 Number = Union["Term", float]
 
 
-class Term(NamedTuple):
-    graph: Graph
-    n: int
+def leaf_of(node: Node) -> Input:
+    """What an input stands for."""
+    assert isinstance(node.data, Input)
+    return node.data
+
+
+def result_of(node: Node) -> tuple[int, int]:
+    """The product that a node is a result of, and which result."""
+    assert node.op == "product"
+    return node.data  # type: ignore[return-value]
+
+
+class Term:
+    __slots__ = ("graph", "n")
+
+    def __init__(self, graph: Graph, n: int) -> None:
+        self.graph, self.n = graph, n
 
     def point(self, op: str, *others: Number) -> Term:
         return Term(self.graph, self.graph.point(op, self.n, *(self.like(x).n for x in others)))
@@ -19,7 +33,7 @@ class Term(NamedTuple):
     def like(self, x: Number) -> Term:
         return x if isinstance(x, Term) else Term(self.graph, self.graph.const(x))
 
-    def __add__(self, x: Number) -> Term:  # type: ignore[override]
+    def __add__(self, x: Number) -> Term:
         return self.point("add", x)
 
     def __radd__(self, x: float) -> Term:
@@ -31,10 +45,10 @@ class Term(NamedTuple):
     def __rsub__(self, x: float) -> Term:
         return self.like(x).point("sub", self)
 
-    def __mul__(self, x: Number) -> Term:  # type: ignore[override]
+    def __mul__(self, x: Number) -> Term:
         return self.point("mul", x)
 
-    def __rmul__(self, x: float) -> Term:  # type: ignore[override]
+    def __rmul__(self, x: float) -> Term:
         return self.like(x).point("mul", self)
 
     def __truediv__(self, x: Number) -> Term:
@@ -46,16 +60,16 @@ class Term(NamedTuple):
     def __neg__(self) -> Term:
         return self.point("neg")
 
-    def __lt__(self, x: Number) -> Term:  # type: ignore[override]
+    def __lt__(self, x: Number) -> Term:
         return self.point("lt", x)
 
-    def __le__(self, x: Number) -> Term:  # type: ignore[override]
+    def __le__(self, x: Number) -> Term:
         return self.point("le", x)
 
-    def __gt__(self, x: Number) -> Term:  # type: ignore[override]
+    def __gt__(self, x: Number) -> Term:
         return self.point("gt", x)
 
-    def __ge__(self, x: Number) -> Term:  # type: ignore[override]
+    def __ge__(self, x: Number) -> Term:
         return self.point("ge", x)
 
     def same(self, x: Number) -> Term:
@@ -67,11 +81,11 @@ class Term(NamedTuple):
 
     def rowsum(self, hidden: int) -> Term:
         """Over the units of a row; H times what is the same in every unit."""
-        if self.graph.kind(self.n) == "unit":
+        if self.graph.kind(self.n) == UNIT:
             return Term(self.graph, self.graph.make("rowsum", (self.n,)))
         return self * float(hidden)
 
     def rowmax(self) -> Term:
-        if self.graph.kind(self.n) == "unit":
+        if self.graph.kind(self.n) == UNIT:
             return Term(self.graph, self.graph.make("rowmax", (self.n,)))
         return self

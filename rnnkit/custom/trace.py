@@ -1,14 +1,16 @@
 """A user's step as a graph: the step is run once on tensors that hold no numbers and note what is asked of them.
 
-Each tensor of the trace knows its shape (by a tensor on torch's `meta` device, so that torch itself says what shapes
-fit) and which values of the graph it is made of: a block [H] of its last dimension is one value per unit, any other
-element one value per row. What only moves values (chunk, slices, cat, expand, ...) is done by torch on numbers that
-name them, whatever it is called; a result that tears a block apart is refused.
+Each tensor of the trace has a shape, a dtype and no memory, and knows which values of the graph it is made of: a block
+[H] of its last dimension is one value per unit, any other element one value per row. What only moves values (chunk,
+slices, cat, expand, ...) is done by torch on numbers that name them, whatever it is called; a result that tears a block
+apart is refused.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rnnkit.custom.functions import NotTraced
+from rnnkit.custom.errors import NotTraced, StepError
 from rnnkit.custom.graph import ROW, UNIT, Graph, Product
 from rnnkit.custom.term import Term
 
@@ -30,6 +32,11 @@ class Traced:
     uses_w_hh: bool
 
 
+_BATCH, _ROWS = 1 << 40, 1 << 39
+_MOST = 64
+"""Values per row that a tensor may hold."""
+
+
 class Value(Tensor):
     """A tensor of the trace. `nodes`: its values, in order; a weight has none."""
 
@@ -37,7 +44,7 @@ class Value(Tensor):
     weight: str | None
     turned: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 class Tracer(TorchFunctionMode):
@@ -54,7 +61,7 @@ class Tracer(TorchFunctionMode):
     # --- tensors -------------------------------------------------------------------------------------------------
 
     def tensor(self, shape: Sequence[int], nodes: Sequence[int], dtype: torch.dtype | None = None) -> Value:
-        value = torch.empty(tuple(shape), dtype=dtype or self.dtype, device="meta").as_subclass(Value)
+        value = torch.zeros((), dtype=dtype or self.dtype).expand(tuple(shape)).as_subclass(Value)
         value.nodes, value.weight, value.turned = tuple(nodes), None, False
         return value
 
@@ -77,58 +84,64 @@ class Tracer(TorchFunctionMode):
         if isinstance(x, (bool, int, float)):
             return self.tensor((), [self.graph.const(x)], torch.bool if isinstance(x, bool) else None)
         if isinstance(x, Tensor):
-            if x.numel() == 1 and x.device.type != "meta" and not x.requires_grad:
+            if x.numel() == 1 and not x.requires_grad:
                 dtype = torch.bool if x.dtype == torch.bool else None
                 return self.tensor(x.shape, [self.graph.const(x.item())], dtype)
             raise NotTraced(
-                f"a tensor {list(x.shape)} from outside the step: declare it (per_unit, weight, per_step) and take it "
+                f"a tensor {self.shown(x)} from outside the step: declare it (per_unit, weight, per_step) and take it "
                 "as an argument"
             )
         raise NotTraced(f"{what} with {type(x).__name__}: a step works on tensors and numbers")
 
     def names(self, x: Value) -> Tensor:
-        """Numbers in the shape of x that name its values: k·H + u for unit u of block k, -1 - k for a value per row.
-        The batch takes no memory."""
+        """Numbers in the shape of x that name its values: k·H + u for unit u of block k, _ROWS + k for a value per
+        row, and _BATCH · (r + 1) more in row r of the batch."""
         rest = x.shape[1:] if self.batched(x) else x.shape
         if self.by_unit(x):
-            names = torch.arange(len(x.nodes) * self.hidden)
+            names = torch.arange(len(x.nodes) * self.hidden).view(rest)
         else:
-            names = -1 - torch.arange(len(x.nodes))
-        names = names.view(rest)
-        return names.expand(x.shape) if self.batched(x) else names
+            names = _ROWS + torch.arange(len(x.nodes)).view(rest)
+        return names + self.tags(x.dim()) if self.batched(x) else names
+
+    def tags(self, dimensions: int) -> Tensor:
+        return (_BATCH * torch.arange(1, self.rows + 1)).view(self.rows, *[1] * (dimensions - 1))
 
     def batched(self, x: Tensor) -> bool:
         return x.dim() > 0 and x.shape[0] == self.rows
+
+    def shown(self, x: Tensor) -> str:
+        return f"[{', '.join('B' if d == self.rows else str(d) for d in x.shape)}]"
 
     def by_unit(self, x: Tensor) -> bool:
         return x.dim() > 0 and x.shape[-1] % self.hidden == 0 and not (x.dim() == 1 and self.batched(x))
 
     def moved(self, names: Tensor, nodes: Sequence[int], what: str, dtype: torch.dtype) -> Value:
         """The tensor whose values `names` names."""
-        flat = names[0] if self.batched(names) else names
-        if self.batched(names) and names.stride(0) != 0 and not bool((names == names[:1]).all()):
-            raise NotTraced(f"{what}: it joins different rows of the batch, which a step may not")
+        tag, name = names - names % _BATCH, names % _BATCH
+        if self.batched(names):
+            own = (tag == 0) | (tag == self.tags(names.dim()))
+            if not bool(own.all()) or not bool((name == name[:1]).all()):
+                raise NotTraced(f"{what}: it joins different rows of the batch, which a step may not")
+            name = name[0]
+        elif bool(tag.any()):
+            raise NotTraced(f"{what}: its result {self.shown(names)} has not the batch as its first dimension")
         found: list[int] = []
         if self.by_unit(names):
-            for block in flat.reshape(-1, self.hidden):
+            for block in name.reshape(-1, self.hidden):
                 first = int(block[0])
-                if first < 0 and bool((block == first).all()):
-                    found.append(nodes[-1 - first])
-                elif (
-                    first >= 0
-                    and first % self.hidden == 0
-                    and torch.equal(block, torch.arange(first, first + self.hidden))
-                ):
+                if first >= _ROWS and bool((block == first).all()):
+                    found.append(nodes[first - _ROWS])
+                elif first % self.hidden == 0 and torch.equal(block, torch.arange(first, first + self.hidden)):
                     found.append(nodes[first // self.hidden])
                 else:
                     raise NotTraced(f"{what}: it takes blocks of H = {self.hidden} units apart; use whole blocks")
         else:
-            if flat.numel() > 64 or bool((flat >= 0).any()):
+            if name.numel() > _MOST or bool((name < _ROWS).any()):
                 raise NotTraced(
-                    f"{what}: its result {list(names.shape)} is neither blocks of H = {self.hidden} units nor one "
-                    "value for each row"
+                    f"{what}: its result {self.shown(names)} is neither whole blocks of H = {self.hidden} units nor "
+                    "one value for each row"
                 )
-            found = [nodes[-1 - int(k)] for k in flat.reshape(-1)]
+            found = [nodes[int(k) - _ROWS] for k in name.reshape(-1)]
         return self.tensor(names.shape, found, dtype)
 
     def move(self, func: Callable[..., Any], args: Any, kwargs: Any, what: str) -> Any:
@@ -143,7 +156,7 @@ class Tracer(TorchFunctionMode):
                 nodes.extend(x.nodes)
                 dtypes.append(x.dtype)
                 names = self.names(x)
-                return names + at * self.hidden if self.by_unit(x) else names - at
+                return names + (at * self.hidden if self.by_unit(x) else at)
             if isinstance(x, (list, tuple)):
                 return type(x)(name(y) for y in x)
             return x
@@ -164,22 +177,22 @@ class Tracer(TorchFunctionMode):
 
     def pointwise(self, formula: Callable[..., Term], *tensors: Any, dtype: torch.dtype | None = None) -> Value:
         values = [self.as_value(x, getattr(formula, "__name__", "")) for x in tensors]
-        shape = torch.broadcast_shapes(*(v.shape for v in values))
+        shape = torch.broadcast_tensors(*values)[0].shape  # torch.broadcast_shapes imports sympy
         parts = [self.expanded(v, shape) for v in values]
-        made = [formula(*(Term(self.graph, n) for n in ns)).n for ns in zip(*parts)]
+        made = [formula(*(Term(self.graph, n) for n in ns)).n for ns in zip(*parts, strict=True)]
         return self.tensor(shape, made, dtype)
 
     def rowwise(self, x: Any, dim: Any, what: str) -> list[list[Term]]:
         """The blocks that a reduction over the last dimension takes together."""
         x = self.as_value(x, what)
-        dims = [dim] if isinstance(dim, int) else list(dim) if dim is not None else list(range(x.dim()))
+        if dim is None or dim == ():
+            raise NotTraced(f"{what} over the whole tensor, the batch too: only the last dimension, -1, is a row's own")
+        dims = [dim] if isinstance(dim, int) else list(dim)
         if {d % x.dim() for d in dims} != {x.dim() - 1}:
-            raise NotTraced(
-                f"{what} over dimension {dim} of {list(x.shape)}: only the last dimension (-1) is a row's own"
-            )
+            raise NotTraced(f"{what} over dimension {dim} of {self.shown(x)}: only the last one, -1, is a row's own")
         terms = [Term(self.graph, n) for n in x.nodes]
         if not self.by_unit(x):
-            raise NotTraced(f"{what} of one value a row, {list(x.shape)}")
+            raise NotTraced(f"{what} of one value a row, {self.shown(x)}")
         count = x.shape[-1] // self.hidden
         return [terms[k : k + count] for k in range(0, len(terms), count)]
 
@@ -191,7 +204,7 @@ class Tracer(TorchFunctionMode):
         x = self.as_value(x, what)
         if x.shape[-1] != self.hidden or not self.by_unit(x) or len(x.nodes) != 1:
             raise NotTraced(
-                f"{what}: {list(x.shape)} times the weight {w.weight} {list(w.shape)}; a product takes one block "
+                f"{what}: {self.shown(x)} times the weight {w.weight} {list(w.shape)}; a product takes one block "
                 f"[B, {self.hidden}]"
             )
         assert w.weight is not None
@@ -246,28 +259,42 @@ def trace(
         given["gh"] = gh
         given["a"] = t.pointwise(lambda x, y: x + y, gx, gh)
     given["gx"] = gx
-    with t:
-        out = step(**{name: given[name] for name in parameters})
-    return Traced(t.graph, _results(t, out, states), uses_w_hh)
+    missing = [name for name in parameters if name not in given]
+    if missing:
+        known = ", ".join(["a", "gh", *given] if "a" not in given else given)
+        raise StepError(f"step takes {', '.join(missing)}, which the cell does not declare; it may take {known}")
+    try:
+        with t:
+            out = step(**{name: given[name] for name in parameters})
+    except NotTraced as e:
+        raise NotTraced(f"{e}{_where(e)}") from e
+    new = results(out, states, t.rows, hidden)
+    return Traced(t.graph, tuple(t.as_value(x, "a state").nodes[0] for x in new), uses_w_hh)
 
 
-def _results(t: Tracer, out: Any, states: Sequence[str]) -> tuple[int, ...]:
-    listed = f"({', '.join(states)}{',' if len(states) == 1 else ''})"
+def _where(e: BaseException) -> str:
+    """The line of the user's that asked for it."""
+    not_own = os.path.dirname(__file__), os.path.dirname(torch.__file__)
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(e.__traceback__)]
+    own = [(name, line) for name, line in lines if not name.startswith(not_own)]
+    return f" (line {own[-1][1]} of {os.path.basename(own[-1][0])})" if own else ""
+
+
+def results(out: Any, states: Sequence[str], rows: int, hidden: int) -> tuple[Tensor, ...]:
+    """What a step returned, if that is its states."""
+    listed = f"return {', '.join(states)}{',' if len(states) == 1 else ''}"
     if isinstance(out, Tensor) and len(states) == 1:
         out = (out,)
     if not isinstance(out, (tuple, list)):
-        raise NotTraced(f"step returned {type(out).__name__}; it returns the states after it, {listed}")
+        raise StepError(f"step returned {type(out).__name__}; it has to return the states after it: {listed}")
     if len(out) != len(states):
-        raise NotTraced(f"step returned {len(out)} values for {len(states)} states; it returns {listed}")
-    new = []
+        raise StepError(f"step returned {len(out)} values, but the cell has {len(states)} states: {listed}")
     for name, x in zip(states, out, strict=True):
         if not isinstance(x, Tensor):
-            raise NotTraced(f"step returned {type(x).__name__} for the state {name}; it returns a tensor [B, H]")
-        x = t.as_value(x, "a state")
-        if tuple(x.shape) != (t.rows, t.hidden):
-            shape = ["B" if d == t.rows else d for d in x.shape]
-            raise NotTraced(f"step returned {shape} for the state {name}; it returns [B, {t.hidden}]".replace("'", ""))
+            raise StepError(f"step returned {type(x).__name__} for the state {name}, which is a tensor [B, {hidden}]")
+        if tuple(x.shape) != (rows, hidden):
+            shape = ", ".join("B" if d == rows else str(d) for d in x.shape)
+            raise StepError(f"step returned [{shape}] for the state {name}, which is [B, {hidden}]")
         if not x.dtype.is_floating_point:
-            raise NotTraced(f"step returned {x.dtype} for the state {name}; it returns numbers of the states' dtype")
-        new.append(x.nodes[0])
-    return tuple(new)
+            raise StepError(f"step returned {x.dtype} for the state {name}; return numbers of its own dtype")
+    return tuple(out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
 from ..custom import choose, stack
-from ..custom.declare import Cell, CellSpec, Init, cell_of, spec_of
+from ..custom.declare import Cell, Init, cell_of, spec_of
 from ..custom.stack import Piece, Settings
 
 

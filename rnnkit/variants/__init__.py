@@ -2,6 +2,8 @@
 
     layer = rnnkit.Custom(rnnkit.variants.PeepholeLSTM, 64, 128)
     layer = rnnkit.Custom(rnnkit.variants.ZoneoutLSTM(zoneout_h=0.1), 64, 128)
+
+An instance has options; a class stands for their defaults.
 """
 
 from .gru import AUGRU, GRU, MGU, GRUResetBefore, LiGRU

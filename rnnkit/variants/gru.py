@@ -156,11 +156,11 @@ class SequenceBatchNorm(nn.BatchNorm1d):
         off = (wide - mean).masked_fill(~inside, 0)
         var = off.square().sum((0, 1)) / count
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr,operator]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum  # type: ignore[arg-type]
             unbiased = var * count / (count - 1).clamp(min=1)
             for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-                running.lerp_(new.to(running.dtype), rate)  # type: ignore[union-attr,operator]
+                running.lerp_(new.to(running.dtype), rate)  # type: ignore[union-attr]
         return (off * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(input.dtype)
 
 

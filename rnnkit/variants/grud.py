@@ -91,7 +91,7 @@ class GRUDInputs(nn.Module):
         self.hidden = nn.Linear(input_size, hidden_size, device=device, dtype=dtype)
         start = torch.zeros(input_size) if mean is None else mean.detach().clone()
         if start.shape != (input_size,):
-            raise ValueError(f"mean must be [I] = [{input_size}], one number for each variable, got {list(start.shape)}")
+            raise ValueError(f"mean must be [I] = [{input_size}], a number for each variable, got {list(start.shape)}")
         self.register_buffer("mean", start.to(device=device, dtype=dtype or torch.get_default_dtype()))
 
     def forward(self, x: Tensor, observed: Tensor, gaps: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,7 @@ class LSTM(Activated):
     gates, states = 4, ("h", "c")
 
     @staticmethod
-    def step(
-        a: Tensor, c: Tensor, activation: Activation, recurrent_activation: Activation
-    ) -> tuple[Tensor, Tensor]:
+    def step(a: Tensor, c: Tensor, activation: Activation, recurrent_activation: Activation) -> tuple[Tensor, Tensor]:
         i, f, g, o = a.chunk(4, -1)
         i, f, o = recurrent_activation(i), recurrent_activation(f), recurrent_activation(o)
         c = f * c + i * activation(g)
@@ -95,9 +93,7 @@ class CoupledLSTM(Activated):
     gates, states = 3, ("h", "c")
 
     @staticmethod
-    def step(
-        a: Tensor, c: Tensor, activation: Activation, recurrent_activation: Activation
-    ) -> tuple[Tensor, Tensor]:
+    def step(a: Tensor, c: Tensor, activation: Activation, recurrent_activation: Activation) -> tuple[Tensor, Tensor]:
         i, g, o = a.chunk(3, -1)
         i, o = recurrent_activation(i), recurrent_activation(o)
         c = (1 - i) * c + i * activation(g)

@@ -1,6 +1,6 @@
-"""Cells with layer norm or RMS norm inside of the recurrence: LSTM and GRU in both common forms, DreamerV3's block GRU.
+"""Cells with layer norm or RMS norm within the recurrence: LSTM and GRU in both common forms, DreamerV3's block GRU.
 
-The two forms: what comes from the input and what comes from the state are normalised apart (Ba et al.), or their sum is.
+The two forms: what comes from the input and from the state are normalised apart (Ba et al.), or their sum is.
 σ is `recurrent_activation`, φ is `activation`; ⊙ is written as a product.
 """
 
@@ -144,9 +144,10 @@ class LayerNormGRU(Activated):
     eps = option(1e-5)
 
     def project(self, gx: Tensor, lengths: Tensor | None, training: bool, **modules: Any) -> Tensor:
-        norms = modules["norm_rz"], modules["norm_n"]
-        parts = gx.split([2 * gx.shape[-1] // 3, gx.shape[-1] // 3], -1)
-        return torch.cat([F.layer_norm(v, v.shape[-1:], n.weight, n.bias, self.eps) for v, n in zip(parts, norms)], -1)
+        norm_rz, norm_n, hidden = modules["norm_rz"], modules["norm_n"], gx.shape[-1] // 3
+        rz, n = gx.split([2 * hidden, hidden], -1)
+        rz = F.layer_norm(rz, rz.shape[-1:], norm_rz.weight, norm_rz.bias, self.eps)
+        return torch.cat([rz, F.layer_norm(n, n.shape[-1:], norm_n.weight, norm_n.bias, self.eps)], -1)
 
     @staticmethod
     def step(

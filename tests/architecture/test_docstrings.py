@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import rnnkit
-from rnnkit import diagnostics, sequence
+from rnnkit import diagnostics, sequence, variants
 from rnnkit.diagnostics import initialise
 
 OWN_LINE = "has no line of its own"
@@ -23,6 +23,7 @@ OWN_LINE = "has no line of its own"
 def public() -> Iterator[tuple[str, Any]]:
     """Every public function, class and method of the package, by name."""
     places = {"rnnkit": rnnkit, "functional": rnnkit.functional, "sequence": sequence, "diagnostics": diagnostics}
+    places["variants"] = variants
     for place, module in places.items():
         for name in getattr(module, "__all__", ("rnn", "lstm", "gru", "rnn_cell", "lstm_cell", "gru_cell")):
             thing = getattr(module, name)

@@ -93,7 +93,7 @@ def test_nothing_of_padding_is_read(name: str) -> None:
     for fill in (0.0, float("nan")):
         given = draw(oracle, problem)
         with torch.no_grad():
-            for key, v in {**given.leaves, **given.fixed}.items():
+            for v in [*given.leaves.values(), *given.fixed.values()]:
                 if v.shape[0] == problem.steps:
                     v[4, 0] = v[1:, 1] = fill
         y = call(oracle, problem, given)["y"]

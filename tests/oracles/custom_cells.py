@@ -141,3 +141,66 @@ def gal_lstm(gx: Tensor, h: Tensor, c: Tensor, drop: Tensor, w: Tensor) -> tuple
     i, f, g, o = (gx + F.linear(h * drop, w)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def inputs_of(spec: StepSpec, hidden: int, rows: int, seed: int) -> dict[str, Tensor]:
+    """Of one step, in float64, by name."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    given = {"gx": draw(rows, spec.gates * hidden)}
+    given |= {name: draw(rows, hidden) for name in spec.states}
+    if spec.name == "slstm":
+        given["n"] = given["n"].abs() + 1
+    given |= {name: draw(hidden) for name in spec.units}
+    given |= {name: draw(blocks * hidden, hidden) / hidden**0.5 for name, blocks in spec.weights}
+    if "w_hh" in given:
+        given["b_hh"] = draw(spec.gates * hidden)
+    for name, kind, grad in spec.steps:
+        x = draw(rows, 1 if kind == "row" else hidden)
+        given[name] = x if grad else (x > 0).double()
+    return given
+
+
+def step_of(spec: StepSpec, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The step itself, by torch."""
+    named: dict[str, Any] = {**given, **spec.options}
+    if "w_hh" in given:
+        named["gh"] = F.linear(given[spec.states[0]], given["w_hh"], given["b_hh"])
+        named["a"] = given["gx"] + named["gh"]
+    return tuple(spec.step(**{name: named[name] for name in inspect.signature(spec.step).parameters}))
+
+
+def distance(spec: StepSpec, program: Any, given: dict[str, Tensor], seed: int = 0) -> tuple[float, str]:
+    """How far a program is from autograd of its step, and where: relative to the largest number of each tensor, where
+    the step's own numbers are finite."""
+    from rnnkit.custom import evaluate
+
+    constant = {name for name, _, grad in spec.steps if not grad}
+    given = {name: x.clone().requires_grad_(name not in constant) for name, x in given.items()}
+    wanted = [name for name in given if name not in constant]
+    out = step_of(spec, given)
+    random = torch.Generator().manual_seed(seed)
+    d_new = [torch.randn(x.shape, generator=random, dtype=torch.float64) for x in out]
+    total = torch.stack([(x * d).sum() for x, d in zip(out, d_new)]).sum()
+    found: tuple[Tensor | None, ...] = (None,) * len(wanted)
+    if total.requires_grad:
+        found = torch.autograd.grad(total, [given[name] for name in wanted], allow_unused=True)
+    with torch.no_grad():
+        kept = evaluate.forward(program, given)
+        have = evaluate.backward(program, given, kept, d_new)
+        pairs = [(f"state {name}", x, y) for name, x, y in zip(spec.states, kept.new, out)]
+        pairs += [
+            (f"gradient of {name}", have[name], torch.zeros_like(have[name]) if y is None else y)
+            for name, y in zip(wanted, found)
+        ]
+        worst = (0.0, "")
+        for where, x, y in pairs:
+            finite = torch.isfinite(y)
+            scale = y[finite].abs().max().clamp(min=1.0) if finite.any() else 1.0
+            error = ((x - y).abs() / scale)[finite]
+            if error.numel():
+                worst = max(worst, (error.nan_to_num(float("inf")).max().item(), where))
+    return worst

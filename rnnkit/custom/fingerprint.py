@@ -1,0 +1,159 @@
+"""What a step reads besides its arguments: numbers and functions from closures and globals, as a key for the cache.
+
+A program is made once from a step, so that a number that changes later must give another program. Whatever could
+change unseen (lists, dicts, tensors, objects) is refused by name.
+"""
+
+from __future__ import annotations
+
+import dis
+import enum
+import functools
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkit.custom.errors import NotTraced
+
+_ROOTS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
+_KNOWN_MODULES = ("torch", "math", "operator", "builtins", "typing", "functools", "collections", "numpy", "rnnkit")
+"""Their own variables are not read: what they hold is taken for fixed."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _known(module: str) -> bool:
+    return module.split(".")[0] in _KNOWN_MODULES
+
+
+@functools.lru_cache(maxsize=1024)
+def _reads(code: types.CodeType) -> tuple[tuple[bool, tuple[str, ...]], ...]:
+    """Names that a function takes from outside: whether from its closure, and the name with the attributes behind it,
+    as (False, ("config", "scale")) for config.scale."""
+    found: dict[tuple[bool, tuple[str, ...]], None] = {}
+    chain: list[str] = []
+    closed = False
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
+            instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars
+        ):
+            raise NotTraced(f"the step changes the variable {instruction.argval}, which is outside it")
+        if chain and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain.append(instruction.argval)
+            continue
+        if chain and instruction.opname not in ("PUSH_NULL", "CACHE"):
+            found[closed, tuple(chain)] = None
+            chain = []
+        if instruction.opname in _ROOTS and (
+            "DEREF" not in instruction.opname or instruction.argval in code.co_freevars
+        ):
+            chain, closed = [instruction.argval], "DEREF" in instruction.opname
+    for constant in code.co_consts:  # functions written inside
+        if isinstance(constant, types.CodeType):
+            for is_closed, names in _reads(constant):
+                if not is_closed or names[0] in code.co_freevars:
+                    found[is_closed, names] = None
+    return tuple(found)
+
+
+def fingerprint(step: Callable[..., Any]) -> Hashable:
+    """Equal for a step that would be traced alike."""
+    return _of(step, "step", set())
+
+
+def of_value(value: Any, name: str) -> Hashable:
+    """Of an option's value."""
+    return _of(value, name, set())
+
+
+def _of(value: Any, name: str, seen: set[int]) -> Hashable:
+    if value is None or isinstance(
+        value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum)
+    ):
+        return type(value), repr(value) if isinstance(value, (float, complex)) else value
+    if isinstance(value, (tuple, frozenset, slice)):
+        parts = (value.start, value.stop, value.step) if isinstance(value, slice) else tuple(value)
+        return type(value), tuple(_of(x, name, seen) for x in parts)
+    if isinstance(value, functools.partial):
+        words = tuple((k, _of(v, name, seen)) for k, v in sorted(value.keywords.items()))
+        return "partial", _of(value.func, name, seen), _of(value.args, name, seen), words
+    if isinstance(value, (staticmethod, classmethod)):
+        return _of(value.__func__, name, seen)
+    if isinstance(value, types.ModuleType):
+        return "module", value.__name__
+    if isinstance(value, types.FunctionType):
+        return _of_function(value, seen)
+    if isinstance(value, type) or _is_known(value):
+        return "known", id(value)
+    if isinstance(value, types.MethodType):
+        return _of(value.__func__, name, seen), _of(value.__self__, name, seen)
+    if isinstance(value, torch.nn.Module):
+        empty = not any(True for _ in value.parameters()) and not any(True for _ in value.buffers())
+        if empty and type(value).__module__.startswith("torch.nn.modules."):
+            return type(value), value.training, value.extra_repr()
+        raise NotTraced(f"the module {name} ({type(value).__name__}) holds state: declare its parameters")
+    if isinstance(value, Tensor):
+        raise NotTraced(
+            f"the tensor {name} comes from outside the step: declare it (per_unit, weight, per_step) and take it as an "
+            "argument"
+        )
+    raise NotTraced(
+        f"{name} ({type(value).__name__}), which the step reads, could change unseen: use numbers, tuples or "
+        "functions, or an option"
+    )
+
+
+def _is_known(value: Any) -> bool:
+    """A function of torch or Python that is fixed: written in C, or torch's own."""
+    if isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)):
+        owner = getattr(value, "__self__", None)
+        return owner is None or isinstance(owner, (types.ModuleType, type)) or _fixed(owner)
+    return type(value).__module__ in ("torch._ops", "torch._jit_internal", "torch.jit", "torch.jit._script")
+
+
+def _fixed(owner: Any) -> bool:
+    return isinstance(owner, (str, bytes, int, float, tuple, frozenset)) or "torch._C" in type(owner).__module__
+
+
+def _of_function(function: types.FunctionType, seen: set[int]) -> Hashable:
+    if _known(function.__module__ or "") and not function.__module__.startswith("rnnkit"):
+        return "known", id(function)
+    if id(function) in seen:
+        return "again", function.__qualname__
+    seen.add(id(function))
+    parts: list[Hashable] = [function.__code__]
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    for closed, names in _reads(function.__code__):
+        root, dotted = names[0], ".".join(names)
+        if closed:
+            try:
+                value = cells[root].cell_contents
+            except ValueError:
+                continue  # not yet set: the step raises of itself
+        elif root in function.__globals__:
+            value = function.__globals__[root]
+        else:
+            continue  # Python's own, or nothing of this name, so that the step raises of itself
+        if isinstance(value, types.ModuleType) and _known(value.__name__):
+            parts.append(value.__name__)
+            continue
+        value, rest = _follow(value, names[1:])
+        parts.append((dotted, rest, _of(value, dotted, seen)))
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    parts += [_of(x, f"a default of {function.__name__}", seen) for x in defaults]
+    return tuple(parts)
+
+
+def _follow(value: Any, names: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """Attributes of modules, classes and objects, down to what is itself a value; a method of a value is left."""
+    for k, name in enumerate(names):
+        if isinstance(value, types.ModuleType) and _known(value.__name__):
+            return value, names[k:]
+        if isinstance(value, (Tensor, int, float, str, tuple, types.FunctionType)) and not hasattr(value, "_fields"):
+            return value, names[k:]
+        if not hasattr(value, name):
+            return value, names[k:]
+        value = getattr(value, name)
+    return value, ()
