@@ -125,8 +125,9 @@ def write(p, at, unit, mask, value):
 
 @triton.jit
 def write_row(p, at, mask, value):
-    value = tl.broadcast_to(value, mask.shape[0], 1)
-    tl.store(p + at[:, None], cast(value, p.dtype.element_ty), mask=mask[:, None])
+    if p is not None:
+        value = tl.broadcast_to(value, mask.shape[0], 1)
+        tl.store(p + at[:, None], cast(value, p.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
@@ -150,7 +151,7 @@ def read_product(p, bias, row, unit, mask, inside, block, B, H: tl.constexpr, BL
 
 
 @triton.jit
-def previous(after, first, by, reset, t, row, unit, live, length, B, total, reverse, H: tl.constexpr, F: tl.constexpr):
+def previous(after, first, by, reset, t, row, unit, live, length, B, reverse, H: tl.constexpr, F: tl.constexpr):
     """The state from which step t started, of `after` each step. by: at a reset, zeros where None."""
     before = t - 1 + 2 * reverse
     starts = ((before < 0) | (before >= length))[:, None]

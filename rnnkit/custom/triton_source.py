@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,51 +110,70 @@ def _or_zero(g: Graph, n: int | None) -> int:
 
 
 class _Text:
-    """The kernels of one graph. A subclass says where its leaves stand, and writes its roots."""
+    """The kernels of one graph. A subclass says where its leaves stand, and writes its roots.
+
+    Span k is what lies behind the products of level k. ends: the states after a step, or their gradients before it.
+    """
 
     way = ""
 
-    def __init__(self, p: CellProgram, g: Graph, roots: Iterable[int], stored: Iterable[int]) -> None:
+    def __init__(
+        self, p: CellProgram, g: Graph, roots: Iterable[int], ends: Sequence[int], stored: Iterable[int]
+    ) -> None:
         """stored: the products whose operands kernels write."""
-        self.p, self.g, self.hidden = p, g, p.hidden
+        self.p, self.g, self.hidden, self.ends = p, g, p.hidden, ends
         self.side = Side()
         self.state = {s: k for k, s in enumerate(p.states)}
         self.unit = {s: k for k, s in enumerate(p.units)}
         self.step = {name: k for k, (name, _, _) in enumerate(p.steps)}
-        self.crossings: dict[int, int] = {}
-        self.row_crossings: dict[int, int] = {}
-        self.roots = set(roots)
-        levels = levels_of(g, self.roots)
+        roots = sorted(set(roots))
+        levels = levels_of(g, [*roots, *ends])
         used = sorted({g.nodes[n].data[0] for n in levels if g.nodes[n].op == "product"})  # type: ignore[index]
         self.at = {q: 1 + max(levels[x] for x in g.products[q].operands) for q in used}
         self.last = max(self.at.values(), default=0)
         self.side.operands = {q: g.products[q].operands for q in used if q in set(stored)}
-        self.home: dict[int, int] = {}  # the span in which a value is made first
-        self.made: list[list[int]] = []
-        self._share_out()
+        before = {self.at[q] - 1 for q in self.side.operands}
+        self.spans = [k for k in range(self.last + 1) if k in before or k == self.last]
+        self.due = {n: self._span(levels[n]) for n in roots}
+        """The kernel that writes a root: the first that can."""
+        self.end_at = [self._span(levels[n]) for n in ends]
+        while self._share_out():
+            pass
 
-    def _share_out(self) -> None:
-        """Values go to the first span that wants them: one that a product needs to the span before it, others to the
-        last."""
-        for k in range(self.last + 1):
-            wanted = [n for q, at in self.at.items() if at == k + 1 for n in self.side.operands.get(q, ())]
-            stack = wanted if k < self.last else wanted + sorted(self.roots)
+    def _span(self, level: int) -> int:
+        return min(k for k in self.spans if k >= level)
+
+    def _share_out(self) -> bool:
+        """Which values each kernel has: what is made goes to the first that wants it; from there it crosses to others,
+        if it is not cheap. True: an end has to wait for a kernel that reads what stands there, so all anew."""
+        self.home: dict[int, int] = {}
+        self.made: dict[int, list[int]] = {}
+        self.crossings: dict[int, int] = {}
+        self.row_crossings: dict[int, int] = {}
+        for k in self.spans:
+            stack = [n for q, nodes in self.side.operands.items() if self.at[q] == k + 1 for n in nodes]
+            stack += [n for n, due in self.due.items() if due == k]
+            stack += [n for n, due in zip(self.ends, self.end_at, strict=True) if due == k]
             seen: set[int] = set()
             while stack:
                 n = stack.pop()
                 if n in seen or self.g.kind(n) == CONST:
                     continue
                 seen.add(n)
-                if not self._computed(n):
-                    self.home.setdefault(n, k)
-                elif n in self.home and not self._cheap(n):
+                if self._crosses(n, k):
                     table = self.row_crossings if self.g.kind(n) == ROW else self.crossings
                     table.setdefault(n, len(table))
-                else:
+                elif self._computed(n):
                     self.home.setdefault(n, k)
                     stack.extend(self.g.nodes[n].args)
-            self.made.append(sorted(seen))
+            self.made[k] = sorted(seen)
+        late = {s: k for k in self.spans for s in range(len(self.ends)) if self.read_of(s) in self.made[k]}
+        self.end_at, before = [max(k, late.get(s, 0)) for s, k in enumerate(self.end_at)], self.end_at
         self.side.crossings, self.side.row_crossings = len(self.crossings), len(self.row_crossings)
+        return self.end_at != before
+
+    def _crosses(self, n: int, k: int) -> bool:
+        return self.home.get(n, k) < k and not self._cheap(n)
 
     def _computed(self, n: int) -> bool:
         return self.g.nodes[n].op not in ("input", "product")
@@ -168,62 +187,53 @@ class _Text:
 
     def kernels(self) -> list[str]:
         found = []
-        for k, made in enumerate(self.made):
+        for k in range(self.last + 1):
             launch = Launch(sorted(q for q, at in self.at.items() if at == k))
-            body = self._body(k, made)
-            if body is not None:
+            if k in self.spans:
                 launch.kernel = f"{self.way}_{k}"
-                found.append(self._kernel(launch.kernel, body))
+                found.append(self._kernel(launch.kernel, self._body(k)))
             if launch.products or launch.kernel:
                 self.side.launches.append(launch)
         return found
 
     def _kernel(self, name: str, body: list[str]) -> str:
-        text = "\n".join(body)
-        used = [m for m in self.memory() if _mentions(text, m)]
-        sizes = [*SIZES, *(m for m in self.strides() if _mentions(text, m))]
-        arguments = ", ".join([*used, *sizes, *(f"{c}: tl.constexpr" for c in CONSTEXPRS)])
-        fixed = ", ".join(f'"{s}"' for s in sizes)
-        return f"\n@triton.jit(do_not_specialize=[{fixed}])\ndef {name}({arguments}):\n{text}"
+        text = "\n".join("    " + line for line in body)
+        words = set(re.findall(r"\w+", text))
+        sizes = [*SIZES, *(m for m in self.strides() if m in words)]
+        arguments = [*(m for m in self.memory() if m in words), *sizes, *(f"{c}: tl.constexpr" for c in CONSTEXPRS)]
+        return f"\n\n@triton.jit(do_not_specialize={sizes})\ndef {name}({', '.join(arguments)}):\n{text}"
 
     def memory(self) -> list[str]:
-        p = self.p
-        count = {"s": len(p.states), "short": len(p.states), "a": len(p.states), "h": len(p.states)}
-        count |= {"r": len(p.states), "p": len(p.units), "x": len(p.steps)}
+        p, n = self.p, len(self.p.states)
+        count = {"s": n, "short": n, "a": n, "h": n, "r": n, "p": len(p.units), "x": len(p.steps)}
+        count |= {"q": len(self.g.products), "o": len(self.g.products)}
         found = ["gx", "b_hh", "lengths", "reset", "saved", "kept", "e", "f"]
-        found += [f"{letter}{k}" for letter, n in count.items() for k in range(n)]
-        return found + [f"{letter}{k}" for letter in "qo" for k in range(len(self.g.products))]
+        return found + [f"{letter}{k}" for letter, many in count.items() for k in range(many)]
 
     def strides(self) -> list[str]:
         return [f"{name}{k}" for name in ("xt", "xr") for k in range(len(self.p.steps))]
 
-    def _body(self, k: int, made: list[int]) -> list[str] | None:
-        """A kernel's lines; None where it would write nothing."""
-        values = []
-        for n in made:
-            values.append(f"v{n} = {self._crossing(n) if self.home[n] < k and self._computed(n) and not self._cheap(n) else self._value(n)}")  # noqa: E501
+    def _body(self, k: int) -> list[str]:
+        """A kernel's lines."""
+        h, made = self.hidden, self.made[k]
+        values = [f"v{n} = {self._crossing(n) if self._crosses(n, k) else self._value(n)}" for n in made]
         stores = self.stores(k)
         for n in made:
             if n in self.crossings and self.home[n] == k:
-                stores.append(f"write(e, row * {len(self.crossings) * self.hidden} + {self.crossings[n] * self.hidden}, unit, valid, v{n})")  # noqa: E501
+                stores.append(f"write(e, {self._crossing_at(n)}, unit, valid, v{n})")
             if n in self.row_crossings and self.home[n] == k:
-                stores.append(f"write_row(f, row * {len(self.row_crossings)} + {self.row_crossings[n]}, row < B, v{n})")
+                stores.append(f"write_row(f, {self._crossing_at(n)}, row < B, v{n})")
         for q, nodes in self.side.operands.items():
-            if self.at[q] == k + 1:
-                width = len(nodes) * self.hidden
-                stores += [
-                    f"write(o{q}, row * {width} + {block * self.hidden}, unit, valid, {self.masked(n)})"
-                    for block, n in enumerate(nodes)
-                ]
-        if not stores:
-            return None
-        h = self.hidden
-        lines = [
+            for block, n in enumerate(nodes if self.at[q] == k + 1 else ()):
+                at = f"row * {len(nodes) * h} + {block * h}"
+                stores.append(f"write(o{q}, {at}, unit, valid, {self.masked(n)})")
+        return [
             "row, unit = rows(BLOCK_B), tl.arange(0, BLOCK_H)",
             f"inside = (unit < {h})[None, :]",
             "valid = (row < B)[:, None] & inside",
             "t = tl.full((), 0, tl.int64) + t",
             "at = (tl.full((), 0, tl.int64) + j) * B + row",
+            f"now = (t * B + row) * {h}",
             "length = length_of(lengths, row, total, B)",
             "lives = t < length",
             "live = lives[:, None] & inside",
@@ -231,12 +241,16 @@ class _Text:
             *values,
             *stores,
         ]
-        return ["    " + line for line in lines]
+
+    def _crossing_at(self, n: int) -> str:
+        if n in self.row_crossings:
+            return f"row * {len(self.row_crossings)} + {self.row_crossings[n]}"
+        return f"row * {len(self.crossings) * self.hidden} + {self.crossings[n] * self.hidden}"
 
     def _crossing(self, n: int) -> str:
         if n in self.row_crossings:
-            return f"read_row(f, row * {len(self.row_crossings)} + {self.row_crossings[n]}, row < B, F)"
-        return f"read(e, row * {len(self.crossings) * self.hidden} + {self.crossings[n] * self.hidden}, unit, valid, F)"
+            return f"read_row(f, {self._crossing_at(n)}, row < B, F)"
+        return f"read(e, {self._crossing_at(n)}, unit, valid, F)"
 
     def name(self, n: int) -> str:
         """A value where it is used."""
@@ -266,9 +280,9 @@ class _Text:
             return self.leaf(node.data)  # type: ignore[arg-type]
         if node.op == "product":
             q, block = node.data  # type: ignore[misc]
-            product = g.products[q]
-            bias = "b_hh" if product.bias else "None"
-            return f"read_product(q{q}, {bias}, row, unit, live, inside, {block}, B, {self.hidden}, {product.results}, HEADS, F)"  # noqa: E501
+            bias, blocks = "b_hh" if g.products[q].bias else "None", g.products[q].results
+            where = f"row, unit, live, inside, {block}, B, {self.hidden}, {blocks}, HEADS, F"
+            return f"read_product(q{q}, {bias}, {where})"
         a = [self.name(x) for x in node.args]
         if node.op in ROW_SUMS:
             if g.kind(node.args[0]) != UNIT:  # H equal numbers
@@ -309,6 +323,10 @@ class _Text:
 
     # Of a subclass.
 
+    def read_of(self, s: int) -> int | None:
+        """The leaf that reads what an end is written over; None where that is written last anyway."""
+        raise NotImplementedError
+
     def start(self, k: int) -> list[str]:
         raise NotImplementedError
 
@@ -324,12 +342,18 @@ class _Forward(_Text):
 
     def __init__(self, p: CellProgram, of_state: dict[int, int]) -> None:
         stored = [k for k in range(len(p.forward.products)) if k not in of_state]
-        super().__init__(p, p.forward, [*p.new, *p.saved, *p.saved_rows], stored)
+        super().__init__(p, p.forward, [*p.saved, *p.saved_rows], p.new, stored)
+
+    def _share_out(self) -> bool:
+        self.end_at = [self.last] * len(self.ends)
+        return super()._share_out()
+
+    def read_of(self, s: int) -> int | None:
+        return None
 
     def start(self, k: int) -> list[str]:
-        if k < self.last:
-            return []
-        return [f"old{s} = read(s{s}, row * {self.hidden}, unit, valid, F)" for s in range(len(self.p.states))]
+        states = range(len(self.ends) if k == self.last else 0)
+        return [f"old{s} = read(s{s}, row * {self.hidden}, unit, valid, F)" for s in states]
 
     def leaf(self, x: Input) -> str:
         h = self.hidden
@@ -345,23 +369,19 @@ class _Forward(_Text):
         p, h = self.p, self.hidden
         found = []
         for block, n in enumerate(p.saved):
-            if self._here(n, k):
-                to = f"at * {len(p.saved) * h} + {block * h}"
-                found += ["if saved is not None:", f"    write(saved, {to}, unit, live, {self.name(n)})"]
+            if self.due[n] == k:
+                found.append(f"write(saved, at * {len(p.saved) * h} + {block * h}, unit, live, {self.name(n)})")
         for block, n in enumerate(p.saved_rows):
-            if self._here(n, k):
-                to = f"at * {len(p.saved_rows)} + {block}"
-                found += ["if kept is not None:", f"    write_row(kept, {to}, lives, {self.name(n)})"]
+            if self.due[n] == k:
+                found.append(f"write_row(kept, at * {len(p.saved_rows)} + {block}, lives, {self.name(n)})")
+        where = f"reset, t, more, row, unit, live, valid, length, B, reverse, {h}, F"
         for s, n in enumerate(p.new if k == self.last else ()):
             found += [
                 f"new{s} = tl.broadcast_to({self.name(n)}, BLOCK_B, BLOCK_H)",
-                f"write(a{s}, (t * B + row) * {h}, unit, valid, tl.where(live, new{s}, 0.0))",
-                f"carry(s{s}, short{s}, new{s}, old{s}, r{s}, reset, t, more, row, unit, live, valid, length, B, reverse, {h}, F)",  # noqa: E501
+                f"write(a{s}, now, unit, valid, tl.where(live, new{s}, 0.0))",
+                f"carry(s{s}, short{s}, new{s}, old{s}, r{s}, {where})",
             ]
         return found
-
-    def _here(self, n: int, k: int) -> bool:
-        return self.home.get(n, self.last) == k
 
 
 class _Backward(_Text):
@@ -369,43 +389,48 @@ class _Backward(_Text):
 
     def __init__(self, p: CellProgram, g: Graph, groups: list[tuple[int, ...]], operands: list[int]) -> None:
         self.groups, self.operands = groups, operands
-        self.zero = g.const(0.0)
-        self.d_states = [_or_zero(g, n) for n in p.d_states]
-        sparse = [n for n in (*p.d_units, *p.d_steps) if n is not None]
-        roots = [*self.d_states, *sparse, *operands, *(n for group in groups for n in group)]
-        super().__init__(p, g, roots, range(len(g.products)))
+        roots = [n for n in (*p.d_units, *p.d_steps) if n is not None]
+        roots += [*operands, *(n for group in groups for n in group)]
+        super().__init__(p, g, roots, [_or_zero(g, n) for n in p.d_states], range(len(g.products)))
 
     def memory(self) -> list[str]:
         p, n = self.p, len(self.p.states)
         count = {"g": n, "d": n, "dr": n, "y": len(self.groups), "w": len(self.operands), "dx": len(p.steps)}
-        return [*super().memory(), "du", *(f"{letter}{k}" for letter, n in count.items() for k in range(n))]
+        found = [*super().memory(), "du", "awake"]
+        return found + [f"{letter}{k}" for letter, many in count.items() for k in range(many)]
+
+    def read_of(self, s: int) -> int | None:
+        return self.g.index_of(Input(f"d_{self.p.states[s]}", 0, UNIT))
 
     def start(self, k: int) -> list[str]:
-        """What has arrived at each state, and which rows it concerns."""
-        h, lines = self.hidden, []
-        for s in range(len(self.p.states)):
-            lines += [
-                f"old{s} = read(d{s}, row * {h}, unit, valid, F)",
-                f"came{s} = tl.where(live, old{s}, 0.0)",
-                f"if g{s} is not None:",
-                f"    came{s} += read(g{s}, (t * B + row) * {h}, unit, live, F)",
-            ]
-        some = " | ".join(f"busy(came{s})" for s in range(len(self.p.states)))
-        return [
-            *lines,
-            "awake = lives",
-            "if lengths is not None or reset is not None:",
-            f"    awake = lives & ({some})",
-            "good = awake[:, None] & inside",
-        ]
+        """What has arrived at each state, and which rows it concerns: the first kernel tells the others."""
+        lines, first = [], k == self.spans[0]
+        for s in range(len(self.ends)):
+            came = first or self.read_of(s) in self.made[k]
+            if came or self.end_at[s] == k:
+                lines.append(f"old{s} = read(d{s}, row * {self.hidden}, unit, valid, F)")
+            if came:
+                lines += [
+                    f"came{s} = tl.where(live, old{s}, 0.0)",
+                    f"if g{s} is not None:",
+                    f"    came{s} += read(g{s}, now, unit, live, F)",
+                ]
+        lines += ["woken = lives", "if lengths is not None or reset is not None:"]
+        if first:
+            lines.append(f"    woken = lives & ({' | '.join(f'busy(came{s})' for s in range(len(self.ends)))})")
+            if len(self.spans) > 1:
+                lines.append("    tl.store(awake + row, woken.to(tl.int32), mask=row < B)")
+        else:
+            lines.append("    woken = tl.load(awake + row, mask=row < B, other=0) != 0")
+        return [*lines, "good = woken[:, None] & inside"]
 
     def leaf(self, x: Input) -> str:
         p, h = self.p, self.hidden
         if x.name in self.state:
             s = self.state[x.name]
-            return f"previous(a{s}, h{s}, r{s}, reset, t, row, unit, live, length, B, total, reverse, {h}, F)"
+            return f"previous(a{s}, h{s}, r{s}, reset, t, row, unit, live, length, B, reverse, {h}, F)"
         if x.name.startswith("new_") and x.name[4:] in self.state:
-            return f"read(a{self.state[x.name[4:]]}, (t * B + row) * {h}, unit, live, F)"
+            return f"read(a{self.state[x.name[4:]]}, now, unit, live, F)"
         if x.name.startswith("d_") and x.name[2:] in self.state:
             return f"came{self.state[x.name[2:]]}"
         found = self.shared_leaf(x)
@@ -422,35 +447,28 @@ class _Backward(_Text):
 
     def stores(self, k: int) -> list[str]:
         p, h, found = self.p, self.hidden, []
+
+        def unit(n: int, to: str) -> None:
+            if self.due[n] == k:
+                found.append(f"write({to}, unit, valid, {self.masked(n)})")
+
         for i, group in enumerate(self.groups):
             for block, n in enumerate(group):
-                if self._here(n, k):
-                    found.append(f"write(y{i}, at * {len(group) * h} + {block * h}, unit, valid, {self.masked(n)})")
+                unit(n, f"y{i}, at * {len(group) * h} + {block * h}")
         for i, n in enumerate(self.operands):
-            if self._here(n, k):
-                found.append(f"write(w{i}, at * {h}, unit, valid, {self.masked(n)})")
-        for i, unit in enumerate(p.d_units):
-            if unit is not None and self._here(unit, k):
+            unit(n, f"w{i}, at * {h}")
+        for i, d in enumerate(p.d_units):
+            if d is not None and self.due[d] == k:
                 at = f"row * {len(p.units) * h} + {i * h}"
-                found.append(f"write(du, {at}, unit, valid, read(du, {at}, unit, valid, F) + {self.masked(unit)})")
-        for i, (n, (_, kind, _)) in enumerate(zip(p.d_steps, p.steps, strict=True)):
-            if n is None or not self._here(n, k):
-                continue
-            if kind == ROW:
-                one = f"tl.where(awake[:, None], {self.name(n)}, 0.0)"
-                found.append(f"write_row(dx{i}, t * B + row, row < B, {one})")
-            else:
-                found.append(f"write(dx{i}, (t * B + row) * {h}, unit, valid, {self.masked(n)})")
-        for s, n in enumerate(self.d_states if k == self.last else ()):
-            found.append(
-                f"give_back(d{s}, dr{s}, {self.name(n)}, old{s}, reset, t, row, unit, live, good, valid, length, B, reverse, {h}, F)"  # noqa: E501
-            )
+                found.append(f"write(du, {at}, unit, valid, read(du, {at}, unit, valid, F) + {self.masked(d)})")
+        for i, (d, (_, kind, _)) in enumerate(zip(p.d_steps, p.steps, strict=True)):
+            if d is not None and kind == UNIT:
+                unit(d, f"dx{i}, now")
+            elif d is not None and self.due[d] == k:
+                value = f"tl.where(woken[:, None], {self.name(d)}, 0.0)"
+                found.append(f"write_row(dx{i}, t * B + row, row < B, {value})")
+        where = f"reset, t, row, unit, live, good, valid, length, B, reverse, {h}, F"
+        for s, n in enumerate(self.ends):
+            if self.end_at[s] == k:
+                found.append(f"give_back(d{s}, dr{s}, {self.name(n)}, old{s}, {where})")
         return found
-
-    def _here(self, n: int, k: int) -> bool:
-        return self.home.get(n, self.last) == k
-
-
-def _mentions(text: str, name: str) -> bool:
-    """Whether the name stands there as a word."""
-    return re.search(rf"\b{name}\b", text) is not None

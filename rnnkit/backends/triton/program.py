@@ -355,6 +355,7 @@ class _BackwardScan(_Scan):
         self.d_units = self.zeros(self.rows, len(p.units) * h)
         self.d_steps = [self._of_steps(k) for k in range(len(p.steps))]
         self.given = {**self.crossings(self.side), "du": self.d_units}
+        self.given["awake"] = torch.empty(self.rows, dtype=torch.int32, device=t.x.device)
         for k in range(len(p.states)):
             self.given |= {f"a{k}": after[k], f"h{k}": _whole(t.states[k]), f"g{k}": _whole(arriving[k])}
             self.given |= {f"d{k}": self.d[k], f"dr{k}": self.d_reset[k]}
