@@ -22,7 +22,7 @@ ProgramHeader read_header(const int64_t*& at, const int64_t* end) {
   for (int64_t k = 0; k < h.weights; ++k) h.weight_blocks.push_back(word(at, end, 1, 64));
   h.has_w_hh = flag();
   for (int64_t k = size(); k > 0; --k) h.row_steps.push_back(flag());
-  h.saved = size(), h.saved_rows = size();
+  h.saved = size(), h.saved_rows = size(), h.keep_first = flag();
   for (int64_t k = size(); k > 0; --k) {
     const bool bias = flag();
     h.unit_sources.push_back({bias, word(at, end, 0, (bias ? h.gates : h.units) - 1)});
@@ -244,7 +244,8 @@ std::vector<OptionalTensor> program_forward(std::string_view program, int64_t he
   std::vector<OptionalTensor> after{empty({T, B, H}, type)};
   for (int64_t s = 1; s < in.header.states; ++s)
     after.push_back(keep_states >> s & 1 ? OptionalTensor(empty({T, B, H}, wide)) : std::nullopt);
-  OptionalTensor saved, saved_rows;
+  OptionalTensor saved, saved_rows, first;
+  if (in.header.keep_first) first = empty({T, B, H}, wide);
   if (K) saved = empty({K, T, B, H}, wide);
   if (R) saved_rows = empty({R, T, B}, wide);
   std::vector<OptionalTensor> last;
@@ -258,6 +259,7 @@ std::vector<OptionalTensor> program_forward(std::string_view program, int64_t he
       for (int64_t s = 0; s < in.header.states; ++s) m.push_back(in.rows(after[s], t0, 0, H, s > 0));
       for (int64_t k = 0; k < K; ++k) m.push_back(in.rows(saved, t0, k * T * B * H, H, true));
       for (int64_t k = 0; k < R; ++k) m.push_back(in.rows(saved_rows, t0, k * T * B, 1, true));
+      if (first.has_value()) m.push_back(in.rows(first, t0, 0, H, true));
       scan.run(t0, n, m);
       done += n;
     }
@@ -272,7 +274,7 @@ std::vector<OptionalTensor> program_forward(std::string_view program, int64_t he
   std::vector<OptionalTensor> out{after[0]};
   out.insert(out.end(), last.begin(), last.end());
   out.insert(out.end(), after.begin() + 1, after.end());
-  out.push_back(saved), out.push_back(saved_rows);
+  out.push_back(first), out.push_back(saved), out.push_back(saved_rows);
   return out;
 }
 

@@ -29,6 +29,7 @@ struct ProgramHeader {
   bool has_w_hh;                    // the first weight, whose bias is b_hh
   std::vector<bool> row_steps;      // inputs of each step: whether they are per row
   int64_t saved, saved_rows;
+  bool keep_first;  // the first state after each step in the compute type, beside y of a half type
   std::vector<Unit> unit_sources;
   // What a product adds: b_hh or nothing, and the blocks of b_ih whose bit is set.
   struct Bias {
@@ -49,12 +50,12 @@ struct ProgramHeader {
 // inputs of each step ([T, B, H] or [T, B], in any strides but the last).
 //
 // Gives y, the states after the last step, all states but the first after each step (in the compute type) or
-// none, what is saved per unit [K, T, B, H] and per row [K, T, B].
+// none, the first in that type or none, what is saved per unit [K, T, B, H] and per row [K, T, B].
 std::vector<OptionalTensor> program_forward(std::string_view program, int64_t heads, int64_t reverse,
                                             int64_t keep_states, const std::vector<OptionalTensor>& tensors);
 
-// tensors: the forward's, then y, the states but the first after each step, what was saved per unit and per
-// row; then the gradients of y, of the last states, and of all states but the first after each step, or none.
+// tensors: the forward's, then y, the first state in the compute type or none, the other states after each step,
+// what was saved per unit and per row; then the gradients of y, of the last states, and of all states but the first after each step, or none.
 // forward: the program that makes again what was not saved. needs: a byte for each of the forward's tensors.
 // Gives as many gradients.
 std::vector<OptionalTensor> program_backward(std::string_view program, std::string_view forward, int64_t heads,

@@ -15,13 +15,14 @@ char* at(const void* base, int64_t elements, int64_t bytes) {
 // What the backward is given beside the forward's tensors.
 struct Given {
   std::vector<OptionalTensor> after;  // the states after each step, y first
+  OptionalTensor first;               // the first in the compute type
   OptionalTensor saved, saved_rows;
   std::vector<OptionalTensor> last, every;  // gradients: of the last states; of the states after each step
 };
 
 Given read(const ProgramLayer& in, const std::vector<OptionalTensor>& tensors) {
   const int64_t n = in.header.states, T = in.T, B = in.B, H = in.H;
-  const size_t count = in.inputs + static_cast<size_t>(3 * n + 2);
+  const size_t count = in.inputs + static_cast<size_t>(3 * n + 3);
   RNNKIT_CHECK(tensors.size() == count, "there must be ", count, " tensors, got ", tensors.size());
   const ScalarType type = in.x.scalar_type(), wide = opmath_type(in.dtype);
   auto next = tensors.begin() + static_cast<int64_t>(in.inputs);
@@ -31,7 +32,10 @@ Given read(const ProgramLayer& in, const std::vector<OptionalTensor>& tensors) {
     expect(v, name, of, sizes);
     return v;
   };
-  for (int64_t s = 0; s < n; ++s) g.after.push_back(take(s > 0 ? wide : type, {T, B, H}, "a state after each step"));
+  for (int64_t s = 0; s < n; ++s) {
+    g.after.push_back(take(s > 0 ? wide : type, {T, B, H}, "a state after each step"));
+    if (s == 0) g.first = take(wide, {T, B, H}, "the first state after each step");
+  }
   g.saved = take(wide, {in.header.saved, T, B, H}, "what was saved");
   g.saved_rows = take(wide, {in.header.saved_rows, T, B}, "what was saved per row");
   OptionalTensor gy = *next++;
@@ -122,7 +126,7 @@ class ProgramBackward {
     for (int64_t s = 0; s < n_; ++s) {
       q.states.push_back(dh_[s].mutable_data_ptr());
       q.first.push_back(in_.opmath(in_.states[s]).const_data_ptr());
-      q.after.push_back(in_.rows(g_.after[s], 0, 0, H_, s > 0));
+      q.after.push_back(after(s, 0));
       const OptionalTensor& g = g_.every[s];
       q.grads.push_back(pointer(g));
       q.grad_strides.push_back(g.has_value() ? Strides{g->stride(0), g->stride(1), H_ == 1 ? 1 : g->stride(2)}
@@ -156,7 +160,7 @@ class ProgramBackward {
       ProgramChunk chunk{t0, n, in_.step_memories(t0), masked ? alive.data() : nullptr};
       std::vector<ProgramMemory>& m = chunk.memory;
       saved_memories(t0, n, most, m);
-      for (int64_t s = 0; s < n_; ++s) m.push_back(in_.rows(g_.after[s], t0, 0, H_, s > 0));
+      for (int64_t s = 0; s < n_; ++s) m.push_back(after(s, t0));
       const size_t first = m.size();
       for (int64_t k = 0; k < in_.G; ++k) m.push_back(in_.rows(dgx, straight ? t0 : 0, k * H_, width_, false));
       for (size_t k = 0; k < in_.steps.size(); ++k)
@@ -170,6 +174,12 @@ class ProgramBackward {
       done += n;
     }
     scan->finish();
+  }
+
+  // The states after each step from t0 on, as they were computed where that was kept.
+  ProgramMemory after(int64_t s, int64_t t0) const {
+    const bool wide = s > 0 || g_.first.has_value();
+    return in_.rows(s == 0 && wide ? g_.first : g_.after[s], t0, 0, H_, wide);
   }
 
   void saved_memories(int64_t t0, int64_t n, int64_t most, std::vector<ProgramMemory>& m) {
@@ -201,8 +211,9 @@ class ProgramBackward {
       const Tensor& to = forward_->states[s];
       in_.copy_state(in_.states[s], to);
       if (!inside) continue;
-      RNNKIT_CHECK(g_.after[s].has_value(), "state ", s, " must be given");
-      const Tensor after = to_opmath(view(*g_.after[s], {B_, H_}, {H_, 1}, previous * B_ * H_), in_.dtype);
+      const OptionalTensor& from = s == 0 && g_.first.has_value() ? g_.first : g_.after[s];
+      RNNKIT_CHECK(from.has_value(), "state ", s, " must be given");
+      const Tensor after = to_opmath(view(*from, {B_, H_}, {H_, 1}, previous * B_ * H_), in_.dtype);
       for (int64_t b = 0; b < B_; ++b) {
         if (lengths != nullptr && previous >= lengths[b]) continue;
         std::copy_n(at(after.const_data_ptr(), b * H_, bytes), H_ * bytes, at(to.const_data_ptr(), b * H_, bytes));

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..cells import compute_dtype
-from . import check, reference
+from . import check, kernel_check, reference
 from .declare import CellSpec, spec_named
 from .inputs import CellInputs, CellOptions, CellOutputs
 from .probe import probe
@@ -83,18 +82,13 @@ def backend_named(name: str) -> Any:
     return reference if name == "reference" else _module(KERNELS[name])
 
 
-def _checked(spec: CellSpec, hidden: int, dtype: torch.dtype) -> tuple[Any, str | None]:
-    """The cell's program, or why there is none."""
-    found = check.program_of(spec, hidden, dtype)
-    return found.program, found.reason
-
-
 class Verdict(NamedTuple):
-    """reasons: against the backend; empty means that it can. cells: whether the cell itself is the reason."""
+    """reasons: against the backend; empty means that it can run `plan`."""
 
     reasons: list[str]
     plan: Any
-    cells: bool = False
+    checked: check.Checked | None = None
+    """What was found of the step, where it was looked at."""
 
 
 def judge(name: str, spec: CellSpec, q: Asked) -> Verdict:
@@ -109,51 +103,62 @@ def judge(name: str, spec: CellSpec, q: Asked) -> Verdict:
     reasons = backend.unsupported(None, q.device, q.dtype, q.o)
     if reasons:
         return Verdict(reasons, None)
-    program, reason = _checked(spec, q.hidden, compute_dtype(q.dtype))
-    if program is None:
-        return Verdict([reason or "its step has no program"], None, cells=True)
-    reasons = backend.unsupported(program, q.device, q.dtype, q.o)
-    return Verdict(reasons, program, cells=bool(reasons))
+    checked = check.program_of(spec, q.hidden, compute_dtype(q.dtype))
+    if checked.program is None:
+        return Verdict([checked.reason or "its step has no program"], None, checked)
+    reasons = backend.unsupported(checked.program, q.device, q.dtype, q.o)
+    if not reasons:
+        wrong = kernel_check.mismatch(name, backend, spec, checked.program, q.device, q.dtype)
+        reasons = [wrong] if wrong else []
+    return Verdict(reasons, checked.program, checked)
+
+
+CACHE_SIZE = 1024
+_chosen: dict[tuple[CellSpec, Asked, str], tuple[Choice, check.Checked | None]] = {}
 
 
 def choose(spec: CellSpec, q: Asked, wanted: str) -> Choice:
-    """The backend that runs this layer: the named one, or of `auto` the device's own, or the reference.
+    """The backend that runs this layer: the named one, or of `auto` the device's own, or the reference. Remembered for
+    as long as the Python state that the step reads gives the same program.
 
     Raises NotImplementedError, with its reasons, where a named one cannot.
     """
+    known = _chosen.get((spec, q, wanted))
+    if known is not None:
+        choice, checked = known
+        if checked is None or checked is check.program_of(spec, q.hidden, compute_dtype(q.dtype)):
+            return choice
     expect_known(wanted)
     probe(spec, q.hidden, compute_dtype(q.dtype))
+    choice, checked = _choose(spec, q, wanted)
+    if len(_chosen) >= CACHE_SIZE:
+        _chosen.clear()
+    _chosen[spec, q, wanted] = choice, checked
+    return choice
+
+
+def _choose(spec: CellSpec, q: Asked, wanted: str) -> tuple[Choice, check.Checked | None]:
     if wanted == "auto":
-        wanted = _DEVICES.get(q.device, "reference")
-        verdict = judge(wanted, spec, q)
-        if not verdict.reasons:
-            return Choice(wanted, backend_named(wanted), verdict.plan)
-        if verdict.cells:
-            _warn(spec.key, f"{spec.name} runs step by step in torch's operators, slowly: {verdict.reasons[0]}")
-        return Choice("reference", backend_named("reference"), spec)
-    verdict = judge(wanted, spec, q)
-    if verdict.reasons:
+        name = _DEVICES.get(q.device, "reference")
+        reasons, plan, checked = judge(name, spec, q)
+        if reasons:
+            if checked is not None:
+                check.warn_once(spec.name, reasons[0])
+            name, plan = "reference", spec
+        return Choice(name, backend_named(name), plan), checked
+    reasons, plan, checked = judge(wanted, spec, q)
+    if reasons:
         raise NotImplementedError(
-            f"backend {wanted!r} cannot run {spec.name} on {q.device}: {'; '.join(verdict.reasons)}. "
+            f"backend {wanted!r} cannot run {spec.name} on {q.device}: {'; '.join(reasons)}. "
             "backend='auto' chooses one that can, backend='reference' runs every cell."
         )
-    return Choice(wanted, backend_named(wanted), verdict.plan)
+    return Choice(wanted, backend_named(wanted), plan), checked
 
 
 def expect_known(name: str) -> None:
     """Raise ValueError where no backend bears this name."""
     if name not in NAMES and name not in _NEVER:
         raise ValueError(f"backend of a custom cell must be one of {', '.join(NAMES)}; got {name!r}")
-
-
-_warned: set[tuple[str, str]] = set()
-
-
-def _warn(key: str, words: str) -> None:
-    """Once for each cell and reason."""
-    if (key, words) not in _warned:
-        _warned.add((key, words))
-        warnings.warn(words, stacklevel=2)
 
 
 def choose_by_key(

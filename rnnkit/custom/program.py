@@ -76,6 +76,7 @@ class _Words:
 
     saved: int = 0
     saved_rows: int = 0
+    keep_first: bool = False
     units: list[tuple[bool, int]] = field(default_factory=list)
     biases: list[tuple[bool, int]] = field(default_factory=list)
     products: list[_Product] = field(default_factory=list)
@@ -118,8 +119,9 @@ def _used_products(g: Graph, levels: dict[int, int]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=256)
-def forward_words(key: ProgramKey, save: bool, biases: int) -> bytes:
-    """The forward; with `save` it keeps what the backward wants. `biases`: which the layer has, B_IH and B_HH as bits."""
+def forward_words(key: ProgramKey, save: bool, biases: int, keep_first: bool = False) -> bytes:
+    """The forward; with `save` it keeps what the backward wants. `biases`: which the layer has, B_IH and B_HH as bits.
+    `keep_first`: the first state in the compute type too, where y rounds it to a half type."""
     p = key.program
     g, w = p.forward, _Words()
     saved, saved_rows = (p.saved, p.saved_rows) if save else ((), ())
@@ -128,7 +130,8 @@ def forward_words(key: ProgramKey, save: bool, biases: int) -> bytes:
     after = steps + len(p.steps)
     kept = after + len(p.states)
     kept_rows = kept + len(saved)
-    w.memories = kept_rows + len(saved_rows)
+    w.memories = kept_rows + len(saved_rows) + keep_first
+    w.keep_first = keep_first
     w.padded = [after + k for k in range(len(p.states))]
     roots = [*p.new, *saved, *saved_rows]
     levels = levels_of(g, roots)
@@ -153,6 +156,8 @@ def forward_words(key: ProgramKey, save: bool, biases: int) -> bytes:
         stores.append(Store(n, Spot("state_out", k), also=after + k))
     stores += [Store(n, Spot("memory", kept + k)) for k, n in enumerate(saved)]
     stores += [Store(n, Spot("memory_row", kept_rows + k)) for k, n in enumerate(saved_rows)]
+    if keep_first:
+        stores.append(Store(p.new[0], Spot("memory", w.memories - 1)))
     gx = {Input("gx", k, UNIT): Spot("memory", k) for k in range(p.gates)}
     inputs = {**gx, **_step_memories(p, steps)}
     inputs |= {Input(s, 0, UNIT): Spot("state_in", k) for k, s in enumerate(p.states)}
@@ -319,7 +324,7 @@ def _encode(p: CellProgram, w: _Words, schedule: Schedule) -> bytes:
     words += [blocks for _, blocks in p.weights]
     words += [bool(p.weights) and p.weights[0][0] == "w_hh"]
     words += [len(p.steps), *(kind == ROW for _, kind, _ in p.steps)]
-    words += [w.saved, w.saved_rows, len(w.units), *(x for unit in w.units for x in unit)]
+    words += [w.saved, w.saved_rows, w.keep_first, len(w.units), *(x for unit in w.units for x in unit)]
     words += [len(w.biases), *(x for bias in w.biases for x in bias), w.dys, w.operands, len(w.grads)]
     for grad in w.grads:
         words += [grad.weight, grad.dy, grad.state, grad.memory]

@@ -12,7 +12,7 @@ import rnnkit
 from rnnkit import variants
 from rnnkit.custom.declare import spec_of
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "cpu"]
 CELLS = [name for name in variants.__all__ if isinstance(getattr(variants, name), type(rnnkit.Cell))]
 CELLS = [name for name in CELLS if issubclass(getattr(variants, name), rnnkit.Cell)]
 

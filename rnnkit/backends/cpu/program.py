@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...cells import compute_dtype
 from ...custom.graph import CellProgram
 from ...custom.inputs import CellInputs, CellOptions, CellOutputs
 from ...custom.program import B_HH, B_IH, ProgramKey, backward_words, forward_words
@@ -41,11 +42,20 @@ def _kept(p: CellProgram, o: CellOptions) -> list[bool]:
     return [o.recompute or state in p.needs for state in p.states[1:]]
 
 
-def saved_widths(p: CellProgram, o: CellOptions) -> tuple[int, int, int]:
-    """What a training forward keeps beside y, in the compute type: states [T, B, H], blocks of `saved` [K, T, B, H] and
-    of `saved_rows` [R, T, B]."""
-    blocks = (0, 0) if o.recompute else (len(p.saved), len(p.saved_rows))
-    return sum(_kept(p, o)), *blocks
+def _keeps_first(p: CellProgram, dtype: torch.dtype, o: CellOptions) -> bool:
+    """Whether the backward wants the first state as it was before y rounded it: a derivative may jump between."""
+    return dtype in _HALF and (o.recompute or p.states[0] in p.needs)
+
+
+def saved_shapes(p: CellProgram, t: CellInputs, o: CellOptions) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of what a training forward keeps beside y: states, blocks per unit, numbers per row; in the compute type."""
+    wide, (steps, rows) = compute_dtype(t.x.dtype), t.x.shape[:2]
+    count = _keeps_first(p, t.x.dtype, o) + sum(_kept(p, o))
+    shapes: list[tuple[int, ...]] = [(steps, rows, p.hidden)] * count
+    if not o.recompute:
+        shapes += [(len(p.saved), steps, rows, p.hidden)] if p.saved else []
+        shapes += [(len(p.saved_rows), steps, rows)] if p.saved_rows else []
+    return [(shape, wide) for shape in shapes]
 
 
 def _tensors(p: CellProgram, t: CellInputs) -> tuple[Tensor | None, ...]:
@@ -62,13 +72,16 @@ def forward(p: CellProgram, t: CellInputs, o: CellOptions, train: bool) -> tuple
     """The outputs, and with `train` what `backward` wants: states, saved, saved_rows, as far as there are any."""
     kept = _kept(p, o) if train else [False] * (len(p.states) - 1)
     mask = sum(1 << k for k, wanted in enumerate(kept, 1) if wanted or o.all_states)
-    words = forward_words(ProgramKey(p), train and not o.recompute, _biases(t))
+    first = train and _keeps_first(p, t.x.dtype, o)
+    words = forward_words(ProgramKey(p), train and not o.recompute, _biases(t), first)
     found = extension.native.program_forward(words, o.heads, int(o.reverse), mask, _tensors(p, t))  # type: ignore[union-attr]
     n = len(p.states)
-    y, last, states, blocks = found[0], tuple(found[1 : n + 1]), found[n + 1 : 2 * n], found[2 * n :]
+    y, last, states, others = found[0], tuple(found[1 : n + 1]), found[n + 1 : 2 * n], found[2 * n :]
     every = tuple(v.to(t.x.dtype) for v in states) if o.all_states else ()
-    saved = (*(v for v, wanted in zip(states, kept, strict=True) if wanted), *(v for v in blocks if v is not None))
-    return CellOutputs(y, last, every), saved if train else ()
+    if not train:
+        return CellOutputs(y, last, every), ()
+    wanted = [others[0], *(v if keep else None for v, keep in zip(states, kept, strict=True)), *others[1:]]
+    return CellOutputs(y, last, every), tuple(v for v in wanted if v is not None)
 
 
 def backward(
@@ -83,6 +96,7 @@ def backward(
     """Gradients in the flat order of `t`, None where they are not needed."""
     n = len(p.states)
     kept = iter(saved)
+    first = next(kept) if _keeps_first(p, t.x.dtype, o) else None
     states = [next(kept) if wanted else None for wanted in _kept(p, o)]
     blocks = [None if o.recompute or not some else next(kept) for some in (p.saved, p.saved_rows)]
     key = ProgramKey(p)
@@ -96,7 +110,7 @@ def backward(
         o.heads,
         int(o.reverse),
         bytes(ordered),
-        (*_tensors(p, t), y, *states, *blocks, grads.y, *grads.last, *every),
+        (*_tensors(p, t), y, first, *states, *blocks, grads.y, *grads.last, *every),
     )
     x, weights, states_, again, rest = (
         found[0],

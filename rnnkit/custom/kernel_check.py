@@ -1,0 +1,165 @@
+"""A kernel held against the user's own step, in the kernel's dtype: the second half of the self-check.
+
+`check` holds a program against autograd in float64; here the backend that is to run it is tried on a short layer, with
+values and gradients. The measure is the reference in float64, the budget what the reference loses in the same dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..cells import compute_dtype
+from . import scan
+from .declare import CellSpec
+from .inputs import CellInputs, CellOptions, CellOutputs, unflat
+
+_STEPS, _ROWS, _INPUTS = 3, 3, 4
+_LARGE = 1 << 20
+"""Numbers in a weight above which its gradient is left out: it is a product like every other."""
+_LOSS, _ROUNDINGS = 16, 64
+"""The error may be so many times the reference's, plus so many units in the last place of the largest number."""
+
+_found: dict[tuple[Any, ...], str | None] = {}
+_lock = threading.RLock()
+
+
+def mismatch(name: str, backend: Any, spec: CellSpec, program: Any, device: str, dtype: torch.dtype) -> str | None:
+    """Where the backend's numbers differ from the step's; None where they do not. Looked at once."""
+    key = (name, id(program), device, dtype)
+    with _lock:
+        if key not in _found:
+            _found[key] = _compare(name, backend, spec, program, device, dtype)
+            _programs.append(program)  # so that no other takes its identity
+        return _found[key]
+
+
+_programs: list[Any] = []
+
+
+@contextlib.contextmanager
+def _alone(device: str) -> Iterator[None]:
+    """Without the modes and the threads of whoever calls."""
+    threads = torch.get_num_threads()
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with _disable_current_modes(), torch._C._DisableFuncTorch(), torch._C.DisableTorchFunction():
+            torch.set_num_threads(1)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
+
+
+def _compare(name: str, backend: Any, spec: CellSpec, program: Any, device: str, dtype: torch.dtype) -> str | None:
+    with _alone(device):
+        o = CellOptions(all_states=True)
+        given = _inputs(spec, program.hidden, device)
+        t = given.to(dtype)
+        needs = _needs(spec, t)
+        grads = _gradients(spec, program.hidden, device)
+        exact = _by_reference(spec, t.to(torch.float64), o, grads, needs)
+        usual = _by_reference(spec, t.to(compute_dtype(dtype)), o, grads, needs)
+        outputs, saved = backend.forward(program, t, o, True)
+        found = backend.backward(program, t, o, outputs.y, saved, _cast(grads, dtype), needs)
+        got = [outputs.y, *outputs.last, *outputs.all, *(g for g in found if g is not None)]
+        for what, v, right, other in zip(_names(spec, needs), got, exact, usual, strict=True):
+            error, allowed = _distance(v, right), _LOSS * _distance(other.to(dtype), right)
+            allowed += _ROUNDINGS * torch.finfo(dtype).eps * _size(right)
+            if not error <= allowed:
+                return f"its kernel on {name} gives {what} off by {error:.1e}, where {allowed:.1e} is rounding"
+    return None
+
+
+def _inputs(spec: CellSpec, hidden: int, device: str) -> CellInputs:
+    """Drawn alike every time; torch's own generator is left alone."""
+    random = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int, over: int = 1) -> Tensor:
+        return (torch.randn(shape, generator=random) / over**0.5).to(device)
+
+    rows = spec.gates * hidden
+    bias = (draw(rows), draw(rows) if spec.recurrent else None)
+    return CellInputs(
+        draw(_STEPS, _ROWS, _INPUTS),
+        tuple(draw(_ROWS, hidden).abs() for _ in spec.states),
+        draw(rows, _INPUTS, over=_INPUTS),
+        *bias,
+        tuple(draw(blocks * hidden, hidden, over=hidden) for _, blocks in spec.weights),
+        tuple(draw(hidden) for _ in spec.units),
+        tuple(draw(*((_STEPS, _ROWS) if kind == "row" else (_STEPS, _ROWS, hidden))).abs() for _, kind, _ in spec.steps),
+        torch.tensor([_STEPS, 1, _STEPS - 1], device=device),
+        torch.tensor([[False] * 3, [False, False, True], [True, False, False]], device=device),
+        (),
+    )
+
+
+def _needs(spec: CellSpec, t: CellInputs) -> list[bool]:
+    wanted = CellInputs(
+        t.x,
+        t.states,
+        t.w_ih,
+        t.b_ih,
+        t.b_hh,
+        tuple(w if w.numel() <= _LARGE else None for w in t.weights),  # type: ignore[misc]
+        t.units,
+        tuple(v if grad else None for v, (_, _, grad) in zip(t.steps, spec.steps, strict=True)),  # type: ignore[misc]
+        None,
+        None,
+        (),
+    )
+    return [v is not None for v in wanted.flat()]
+
+
+def _names(spec: CellSpec, needs: list[bool]) -> list[str]:
+    states = list(spec.states)
+    every = ["x", *states, "weight_ih", "bias_ih", "bias_hh", *(n for n, _ in spec.weights), *spec.units]
+    every += [n for n, _, _ in spec.steps]
+    gradients = [f"the gradient of {n}" for n, need in zip(every, needs, strict=False) if need]
+    return [states[0], *(f"the last {s}" for s in states), *states[1:], *gradients]
+
+
+def _gradients(spec: CellSpec, hidden: int, device: str) -> CellOutputs:
+    random = torch.Generator().manual_seed(3)
+    n = len(spec.states)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device)
+
+    every = [draw(_STEPS, _ROWS, hidden) for _ in range(n)]
+    return CellOutputs(every[0], tuple(draw(_ROWS, hidden) for _ in range(n)), tuple(every[1:]))
+
+
+def _cast(v: CellOutputs, dtype: torch.dtype) -> CellOutputs:
+    return CellOutputs(v.y.to(dtype), tuple(g.to(dtype) for g in v.last), tuple(g.to(dtype) for g in v.all))
+
+
+def _by_reference(spec: CellSpec, t: CellInputs, o: CellOptions, grads: CellOutputs, needs: list[bool]) -> list[Tensor]:
+    """Outputs, then the gradients that are needed."""
+    flat = [v.detach().requires_grad_(need) if v is not None and need else v for v, need in zip(t.flat(), needs, strict=True)]
+    y, last, every = scan.outputs(spec, unflat(spec, flat), o)
+    outputs = [y, *last, *every]
+    g = _cast(grads, t.x.dtype)
+    wanted = [v for v, need in zip(flat, needs, strict=True) if need]
+    pairs = [(v, d) for v, d in zip(outputs, (g.y, *g.last, *g.all), strict=True) if v.requires_grad]
+    found = torch.autograd.grad([v for v, _ in pairs], wanted, [d for _, d in pairs], allow_unused=True)
+    gradients = [torch.zeros_like(v) if d is None else d for v, d in zip(wanted, found, strict=True)]
+    return [v.detach() for v in outputs] + gradients
+
+
+def _size(v: Tensor) -> float:
+    finite = v[v.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference; none where both are NaN or the same infinity."""
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    different = (a - b).abs().masked_fill(same, 0)
+    return float("inf") if different.isnan().any() else float(different.max()) if different.numel() else 0.0
