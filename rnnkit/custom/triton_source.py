@@ -7,11 +7,14 @@ functions that the text calls are in rnnkit/kernels/pointwise.py.
 
 Memory, by letter; T and n steps (all, and those of a chunk), B rows, H units, K and R what is saved per unit and row:
 
-    s, short    states [B, H], and again in the type in which products read them      a    after each step [T, B, H]
-    h, r        states before the first step, and at a reset                            p    parameters per unit [H]
-    x           inputs of each step, with their strides xt and xr                       q    results of products
-    o           operands of products [B, blocks·H]                                      e, f crossings [B, ·]
-    saved, kept [n, B, K·H], [n, B, R]                                                  gx   [n, B, G·H]
+    s, short    states [B, H], and again in the type in which products read them
+    a, out      states after each step [T, B, H]; the first rounded, where a is not
+    h, r        states before the first step, and at a reset
+    p, x        parameters per unit [H]; inputs of each step, with their strides xt and xr
+    q, o        results of products, operands of products [B, blocks·H]
+    e, f        what crosses from one kernel to another [B, ·], per unit and per row
+    gx          [n, B, G·H]
+    saved, kept [n, B, K·H], [n, B, R]
     Backward: g gradients of a; d of the states; dr of r; y of products' results [n, B, blocks·H], y0 that of gx;
     w products' operands [n, B, H]; du parameters per unit [B, U·H]; dx inputs of each step.
 """
@@ -207,7 +210,7 @@ class _Text:
         p, n = self.p, len(self.p.states)
         count = {"s": n, "short": n, "a": n, "h": n, "r": n, "p": len(p.units), "x": len(p.steps)}
         count |= {"q": len(self.g.products), "o": len(self.g.products)}
-        found = ["gx", "b_hh", "lengths", "reset", "saved", "kept", "e", "f"]
+        found = ["gx", "b_hh", "lengths", "reset", "saved", "kept", "out", "e", "f"]
         return found + [f"{letter}{k}" for letter, many in count.items() for k in range(many)]
 
     def strides(self) -> list[str]:
@@ -378,7 +381,9 @@ class _Forward(_Text):
         for s, n in enumerate(p.new if k == self.last else ()):
             found += [
                 f"new{s} = tl.broadcast_to({self.name(n)}, BLOCK_B, BLOCK_H)",
-                f"write(a{s}, now, unit, valid, tl.where(live, new{s}, 0.0))",
+                f"after{s} = tl.where(live, new{s}, 0.0)",
+                f"write(a{s}, now, unit, valid, after{s})",
+                *(["write(out, now, unit, valid, after0)"] if s == 0 else []),
                 f"carry(s{s}, short{s}, new{s}, old{s}, r{s}, {where})",
             ]
         return found

@@ -223,15 +223,17 @@ def _whole(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
 
-def _kept(p: CellProgram, o: CellOptions) -> list[bool]:
-    """Which states after each step the backward wants, beside y."""
-    return [o.recompute or state in p.needs for state in p.states[1:]]
+def _kept(p: CellProgram, dtype: torch.dtype, o: CellOptions) -> list[bool]:
+    """Which states after each step the backward wants beside y. The first where y rounds it: a derivative may jump
+    between the two."""
+    wanted = [o.recompute or state in p.needs for state in p.states]
+    return [wanted[0] and compute_dtype(dtype) != dtype, *wanted[1:]]
 
 
 def saved_shapes(p: CellProgram, t: CellInputs, o: CellOptions) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Of what a training forward keeps: states, what is saved per unit and per row, as far as there are any."""
     (steps, rows), wide = t.x.shape[:2], compute_dtype(t.x.dtype)
-    shapes = [(steps, rows, p.hidden)] * sum(_kept(p, o))
+    shapes = [(steps, rows, p.hidden)] * sum(_kept(p, t.x.dtype, o))
     if not o.recompute:
         widths = (len(p.saved) * p.hidden, len(p.saved_rows))
         shapes += [(steps, rows, width) for width in widths if width]
@@ -292,7 +294,8 @@ class _ForwardScan(_Scan):
             self.products[q] = self.product(product.weight, product.blocks, operand, transposed=False)
             self.given[f"q{q}"] = self.products[q].result
         for k in range(len(p.states)):
-            self.given |= {f"s{k}": self.states[k], f"short{k}": self.short[k], f"a{k}": None}
+            self.given |= {f"s{k}": self.states[k], f"short{k}": self.short[k]}
+        self.given["out"] = None
 
     def enter(self, states: Sequence[Tensor]) -> None:
         for to, short, v in zip(self.states, self.short, states, strict=True):
@@ -322,18 +325,22 @@ def forward(
     with backend.on_device_of(t.x):
         scan = _ForwardScan(p, t, o, run)
         steps, rows, h, dtype = scan.steps, scan.rows, p.hidden, t.x.dtype
-        kept = [train and wanted for wanted in _kept(p, o)]
+        kept = [train and wanted for wanted in _kept(p, dtype, o)]
         y = scan.empty(steps, rows, h, dtype=dtype)
-        after = [y, *(scan.empty(steps, rows, h) if wanted or o.all_states else None for wanted in kept)]
+        every = [wanted or (o.all_states and k > 0) for k, wanted in enumerate(kept)]
+        after = [scan.empty(steps, rows, h) if wanted else None for wanted in every]
+        scan.given["out"] = y if dtype != scan.wide else None
+        if dtype == scan.wide:
+            after[0] = y
         saved = scan.saved(steps, train and not o.recompute)
         parts = list(chunks.chunk_bounds(steps, rows, last_first=o.reverse)) if o.recompute else [(0, steps)]
         scan.enter(_entering(scan, [None] * len(after), steps - 1 if o.reverse else 0) if steps else t.states)
         for t0, t1 in parts:
             scan.range(_project(t, t0, t1), after, saved, t0, t1)
         last = tuple([v.to(dtype) for v in scan.states])
-        every = tuple([v.to(dtype) for v in after[1:] if v is not None]) if o.all_states else ()
-    states = [v for v, wanted in zip(after[1:], kept, strict=True) if wanted and v is not None]
-    return CellOutputs(y, last, every), (*states, *(v for v in saved if v is not None)) if train else ()
+        others = tuple([v.to(dtype) for v in after[1:] if v is not None]) if o.all_states else ()
+    states = [v for v, wanted in zip(after, kept, strict=True) if wanted and v is not None]
+    return CellOutputs(y, last, others), (*states, *(v for v in saved if v is not None)) if train else ()
 
 
 # Backward.
@@ -413,7 +420,9 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients in the flat order of `t`, None where they are not needed."""
     kept = iter(saved)
-    after = [_whole(y), *(next(kept) if wanted else None for wanted in _kept(p, o))]
+    after = [next(kept) if wanted else None for wanted in _kept(p, t.x.dtype, o)]
+    if t.x.dtype == compute_dtype(t.x.dtype):
+        after[0] = _whole(y)
     with backend.on_device_of(t.x):
         scan = _BackwardScan(p, t, o, after, grads, run)
         sums = _Sums(p, t, o, scan, needs)
