@@ -58,7 +58,7 @@ def nearest(x):
 
 @triton.jit
 def power(x, exponent):
-    """Of a positive number, 0 or NaN, and NaN of a negative one; whole exponents are multiplied out by the generator."""
+    """NaN of a negative number. Whole exponents are multiplied out by the generator."""
     return tl.exp(exponent * tl.log(x))
 
 

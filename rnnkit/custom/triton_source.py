@@ -186,7 +186,9 @@ class _Text:
         if not self._computed(n) or self.g.kind(n) == CONST:
             return True
         node = self.g.nodes[n]
-        return depth > 0 and node.op in ("add", "sub", "mul", "neg") and all(self._cheap(x, depth - 1) for x in node.args)
+        return (
+            depth > 0 and node.op in ("add", "sub", "mul", "neg") and all(self._cheap(x, depth - 1) for x in node.args)
+        )
 
     def kernels(self) -> list[str]:
         found = []

@@ -243,10 +243,17 @@ def saved_shapes(p: CellProgram, t: CellInputs, o: CellOptions) -> list[tuple[tu
 # Forward.
 
 
-def _project(t: CellInputs, t0: int, t1: int) -> Tensor:
-    """gx [n, B, G·H]"""
-    x = t.x[t0:t1]
-    return x.contiguous() if t.w_ih is None else F.linear(x, t.w_ih, t.b_ih)
+def _project(scan: _Scan, t0: int, t1: int) -> Tensor:
+    """gx [n, B, G·H], not rounded to a half type: exponential gates would show it."""
+    t, x = scan.t, scan.t.x[t0:t1]
+    if t.w_ih is None:
+        return x.contiguous()
+    if t.x.dtype == scan.wide:
+        return F.linear(x, t.w_ih, t.b_ih)
+    gx = scan.empty((t1 - t0) * scan.rows, t.w_ih.shape[0])
+    multiply(x.reshape(-1, x.shape[2]).to(scan.narrow), t.w_ih.T.to(scan.narrow), gx, scan.wide)
+    gx = gx if t.b_ih is None else gx.add_(t.b_ih)
+    return gx.view(t1 - t0, scan.rows, -1)
 
 
 def _entering(scan: _Scan, after: Sequence[Tensor | None], t: int) -> list[Tensor]:
@@ -336,7 +343,7 @@ def forward(
         parts = list(chunks.chunk_bounds(steps, rows, last_first=o.reverse)) if o.recompute else [(0, steps)]
         scan.enter(_entering(scan, [None] * len(after), steps - 1 if o.reverse else 0) if steps else t.states)
         for t0, t1 in parts:
-            scan.range(_project(t, t0, t1), after, saved, t0, t1)
+            scan.range(_project(scan, t0, t1), after, saved, t0, t1)
         last = tuple([v.to(dtype) for v in scan.states])
         others = tuple([v.to(dtype) for v in after[1:] if v is not None]) if o.all_states else ()
     states = [v for v, wanted in zip(after, kept, strict=True) if wanted and v is not None]
@@ -347,7 +354,7 @@ def forward(
 
 
 class _BackwardScan(_Scan):
-    """Steps of the backward, a range of time after another; the states' gradients and sums go on from one to the next."""
+    """Steps of the backward, a range of time after another; states' gradients and sums go on from one to the next."""
 
     def __init__(
         self, p: CellProgram, t: CellInputs, o: CellOptions, after: list[Tensor | None], grads: CellOutputs, run: Start
@@ -357,7 +364,9 @@ class _BackwardScan(_Scan):
         self.side = self.source.backward
         arriving = [grads.y, *(grads.all or [None] * (len(p.states) - 1))]
         last = [None if g is None else g.to(self.wide) for g in grads.last or [None] * len(p.states)]
-        self.d = [self.zeros(self.rows, h) if g is None else g.clone(memory_format=torch.contiguous_format) for g in last]
+        self.d = [
+            self.zeros(self.rows, h) if g is None else g.clone(memory_format=torch.contiguous_format) for g in last
+        ]
         self.d_reset = [self.zeros(self.rows, h) if t.reset is not None else None for _ in p.states]
         self.d_units = self.zeros(self.rows, len(p.units) * h)
         self.d_steps = [self._of_steps(k) for k in range(len(p.steps))]
@@ -385,7 +394,9 @@ class _BackwardScan(_Scan):
             product, operand = self.p.backward.products[q], None
             if q in self.source.in_place and self.narrow == dtype:
                 operand = groups[self.source.in_place[q]]
-            given[f"o{q}"] = None if operand is not None else self.empty(self.rows, product.blocks * h, dtype=self.narrow)
+            given[f"o{q}"] = (
+                None if operand is not None else self.empty(self.rows, product.blocks * h, dtype=self.narrow)
+            )
             operand = given[f"o{q}"] if operand is None else operand
             products[q] = self.product(product.weight, product.blocks, operand, transposed=True)
             given[f"q{q}"] = products[q].result
@@ -432,7 +443,7 @@ def backward(
                 made = again.saved(t1 - t0, True)
                 if t1 > t0:
                     again.enter(_entering(again, after, t1 - 1 if o.reverse else t0))
-                    again.range(_project(t, t0, t1), [None] * len(after), made, t0, t1)
+                    again.range(_project(again, t0, t1), [None] * len(after), made, t0, t1)
                 sums.add(*scan.range(made, t0, t1), t0, t1)
         else:
             blocks = _Saved(*(next(kept) if some else None for some in (p.saved, p.saved_rows)))
@@ -443,7 +454,9 @@ def backward(
 class _Sums:
     """The gradients that are sums over time, from the ranges of a backward."""
 
-    def __init__(self, p: CellProgram, t: CellInputs, o: CellOptions, scan: _BackwardScan, needs: Sequence[bool]) -> None:
+    def __init__(
+        self, p: CellProgram, t: CellInputs, o: CellOptions, scan: _BackwardScan, needs: Sequence[bool]
+    ) -> None:
         self.p, self.t, self.o, self.scan, self.needs = p, t, o, scan, needs
         self.guarded = t.lengths is not None or t.reset is not None
         self.dx = torch.empty_like(t.x, memory_format=torch.contiguous_format) if needs[0] else None
