@@ -121,7 +121,7 @@ void function(int which, Dtype dtype, int64_t n, const void* in, void* out) {
 }  // namespace
 
 const Engine engine = {RNNKIT_NAME, multiplies_bf16, &supported, &forward, &backward,
-                       &gemm_nt,    &gemm_nn,        &gemm_tn,   &program,  &function};
+                       &gemm_nt,    &gemm_nn,        &gemm_tn,   &program, &function};
 
 }  // namespace RNNKIT_VARIANT
 }  // namespace rnnkit
