@@ -54,7 +54,7 @@ PROBLEMS = {
     "zeros": Problem(hx=False, bias=False, resets=((1, 1), (3, 0)), seed=1),
     "heads": Problem(heads=3, lengths=(5, 2, 3), seed=2),
 }
-SMALL = Problem(steps=3, rows=2, inputs=1, hidden=2, lengths=(2, 3), resets=((1, 1),), reset_state=True)
+SMALL = Problem(steps=3, rows=2, inputs=1, hidden=3, lengths=(2, 3), resets=((1, 1),), reset_state=True)
 
 
 @dataclass
