@@ -45,7 +45,7 @@ class Loop(nn.Module):
         """Of each step what the cell is handed beside x and the states, in the spec's order."""
         steps, rows, found = x.shape[0], x.shape[1], []
         if self.spec.steps and len(given) < len(self.spec.steps):
-            given = given | self.cell.draw(self.training, steps, rows, self.layer.hidden_size, x.to(self.drawn))
+            given = {**given, **self.cell.draw(self.training, steps, rows, self.layer.hidden_size, x.to(self.drawn))}
         for name, kind, _ in self.spec.steps:
             v = given[name].to(x.dtype)
             v = v if kind == "unit" else v.unsqueeze(-1)
@@ -77,8 +77,11 @@ class Loop(nn.Module):
             if self.projected:
                 handed["a"] = torch.addmm(gx_t, states[0], w_hh.t())  # type: ignore[union-attr]
             else:
-                gh = F.linear(states[0], w_hh, b_hh) if w_hh is not None else None
-                every = {"gx": gx_t, "gh": gh, "a": gx_t + gh if "a" in spec.arguments and gh is not None else None}
+                every = {"gx": gx_t}
+                if w_hh is not None:
+                    every["gh"] = F.linear(states[0], w_hh, b_hh)
+                if w_hh is not None and "a" in spec.arguments:
+                    every["a"] = gx_t + every["gh"]
                 handed.update((name, v) for name, v in every.items() if name in spec.arguments)
             new = step(**handed)
             states = new if isinstance(new, tuple) else (new,)

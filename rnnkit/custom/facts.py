@@ -53,7 +53,8 @@ class record:
 
     def __enter__(self) -> list[Met]:
         self._outside = _thread.record
-        _thread.record = found = []
+        found: list[Met] = []
+        _thread.record = found
         return found
 
     def __exit__(self, *_: object) -> None:
