@@ -90,9 +90,7 @@ def _inputs(spec: CellSpec, hidden: int, device: str) -> CellInputs:
         *bias,
         tuple(draw(blocks * hidden, hidden, over=hidden) for _, blocks in spec.weights),
         tuple(draw(hidden) for _ in spec.units),
-        tuple(
-            draw(*((_STEPS, _ROWS) if kind == "row" else (_STEPS, _ROWS, hidden))).abs() for _, kind, _ in spec.steps
-        ),
+        tuple(draw(*((_STEPS, _ROWS) if kind == "row" else (_STEPS, _ROWS, hidden))).abs() for _, kind, _ in spec.steps),
         torch.tensor([_STEPS, 1, _STEPS - 1], device=device),
         torch.tensor([[False] * 3, [False, False, True], [True, False, False]], device=device),
         (),
@@ -141,10 +139,7 @@ def _cast(v: CellOutputs, dtype: torch.dtype) -> CellOutputs:
 
 def _by_reference(spec: CellSpec, t: CellInputs, o: CellOptions, grads: CellOutputs, needs: list[bool]) -> list[Tensor]:
     """Outputs, then the gradients that are needed."""
-    flat = [
-        v.detach().requires_grad_(need) if v is not None and need else v
-        for v, need in zip(t.flat(), needs, strict=True)
-    ]
+    flat = [v.detach().requires_grad_(need) if v is not None and need else v for v, need in zip(t.flat(), needs, strict=True)]
     y, last, every = scan.outputs(spec, unflat(spec, flat), o)
     outputs = [y, *last, *every]
     g = _cast(grads, t.x.dtype)
