@@ -37,6 +37,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 @needs_triton
+@pytest.mark.long
 def test_errors_are_seen_in_the_interpreter() -> None:
     interpreted(str(TESTS / "triton" / "interpreted" / "test_generated_mutations.py"))
 

@@ -18,7 +18,7 @@ CALLED = [  # in kernels/pointwise.py: right, wrong, the cell that shows it, how
     ("row_sum", "tl.where(inside, x, 0.0)", "x", "LayerNormLSTM", SMALL),
     ("carry", "tl.where(live, new, old)", "new", "LSTM", LONGER),
     ("carry", "more != 0", "more == 0", "LSTM", LONGER),
-    ("carry", "t + 1 - 2 * reverse", "t + 1", "GRU", {**LONGER, "reverse": True}),
+    ("carry", "t + 1 - 2 * reverse", "t", "GRU", LONGER),
     ("replaced", "tl.where(at, read", "tl.where(~at, read", "GRU", LONGER),
     ("previous", "t - 1 + 2 * reverse", "t - 1", "GRU", {**LONGER, "reverse": True}),
     ("previous", "before >= length", "before > length", "GRU", {**LONGER, "reverse": True}),
@@ -32,7 +32,7 @@ CALLED = [  # in kernels/pointwise.py: right, wrong, the cell that shows it, how
     ("read_product", "if bias is not None:", "if False:", "GRU", SMALL),
 ]
 WRITTEN = [  # in the generated text
-    ("carry(s0, short0, new0", "carry(s0, short0, new1", "LSTM", SMALL),
+    ("carry(s0, short0, new0, old0, r0", "carry(s0, short0, new0, old0, r1", "LSTM", LONGER),
     ("carry(s1, short1, new1", "carry(s1, short1, new0", "LSTM", SMALL),
     (
         "write(w0, at * 5, unit, valid, tl.where(good, v0",
@@ -41,7 +41,7 @@ WRITTEN = [  # in the generated text
         SMALL,
     ),
     ("read(du, row * 15 + 0, unit, valid, F) + ", "", "PeepholeLSTM", SMALL),
-    ("give_back(d1, dr1", "give_back(d1, dr0", "LSTM", LONGER),
+    ("old1 = read(d1", "old1 = read(d0", "LSTM", LONGER),
     ("length = length_of(lengths, row, total, B)", "length = length_of(None, row, total, B)", "LSTM", LONGER),
     ("read(gx, at * 20 + 5,", "read(gx, at * 20 + 0,", "LSTM", SMALL),
     ("read(saved, at * 20 + 0,", "read(saved, at * 20 + 5,", "LSTM", SMALL),
