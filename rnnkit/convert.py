@@ -94,8 +94,8 @@ def revert(module: ModuleType) -> ModuleType:
         `module`.
 
     Raises:
-        ValueError: a layer that torch cannot express (reset_after=False, a subclass of an rnnkit layer), by name;
-            nothing is changed then.
+        ValueError: a layer that torch cannot express (reset_after=False, heads, a subclass of an rnnkit layer), by
+            name; nothing is changed then.
         TypeError: not a module.
     """
     _expect_module(module, "revert")
@@ -107,7 +107,8 @@ def revert(module: ModuleType) -> ModuleType:
         base = _base(child)
         original = base.__dict__.get("_rnnkit_from")
         if not child._like_torch():
-            stuck.append(f"{name or '(itself)'}: torch has no {child.TORCH_NAME} with reset_after=False")
+            beyond = " and ".join(child._beyond_torch())
+            stuck.append(f"{name or '(itself)'}: torch has no {child.TORCH_NAME} with {beyond}")
         elif original is not None:
             plan.append((child, _rebased(child, original)))
         elif base in _TO_TORCH:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import nn
 
 from .backends import BACKENDS, BY_NAME, LayerSpec, basis, preference, record, recorded
+from .custom.facts import CustomChoice, Met, choice_of
+from .custom.facts import record as record_custom
 from .nn.base import Recurrent
+from .nn.custom import Custom
 
 UNMEASURED = "in the table's order: nothing is recorded of this cell on this device"
 NOTE = (
@@ -51,46 +55,51 @@ class Choice:
             "detail": self.detail,
         }
 
+    def lines(self) -> list[str]:
+        """For a person."""
+        p = self.problem
+        where = f"layer {self.layer}, {'reverse' if p.reverse else 'forward'}"
+        size = f"T={p.steps} B={p.batch} I={p.input_size} H={p.hidden_size}"
+        size += f" P={p.proj_size}" if p.proj_size else ""
+        kind = f"{p.cell} {size} {str(p.dtype).removeprefix('torch.')} on {p.device}"
+        found = [f"{self.name or '(the module)'}, {where}: {kind}"]
+        if self.asked == "auto":
+            measured = self.measured and f"in the order measured at {self.measured}"
+            found += [f"    {line}" for line in (self.rule, measured) if line] or [f"    {UNMEASURED}"]
+        for backend in preference(p):
+            if backend.name == self.backend:
+                how = "chosen" if self.asked == "auto" else f"chosen, as backend={self.asked!r} asks"
+                how += f"; {self.detail}" if self.detail else ""
+            else:
+                how = "; ".join(self.reasons[backend.name])
+            found.append(f"  {'→' if backend.name == self.backend else ' '} {backend.name:<10} {how}")
+        return found
+
 
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` returns: `str()` is a table, `to_dict()` the same for a program."""
 
-    choices: tuple[Choice, ...]
+    choices: tuple[Choice | CustomChoice, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons", ...}, ...], "note"}, as in `Choice`.
 
-        `reasons` is {backend: [...]} of those that were not chosen.
+        `reasons` is {backend: [...]} of those that were not chosen. A custom layer, as in `CustomChoice`, also has
+        "program", "refused" and "check_seconds".
         """
         return {"layers": [choice.to_dict() for choice in self.choices], "note": NOTE}
 
     def __str__(self) -> str:
         if not self.choices:
             return "no layer of rnnkit ran; rnnkit.convert(model) makes torch.nn's recurrent layers ours"
-        lines = []
-        for choice in self.choices:
-            p = choice.problem
-            where = f"layer {choice.layer}, {'reverse' if p.reverse else 'forward'}"
-            size = f"T={p.steps} B={p.batch} I={p.input_size} H={p.hidden_size}"
-            size += f" P={p.proj_size}" if p.proj_size else ""
-            kind = f"{p.cell} {size} {str(p.dtype).removeprefix('torch.')} on {p.device}"
-            lines.append(f"{choice.name or '(the module)'}, {where}: {kind}")
-            if choice.asked == "auto":
-                measured = choice.measured and f"in the order measured at {choice.measured}"
-                lines += [f"    {line}" for line in (choice.rule, measured) if line] or [f"    {UNMEASURED}"]
-            for backend in preference(p):
-                if backend.name == choice.backend:
-                    how = "chosen" if choice.asked == "auto" else f"chosen, as backend={choice.asked!r} asks"
-                    how += f"; {choice.detail}" if choice.detail else ""
-                else:
-                    how = "; ".join(choice.reasons[backend.name])
-                lines.append(f"  {'→' if backend.name == choice.backend else ' '} {backend.name:<10} {how}")
+        lines = [line for choice in self.choices for line in choice.lines()]
         return "\n".join([*lines, NOTE])
 
 
 def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explanation:
-    """Say which backend would run each recurrent layer inside `module`, called as module(input, ...).
+    """Say which backend would run each recurrent layer inside `module`, called as module(input, ...); of a custom
+    layer also what became of its step.
 
     The module is run once, in the caller's grad mode; random state and buffers are put back afterwards.
 
@@ -108,18 +117,20 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
     if not isinstance(module, nn.Module):
         raise TypeError(f"rnnkit.explain takes an nn.Module and its input, got {type(module).__name__}")
     running: list[str] = []
-    met: list[tuple[str, int]] = []
+    met: list[tuple[str, list[Any]]] = []
     hooks = []
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with torch.random.fork_rng(devices=_devices(module)), record() as problems:
+    with torch.random.fork_rng(devices=_devices(module)), record() as built_in, record_custom() as custom:
         for name, child in module.named_modules():
-            if isinstance(child, Recurrent):
+            if isinstance(child, Recurrent | Custom):
 
                 def enter(_: nn.Module, __: Any, name: str = name) -> None:
                     running.append(name)
 
-                def leave(_: nn.Module, __: Any, ___: Any) -> None:
-                    met.append((running.pop(), len(problems)))
+                def leave(child: nn.Module, _: Any, __: Any) -> None:
+                    some: list[Any] = custom if isinstance(child, Custom) else built_in
+                    met.append((running.pop(), some.copy()))
+                    some.clear()
 
                 hooks += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
         try:
@@ -131,22 +142,24 @@ def explain(module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Explana
                 for name, buffer in module.named_buffers():
                     if name in buffers:
                         buffer.copy_(buffers[name])
-    choices = []
-    start = 0
-    for name, end in met:
-        some = problems[start:end]
-        directions = 1 + any(problem.reverse for problem, _, _ in some)
-        # On a GPU the reverse direction may have come first.
-        order = sorted(range(len(some)), key=lambda k: (k // directions, some[k][0].reverse))
-        for k in order:
-            problem, asked, backend = some[k]
-            layer = k // directions
-            row = recorded(problem)
-            measured, rule = None if row is None else str(row), basis(problem).rule
-            reasons, detail = _reasons(problem, asked, backend), BY_NAME[backend].detail(problem)
-            choices.append(Choice(name, layer, problem, asked, backend, reasons, measured, rule, detail))
-        start = end
-    return Explanation(tuple(choices))
+    return Explanation(tuple(choice for name, some in met for choice in _choices(name, some)))
+
+
+def _choices(name: str, some: list[Any]) -> Iterator[Choice | CustomChoice]:
+    """Of one call of a layer, what ran: (problem, asked, backend) each, or `Met` of a custom layer."""
+    if some and isinstance(some[0], Met):
+        directions = 1 + any(met.asked.o.reverse for met in some)
+        for k, met in enumerate(some):
+            yield choice_of(met, name, k // directions)
+        return
+    directions = 1 + any(problem.reverse for problem, _, _ in some)
+    # On a GPU the reverse direction may have come first.
+    for k in sorted(range(len(some)), key=lambda k: (k // directions, some[k][0].reverse)):
+        problem, asked, backend = some[k]
+        row = recorded(problem)
+        measured, rule = None if row is None else str(row), basis(problem).rule
+        reasons, detail = _reasons(problem, asked, backend), BY_NAME[backend].detail(problem)
+        yield Choice(name, k // directions, problem, asked, backend, reasons, measured, rule, detail)
 
 
 def _reasons(problem: LayerSpec, asked: str, chosen: str) -> dict[str, list[str]]:

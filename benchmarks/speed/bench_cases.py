@@ -3,7 +3,9 @@
 A case is the sizes of a layer and what is done with it. Its group says why it is here: `grid` the shapes by which a
 release is judged, `stacks` small layers of one to three floors in one or two directions, `field` those that other
 projects publish, `sweep` lines along T, B and H for the pictures, `scan` the recurrence alone (I = 1 leaves no input
-projection), `step` one step of a cell, `resets` and `lengths` what torch does by splitting and packing.
+projection), `step` one step of a cell, `resets` and `lengths` what torch does by splitting and packing. `variants` are
+custom cells, those of rnnkit.variants, against a loop of torch operators, and `compiled` the same over the few steps
+that torch.compile can unroll; both are measured only where they are asked for.
 """
 
 from __future__ import annotations
@@ -12,11 +14,16 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from . import variant_cells
+
+VARIANTS = variant_cells.NAMES
 CELLS = ("RNN", "LSTM", "GRU")
 MODES = ("inference", "training")
 DTYPES = ("float32", "bfloat16", "float16")
 CPU, CUDA = ("cpu",), ("cuda",)
 GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
+CUSTOM = ("variants", "compiled")
+"""Groups of custom cells."""
 
 
 class BadInput(ValueError):
@@ -55,6 +62,9 @@ class BenchCase:
 
     def products(self, cell: str) -> float:
         """Floating-point operations of the forward products, two for each multiply-add; training has three times it."""
+        if self.group in CUSTOM:
+            gates, blocks = variant_cells.products(cell)
+            return 2 * self.steps * self.rows * self.hidden * (gates * self.inputs + blocks * self.hidden)
         width = self.inputs + self.hidden + (self.layers - 1) * self.hidden * (self.directions + 1)
         return 2 * self.steps * self.rows * GATES[cell] * self.hidden * self.directions * width
 
@@ -133,6 +143,11 @@ TABLE = (
     BenchCase("lengths", 64, 64, 32, 128, quick=True),
     BenchCase("lengths", 32, 100, 256, 256),
     BenchCase("lengths", 256, 128, 32, 512, devices=CUDA),
+    BenchCase("variants", 4, 100, 64, 64, cells=VARIANTS, devices=CPU),
+    BenchCase("variants", 32, 100, 128, 128, cells=VARIANTS, devices=CPU),
+    BenchCase("variants", 2, 10, 32, 32, cells=VARIANTS, devices=CPU, quick=True),
+    BenchCase("compiled", 4, 32, 64, 64, cells=VARIANTS, modes=("inference",), devices=CPU, quick=True),
+    BenchCase("compiled", 32, 32, 128, 128, cells=VARIANTS, modes=("inference",), devices=CPU),
 )
 GROUPS = tuple(dict.fromkeys(case.group for case in TABLE))
 PLAIN = ("grid", "stacks", "field", "sweep")
@@ -181,6 +196,21 @@ def known(what: str, wanted: Iterable[str], names: Sequence[str]) -> tuple[str, 
     return tuple(dict.fromkeys(found))
 
 
+def _cells(wanted: Sequence[str]) -> tuple[set[str], set[str], bool]:
+    """The wanted cells of plain groups and of custom ones, and whether one was asked for that is custom alone. Without
+    a wish it is all of both."""
+    plain: set[str] = set()
+    custom: set[str] = set()
+    alone = False
+    for name in wanted:
+        every = VARIANTS if name.lower() == "variants" else [v for v in VARIANTS if v.lower() == name.lower()]
+        custom |= {*every}
+        alone |= any(v not in CELLS for v in every)
+        if not every or name.lower() in (v.lower() for v in CELLS):
+            plain |= {*known("cell", [name], (*CELLS, "variants", "each of rnnkit.variants"))}
+    return (plain, custom, alone) if wanted else ({*CELLS}, {*VARIANTS}, False)
+
+
 def select(
     device: str,
     cases: Sequence[str] = (),
@@ -188,9 +218,11 @@ def select(
     modes: Sequence[str] = (),
     quick: bool = False,
     dtypes: Sequence[str] = (),
+    compiled: bool = False,
 ) -> list[BenchJob]:
-    """The jobs of a device. cases: names of groups, of shapes, or both as `grid/1x128x64x64`, or `judged`; empty: all.
-    dtypes: of DTYPES; empty: float32.
+    """The jobs of a device. cases: names of groups, of shapes, or both as `grid/1x128x64x64`, or `judged`; empty: all
+    but those of custom cells. cells: of CELLS and VARIANTS, or `variants` for all of those. dtypes: of DTYPES; empty:
+    float32. compiled: whether loops are compiled.
 
     Raises BadInput for a name that does not exist, and where nothing is left.
     """
@@ -204,7 +236,8 @@ def select(
                 f"unknown case {name!r} on {device}; there are the groups {', '.join(GROUPS)}, and in each shapes "
                 f"BxTxIxH, {f'close to it {near}' if near else f'as grid/{shapes[0]}'}"
             )
-    cells, modes = known("cell", cells, CELLS), known("mode", modes, MODES)
+    modes = known("mode", modes, MODES)
+    plain, custom, alone = _cells(cells)
     dtypes = known("dtype", dtypes, DTYPES) or DTYPES[:1]
     wanted = {name.lower() for name in cases}
     jobs = [
@@ -214,9 +247,10 @@ def select(
         if not wanted
         or wanted & {case.group, case.name, f"{case.group}/{case.name}"}
         or ("judged" in wanted and case.group in JUDGED.get(dtype, ()))
+        if wanted or case.group not in CUSTOM or (alone and (compiled or case.group != "compiled"))
         if case.quick or not quick
         for cell in case.cells
-        if not cells or cell in cells
+        if cell in (custom if case.group in CUSTOM else plain)
         for mode in case.modes
         if not modes or mode in modes
     ]

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import rnnkit
 from rnnkit.backends import BY_NAME, REFERENCE, LayerInputs, LayerOptions, LayerSpec, record
 
-from .bench_cases import GATES, BadInput, BenchJob
+from .bench_cases import CUSTOM, GATES, BadInput, BenchJob
 
 TORCH, ORT, COMPILE, WITHOUT = "torch.nn", "onnxruntime", "torch.compile", "without"
 SPLIT, STEPWISE, PACKED = "torch.nn, split", "torch.nn, cells", "torch.nn, packed"
@@ -101,6 +101,8 @@ class Setup:
     """What says that it can, and raised."""
     unable: list[str] = field(default_factory=list)
     """What a peer cannot do on this processor, with what it raised."""
+    compile_seconds: dict[str, float] = field(default_factory=dict)
+    """By name of a peer that was compiled for this job: what that took."""
 
     def baseline_numbers(self, train: bool) -> list[Tensor]:
         """The numbers that set the budget."""
@@ -114,12 +116,15 @@ class Setup:
 
 
 def incapable(backends: Sequence[str], jobs: Sequence[BenchJob], device: str) -> str | None:
-    """Why none of these backends does any of the jobs, resets and lengths aside; None where one does one."""
+    """Why none of these backends does any of the jobs, None where one does one. Resets, lengths and custom cells are
+    asked later."""
     if "auto" in backends:
         return None
     reasons: dict[str, list[str]] = {}
     for name in backends:
         for job in jobs:
+            if job.case.group in CUSTOM:
+                return None  # asked when the job is set up
             case, cell = job.case, "rnn_tanh" if job.cell == "RNN" else job.cell.lower()
             sizes = (case.steps, case.batch, case.inputs, case.hidden, 0)
             spec = LayerSpec(cell, device, getattr(torch, job.dtype), *sizes, bias=True, train=job.train)
@@ -220,7 +225,7 @@ def custom(path: str, job: BenchJob) -> nn.Module | None:
             f"--module {path}: {error}. Expected my.package:Class, a class that is made as nn.LSTM is, "
             "Class(input_size, hidden_size, num_layers=, bidirectional=), with torch's parameter names"
         ) from error
-    return module if gates == GATES[job.cell] else None
+    return module if job.case.group not in CUSTOM and gates == GATES[job.cell] else None
 
 
 def _layer(library: Any, job: BenchJob, **how: Any) -> nn.Module:

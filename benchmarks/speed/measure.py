@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from . import implementations, roofline, targets, timing
+from . import implementations, roofline, targets, timing, variant_loops
 from .accuracy import AccuracyCheck
-from .bench_cases import BenchJob
+from .bench_cases import CUSTOM, BenchJob
 from .implementations import Implementation, Setup
 from .rows import BenchRow
 
@@ -50,7 +50,8 @@ class Measurement:
 
     def rows(self, job: BenchJob, threads: int, backends: tuple[str, ...], wrong: Say, note: Say) -> list[BenchRow]:
         """The job's rows by these backends. What is wrong, and what else is to be known, is said at once."""
-        made = implementations.setup(job, self.device, threads, backends, self.compile, self.module)
+        setup = variant_loops.setup if job.case.group in CUSTOM else implementations.setup
+        made = setup(job, self.device, threads, backends, self.compile, self.module)
         for line in made.cannot if self.named else ():
             note(line)
         for line in made.failed:
@@ -64,7 +65,8 @@ class Measurement:
             note(f"{job.name}: {line}")
         del check
         pairs = _pairs(made)
-        return self._clock(job, threads, made.x, pairs, note) if pairs else []
+        found = self._clock(job, threads, made.x, pairs, note) if pairs else []
+        return [dataclasses.replace(row, compile_s=made.compile_seconds.get(row.against)) for row in found]
 
     def _clock(self, job: BenchJob, threads: int, x: torch.Tensor, pairs: Sequence[Pair], note: Say) -> list[BenchRow]:
         """Memory first, then all in turn: a row for each pair and way of launching."""

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from rnnkit.cli.instruction_set import SETTINGS, WORDS
 
-from . import picture, report, targets
+from . import picture, report, targets, variant_table
 from .bench_cases import CELLS, MODES, BadInput
 from .implementations import ORT, PACKED, SPLIT, STEPWISE, TORCH
 from .rows import RESULTS, BenchRow, read, recorded
+from .variant_goals import is_custom
 
 README, PERFORMANCE = "README.md", "docs/performance.md"
 PICTURES = {theme: f"docs/assets/speed-{theme}.svg" for theme in picture.THEMES}
@@ -112,6 +113,12 @@ def small(every: Sequence[Sequence[BenchRow]]) -> str:
     return f"1 thread, float32; {'; '.join(measured)}:\n\n{report.table(head, lines)}"
 
 
+CUSTOM = (
+    "Custom cells of `rnnkit.variants`: a loop of torch operators' time over rnnkit's, the compiled loop's with what "
+    "compiling it took, and the built-in layer's; below it what is aimed at."
+)
+
+
 def tables(files: Mapping[str, Sequence[BenchRow]]) -> str:
     """docs/performance.md's tables: of each processor, number of threads, way of launching and dtype."""
     parts = []
@@ -126,6 +133,11 @@ def tables(files: Mapping[str, Sequence[BenchRow]]) -> str:
                 f"Measured at {commits}; a + marks a tree with changes.",
                 report.summary({name: some}, "../benchmarks/results"),
             ]
+            custom = variant_table.table(some)
+            if custom is not None:
+                goals = [v for v in targets.judge([row for row in some if is_custom(row)]) if v.wanted]
+                parts += [CUSTOM, report.table(*custom)]
+                parts += [report.table(report.HEAD, [report.cells(v) for v in goals])] if goals else []
             shapes = by_shape(some)
             if shapes:
                 parts += ["Plain layers, shape by shape: torch.nn's time over rnnkit's.", shapes]

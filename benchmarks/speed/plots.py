@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from . import variant_plot
 from .bench_cases import CELLS, MODES
 from .implementations import ORT, TORCH
 from .rows import BenchRow
@@ -28,7 +29,12 @@ def draw(folder: Path, rows: Sequence[BenchRow]) -> list[Path]:
         some = [row for row in rows if (row.threads, row.launch, row.dtype) == setting]
         names = (f"-{setting[0]}t", f"-{setting[1]}", f"-{setting[2]}")
         suffix = "".join(name for k, name in enumerate(names) if len({other[k] for other in settings}) > 1)
-        for name, figure in (("ratios", ratios(some)), *((f"sizes-{mode}", sizes(some, mode)) for mode in MODES)):
+        figures = (
+            ("ratios", ratios(some)),
+            ("variants", variant_plot.ratios(some, about(some))),
+            *((f"sizes-{mode}", sizes(some, mode)) for mode in MODES),
+        )
+        for name, figure in figures:
             if figure is not None:
                 written.append(folder / f"{name}{suffix}.png")
                 figure.savefig(written[-1], dpi=130)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import timing
-from .bench_cases import GATES, BenchJob
+from . import timing, variant_cells
+from .bench_cases import CUSTOM, GATES, BenchJob
 
 EXPS = {"RNN": 1, "GRU": 3, "LSTM": 5}  # exponentials a unit and step: a sigmoid or a tanh each
 EXP = 2e-10  # seconds for one of them, vectorised, on one core
@@ -109,21 +109,23 @@ def roofline_seconds(machine: Machine, job: BenchJob, device: str, threads: int)
     """Seconds that the job must take at least.
 
     The products at the peak; in each step the recurrent product or reading its weights, whichever is longer, each
-    thread's core a part of them; EXP for each exponential (none on a GPU); one call. Training: two more
-    products for the input projection (its input's gradient and its weight's), and in each step those of the state and
-    of W_hh. In group `scan` the recurrent product or the reading alone.
+    thread's core a part of them; EXP for each exponential (none on a GPU, none of custom cells); one call. Training:
+    two more products for the input projection (its input's gradient and its weight's), and in each step those of the
+    state and of W_hh. In group `scan` the recurrent product or the reading alone.
     """
     case = job.case
     cores = threads if device == "cpu" else 1
     peak = machine.peak * cores
-    gates, hidden = GATES[job.cell], case.hidden
-    product = 2 * case.rows * gates * hidden**2 / peak
-    size = getattr(torch, job.dtype).itemsize * gates * hidden**2
+    custom, hidden = case.group in CUSTOM, case.hidden
+    gates, blocks = variant_cells.products(job.cell) if custom else (GATES[job.cell], GATES[job.cell])
+    product = 2 * case.rows * blocks * hidden**2 / peak
+    size = getattr(torch, job.dtype).itemsize * blocks * hidden**2
     part = size / cores  # each core reads its own units' weights
     step = max(product, part / machine.stream(part))
     if case.group == "scan":
         return case.steps * step
-    exps = case.rows * hidden * EXPS[job.cell] * EXP / cores if device == "cpu" else 0.0
+    counted = device == "cpu" and not custom
+    exps = case.rows * hidden * EXPS[job.cell] * EXP / cores if counted else 0.0
     total = CALL + (BACKWARD if job.train else 0.0)
     for layer in range(case.layers):
         width = case.inputs if layer == 0 else hidden * case.directions

@@ -66,6 +66,8 @@ class BenchRow:
     """The instruction set that both sides were held to, or that the processor has; "-" on a GPU."""
     processor_isa: str = "avx512"
     """The widest that the processor has: what a library takes that cannot be held."""
+    compile_s: float | None = None
+    """Seconds that torch.compile took for the peer, where it was compiled."""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -84,10 +86,11 @@ class BenchRow:
         how = ("" if self.dtype == "float32" else f"  {self.dtype}") + (
             "" if self.launch == "call" else f"  {self.launch}"
         )
+        made = "" if self.compile_s is None else f"  compiled in {self.compile_s:.0f} s"
         return (
             f"{self.group + ' ' + self.case:<27} {self.cell:<4} {self.mode:<9} {self.threads}t {who:<17} "
             f"{self.ms:9.3f} ms  {self.ratio_p50:6.2f} × {self.against:<16} {self.gflops:7.1f} GFLOP/s  "
-            f"{self.share:4.0%} of the limit{how}"
+            f"{self.share:4.0%} of the limit{how}{made}"
         )
 
 

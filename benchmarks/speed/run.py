@@ -26,7 +26,7 @@ from rnnkit.demo import check_out
 from rnnkit.demo.text import InputError
 
 from . import implementations, machine, report, roofline, targets
-from .bench_cases import CELLS, DTYPES, GROUPS, MODES, BadInput, BenchJob, known, select
+from .bench_cases import CELLS, CUSTOM, DTYPES, GROUPS, MODES, VARIANTS, BadInput, BenchJob, known, select
 from .measure import Measurement
 from .outcome import Outcome
 from .rows import RESULTS, BenchRow, write
@@ -35,6 +35,8 @@ SECONDS = 0.25  # for each implementation and peer of a job
 QUICK = 0.02
 LOOK = 20  # jobs between two looks at what the machine can do
 LOOP = 6e-3  # seconds a step, on a GPU: operators launched one by one from Python, in all calls of a job
+OPERATORS = 5e-3  # seconds a step, on a CPU: the loop of torch operators of a custom cell, in all calls of a job
+COMPILING = 30.0  # seconds: such a loop
 NAMED = 5  # of the jobs that were left out
 
 
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"groups ({', '.join(GROUPS)}; judged: those with a target), shapes as 32x100x256x256, or both as "
             "grid/32x100x256x256",
         ),
-        ("cell", "C", ", ".join(CELLS)),
+        ("cell", "C", f"{', '.join(CELLS)}; variants: all custom cells, or one of them: {', '.join(VARIANTS)}"),
         ("mode", "M", ", ".join(MODES)),
         ("dtype", "D", f"{', '.join(DTYPES)}; default: {DTYPES[0]}"),
         ("backend", "B", f"{', '.join(implementations.NAMES)}; default: all that can run a case"),
@@ -68,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action="store_true",
         help=f"measure the reference under torch.compile too, up to {implementations.COMPILED_STEPS} steps: its loop "
-        "is unrolled, and compiling takes seconds a case",
+        "is unrolled, and compiling takes seconds a case; of custom cells, the loop that they are held against: half "
+        "a minute a case",
     )
     parser.add_argument("--tf32", choices=("on", "off"), help="on a GPU; default: as torch is set")
     parser.add_argument("--targets", action="store_true", help="exit with 1 also where a target is missed")
@@ -103,7 +106,9 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, options.device
-        self.jobs = select(options.device, options.case, options.cell, options.mode, options.quick, options.dtype)
+        self.jobs = select(
+            options.device, options.case, options.cell, options.mode, options.quick, options.dtype, options.compile
+        )
         self.backends = known("backend", options.backend, implementations.NAMES) or implementations.NAMES
         if options.record and not RESULTS.is_dir():
             raise BadInput(
@@ -242,13 +247,20 @@ class Bench:
 
     def _job(self, job: BenchJob, threads: int, progress: Progress) -> list[BenchRow]:
         """A job's rows, by the backends that it may be timed with."""
-        fit = tuple(name for name in self.backends if (name, job.cell, job.dtype) not in self.barred)
+        custom = job.case.group in CUSTOM
+        wanted = ("auto",) if custom and not self.options.backend else self.backends
+        fit = tuple(name for name in wanted if (name, job.cell, job.dtype) not in self.barred)
+        if self._compiles(job):
+            progress.say(f"{job.name}: compiling the loop, some half a minute")
 
         def wrong(line: str) -> None:
             self.outcome.wrong.append(line)
             progress.say(line)
 
         return self.measurement.rows(job, threads, fit, wrong, self.outcome.notes.append)
+
+    def _compiles(self, job: BenchJob) -> bool:
+        return bool(self.options.compile) and job.case.group == "compiled"
 
     def _look(self) -> None:
         for found in self.machines.values():
@@ -262,6 +274,9 @@ class Bench:
     def _cost(self, threads: int, job: BenchJob) -> float:
         """About how many seconds a job takes: its time on the clock, and its work many times over."""
         clock, loop = self.measurement.seconds * (len(self.backends) + 2) + 0.1, 0.0
+        if job.case.group in CUSTOM:
+            clock, loop = self.measurement.seconds * 3 + 0.1, OPERATORS * job.case.steps
+            loop += COMPILING if self._compiles(job) else 0.0
         if self.device == "cuda":
             clock, loop = 2 * clock, LOOP * job.case.steps * job.case.layers * job.case.directions
         return clock + loop + 60 * job.flops / (self.machines[job.dtype].peak * threads)

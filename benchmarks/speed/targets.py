@@ -23,6 +23,8 @@ from .goals import Memory, large, memory, scan_part, wanted
 from .implementations import COMPILE, NAMES, STEPWISE, TORCH, WITHOUT
 from .rows import BenchRow
 from .timing import geometric_mean
+from .variant_goals import all_targets as variant_targets
+from .variant_goals import is_custom
 
 EXTRA = 1 / 1.05  # with resets or lengths: at most 5 % slower than without
 SMALL = 256  # units: what a fused backend on a GPU is to win first
@@ -106,6 +108,7 @@ def brought(row: BenchRow) -> bool:
 def judge(rows: Sequence[BenchRow]) -> list[Verdict]:
     """A verdict for each group of rows that differ in their shape alone, in the order of the tables."""
     groups: dict[tuple, list[BenchRow]] = {}
+    custom, rows = [row for row in rows if is_custom(row)], [row for row in rows if not is_custom(row)]
     for row in dict.fromkeys([*judged(rows), *filter(brought, rows)]):
         how = (row.threads, row.launch, row.dtype, row.isa, row.processor_isa)
         part = scan_part(row.group, row.B, row.H)
@@ -118,7 +121,44 @@ def judge(rows: Sequence[BenchRow]) -> list[Verdict]:
         key=lambda g: (g[0][0][0], RANK[g[0][1]], *g[0][2:4], order[g[0][4]], order[g[0][5]]),
     )
     verdicts = [_ratios(some) for _, some in ordered] + [_memory(one) for one in memory(judged(rows))]
-    return verdicts + fused([row for row in rows if row.device != "cpu"])
+    return verdicts + fused([row for row in rows if row.device != "cpu"]) + _custom(custom)
+
+
+def _custom(rows: Sequence[BenchRow]) -> list[Verdict]:
+    """The verdicts on custom cells, of each setting by itself, over all cells at once."""
+    settings: dict[tuple[object, ...], list[BenchRow]] = {}
+    for row in judged(rows):
+        settings.setdefault((row.threads, row.launch, row.dtype, row.isa, row.processor_isa), []).append(row)
+    found = []
+    for _, some in sorted(settings.items()):
+        for target in variant_targets(some):
+            worst = min(target.rows, key=lambda row: row.ratio_p50)
+            mean, goal = geometric_mean(row.ratio_p50 for row in target.rows), target.goal
+            every = len({(row.case, row.cell) for row in target.rows})
+            met = None
+            if goal is not None:
+                met = _met(mean >= goal.mean, worst.ratio_p50 >= goal.floor, every >= target.whole)
+            found.append(
+                Verdict(
+                    group=target.group,
+                    cell="all",
+                    mode=target.mode,
+                    threads=worst.threads,
+                    implementation=worst.implementation,
+                    against=target.against,
+                    cases=every,
+                    mean=mean,
+                    worst=worst.ratio_p50,
+                    worst_case=f"{worst.cell} {worst.case}",
+                    share=geometric_mean(row.share for row in target.rows),
+                    wanted="" if goal is None else goal.words,
+                    met=met,
+                    launch=worst.launch,
+                    dtype=worst.dtype,
+                    shapes=target.whole,
+                )
+            )
+    return found
 
 
 def _ratios(some: Sequence[BenchRow]) -> Verdict:

@@ -56,7 +56,9 @@ struct Functions : Math<T> {
     Value q = set(T(2) / T(2 * terms + 1));
     for (int k = terms - 1; k > 0; --k) q = q * s2 + T(2) / T(2 * k + 1);
     const Value y = n * C::ln2_high + (n * C::ln2_low + (s * s2 * q + (s + s)));
-    const Value special = x == Value{} ? set(-infinity) : x < Value{} ? set(std::numeric_limits<T>::quiet_NaN()) : x;
+    const Value special = x == Value{}  ? set(-infinity)
+                          : x < Value{} ? set(std::numeric_limits<T>::quiet_NaN())
+                                        : x;
     return (x > Value{}) & (x < set(infinity)) ? y : special;  // NaN and infinity are themselves
   }
 
@@ -74,7 +76,8 @@ struct Functions : Math<T> {
       return (Value)_mm256_sqrt_ps((__m256)x);
 #endif
     }
-    return by_lane(x, [](T v) { return sizeof(T) == 4 ? T(__builtin_sqrtf(float(v))) : T(__builtin_sqrt(v)); });
+    return by_lane(x,
+                   [](T v) { return sizeof(T) == 4 ? T(__builtin_sqrtf(float(v))) : T(__builtin_sqrt(v)); });
   }
 
   // To the nearest integer, ties to even; the sign stays.

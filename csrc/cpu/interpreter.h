@@ -1,8 +1,9 @@
 // Runs the instructions of a span on one block: some rows times some units, as vectors side by side. Included
 // once per variant, inside its namespace.
 //
-// An instruction goes over the whole block before the next begins, so what it costs to find out which one it is
-// counts once for some sixty vectors. A block is as large as lets its values stay in the first-level cache.
+// An instruction goes over the whole block before the next begins, so what it costs to find out which one it
+// is counts once for some sixty vectors. A block is as large as lets its values stay in the first-level
+// cache.
 
 constexpr int64_t block_bytes = 2048;  // of one value: a dozen of them are half of a first-level cache
 
@@ -30,14 +31,14 @@ class Interpreter {
   static void run(const ProgramInstruction& i, const OperandTable<A>& at, const BlockShape& shape) {
     const int64_t n = i.row ? ceil_div(shape.rows, L) * L : shape.rows * shape.width;
     switch (static_cast<Op>(i.op)) {
-#define RNNKIT_ONE(name, value)                      \
-  case Op::name##_:                                  \
+#define RNNKIT_ONE(name, value) \
+  case Op::name##_:             \
     return one(i, at, n, [](V x) __attribute__((always_inline)) { return value; });
-#define RNNKIT_TWO(name, value)                      \
-  case Op::name##_:                                  \
+#define RNNKIT_TWO(name, value) \
+  case Op::name##_:             \
     return two(i, at, n, [](V x, V y) __attribute__((always_inline)) { return value; });
-#define RNNKIT_THREE(name, value)                    \
-  case Op::name##_:                                  \
+#define RNNKIT_THREE(name, value) \
+  case Op::name##_:               \
     return three(i, at, n, [](V x, V y, V z) __attribute__((always_inline)) { return value; });
       RNNKIT_TWO(add, x + y)
       RNNKIT_TWO(sub, x - y)
@@ -71,7 +72,7 @@ class Interpreter {
       RNNKIT_ONE(round, F::round(x))
       RNNKIT_ONE(floor, F::floor(x))
       RNNKIT_ONE(copy, x)
-      RNNKIT_THREE(muladd, x* y + z)
+      RNNKIT_THREE(muladd, x * y + z)
       RNNKIT_THREE(nmuladd, z - x * y)
 #undef RNNKIT_ONE
 #undef RNNKIT_TWO

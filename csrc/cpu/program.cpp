@@ -17,7 +17,8 @@ class Reader {
     if (at_ == end_) fail("it ends too early");
     const int64_t v = *at_++;
     if (v < least || v > most) {
-      fail("got " + std::to_string(v) + ", expected " + std::to_string(least) + " to " + std::to_string(most));
+      fail("got " + std::to_string(v) + ", expected " + std::to_string(least) + " to " +
+           std::to_string(most));
     }
     return v;
   }
@@ -54,7 +55,8 @@ ProgramProduct read_product(Reader& r, const Program& p) {
   ProgramProduct q{};
   q.weight = r.of(p.weights), q.blocks = r.in(1, 64), q.transposed = r.flag();
   q.state = r.maybe(p.states), q.memory = first_of(r, q.blocks, p.memories);
-  q.adds = first_of(r, q.blocks, p.memories), q.added = r.in(INT64_MIN, INT64_MAX), q.bias = r.maybe(p.biases);
+  q.adds = first_of(r, q.blocks, p.memories), q.added = r.in(INT64_MIN, INT64_MAX),
+  q.bias = r.maybe(p.biases);
   q.into = r.maybe(p.states), q.accumulates = r.flag();
   if (q.transposed ? q.state >= 0 || q.adds >= 0 || q.bias >= 0 : q.memory >= 0 || q.into >= 0)
     Reader::fail("a product of both kinds");
@@ -110,16 +112,15 @@ ProgramInstruction read_instruction(Reader& r, const Program& p, const ProgramSp
   i.to = r.of(known), i.a = r.of(known), i.b = r.of(known), i.c = r.of(known);
   i.row = r.flag();
   const Op op = static_cast<Op>(i.op);
-  const auto constant = [&](int64_t n) {
-    return n >= p.temps + p.row_temps && n < p.named() - p.units;
-  };
+  const auto constant = [&](int64_t n) { return n >= p.temps + p.row_temps && n < p.named() - p.units; };
   const bool reads_row = op == Op::spread_ || i.row;
   const bool sums = op == Op::row_sum_ || op == Op::row_max_;
   if (constant(i.to) || (i.to >= p.named() - p.units && i.to < p.named()))
     Reader::fail("a constant is no place for a result");
   if (on_row(p, span, i.to) != (i.row || sums)) Reader::fail("a result per row in a place per unit");
   for (int64_t n : {i.a, i.b, i.c}) {
-    if (!constant(n) && on_row(p, span, n) != reads_row) Reader::fail("an argument per row where one per unit is read");
+    if (!constant(n) && on_row(p, span, n) != reads_row)
+      Reader::fail("an argument per row where one per unit is read");
   }
   if ((sums || op == Op::spread_) && (i.row || constant(i.a))) Reader::fail("a sum of a constant");
   return i;
@@ -130,13 +131,15 @@ ProgramInstruction read_instruction(Reader& r, const Program& p, const ProgramSp
 Program Program::read(const int64_t* words, size_t count) {
   Reader r(words, count);
   Program p{};
-  p.states = r.in(1, 64), p.weights = r.size(), p.biases = r.size(), p.units = r.size(), p.memories = r.size();
+  p.states = r.in(1, 64), p.weights = r.size(), p.biases = r.size(), p.units = r.size(),
+  p.memories = r.size();
   p.crossings = r.size(), p.row_crossings = r.size(), p.temps = r.size(), p.row_temps = r.size();
   for (int64_t k = r.size(); k > 0; --k) p.constants.push_back(r.number());
   for (int64_t k = r.size(); k > 0; --k) p.products.push_back(read_product(r, p));
   for (int64_t k = r.size(); k > 0; --k) {
     ProgramSpan span;
-    for (int64_t m = r.size(); m > 0; --m) span.products.push_back(r.of(static_cast<int64_t>(p.products.size())));
+    for (int64_t m = r.size(); m > 0; --m)
+      span.products.push_back(r.of(static_cast<int64_t>(p.products.size())));
     for (int64_t m = r.size(); m > 0; --m) span.operands.push_back(read_operand(r, p));
     for (int64_t m = r.in(0, 1 << 20); m > 0; --m) {
       span.code.push_back(read_instruction(r, p, span));

@@ -21,10 +21,11 @@ namespace rnnkit {
 
 // As torch's functions of these names; comparisons give 1 and 0. muladd a b + c, nmuladd c - a b, copy a,
 // spread a value per row over its units, row_sum and row_max a value per unit to one per row.
-#define RNNKIT_PROGRAM_OPS(X)                                                                               \
-  X(add)                                                                                                    \
-  X(sub) X(mul) X(div) X(pow) X(maximum) X(minimum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(where) X(neg) X(abs) \
-      X(sigmoid) X(tanh) X(relu) X(exp) X(expm1) X(log) X(log1p) X(sqrt) X(rsqrt) X(reciprocal) X(sin)      \
+#define RNNKIT_PROGRAM_OPS(X)                                                                           \
+  X(add)                                                                                                \
+  X(sub)                                                                                                \
+  X(mul) X(div) X(pow) X(maximum) X(minimum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(where) X(neg) X(abs) \
+      X(sigmoid) X(tanh) X(relu) X(exp) X(expm1) X(log) X(log1p) X(sqrt) X(rsqrt) X(reciprocal) X(sin)  \
           X(cos) X(erf) X(round) X(floor) X(copy) X(muladd) X(nmuladd) X(spread) X(row_sum) X(row_max)
 
 enum class Op : int64_t {
@@ -67,13 +68,13 @@ struct ProgramOperand {
 struct ProgramProduct {
   int64_t weight, blocks;
   bool transposed;
-  int64_t state;       // whose value it multiplies itself (forward), or -1: what is stored to Place::operand,
-  int64_t memory;      // or -1; transposed: the first of `blocks` neighbours in memory, which make one row
-  int64_t adds;        // the first of `blocks` memories that are added to the results, or -1;
-  int64_t added;       // and to which of them, as bits
-  int64_t bias;        // that is added, or -1
-  int64_t into;        // whose gradient the result is (Place::d_state), or -1
-  bool accumulates;    // on what stands there
+  int64_t state;     // whose value it multiplies itself (forward), or -1: what is stored to Place::operand,
+  int64_t memory;    // or -1; transposed: the first of `blocks` neighbours in memory, which make one row
+  int64_t adds;      // the first of `blocks` memories that are added to the results, or -1;
+  int64_t added;     // and to which of them, as bits
+  int64_t bias;      // that is added, or -1
+  int64_t into;      // whose gradient the result is (Place::d_state), or -1
+  bool accumulates;  // on what stands there
 };
 
 struct ProgramSpan {

@@ -4,7 +4,12 @@
 class Product {
  public:
   Product(const ProgramProduct& product, const ProgramProblem& q)
-      : p_(product), H_(q.H), head_(q.H / q.heads), heads_(q.heads), width_(ceil_div(q.H, L) * L), rows_(q.B) {
+      : p_(product),
+        H_(q.H),
+        head_(q.H / q.heads),
+        heads_(q.heads),
+        width_(ceil_div(q.H, L) * L),
+        rows_(q.B) {
     const S* const w = static_cast<const S*>(q.weights[p_.weight]);
     const bool pack = p_.transposed ? q.T * q.B > few_rows : q.T > 1;
     for (int64_t h = 0; h < heads_; ++h) {
@@ -12,8 +17,8 @@ class Product {
         for (int64_t k = 0; k < p_.blocks; k += max_gates) {
           weights_.emplace_back();
           weights_.back().gemm_nt(w + (k * H_ + h * head_) * head_, H_,
-                                  static_cast<int>(std::min<int64_t>(max_gates, p_.blocks - k)), head_, head_, q.B,
-                                  pack, q.workers);
+                                  static_cast<int>(std::min<int64_t>(max_gates, p_.blocks - k)), head_, head_,
+                                  q.B, pack, q.workers);
         }
       } else if (heads_ == 1) {
         weights_.emplace_back();
@@ -21,13 +26,13 @@ class Product {
       } else {
         for (int64_t k = 0; k < p_.blocks; ++k) {
           weights_.emplace_back();
-          weights_.back().gemm_nn(w + (k * H_ + h * head_) * head_, head_, head_, head_, q.B, pack, q.workers);
+          weights_.back().gemm_nn(w + (k * H_ + h * head_) * head_, head_, head_, head_, q.B, pack,
+                                  q.workers);
         }
       }
     }
     if (p_.into < 0) results_ = PaddedMatrix<A>((p_.transposed ? 1 : p_.blocks) * q.B, H_);
-    if (p_.state < 0 && p_.memory < 0)
-      operand_ = PaddedMatrix<A>(q.B, p_.transposed ? p_.blocks * H_ : H_);
+    if (p_.state < 0 && p_.memory < 0) operand_ = PaddedMatrix<A>(q.B, p_.transposed ? p_.blocks * H_ : H_);
     if (p_.bias >= 0) {
       bias_ = PaddedMatrix<A>(p_.blocks, H_);
       bias_.fill(q.biases[p_.bias], p_.blocks, H_);
@@ -80,7 +85,8 @@ class Product {
 
   template <int gates>
   void run(TypedProgramScan& scan, const Thread& thread, int64_t t, const GemmWeights<S>& w,
-           const std::vector<int32_t>& rows, const A* a, int64_t lda, int64_t j0, int64_t block, bool add) const {
+           const std::vector<int32_t>& rows, const A* a, int64_t lda, int64_t j0, int64_t block,
+           bool add) const {
     int first, last;
     thread.slice.vectors(w.units, L, &first, &last);
     const bool accumulates = add || p_.accumulates;

@@ -13,14 +13,15 @@ class TypedProgramScan final : public ProgramScan {
       : q_(q),
         p_(*q.program),
         width_(ceil_div(q.H, L) * L),
-        block_rows_(std::max<int64_t>(1, std::min<int64_t>(q.B, block_bytes / (width_ * int64_t{sizeof(A)})))),
+        block_rows_(
+            std::max<int64_t>(1, std::min<int64_t>(q.B, block_bytes / (width_ * int64_t{sizeof(A)})))),
         masked_(q.masks.any()) {
     // a value that depends on a whole row, and heads, whose units fill no whole vectors, stay with one thread
     const bool apart = p_.sums_rows || q.heads > 1;
     int64_t weights = q.H;
     for (const ProgramProduct& product : p_.products) weights += product.blocks * q.H * (q.H / q.heads);
-    partition_ = Partition(q.workers.threads, q.B, apart ? 1 : ceil_div(ceil_div(q.H, L), max_vectors), weights,
-                           q.T);
+    partition_ =
+        Partition(q.workers.threads, q.B, apart ? 1 : ceil_div(ceil_div(q.H, L), max_vectors), weights, q.T);
     for (const ProgramProduct& product : p_.products) products_.emplace_back(product, q);
     for (size_t s = 0; s < q.states.size(); ++s) {
       states_[0].emplace_back(q.B, q.H);
@@ -59,7 +60,8 @@ class TypedProgramScan final : public ProgramScan {
         for (const ProgramSpan& span : p_.spans) {
           each([&](Thread& thread) {
             for (int64_t n : span.products) {
-              if (end && p_.products[n].into >= 0) continue;  // nobody asks for what comes before the first step
+              if (end && p_.products[n].into >= 0)
+                continue;  // nobody asks for what comes before the first step
               products_[n].multiply(*this, thread, t);
             }
             run_span(span, thread, t);
@@ -87,7 +89,7 @@ class TypedProgramScan final : public ProgramScan {
   }
 
  private:
-struct Thread;
+  struct Thread;
 #include "program_product.h"
 
   // What a slice of the work needs of its own.
@@ -101,8 +103,8 @@ struct Thread;
       // rows of a block lie side by side where it has all their units
       whole = j0 == 0 && j1 == scan.width_;
       rows = whole ? scan.block_rows_ : 1;
-      columns = rows > 1 || p.sums_rows ? j1 - j0
-                                        : std::min<int64_t>(j1 - j0, block_bytes / int64_t{sizeof(A)});
+      columns =
+          rows > 1 || p.sums_rows ? j1 - j0 : std::min<int64_t>(j1 - j0, block_bytes / int64_t{sizeof(A)});
       const int64_t size = rows * columns + L, row_size = ceil_div(rows, L) * L;
       temps = AlignedBuffer<A>((p.temps + scan.most_operands()) * size);
       row_temps = AlignedBuffer<A>((p.row_temps + scan.most_operands()) * row_size);
@@ -123,7 +125,8 @@ struct Thread;
       for (int64_t k = 0; k < p.units; ++k) {
         A* const to = units.data + k * rows * scan.width_;
         std::fill_n(to, rows * scan.width_, A(0));
-        for (int64_t r = 0; r < rows; ++r) std::copy_n(static_cast<const A*>(scan.q_.units[k]), scan.q_.H, to + r * scan.width_);
+        for (int64_t r = 0; r < rows; ++r)
+          std::copy_n(static_cast<const A*>(scan.q_.units[k]), scan.q_.H, to + r * scan.width_);
         at.first[n++] = to;
       }
       own = n;
@@ -133,10 +136,10 @@ struct Thread;
       }
     }
     ThreadSlice slice;
-    int64_t j0, j1;          // units of the slice, whole vectors
-    int now = 0;             // which of states_ is that before the step
+    int64_t j0, j1;  // units of the slice, whole vectors
+    int now = 0;     // which of states_ is that before the step
     bool whole;
-    int64_t rows, columns;   // of a block, at most
+    int64_t rows, columns;  // of a block, at most
     AlignedBuffer<A> temps, row_temps, constants, units;
     OperandTable<A> at;
     size_t first_unit = 0, own = 0;
@@ -167,7 +170,7 @@ struct Thread;
   // One place in memory, for the first row of a block.
   struct Spot {
     void* first = nullptr;
-    int64_t row = 0;     // stride of rows
+    int64_t row = 0;  // stride of rows
     bool opmath = true;
     bool padded = false;  // rows are whole vectors
   };
@@ -197,7 +200,8 @@ struct Thread;
         return {crossings_[o.index].row(position), width_, true, true};
       case Place::operand: {
         const Product& product = products_[o.index];
-        return {product.operand(o.block, b), product.operand_stride(), true, product.operand_stride() == width_};
+        return {product.operand(o.block, b), product.operand_stride(), true,
+                product.operand_stride() == width_};
       }
       case Place::d_unit:
         return {d_units_[o.index].row(b), width_, true, true};
@@ -266,7 +270,8 @@ struct Thread;
           to[r] = row_crossings_.row(o.index)[thread.slice.row0 + position_[rows[r]]];
         } else {
           const Spot from = memory_at(o.index, t, rows[r]);
-          to[r] = from.opmath ? *static_cast<const A*>(from.first) : load_one(static_cast<const S*>(from.first));
+          to[r] =
+              from.opmath ? *static_cast<const A*>(from.first) : load_one(static_cast<const S*>(from.first));
         }
       }
       return to;

@@ -17,7 +17,9 @@ void number_rows(const Thread& thread) {
 }
 
 // Units of the slice that exist.
-int64_t units_of(const Thread& thread) const { return std::max<int64_t>(0, std::min(thread.j1, q_.H) - thread.j0); }
+int64_t units_of(const Thread& thread) const {
+  return std::max<int64_t>(0, std::min(thread.j1, q_.H) - thread.j0);
+}
 
 void apply_resets_and_padding(const Thread& thread, int64_t t) {
   if (!masked_) return;

@@ -1,4 +1,5 @@
-// A layer of a cell that a user wrote: its tensors are looked at, x is projected in chunks of time and scanned.
+// A layer of a cell that a user wrote: its tensors are looked at, x is projected in chunks of time and
+// scanned.
 
 #include "program_layer.h"
 
@@ -48,7 +49,8 @@ ProgramHeader read_header(const int64_t*& at, const int64_t* end) {
 ProgramLayer::ProgramLayer(std::string_view program, int64_t heads_, bool reverse_,
                            const std::vector<OptionalTensor>& tensors)
     : heads(heads_), reverse(reverse_) {
-  RNNKIT_CHECK(program.size() % sizeof(int64_t) == 0, "a program must be whole words, got ", program.size(), " bytes");
+  RNNKIT_CHECK(program.size() % sizeof(int64_t) == 0, "a program must be whole words, got ", program.size(),
+               " bytes");
   words_.resize(program.size() / sizeof(int64_t));
   std::copy_n(program.data(), program.size(), reinterpret_cast<char*>(words_.data()));
   const int64_t *from = words_.data(), *end = from + words_.size();
@@ -174,7 +176,8 @@ ProgramMemory ProgramLayer::rows(const OptionalTensor& v, int64_t t0, int64_t of
                                  bool opmath) const {
   if (!v.has_value()) return {nullptr, opmath, 0, 0};
   const int64_t bytes = opmath ? opmath_bytes(dtype) : bytes_of(dtype);
-  return {at(v->const_data_ptr(), t0 * B * width + offset, bytes), opmath || !is_half(dtype), B * width, width};
+  return {at(v->const_data_ptr(), t0 * B * width + offset, bytes), opmath || !is_half(dtype), B * width,
+          width};
 }
 
 // Steps that are projected and scanned at a time: they stay in the second-level cache.
@@ -232,7 +235,8 @@ void ProgramForward::run(int64_t t0, int64_t n, const std::vector<ProgramMemory>
   projection_->run(t0, n, chunk.memory);
   for (const ProgramMemory& m : in_.step_memories(t0)) chunk.memory.push_back(m);
   chunk.memory.insert(chunk.memory.end(), results.begin(), results.end());
-  RNNKIT_CHECK(static_cast<int64_t>(chunk.memory.size()) == in_.code.memories, "a program must fit its header");
+  RNNKIT_CHECK(static_cast<int64_t>(chunk.memory.size()) == in_.code.memories,
+               "a program must fit its header");
   scan_->run(chunk, in_.header.padded);
 }
 
@@ -268,7 +272,8 @@ std::vector<OptionalTensor> program_forward(std::string_view program, int64_t he
     for (const OptionalTensor& v : in.states) {
       last.push_back(empty({B, H}, type));
       const auto bytes = v->numel() * static_cast<int64_t>(v->element_size());
-      std::copy_n(static_cast<const char*>(v->const_data_ptr()), bytes, static_cast<char*>(last.back()->mutable_data_ptr()));
+      std::copy_n(static_cast<const char*>(v->const_data_ptr()), bytes,
+                  static_cast<char*>(last.back()->mutable_data_ptr()));
     }
   }
   std::vector<OptionalTensor> out{after[0]};

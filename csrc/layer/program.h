@@ -26,8 +26,8 @@ struct ProgramHeader {
   };
   int64_t gates, states, units, weights;
   std::vector<int64_t> weight_blocks;
-  bool has_w_hh;                    // the first weight, whose bias is b_hh
-  std::vector<bool> row_steps;      // inputs of each step: whether they are per row
+  bool has_w_hh;                // the first weight, whose bias is b_hh
+  std::vector<bool> row_steps;  // inputs of each step: whether they are per row
   int64_t saved, saved_rows;
   bool keep_first;  // the first state after each step in the compute type, beside y of a half type
   std::vector<Unit> unit_sources;
@@ -46,20 +46,20 @@ struct ProgramHeader {
 };
 
 // tensors: x [T, B, I], or [T, B, G H] projected already where w_ih is missing; w_ih, b_ih, b_hh, lengths,
-// reset; the states before [B, H]; those at a reset or none of them; the weights, the parameters per unit, the
-// inputs of each step ([T, B, H] or [T, B], in any strides but the last).
+// reset; the states before [B, H]; those at a reset or none of them; the weights, the parameters per unit,
+// the inputs of each step ([T, B, H] or [T, B], in any strides but the last).
 //
 // Gives y, the states after the last step, all states but the first after each step (in the compute type) or
 // none, the first in that type or none, what is saved per unit [K, T, B, H] and per row [K, T, B].
 std::vector<OptionalTensor> program_forward(std::string_view program, int64_t heads, int64_t reverse,
                                             int64_t keep_states, const std::vector<OptionalTensor>& tensors);
 
-// tensors: the forward's, then y, the first state in the compute type or none, the other states after each step,
-// what was saved per unit and per row; then the gradients of y, of the last states, and of all states but the first after each step, or none.
-// forward: the program that makes again what was not saved. needs: a byte for each of the forward's tensors.
-// Gives as many gradients.
-std::vector<OptionalTensor> program_backward(std::string_view program, std::string_view forward, int64_t heads,
-                                             int64_t reverse, std::string_view needs,
+// tensors: the forward's, then y, the first state in the compute type or none, the other states after each
+// step, what was saved per unit and per row; then the gradients of y, of the last states, and of all states
+// but the first after each step, or none. forward: the program that makes again what was not saved. needs: a
+// byte for each of the forward's tensors. Gives as many gradients.
+std::vector<OptionalTensor> program_backward(std::string_view program, std::string_view forward,
+                                             int64_t heads, int64_t reverse, std::string_view needs,
                                              const std::vector<OptionalTensor>& tensors);
 
 }  // namespace rnnkit

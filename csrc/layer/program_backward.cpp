@@ -52,7 +52,8 @@ Given read(const ProgramLayer& in, const std::vector<OptionalTensor>& tensors) {
 }
 
 // Where each row's numbers stand at n steps, where `alive` (empty: everywhere) says so.
-RowPointers pointers(const ProgramMemory& m, int64_t n, int64_t B, int64_t bytes, const std::vector<uint8_t>& alive) {
+RowPointers pointers(const ProgramMemory& m, int64_t n, int64_t B, int64_t bytes,
+                     const std::vector<uint8_t>& alive) {
   RowPointers rows(n * B);
   for (int64_t t = 0, r = 0; t < n; ++t) {
     for (int64_t b = 0; b < B; ++b, ++r)
@@ -63,8 +64,8 @@ RowPointers pointers(const ProgramMemory& m, int64_t n, int64_t B, int64_t bytes
 
 class ProgramBackward {
  public:
-  ProgramBackward(std::string_view program, std::string_view forward, int64_t heads, bool reverse, std::string_view needs,
-           const std::vector<OptionalTensor>& tensors)
+  ProgramBackward(std::string_view program, std::string_view forward, int64_t heads, bool reverse,
+                  std::string_view needs, const std::vector<OptionalTensor>& tensors)
       : in_(program, heads, reverse, tensors),
         g_(read(in_, tensors)),
         needs_(needs),
@@ -149,8 +150,8 @@ class ProgramBackward {
     const bool masked = in_.lengths.has_value() || in_.reset.has_value();
     const bool straight = !in_.w_ih.has_value() && dx_.has_value();  // dgx is what is asked for
     const Tensor dgx = straight ? *dx_ : empty({most, B_, width_}, type_);
-    const OptionalTensor dys = in_.header.dys ? OptionalTensor(empty({most, B_, in_.header.dys * H_}, type_))
-                                              : std::nullopt;
+    const OptionalTensor dys =
+        in_.header.dys ? OptionalTensor(empty({most, B_, in_.header.dys * H_}, type_)) : std::nullopt;
     const OptionalTensor operands = in_.header.operands
                                         ? OptionalTensor(empty({in_.header.operands, most, B_, H_}, type_))
                                         : std::nullopt;
@@ -162,10 +163,12 @@ class ProgramBackward {
       saved_memories(t0, n, most, m);
       for (int64_t s = 0; s < n_; ++s) m.push_back(after(s, t0));
       const size_t first = m.size();
-      for (int64_t k = 0; k < in_.G; ++k) m.push_back(in_.rows(dgx, straight ? t0 : 0, k * H_, width_, false));
+      for (int64_t k = 0; k < in_.G; ++k)
+        m.push_back(in_.rows(dgx, straight ? t0 : 0, k * H_, width_, false));
       for (size_t k = 0; k < in_.steps.size(); ++k)
         m.push_back(in_.rows(dsteps_[k], t0, 0, in_.header.row_steps[k] ? 1 : H_, false));
-      for (int64_t k = 0; k < in_.header.dys; ++k) m.push_back(in_.rows(dys, 0, k * H_, in_.header.dys * H_, false));
+      for (int64_t k = 0; k < in_.header.dys; ++k)
+        m.push_back(in_.rows(dys, 0, k * H_, in_.header.dys * H_, false));
       for (int64_t k = 0; k < in_.header.operands; ++k)
         m.push_back(in_.rows(operands, 0, k * most * B_ * H_, H_, false));
       RNNKIT_CHECK(static_cast<int64_t>(m.size()) == in_.code.memories, "a program must fit its header");
@@ -216,7 +219,8 @@ class ProgramBackward {
       const Tensor after = to_opmath(view(*from, {B_, H_}, {H_, 1}, previous * B_ * H_), in_.dtype);
       for (int64_t b = 0; b < B_; ++b) {
         if (lengths != nullptr && previous >= lengths[b]) continue;
-        std::copy_n(at(after.const_data_ptr(), b * H_, bytes), H_ * bytes, at(to.const_data_ptr(), b * H_, bytes));
+        std::copy_n(at(after.const_data_ptr(), b * H_, bytes), H_ * bytes,
+                    at(to.const_data_ptr(), b * H_, bytes));
       }
     }
   }
@@ -252,8 +256,8 @@ class ProgramBackward {
   Tensor matrix(const ProgramMemory& m, int64_t rows, int64_t column, int64_t columns) const {
     const int64_t sizes[] = {rows, columns}, strides[] = {m.row, 1};
     using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
-    return torch::stable::from_blob(at(m.first, column, bytes_of(in_.dtype)), Ints(sizes, 2), Ints(strides, 2),
-                                    in_.x.device(), type_);
+    return torch::stable::from_blob(at(m.first, column, bytes_of(in_.dtype)), Ints(sizes, 2),
+                                    Ints(strides, 2), in_.x.device(), type_);
   }
 
   void weight_grads(const ProgramChunk& chunk, const ProgramMemory& dgx, const std::vector<uint8_t>& alive) {
@@ -268,8 +272,8 @@ class ProgramBackward {
         times_w_ih_->run(d, to);
       }
       if (!x_.has_value()) x_ = torch::stable::contiguous(in_.x);
-      of_x = pointers({at(x_->const_data_ptr(), chunk.t0 * B_ * in_.I, bytes), false, B_ * in_.I, in_.I}, chunk.n, B_,
-                      bytes, alive);
+      of_x = pointers({at(x_->const_data_ptr(), chunk.t0 * B_ * in_.I, bytes), false, B_ * in_.I, in_.I},
+                      chunk.n, B_, bytes, alive);
       if (dw_ih_.has_value()) pairs.push_back({of_x, *dw_ih_});
     }
     const auto shared = [&](const ProgramHeader::WeightGrad& g) {
@@ -375,8 +379,8 @@ class ProgramBackward {
 
 }  // namespace
 
-std::vector<OptionalTensor> program_backward(std::string_view program, std::string_view forward, int64_t heads,
-                                             int64_t reverse, std::string_view needs,
+std::vector<OptionalTensor> program_backward(std::string_view program, std::string_view forward,
+                                             int64_t heads, int64_t reverse, std::string_view needs,
                                              const std::vector<OptionalTensor>& tensors) {
   return ProgramBackward(program, forward, heads, reverse != 0, needs, tensors).run();
 }

@@ -12,7 +12,8 @@ namespace rnnkit {
 
 // A layer's tensors, checked, and its program.
 struct ProgramLayer {
-  ProgramLayer(std::string_view program, int64_t heads, bool reverse, const std::vector<OptionalTensor>& tensors);
+  ProgramLayer(std::string_view program, int64_t heads, bool reverse,
+               const std::vector<OptionalTensor>& tensors);
 
   // What a scan is told of it, but its states. It points into tensors that this holds.
   ProgramProblem problem();

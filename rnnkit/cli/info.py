@@ -1,7 +1,7 @@
 """`python -m rnnkit info`: what this machine can run, and how to get what is missing.
 
-Versions, the C++ extension, Triton, CUDA devices, CPU threads and what limits them, and for each backend whether it
-can run here at all. Which one runs a given layer, `rnnkit.explain(layer, x)` says.
+Versions, the C++ extension, Triton, CUDA devices, CPU threads and what limits them, for each backend whether it can run
+here at all, and which have kernels of custom cells. Which one runs a given layer, `rnnkit.explain(layer, x)` says.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..backends import BACKENDS, user_times
 from ..backends.cpu import extension
 from ..backends.dispatch_times import said
 from ..backends.triton import backend as triton
+from ..custom import choose
 
 NO_TRITON = "not installed: pip install rnnkit[triton]"
 
@@ -67,6 +68,7 @@ def gather() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "workers": _workers(),
         "dispatch_times": _times(),
+        "custom_cells": _custom_cells(),
         "backends": {name: {"available": why is None, "reason": why} for name, why in reasons.items()},
     }
 
@@ -85,6 +87,7 @@ def table(found: dict[str, Any]) -> str:
         ("CPU threads", found["threads"]),
         ("CPU workers", _bounded(found["workers"])),
         ("times", times(found["dispatch_times"])),
+        ("custom cells", custom_cells(found["custom_cells"])),
         ("backends", ""),
     ]
     for name, backend in found["backends"].items():
@@ -98,12 +101,33 @@ def kernels(found: dict[str, Any]) -> str:
     return found["reason"] or f"{found['count']}, compiled by CUDA {found['toolkit']} for {', '.join(found['chips'])}"
 
 
+def custom_cells(found: dict[str, Any]) -> str:
+    """What runs a user's own step, in a line."""
+    kernels = [
+        f"on {device} by backend {backend['name']}"
+        if backend["reason"] is None
+        else f"not on {device}: {backend['reason']}"
+        for device, backend in found["kernels"].items()
+    ]
+    return f"{found['instructions']} instructions in the engine; kernels from steps {'; '.join(kernels)}"
+
+
 def times(found: dict[str, Any]) -> str:
     """Whose times put the backends in order on a CPU, in a line."""
     if found["reason"] is None:
         return f"this machine's, {found['rows']} rows for {', '.join(found['recorded'])}, in {found['path']}"
     where = f" {found['path']}:" if found["path"] else ""
     return f"rnnkit's own; of this machine,{where} {found['reason']}"
+
+
+def _custom_cells() -> dict[str, Any]:
+    """How many instructions the engine knows, and whether a step becomes a kernel on each kind of device."""
+    instructions = len(torch.ops.rnnkit.cpu_program_ops().split()) if extension.native is not None else 0
+    kernels = {}
+    for device, name in choose.DEVICES.items():
+        reasons = choose.unable(name, device)
+        kernels[device] = {"name": name, "reason": "; ".join(reasons) or None}
+    return {"instructions": instructions, "kernels": kernels}
 
 
 def _times() -> dict[str, Any]:

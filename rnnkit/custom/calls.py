@@ -95,7 +95,6 @@ _INSTEAD = {
     "max": "torch.amax over units, torch.maximum of two tensors",
     "min": "-torch.amax(-x, -1) over units, torch.minimum of two tensors",
     "amin": "-torch.amax(-x, -1)",
-    "prelu": "torch.where(x > 0, x, slope * x)",
     "group_norm": "F.layer_norm of each block",
     "einsum": "F.linear with a declared weight",
     "bmm": "F.linear with a declared weight",
@@ -113,7 +112,6 @@ _INSTEAD = {
     "fmax": "torch.maximum",
     "fmin": "torch.minimum",
     "cumsum": "another form: a unit's value may not depend on its place among the others",
-    "glu": "a, b = x.chunk(2, -1); a * torch.sigmoid(b)",
 }
 
 
@@ -186,6 +184,15 @@ def _dropout(t: Tracer, input: Any, p: float = 0.5, training: bool = True, inpla
     if training and p:
         raise StepError(_random_words("dropout"))
     return input
+
+
+def _prelu(t: Tracer, input: Any, weight: Any) -> Value:
+    return t.pointwise(lambda x, w: (x > 0).where(x, w * x), input, weight)
+
+
+def _glu(t: Tracer, input: Any, dim: int = -1) -> Value:
+    a, b = t.move(torch.chunk, (input, 2, dim), {}, "glu")
+    return t.pointwise(lambda x, y: x * y.point("sigmoid"), a, b)
 
 
 def _detach(t: Tracer, input: Any) -> Value:
@@ -316,7 +323,7 @@ def _tensor(t: Tracer, data: Any, **kwargs: Any) -> Value:
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "add": _add, "sub": _sub, "mul": _mul, "div": _div, "clamp": _clamp, "where": _where,
     "masked_fill": _masked_fill, "lerp": _lerp, "addcmul": _addcmul, "addcdiv": _addcdiv, "round": _round,
-    "dropout": _dropout, "detach": _detach, "linear": _linear, "matmul": _matmul, 
+    "dropout": _dropout, "prelu": _prelu, "glu": _glu, "detach": _detach, "linear": _linear, "matmul": _matmul, 
     
      
     "to": _to,

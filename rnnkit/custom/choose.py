@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -25,12 +26,15 @@ from .probe import probe
 
 NAMES = ("auto", "cpu", "triton", "reference")
 KERNELS = {"cpu": "rnnkit.backends.cpu.program", "triton": "rnnkit.backends.triton.program"}
-_DEVICES = {"cpu": "cpu", "cuda": "triton"}
+DEVICES = {"cpu": "cpu", "cuda": "triton"}
 """Type of device to the backend that `auto` asks first there."""
 _NEVER = {
     "torch": "it has torch.nn's own layers alone",
     "cuda": "its kernels are written for the built-in cells",
 }
+
+EVERY = (*NAMES[1:], *_NEVER)
+"""All that can be named but auto."""
 
 
 class CellBackend(Protocol):
@@ -82,6 +86,15 @@ def backend_named(name: str) -> Any:
     return reference if name == "reference" else _module(KERNELS[name])
 
 
+def unable(name: str, device: str, dtype: torch.dtype = torch.float32, o: CellOptions | None = None) -> list[str]:
+    """Why a backend runs no cell at all on this kind of device; empty where it runs some."""
+    backend = backend_named(name)
+    if backend is None:
+        return ["it has no kernels for custom cells yet"]
+    found: list[str] = backend.unsupported(None, device, dtype, o or CellOptions())
+    return found
+
+
 class Verdict(NamedTuple):
     """reasons: against the backend; empty means that it can run `plan`."""
 
@@ -97,12 +110,10 @@ def judge(name: str, spec: CellSpec, q: Asked) -> Verdict:
         return Verdict([], spec)
     if name in _NEVER:
         return Verdict([f"{_NEVER[name]}, not a user's step"], None)
-    backend = backend_named(name)
-    if backend is None:
-        return Verdict(["it has no kernels for custom cells yet"], None)
-    reasons = backend.unsupported(None, q.device, q.dtype, q.o)
+    reasons = unable(name, q.device, q.dtype, q.o)
     if reasons:
         return Verdict(reasons, None)
+    backend = backend_named(name)
     checked = check.program_of(spec, q.hidden, compute_dtype(q.dtype))
     if checked.program is None:
         return Verdict([checked.reason or "its step has no program"], None, checked)
@@ -139,7 +150,7 @@ def choose(spec: CellSpec, q: Asked, wanted: str) -> Choice:
 
 def _choose(spec: CellSpec, q: Asked, wanted: str) -> tuple[Choice, check.Checked | None]:
     if wanted == "auto":
-        name = _DEVICES.get(q.device, "reference")
+        name = DEVICES.get(q.device, "reference")
         reasons, plan, checked = judge(name, spec, q)
         if reasons:
             if checked is not None:
@@ -173,8 +184,11 @@ def choose_by_key(
     name: str,
 ) -> str:
     """The name of the choice, from constants alone: torch.compile takes what it returns for one."""
-    o = CellOptions(reverse, all_states, recompute, heads)
-    return choose(spec_named(key), Asked(hidden, device, dtype, o), name).name
+    asked = Asked(hidden, device, dtype, CellOptions(reverse, all_states, recompute, heads))
+    # To choose may be to try the step and to check its program. What traces or transforms the caller's thread would
+    # see that, down to the switches of grad mode; a thread of its own it does not reach.
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(choose, spec_named(key), asked, name).result().name
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler with the package.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from rnnkit.custom.graph import ROW_SUMS, UNIT, CellProgram, Graph, Product
+from rnnkit.custom.graph import POINTWISE, ROW_SUMS, UNIT, CellProgram, Graph, Product
 from rnnkit.custom.rules import differentiate
 from rnnkit.custom.term import leaf_of, result_of
 
@@ -96,7 +96,8 @@ def _keep(graph: Graph, roots: Iterable[int], tangents: set[int], free: Callable
 def _copy(
     graph: Graph, roots: Iterable[int], stands: Callable[[int, Graph], int | None]
 ) -> tuple[Graph, dict[int, int]]:
-    """What `roots` need in a graph of its own; `stands` says for which nodes a leaf stands there."""
+    """What `roots` need in a graph of its own; `stands` says for which nodes a leaf stands there. A stop is its value:
+    the derivative has been taken."""
     into, seen, stack = Graph(), set(), list(roots)
     probe = Graph()
     while stack:
@@ -117,6 +118,10 @@ def _copy(
             old = graph.products[which]
             operands = tuple(number[x] for x in old.operands)
             number[n] = into.product(Product(old.weight, old.blocks, operands, old.transposed, old.bias))[block]
+        elif node.op == "stop":
+            number[n] = number[node.args[0]]
+        elif node.op in POINTWISE:
+            number[n] = into.point(node.op, *(number[x] for x in node.args))
         else:
             number[n] = into.make(node.op, tuple(number[x] for x in node.args), node.data)
     return into, number
@@ -134,21 +139,27 @@ def make_program(
     weights: tuple[tuple[str, int], ...],
     steps: tuple[tuple[str, str, bool], ...],
 ) -> CellProgram:
-    """The program of a traced step; adds the derivative to `graph`."""
+    """The program of a traced step."""
     tangents = [graph.input("d_" + s) for s in states]
     derivative = differentiate(graph, new, tangents, hidden, frozenset(n for n, _, grad in steps if not grad))
 
     def gradient(leaf: str, block: int = 0, kind: str = UNIT) -> int | None:
         return derivative.leaves.get(graph.input(leaf, block, kind))
 
-    d_states = tuple(gradient(s) for s in states)
-    d_gx = tuple(gradient("gx", k) for k in range(gates))
-    d_units = tuple(gradient(u) for u in units)
-    d_steps = tuple(gradient(s, 0, kind) if grad else None for s, kind, grad in steps)
-    d_results = {k: derivative.products[k] for k in sorted(derivative.products)}
-    operands = {k: graph.products[k].operands[0] for k in d_results}
-    every = [*d_states, *d_gx, *d_units, *d_steps, *operands.values(), *(d for ds in d_results.values() for d in ds)]
-    roots = [n for n in every if n is not None]
+    found: list[list[int | None]] = [
+        [gradient(s) for s in states],
+        [gradient("gx", k) for k in range(gates)],
+        [gradient(u) for u in units],
+        [gradient(s, 0, kind) if grad else None for s, kind, grad in steps],
+    ]
+    products = [(graph.products[k], list(derivative.products[k])) for k in sorted(derivative.products)]
+    found += [[*product.operands, *ds] for product, ds in products]
+    graph, plain = _copy(
+        graph, {n for ns in (new, tangents, *found) for n in ns if n is not None}, lambda n, into: None
+    )
+    new, tangents = [plain[n] for n in new], [plain[n] for n in tangents]
+    found = [[None if n is None else plain[n] for n in ns] for ns in found]
+    roots = [n for ns in found for n in ns if n is not None]
 
     after: dict[int, str] = {}
     for s, n in zip(states, new, strict=True):
@@ -176,9 +187,7 @@ def make_program(
 
     backward, number = _copy(graph, roots, leaf)
 
-    def at(ns: Iterable[int | None]) -> tuple[int | None, ...]:
-        return tuple(None if n is None else number[n] for n in ns)
-
+    at = [tuple(None if n is None else number[n] for n in ns) for ns in found]
     read = {leaf_of(node).name for node in backward.nodes if node.op == "input"}
     return CellProgram(
         name=name,
@@ -193,10 +202,14 @@ def make_program(
         saved=tuple(forward_number[n] for n in saved),
         saved_rows=tuple(forward_number[n] for n in saved_rows),
         backward=backward,
-        d_states=at(d_states),
-        d_gx=at(d_gx),
-        d_units=at(d_units),
-        d_steps=at(d_steps),
-        d_products=tuple((graph.products[k].weight, at(d_results[k]), number[operands[k]]) for k in d_results),
+        d_states=at[0],
+        d_gx=at[1],
+        d_units=at[2],
+        d_steps=at[3],
+        d_products=tuple(
+            (product.weight, tuple(ds), operand)
+            for (product, _), (operand, *ds) in zip(products, at[4:], strict=True)
+            if operand is not None
+        ),
         needs=tuple(s for s in states if s in read or "new_" + s in read),
     )

@@ -137,7 +137,8 @@ def threshold(x: Term, at: float, value: float) -> Term:
 
 
 def lerp(a: Term, b: Term, weight: Term) -> Term:
-    return a + weight * (b - a)
+    """a itself at weight 0, b itself at 1."""
+    return (1 - weight) * a + weight * b
 
 
 def sinh(x: Term) -> Term:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..cells import compute_dtype
 from . import scan
@@ -35,7 +35,8 @@ def mismatch(name: str, backend: Any, spec: CellSpec, program: Any, device: str,
     key = (name, id(program), device, dtype)
     with _lock:
         if key not in _found:
-            _found[key] = _compare(name, backend, spec, program, device, dtype)
+            with ThreadPoolExecutor(1) as own:  # which no transform and no mode of the caller's reaches
+                _found[key] = own.submit(_compare, name, backend, spec, program, device, dtype).result()
             _programs.append(program)  # so that no other takes its identity
         return _found[key]
 
@@ -44,20 +45,17 @@ _programs: list[Any] = []
 
 
 @contextlib.contextmanager
-def _alone(device: str) -> Iterator[None]:
-    """Without the modes and the threads of whoever calls."""
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
-        with _disable_current_modes(), torch._C._DisableFuncTorch(), torch._C.DisableTorchFunction():
-            torch.set_num_threads(1)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _compare(name: str, backend: Any, spec: CellSpec, program: Any, device: str, dtype: torch.dtype) -> str | None:
-    with _alone(device):
+    with _one_thread():
         o = CellOptions(all_states=True)
         given = _inputs(spec, program.hidden, device)
         t = given.to(dtype)
@@ -92,7 +90,9 @@ def _inputs(spec: CellSpec, hidden: int, device: str) -> CellInputs:
         *bias,
         tuple(draw(blocks * hidden, hidden, over=hidden) for _, blocks in spec.weights),
         tuple(draw(hidden) for _ in spec.units),
-        tuple(draw(*((_STEPS, _ROWS) if kind == "row" else (_STEPS, _ROWS, hidden))).abs() for _, kind, _ in spec.steps),
+        tuple(
+            draw(*((_STEPS, _ROWS) if kind == "row" else (_STEPS, _ROWS, hidden))).abs() for _, kind, _ in spec.steps
+        ),
         torch.tensor([_STEPS, 1, _STEPS - 1], device=device),
         torch.tensor([[False] * 3, [False, False, True], [True, False, False]], device=device),
         (),
@@ -141,7 +141,10 @@ def _cast(v: CellOutputs, dtype: torch.dtype) -> CellOutputs:
 
 def _by_reference(spec: CellSpec, t: CellInputs, o: CellOptions, grads: CellOutputs, needs: list[bool]) -> list[Tensor]:
     """Outputs, then the gradients that are needed."""
-    flat = [v.detach().requires_grad_(need) if v is not None and need else v for v, need in zip(t.flat(), needs, strict=True)]
+    flat = [
+        v.detach().requires_grad_(need) if v is not None and need else v
+        for v, need in zip(t.flat(), needs, strict=True)
+    ]
     y, last, every = scan.outputs(spec, unflat(spec, flat), o)
     outputs = [y, *last, *every]
     g = _cast(grads, t.x.dtype)

@@ -22,6 +22,7 @@ from ..layer.profiler import annotated, as_row, named, recording
 from . import choose, derivative, operators, scan
 from .choose import Asked, Choice
 from .declare import CellSpec
+from .facts import report
 from .inputs import CellInputs, CellOptions, CellOutputs, outputs_of, unflat
 
 _plain_eager, _transforming = checks.is_plain_eager, checks.transforming
@@ -48,7 +49,9 @@ def _run(spec: CellSpec, hidden: int, t: CellInputs, o: CellOptions, backend: st
     if not plain:
         name = choose.choose_by_key(spec.key, hidden, device, dtype, *o, backend)
         return _traced(spec, name, t, o, train)
-    return _direct(spec, choose.choose(spec, Asked(hidden, device, dtype, o), backend), t, o, train)
+    chosen = choose.choose(spec, Asked(hidden, device, dtype, o), backend)
+    report(spec, hidden, t, o, backend, chosen.name, train)
+    return _direct(spec, chosen, t, o, train)
 
 
 def _direct(spec: CellSpec, chosen: Choice, t: CellInputs, o: CellOptions, train: bool) -> CellOutputs:

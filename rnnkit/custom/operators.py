@@ -51,15 +51,15 @@ def _choice(spec: CellSpec, backend: str, t: CellInputs, o: CellOptions) -> Choi
     return choose(spec, Asked(int(t.states[0].shape[-1]), t.x.device.type, t.x.dtype, o), backend)
 
 
-def _keeps(backend: str, o: CellOptions, train: bool) -> bool:
+def _keeps(backend: str, train: bool) -> bool:
     """Whether what is kept for the backward goes through the operator."""
-    return train and not o.recompute and hasattr(backend_named(backend), "saved_shapes")
+    return train and hasattr(backend_named(backend), "saved_shapes")
 
 
 def _forward(cell: str, backend: str, *rest: Any) -> list[Tensor]:
     *options, train, there, tensors = rest
     spec, o = spec_named(cell), CellOptions(*options)
-    t, keeps = unflat(spec, _spread(there, tensors)), _keeps(backend, o, train)
+    t, keeps = unflat(spec, _spread(there, tensors)), _keeps(backend, train)
     with no_autocast(t.x.device.type):
         chosen = _choice(spec, backend, t, o)
         (y, last, every), saved = chosen.backend.forward(chosen.plan, t, o, keeps)
@@ -82,7 +82,7 @@ def _backward(cell: str, backend: str, *rest: Any) -> list[Tensor]:
     given = outputs_of(spec, o, _spread(arrived, grads))
     with no_autocast(t.x.device.type):
         chosen = _choice(spec, backend, t, o)
-        if _keeps(backend, o, True):
+        if _keeps(backend, True):
             y, saved = results[0], results[count_outputs(spec, o) :]
         else:
             (y, _, _), saved = chosen.backend.forward(chosen.plan, t, o, True)
@@ -102,7 +102,7 @@ def _fake_forward(cell: str, backend: str, *rest: Any) -> list[Tensor]:
     state = t.states[0].shape
     every = [t.x.new_empty((t.x.shape[0], *state)) for _ in spec.states[1:] if o.all_states]
     found = [t.x.new_empty((t.x.shape[0], *state)), *(t.x.new_empty(state) for _ in spec.states), *every]
-    if _keeps(backend, o, train):
+    if _keeps(backend, train):
         chosen = _choice(spec, backend, t, o)
         found += [t.x.new_empty(size, dtype=dtype) for size, dtype in chosen.backend.saved_shapes(chosen.plan, t, o)]  # type: ignore[attr-defined]
     return found

@@ -45,7 +45,7 @@ def _sum(t: Tracer, input: Any, dim: Any = None, keepdim: bool = False, *, dtype
 
 
 def _mean_of(terms: list[Term], hidden: int) -> Term:
-    return _total(terms, hidden) * (1 / (len(terms) * hidden))
+    return _total(terms, hidden) / (len(terms) * hidden)
 
 
 def _mean(t: Tracer, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
@@ -54,10 +54,14 @@ def _mean(t: Tracer, input: Any, dim: Any = None, keepdim: bool = False, *, dtyp
 
 
 def _spread(terms: list[Term], hidden: int, correction: float) -> tuple[list[Term], Term]:
-    """The values less their mean, and their variance: in two passes, for the squares of values can be far larger."""
+    """The values less their mean, and their variance: in two passes, for the squares of values can be far larger.
+
+    No gradient of the variance goes through the mean: it would be a sum of values less their mean, which is 0. So the
+    backward's sums wait for one another no more than they must.
+    """
     mean = _mean_of(terms, hidden)
-    apart = [x - mean for x in terms]
-    return apart, _total([x * x for x in apart], hidden) * (1 / (len(terms) * hidden - correction))
+    squares = [(x - mean.point("stop")) * (x - mean.point("stop")) for x in terms]
+    return [x - mean for x in terms], _total(squares, hidden) / (len(terms) * hidden - correction)
 
 
 def _variances(t: Tracer, input: Any, dim: Any, unbiased: Any, correction: Any, what: str) -> list[Term]:

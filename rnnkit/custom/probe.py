@@ -7,10 +7,10 @@ never.
 
 from __future__ import annotations
 
-import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from concurrent.futures import ThreadPoolExecutor
 
-from ..autocast import no_autocast
+import torch
+
 from .check import points, run_step
 from .declare import CellSpec
 from .errors import StepError
@@ -23,19 +23,12 @@ def probe(spec: CellSpec, hidden: int, dtype: torch.dtype) -> None:
     key = (spec, hidden, dtype)
     if key in _passed:
         return
-    # whoever calls may compile, transform or watch what is called
-    with (
-        torch.no_grad(),
-        torch.inference_mode(False),
-        no_autocast("cpu"),
-        _disable_current_modes(),
-        torch._C._DisableFuncTorch(),
-        torch._C.DisableTorchFunction(),
-    ):
-        _try(spec, hidden, dtype)
+    with ThreadPoolExecutor(1) as own:  # which no transform and no mode of the caller's reaches
+        own.submit(_try, spec, hidden, dtype).result()
     _passed.add(key)
 
 
+@torch.no_grad()
 def _try(spec: CellSpec, hidden: int, dtype: torch.dtype) -> None:
     given, random = next(points(spec, hidden, dtype)), torch.get_rng_state()
     try:

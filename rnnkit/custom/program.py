@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .graph import ROW, UNIT, CellProgram, Graph, Input
 from .spans import Schedule, Spot, Store, levels_of
@@ -122,7 +123,10 @@ def _used_products(g: Graph, levels: dict[int, int]) -> list[int]:
 def forward_words(key: ProgramKey, save: bool, biases: int, keep_first: bool = False) -> bytes:
     """The forward; with `save` it keeps what the backward wants. `biases`: which the layer has, B_IH and B_HH as bits.
     `keep_first`: the first state in the compute type too, where y rounds it to a half type."""
-    p = key.program
+    return _encode(key.program, *_forward(key.program, save, biases, keep_first))
+
+
+def _forward(p: CellProgram, save: bool, biases: int, keep_first: bool = False) -> tuple[_Words, Schedule]:
     g, w = p.forward, _Words()
     saved, saved_rows = (p.saved, p.saved_rows) if save else ((), ())
     w.saved, w.saved_rows = len(saved), len(saved_rows)
@@ -166,8 +170,7 @@ def forward_words(key: ProgramKey, save: bool, biases: int, keep_first: bool = F
     read = [i for i in gx if g.index_of(i) in alone]
     biased = {i: w.unit(True, i.block) for i in read} if biases & B_IH else {}
     at = _product_levels(g, levels, numbers)
-    schedule = Schedule(g, p.hidden, inputs, stores, folded, biased, numbers, at)
-    return _encode(p, w, schedule)
+    return w, Schedule(g, p.hidden, inputs, stores, folded, biased, numbers, at)
 
 
 def _reads(g: Graph, levels: dict[int, int], name: str, block: int = 0) -> bool:
@@ -199,7 +202,10 @@ def _folded(p: CellProgram, levels: dict[int, int], used: list[int]) -> dict[int
 @functools.lru_cache(maxsize=256)
 def backward_words(key: ProgramKey, half: bool) -> bytes:
     """The backward. `half`: whether what is stored has another type than what products read."""
-    p = key.program
+    return _encode(key.program, *_backward(key.program, half))
+
+
+def _backward(p: CellProgram, half: bool) -> tuple[_Words, Schedule]:
     g, w = p.backward.copy(), _Words()
     w.saved, w.saved_rows = len(p.saved), len(p.saved_rows)
     kept = len(p.steps)
@@ -272,8 +278,7 @@ def backward_words(key: ProgramKey, half: bool) -> bytes:
     w.needs = tuple(s in p.needs for s in p.states)
     w.padded = [*range(dgx, dgx + p.gates), *range(dys, first_operand)]
     w.padded += [-1 - (dsteps + k) if kind == ROW else dsteps + k for k, (_, kind, _) in enumerate(p.steps)]
-    schedule = Schedule(g, p.hidden, inputs, stores, {}, {}, numbers, at)
-    return _encode(p, w, schedule)
+    return w, Schedule(g, p.hidden, inputs, stores, {}, {}, numbers, at)
 
 
 def _state_gradients(
@@ -350,6 +355,28 @@ def _encode(p: CellProgram, w: _Words, schedule: Schedule) -> bytes:
             found = [places.get(s, first.get(s.place, 0) + s.index) for s in (i.to, *i.args)]
             words += [_OP[i.op], *found, *(found[1],) * (4 - len(found)), i.row]
     return struct.pack(f"<{len(words)}q", *(int(v) for v in words))
+
+
+class Counts(NamedTuple):
+    """One step of a program in numbers."""
+
+    instructions: int
+    spans: int
+    """Stretches of instructions between products."""
+    products: int
+    """With a weight of the recurrence, whatever its blocks."""
+    row_sums: int
+    """Sums and maxima over the units of a row."""
+
+
+def counts(p: CellProgram, biases: int, half: bool = False) -> tuple[Counts, Counts]:
+    """Of the forward that a training step runs and of its backward, as the CPU engine is given them."""
+    return _counted(*_forward(p, True, biases)), _counted(*_backward(p, half))
+
+
+def _counted(w: _Words, schedule: Schedule) -> Counts:
+    code = [i.op for span in schedule.spans for i in span.code]
+    return Counts(len(code), len(schedule.spans), len(w.products), sum(op in ("row_sum", "row_max") for op in code))
 
 
 class ProgramKey:

@@ -17,11 +17,13 @@ def leaf_of(node: Node) -> Input:
 
 def result_of(node: Node) -> tuple[int, int]:
     """The product that a node is a result of, and which result."""
-    assert node.op == "product"
-    return node.data  # type: ignore[return-value]
+    assert isinstance(node.data, tuple)
+    return node.data
 
 
 class Term:
+    """A node of a graph, on which Python's operators make further nodes."""
+
     __slots__ = ("graph", "n")
 
     def __init__(self, graph: Graph, n: int) -> None:
@@ -33,14 +35,21 @@ class Term:
     def like(self, x: Number) -> Term:
         return x if isinstance(x, Term) else Term(self.graph, self.graph.const(x))
 
+    def negated(self) -> Term | None:
+        """What this is the negative of, if it is one: x + (-y) is x - y."""
+        node = self.graph.nodes[self.n]
+        return Term(self.graph, node.args[0]) if node.op == "neg" else None
+
     def __add__(self, x: Number) -> Term:
-        return self.point("add", x)
+        opposite = self.like(x).negated()
+        return self.point("add", x) if opposite is None else self.point("sub", opposite)
 
     def __radd__(self, x: float) -> Term:
         return self.like(x).point("add", self)
 
     def __sub__(self, x: Number) -> Term:
-        return self.point("sub", x)
+        opposite = self.like(x).negated()
+        return self.point("sub", x) if opposite is None else self.point("add", opposite)
 
     def __rsub__(self, x: float) -> Term:
         return self.like(x).point("sub", self)

@@ -9,6 +9,7 @@ apart is refused.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from rnnkit.custom.term import Term
 
 @dataclass(frozen=True)
 class Traced:
+    """A step as a graph."""
+
     graph: Graph
     new: tuple[int, ...]
     """The states after the step."""
@@ -171,6 +174,9 @@ class Tracer(TorchFunctionMode):
         """The values of x in a larger shape."""
         if x.shape == shape:
             return x.nodes
+        if len(x.nodes) == 1 and x.dim() in (0, len(shape)):  # the same in each block; what follows would find it too
+            rest = math.prod(shape[1:] if shape[:1] == (self.rows,) else shape)
+            return x.nodes * (rest // self.hidden if shape[-1] % self.hidden == 0 else rest)
         return self.moved(self.names(x).expand(shape), x.nodes, "broadcasting", x.dtype).nodes
 
     # --- what handlers call ----------------------------------------------------------------------------------------
@@ -185,6 +191,8 @@ class Tracer(TorchFunctionMode):
     def rowwise(self, x: Any, dim: Any, what: str) -> list[list[Term]]:
         """The blocks that a reduction over the last dimension takes together."""
         x = self.as_value(x, what)
+        if dim in (None, ()) and x.dim() == 1 and not self.batched(x):
+            dim = -1
         if dim is None or dim == ():
             raise NotTraced(f"{what} over the whole tensor, the batch too: only the last dimension, -1, is a row's own")
         dims = [dim] if isinstance(dim, int) else list(dim)

@@ -76,6 +76,12 @@ def recorded(module: nn.Module) -> Iterator[dict[str, Trace]]:
     A layer is called by its path in `module` and torch's name of the parameters: `encoder.l0`, `encoder.l0_reverse`;
     of `module` itself `l0`. A layer that runs again is `l0 (2)`; a cell's calls follow one another in one trace.
     """
+    for name, m in module.named_modules():
+        if isinstance(m, Recurrent) and m.heads != 1:
+            raise NotImplementedError(
+                f"{name or '(the module)'}: what a layer does is recorded of one head alone, and this one has "
+                f"heads={m.heads}"
+            )
     kinds = (nn.RNNBase, nn.RNNCellBase)
     theirs = [m for m in module.modules() if isinstance(m, kinds) and not isinstance(m, Recurrent)]
     for m in theirs:

@@ -22,13 +22,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks, functional
 from ..backends import check_name
+from . import heads as blocks
 from .flat_weights import WeightList, init_flat_weights
 
 # torch's classes as they were before `patch_torch` put ours in their place.
 TORCH: dict[str, type[nn.Module]] = {
     name: getattr(torch_rnn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 }
-OURS = ("backend", "recompute", "reset_after", "_weight_list")
+OURS = ("backend", "recompute", "reset_after", "heads", "_weight_list")
 KEYWORDS = ("lengths", "reset", "reset_state", "return_all_states")
 CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -66,6 +67,7 @@ class Recurrent(nn.Module):
     hidden_size: int
     backend = "auto"
     reset_after = True
+    heads = 1
 
     def _set_backend(self, backend: str) -> None:
         check_name(backend)
@@ -74,12 +76,14 @@ class Recurrent(nn.Module):
 
     def _like_torch(self) -> bool:
         """Whether torch has a layer that computes the same."""
-        return self.reset_after
+        return self.reset_after and self.heads == 1
+
+    def _beyond_torch(self) -> list[str]:
+        """The arguments for which torch has no such layer."""
+        return ["reset_after=False"] * (not self.reset_after) + [f"heads={self.heads}"] * (self.heads != 1)
 
     def extra_repr(self) -> str:
-        extra = super().extra_repr()
-        if not self.reset_after:
-            extra += ", reset_after=False"
+        extra = ", ".join([super().extra_repr(), *self._beyond_torch()])
         if self.backend != "auto":
             extra += f", backend={self.backend!r}"
         return extra
@@ -107,8 +111,7 @@ class Recurrent(nn.Module):
         if not (foreign or onnx or torch.jit.is_tracing() or type(weight).__name__ == "ExpandedWeight"):
             return False
         beyond = [key for key, value in extras.items() if value is not None and value is not False]
-        if not self._like_torch():
-            beyond.append("reset_after=False")
+        beyond += self._beyond_torch()
         if foreign and beyond:
             raise TypeError(
                 f"{foreign} is no torch.Tensor: its __torch_function__ is given torch's own operator, which has no "
@@ -149,8 +152,8 @@ class Recurrent(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         if not self._like_torch():
             raise NotImplementedError(
-                f"torch.jit.script needs a layer that torch knows, and {self.TORCH_NAME}(reset_after=False) is not "
-                "one; use torch.jit.trace or torch.export"
+                f"torch.jit.script needs a layer that torch knows, and {self.TORCH_NAME}"
+                f"({', '.join(self._beyond_torch())}) is not one; use torch.jit.trace or torch.export"
             )
         warnings.warn(
             f"torch.jit.script replaces rnnkit.{self.TORCH_NAME} by torch.nn.{self.TORCH_NAME} with the same "
@@ -208,6 +211,12 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
     recompute = False
     _weight_list: WeightList | None = None  # what `_flat_weights` gave out or was set to, once a program has asked
 
+    def _take_heads(self, heads: int, hidden_size: int, proj_size: int, backend: str) -> None:
+        """Before torch's `__init__`, which makes weights of one head, asks for their list, and fills them."""
+        blocks.expect_fit(heads, hidden_size, proj_size, backend)
+        if heads != 1:
+            self.__dict__.update(heads=heads, _to_narrow=True)
+
     def _set_up(self, backend: str, recompute: bool) -> None:
         self._set_backend(backend)
         checks.expect_bool(recompute, "recompute")
@@ -238,6 +247,8 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
 
     def _init_flat_weights(self) -> None:
         """Forget what was written: torch does so after each move. No weight is computed for it."""
+        if self.__dict__.pop("_to_narrow", False):
+            blocks.narrow(self, self.heads)
         inherited = super()._init_flat_weights
         if inherited.__func__ is not nn.RNNBase._init_flat_weights:  # type: ignore[attr-defined]
             return inherited()  # of a class between ours and torch's
@@ -252,6 +263,8 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Lay the Parameters out as cuDNN likes them. What is computed is new at every call, so no layout lasts."""
+        if self.heads != 1:  # not cuDNN's
+            return
         held = self._weight_list
         if all(name in self._parameters for name in self._flat_weights_names) and (held is None or not held.written()):
             super().flatten_parameters()
@@ -272,6 +285,8 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
         self.__dict__.pop("_weight_list", None)
         self._flat_weight_refs = []
+        if self.heads != 1:
+            blocks.prepare()
         fillers = [cls for cls in type(self).__mro__ if "_init_flat_weights" in cls.__dict__]
         if fillers != [RecurrentLayer, nn.RNNBase]:  # a program's own
             self._init_flat_weights()
@@ -310,6 +325,8 @@ class RecurrentLayer(Recurrent, nn.RNNBase):
                 return node
             if self._through_torch(weights[0], input, hx, **extras, return_all_states=return_all_states):
                 return self._torch_twin(weights).forward(input, hx)
+        if self.heads != 1:
+            return blocks.run(self, cell, weights, input, hx, lengths, reset, reset_state, return_all_states)
         try:
             return functional.stack(
                 cell,

@@ -37,6 +37,8 @@ class LSTM(RecurrentLayer):
         backend: ``'auto'`` or a backend's name; a named one runs or raises with its reasons.
         recompute: keep y and c alone for the backward, which goes in short ranges of time and makes the gates of each
             again: least memory, for about a forward more of work.
+        heads: n blocks of H/n in W_hh, which is block-diagonal; weight_hh_l* holds them alone, [4H, H/n]. 1, as
+            torch has, for a full W_hh.
 
     Inputs: ``input, hx, *, lengths, reset, reset_state, return_all_states`` as in :func:`rnnkit.functional.lstm`.
 
@@ -68,7 +70,9 @@ class LSTM(RecurrentLayer):
         *,
         backend: str = "auto",
         recompute: bool = False,
+        heads: int = 1,
     ) -> None:
+        self._take_heads(heads, hidden_size, proj_size, backend)
         tail = bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         super().__init__("LSTM", input_size, hidden_size, num_layers, *tail)
         self._set_up(backend, recompute)

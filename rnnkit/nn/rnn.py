@@ -32,6 +32,8 @@ class RNN(RecurrentLayer):
         backend: ``'auto'`` or a backend's name; a named one runs or raises with its reasons.
         recompute: least memory: forward and backward go in short ranges of time, and hold no gradient of
             pre-activations for more than one.
+        heads: n blocks of H/n in W_hh, which is block-diagonal; weight_hh_l* holds them alone, [H, H/n]. 1, as
+            torch has, for a full W_hh.
 
     Inputs: ``input, hx, *, lengths, reset, reset_state, return_all_states``
         as in :func:`rnnkit.functional.lstm`, with h alone for a state: hx is [L·D, B, H].
@@ -64,11 +66,13 @@ class RNN(RecurrentLayer):
         *,
         backend: str = "auto",
         recompute: bool = False,
+        heads: int = 1,
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
         mode = f"RNN_{nonlinearity.upper()}"
+        self._take_heads(heads, hidden_size, proj_size, backend)
         tail = bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         super().__init__(mode, input_size, hidden_size, num_layers, *tail)
         self._set_up(backend, recompute)

@@ -33,8 +33,8 @@ class IndRNN(Cell):
 
         h' = φ(W_ih x + b + u ⊙ h)
 
-    u is drawn from U(0, 1). The paper bounds |u| by 2^(1/T), T being the longest sequence: clamp it after a step of the
-    optimiser. Layers are stacked, so that units meet.
+    u is drawn from U(0, 1). The paper keeps u within ±2^(1/T), T being the longest sequence: clamp it after a step of
+    the optimiser. Layers are stacked, so that units meet.
 
     Args:
         activation: φ, relu in the paper.

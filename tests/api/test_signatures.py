@@ -23,9 +23,9 @@ POSITIONAL = {  # as torch.nn takes them: its layers hand what comes after num_l
     "GRUCell": "input_size hidden_size bias device dtype",
 }
 KEYWORDS = {
-    "RNN": "backend recompute",
-    "LSTM": "backend recompute",
-    "GRU": "reset_after backend recompute",
+    "RNN": "backend recompute heads",
+    "LSTM": "backend recompute heads",
+    "GRU": "reset_after backend recompute heads",
     "RNNCell": "backend",
     "LSTMCell": "backend",
     "GRUCell": "reset_after backend",

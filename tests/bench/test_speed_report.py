@@ -66,13 +66,13 @@ def test_rows_come_back_and_newer_ones_take_the_place(tmp_path: Path) -> None:
         rows.read(tmp_path / "other.csv")
 
 
-@pytest.mark.parametrize("lacks", [1, 2, 3, 4])
+@pytest.mark.parametrize("lacks", [1, 2, 3, 4, 5])
 def test_rows_of_before_there_were_all_columns(lacks: int, tmp_path: Path) -> None:
     """Before there were dtypes all was float32; before there were instruction sets all of a CPU was AVX-512."""
     path, written = tmp_path / "rows.csv", [row(), row(device="cuda", isa="-", processor_isa="-")]
     rows.write(path, written)
     lines = path.read_text().splitlines()
-    assert lines[0].endswith(",dtype,recompute_mib,isa,processor_isa")
+    assert lines[0].endswith(",dtype,recompute_mib,isa,processor_isa,compile_s")
     path.write_text("\n".join(line.rsplit(",", lacks)[0] for line in lines) + "\n")
     assert rows.read(path) == written
 

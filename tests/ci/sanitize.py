@@ -1,4 +1,5 @@
-"""The extension under AddressSanitizer and UndefinedBehaviorSanitizer: random layers through `rnnkit.ops.layer`.
+"""The extension under AddressSanitizer and UndefinedBehaviorSanitizer: random layers through `rnnkit.ops.layer` and,
+every third, of cells of `rnnkit.variants` through `rnnkit.Custom`; and programs of which one word is another.
 
 Without arguments of its own it builds the extension with the sanitizers into build/sanitize, by the same setup.py,
 beside links to the package's Python files, and starts itself again there with the sanitizer's library loaded first.
@@ -112,6 +113,90 @@ def problem(r: random.Random) -> str:
     return what
 
 
+def custom_problem(r: random.Random) -> str:
+    """The same for a layer of a variant."""
+    import torch
+
+    import rnnkit
+    from rnnkit import variants
+    from rnnkit.custom.declare import spec_of
+
+    name = r.choice(("LSTM", "GRUResetBefore", "LayerNormLSTM", "SLSTM", "AUGRU", "IndRNN", "ZoneoutGRU", "BlockGRU"))
+    dtype = r.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+    steps, rows, features = r.choice((0, 1, 2, 9, 40)), r.choice((0, 1, 3, 17)), r.choice((1, 3, 17))
+    hidden, heads = r.choice(((2, 1), (7, 1), (16, 1), (31, 1), (66, 3), (130, 2), (600, 1)))
+    bias, lengths, reset, recompute, both = (r.random() < 0.5 for _ in range(5))
+    what = f"{name} {dtype} T={steps} B={rows} I={features} H={hidden}/{heads} {lengths=} {reset=} {recompute=} {both=}"
+    cell = getattr(variants, name)
+    layer = rnnkit.Custom(
+        cell,
+        features,
+        hidden,
+        bias=bias,
+        bidirectional=both,
+        dtype=dtype,
+        backend="cpu",
+        recompute=recompute,
+        heads=heads,
+    )
+    spec, directions = spec_of(cell), 2 if both else 1
+    x = torch.randn(steps, rows, features).to(dtype).requires_grad_()
+    given = {n: torch.rand((steps, rows) if kind == "row" else (steps, rows, hidden)) for n, kind, _ in spec.steps}
+    given = {
+        n: v.to(dtype).requires_grad_(grad) for (n, v), (_, _, grad) in zip(given.items(), spec.steps, strict=True)
+    }
+    hx = tuple((torch.rand(directions, rows, hidden) + 1).to(dtype).requires_grad_() for _ in spec.states)
+    torch.set_num_threads(r.choice((1, 2, 3)))
+    y, states = layer(
+        x,
+        hx if len(hx) > 1 else hx[0],
+        lengths=torch.tensor([r.randint(0, steps) for _ in range(rows)], dtype=torch.int64) if lengths else None,
+        reset=torch.rand(steps, rows) < 0.4 if reset else None,
+        return_all_states=False,
+        **given,
+    )
+    outputs = [y, *(states if isinstance(states, tuple) else (states,))]
+    leaves = [x, *hx, *layer.parameters(), *(v for v in given.values() if v.requires_grad)]
+    grads = torch.autograd.grad(outputs, leaves, [torch.randn_like(v) for v in outputs], allow_unused=True)
+    if name != "SLSTM" and not all(v.isfinite().all() for v in (*outputs, *grads) if v is not None):
+        raise SystemExit(f"not finite: {what}")
+    return what
+
+
+def wrong_words(r: random.Random, times: int) -> int:
+    """Programs of which one word is another: an error, or numbers. Returns how many were refused."""
+    import struct
+
+    import torch
+
+    from rnnkit import variants
+    from rnnkit.backends.cpu import extension
+    from rnnkit.backends.cpu import program as cpu
+    from rnnkit.custom import check, program
+    from rnnkit.custom.declare import spec_of
+    from rnnkit.custom.inputs import CellInputs
+
+    spec = spec_of(variants.LayerNormLSTM)
+    made = check.program_of(spec, 8).program
+    right = program.forward_words(program.ProgramKey(made), True, 3)
+    words = list(struct.unpack(f"<{len(right) // 8}q", right))
+    units = tuple(torch.rand(8) for _ in spec.units)
+    state = (torch.rand(2, 8), torch.rand(2, 8))
+    weights = tuple(torch.rand(blocks * 8, 8) for _, blocks in spec.weights)
+    biases = torch.rand(32), torch.rand(32)
+    t = CellInputs(torch.rand(3, 2, 5), state, torch.rand(32, 5), *biases, weights, units, (), None, None, ())
+    refused = 0
+    for _ in range(times):
+        k = r.randrange(len(words))
+        value = r.choice((-2, -1, 0, 1, 2, 3, 5, 9, 17, 33, 64, 4096, 1 << 40, words[k] + 1, words[k] - 1))
+        changed = struct.pack(f"<{len(words)}q", *(value if i == k else v for i, v in enumerate(words)))
+        try:
+            extension.native.program_forward(changed, 1, 0, 2, cpu._tensors(made, t))
+        except RuntimeError:
+            refused += 1
+    return refused
+
+
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--problems", type=int, default=300)
@@ -133,9 +218,10 @@ def main() -> int:
     r = random.Random(o.seed)
     torch.manual_seed(o.seed)
     for k in range(1, o.problems + 1):
-        what = problem(r)
+        what = problem(r) if k % 3 else custom_problem(r)
         if k % 100 == 0:
             print(f"{k} layers, the last: {what}", flush=True)
+    print(f"{wrong_words(r, 10 * o.problems)} of {10 * o.problems} programs with a wrong word refused")
     print(f"{o.problems} layers forward and backward under AddressSanitizer and UBSan: nothing found")
     return 0
 

@@ -76,7 +76,7 @@ def test_a_step_that_is_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(layer(X)[0], y)
     assert len([w for w in said if "Mine runs by the reference" in str(w.message)]) == 1
     torch.testing.assert_close(y, loop_of_branches(layer))
-    with pytest.raises(NotImplementedError, match="'cpu' cannot run Mine on cpu: .*where"):
+    with pytest.raises(NotImplementedError, match=r"'cpu' cannot run Mine on cpu: .*where"):
         layer.backend = "cpu"
         layer(X)
 

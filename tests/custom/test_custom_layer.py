@@ -81,11 +81,14 @@ def test_layouts(kind: str) -> None:
     x = torch.randn(6, 4, 3, dtype=F64)
     packed = pack_padded_sequence(x, torch.tensor([3, 6, 1, 4]), enforce_sorted=False)
     nested = torch.nested.nested_tensor([x[:3, 0], x[:6, 1], x[:2, 2]], layout=torch.jagged)
+    names = spec_of(layer.cell).states
     for given in (x[:, 0], packed, nested):
         results = []
         for each in (layer, own):
             torch.manual_seed(3)  # dropout draws the same
-            y, states, every = each(given, return_all_states=True)
+            rows = (4,) if given is packed else (3,) if given is nested else ()
+            hx = tuple(torch.arange(v.numel(), dtype=F64).view_as(v) for v in [torch.empty(4, *rows, 5)] * len(names))
+            y, states, every = each(given, hx if len(hx) > 1 else hx[0], return_all_states=True)
             y = y.data if given is packed else y.values() if given is nested else y
             results.append([y, *flat(states), *flat(every)])
         same(*results)
@@ -175,8 +178,8 @@ def test_heads_are_a_block_diagonal_weight(cell: type[rnnkit.Cell], backend: str
             blocks = [torch.block_diag(*block.split(4)) for block in v.split(8)]
             values[name] = torch.cat(blocks)
     whole.load_state_dict(values)
-    x, inputs = torch.randn(5, 3, 3, dtype=F64), per_steps(cell, 5, 3, 8)
-    found, wanted = with_gradients(layer, x, **inputs), with_gradients(whole, x, **inputs)
+    x, how = torch.randn(5, 3, 3, dtype=F64), {**per_steps(cell, 5, 3, 8), "lengths": torch.tensor([5, 2, 4])}
+    found, wanted = with_gradients(layer, x, **how), with_gradients(whole, x, **how)
     same(found[: -len(values)], wanted[: -len(values)])
     for (name, v), g, dense in zip(layer.named_parameters(), found[-len(values) :], wanted[-len(values) :]):
         if v.shape[1:] == (4,):

@@ -1,4 +1,4 @@
-"""Each derivative rule against autograd of the function next to it: at random points, at 0 and -0, at equals, far out."""
+"""Each derivative rule against autograd of the function next to it: at random points, at 0, at equals, far out."""
 
 from __future__ import annotations
 

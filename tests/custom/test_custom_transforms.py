@@ -118,6 +118,44 @@ def test_compile_is_one_operator(backend: str, masks: str) -> None:
         torch.testing.assert_close(compiled(*given), wanted)
 
 
+def both(a: Tensor, h: Tensor, m: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Two states that are one tensor, made with two parameters that may be one."""
+    h = torch.tanh(a * p + h) * q
+    return h, h
+
+
+Twice = type("Twice", (rnnkit.Cell,), {"gates": 1, "states": ("h", "m"), "step": staticmethod(both),
+                                       "p": rnnkit.per_unit(), "q": rnnkit.per_unit()})  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_twice(backend: str) -> None:
+    layer, x = rnnkit.Custom(Twice, 3, 4, dtype=F64, backend=backend), torch.randn(6, 2, 3, dtype=F64)
+    layer.q_l0 = layer.p_l0
+    lengths = torch.tensor([6, 6])
+    y, states = layer(x, lengths=lengths)
+    wanted = torch.autograd.grad(y.sin().sum(), layer.p_l0)[0]
+    y, _ = layer(x, lengths=lengths)
+    torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), layer.p_l0, create_graph=True)[0], wanted)
+    with Watch() as watch:
+        torch.testing.assert_close(layer(x)[1], states)
+    ((args, found),) = watch.calls  # an operator may not give one tensor twice, nor what it was given
+    given, results = ([v.data_ptr() for v in some] for some in (args[-1], found))
+    assert len(set(results)) == len(results) and not set(results) & set(given)
+
+
+def test_nan_in_a_row_without_steps() -> None:
+    """Autograd of the formulas, which torch.func takes, does not see it either."""
+    layer, x = rnnkit.Custom(LSTM, 3, 4, dtype=F64), torch.randn(5, 2, 3, dtype=F64)
+    hx = torch.tensor([[[1.0] * 4, [torch.nan] * 4]], dtype=F64)
+    own = {name: v.detach() for name, v in layer.named_parameters()}
+
+    def total(own: dict[str, Tensor]) -> Tensor:
+        return functional_call(layer, own, (x, (hx, hx)), {"lengths": torch.tensor([5, 0])})[0].sum()
+
+    assert all(bool(g.isfinite().all()) for g in torch.func.grad(total)(own).values())
+
+
 def test_compiled_for_any_length() -> None:
     layer = rnnkit.Custom(LSTM, 3, 4)
     torch._dynamo.reset()
@@ -145,26 +183,28 @@ def test_compiled_within_use_backend() -> None:
     assert targets[0] == "reference" and len(targets) == 2
 
 
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """What the forward operator is given and gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.rnnkit.custom_forward.default:
+            self.calls.append((args, found))
+        return found
+
+
 def test_the_operators_pass_torchs_own_checks() -> None:
     _, function, given = problem("masked", "auto")
-    from rnnkit.custom import operators
-
-    calls: list[tuple[Any, ...]] = []
-    forward = torch.ops.rnnkit.custom_forward
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is forward.default:
-                calls.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
+    with Watch() as watch:
         function(*given)
-    assert operators.forward is not None and len(calls) == 1
-    args = [
-        [v.detach().clone() for v in a] if isinstance(a, list) and isinstance(a[0], Tensor) else a for a in calls[0]
-    ]
-    torch.library.opcheck(forward, tuple(args), test_utils=("test_schema", "test_faketensor"))
+    ((args, _),) = watch.calls
+    *how, tensors = args
+    again = (*how, [v.detach().clone() for v in tensors])
+    torch.library.opcheck(torch.ops.rnnkit.custom_forward, again, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_export() -> None:

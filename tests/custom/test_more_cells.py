@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cell_loop import PROBLEMS, SMALL, check, draw, function_of
+from cell_loop import BACKENDS, PROBLEMS, SMALL, check, draw, function_of
 from more_cells import MORE
-
-BACKENDS = ["reference"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from cell_loop import BACKENDS
 from torch import Tensor
 
 import rnnkit
 from rnnkit import variants
 
-BACKENDS = ["reference"]
 DRAWN: dict[str, Any] = {
     "ZoneoutLSTM": variants.ZoneoutLSTM(zoneout_h=0.3, zoneout_c=0.6),
     "ZoneoutGRU": variants.ZoneoutGRU(zoneout_h=0.3),

@@ -1,4 +1,4 @@
-"""Every variant, with other activations too, and every cell of another shape becomes a program that passes its check."""
+"""Every variant, with other activations too, and every cell of another shape: programs that pass their check."""
 
 from __future__ import annotations
 

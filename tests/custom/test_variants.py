@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cell_loop import F64, PLAIN, PROBLEMS, RAGGED, SMALL, Problem, call, check, draw, function_of, loop
+from cell_loop import BACKENDS, F64, PLAIN, PROBLEMS, RAGGED, SMALL, Problem, call, check, draw, function_of, loop
 from variant_cells import ORACLES
 
 import rnnkit
 from rnnkit import variants
 from rnnkit.custom.declare import spec_of
 
-BACKENDS = ["reference", "cpu"]
 CELLS = [name for name in variants.__all__ if isinstance(getattr(variants, name), type(rnnkit.Cell))]
 CELLS = [name for name in CELLS if issubclass(getattr(variants, name), rnnkit.Cell)]
 

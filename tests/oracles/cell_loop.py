@@ -13,7 +13,10 @@ from torch import Tensor
 from variant_cells import Function, Oracle, Values, logistic
 
 import rnnkit
+from rnnkit.backends.cpu import extension
 
+BACKENDS = ["reference", *["cpu"] * extension.available()]
+"""That run custom cells here."""
 F64 = torch.float64
 SUFFIXES = ("_l0", "_l0_reverse")
 
@@ -51,7 +54,7 @@ PROBLEMS = {
     "zeros": Problem(hx=False, bias=False, resets=((1, 1), (3, 0)), seed=1),
     "heads": Problem(heads=3, lengths=(5, 2, 3), seed=2),
 }
-SMALL = Problem(steps=3, rows=2, inputs=1, hidden=2, lengths=(2, 3), resets=((1, 1),), reset_state=True)
+SMALL = Problem(steps=3, rows=2, inputs=1, hidden=3, lengths=(2, 3), resets=((1, 1),), reset_state=True)
 
 
 @dataclass
@@ -87,9 +90,9 @@ def draw(oracle: Oracle, problem: Problem, dtype: torch.dtype = F64, **options: 
             v = normal(p.count, p.rows, p.hidden)
             given.leaves[prefix + name] = v.abs() + 0.5 if name == "n" else v  # a normaliser is above 0
     for name, kind in oracle.given.items():
-        if kind in ("mask", "once"):
+        if kind in ("keep", "drop", "once"):  # 0 or 1; of dropout 0 or 1.25, for φ(0 v) may be 0 φ(v)
             drawn = torch.rand((1 if kind == "once" else p.steps, p.rows, p.hidden), generator=g) < 0.5
-            given.fixed[name] = drawn.to(dtype)
+            given.fixed[name] = drawn.to(dtype) * (1.0 if kind == "keep" else 1.25)
         else:
             given.leaves[name] = normal(p.steps, p.rows, p.hidden)[(..., 0) if kind == "row" else ...].sigmoid()
     given.leaves = {name: v.requires_grad_() for name, v in given.leaves.items()}
