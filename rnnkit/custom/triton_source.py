@@ -95,9 +95,8 @@ def source_of(p: CellProgram) -> Source:
     grads = []
     for name, given, operand in p.d_products:
         group = tuple(_or_zero(back, n) for n in given)
-        for known, value in ((groups, group), (operands, operand)):
-            if value not in known:
-                known.append(value)  # type: ignore[attr-defined]
+        groups += [group] if group not in groups else []
+        operands += [operand] if operand not in operands else []
         grads.append((name, groups.index(group), operands.index(operand)))
     states = {p.forward.index_of(Input(s, 0, UNIT)): k for k, s in enumerate(p.states)}
     of_state = {k: states[q.operands[0]] for k, q in enumerate(p.forward.products) if q.operands[0] in states}
@@ -284,7 +283,7 @@ class _Text:
         if node.op == "input":
             return self.leaf(node.data)  # type: ignore[arg-type]
         if node.op == "product":
-            q, block = node.data  # type: ignore[misc]
+            q, block = self._result(n)
             bias, blocks = "b_hh" if g.products[q].bias else "None", g.products[q].results
             where = f"row, unit, live, inside, {block}, B, {self.hidden}, {blocks}, HEADS, F"
             return f"read_product(q{q}, {bias}, {where})"
@@ -308,6 +307,12 @@ class _Text:
         if node.op == "pow":
             return self._power(a[0], self.value(node.args[1]))
         return f"{CALLED[node.op]}({', '.join(a)})"
+
+    def _result(self, n: int) -> tuple[int, int]:
+        """A product, and the block of its result."""
+        data = self.g.nodes[n].data
+        assert isinstance(data, tuple)
+        return int(data[0]), int(data[1])
 
     def _power(self, x: str, exponent: float) -> str:
         whole = exponent == int(exponent) and 1 <= abs(exponent) <= 16 if math.isfinite(exponent) else False

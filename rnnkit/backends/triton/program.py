@@ -201,7 +201,7 @@ def multiply(x: Tensor, w: Tensor, out: Tensor, wide: torch.dtype) -> None:
     if x.dtype == wide:
         product(x, w, out=out)
     else:
-        product(x, w, wide, out=out)  # type: ignore[call-overload]
+        product(x, w, wide, out=out)
 
 
 @functools.cache
@@ -253,7 +253,7 @@ def _project(scan: _Scan, t0: int, t1: int) -> Tensor:
     gx = scan.empty((t1 - t0) * scan.rows, t.w_ih.shape[0])
     multiply(x.reshape(-1, x.shape[2]).to(scan.narrow), t.w_ih.T.to(scan.narrow), gx, scan.wide)
     gx = gx if t.b_ih is None else gx.add_(t.b_ih)
-    return gx.view(t1 - t0, scan.rows, -1)
+    return gx.view(t1 - t0, scan.rows, t.w_ih.shape[0])
 
 
 def _entering(scan: _Scan, after: Sequence[Tensor | None], t: int) -> list[Tensor]:

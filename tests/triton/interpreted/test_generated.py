@@ -76,7 +76,7 @@ def turns() -> list[Any]:
     """Every cell once, in turn in each way; a few whenever the tests run."""
     ways = list(HOW)
     every = [(name, ways[k % len(ways)]) for k, name in enumerate(CELLS)]
-    return [pytest.param(*v, marks=[] if k < 2 * len(ways) else pytest.mark.long) for k, v in enumerate(every)]
+    return [pytest.param(*v, marks=[] if k < len(ways) + 4 else pytest.mark.long) for k, v in enumerate(every)]
 
 
 @pytest.mark.parametrize(("name", "how"), turns())
