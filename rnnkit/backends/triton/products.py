@@ -1,4 +1,4 @@
-"""The products around generated kernels, by torch: half types with sums in float32 where torch has them, and the sums of
+"""The products around generated kernels, by torch: half types with sums in float32 where torch has them, and sums of
 weights' gradients, in blocks where a weight has heads."""
 
 from __future__ import annotations
