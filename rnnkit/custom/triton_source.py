@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 import torch
 
 from .graph import CONST, ROW, ROW_SUMS, UNIT, CellProgram, Graph, Input
-from .rules import RULES
 from .spans import levels_of
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
@@ -275,7 +274,12 @@ class _Text:
             return float(node.data)  # type: ignore[arg-type]
         if node.op in ROW_SUMS:
             return self.value(node.args[0]) * (self.hidden if node.op == "rowsum" else 1)
-        return float(RULES[node.op].forward(*(torch.tensor(self.value(x), dtype=torch.float64) for x in node.args)))
+        if node.op == "stop":
+            return self.value(node.args[0])
+        args = [torch.tensor(self.value(x), dtype=torch.float64) for x in node.args]
+        if node.op == "where":
+            args[0] = args[0].bool()
+        return float(getattr(torch, node.op)(*args))
 
     def _value(self, n: int) -> str:
         """How a value is loaded or computed."""

@@ -32,7 +32,7 @@ FLOORS: list[tuple[str, ...]] = [
     ),
     ("rnnkit.backends.triton.configs", "rnnkit.backends.processor", "rnnkit.custom.graph", "rnnkit.custom.declare"),
     ("rnnkit.custom.inputs", "rnnkit.custom.spans"),
-    ("rnnkit.custom.program",),
+    ("rnnkit.custom.program", "rnnkit.custom.triton_source"),
     ("rnnkit.autocast", "rnnkit.layer.streams"),
     ("rnnkit.reference", "rnnkit.kernels"),
     ("rnnkit.backends.chunks",),

@@ -27,6 +27,7 @@ from ...custom.program import ProgramKey
 from ...custom.triton_source import Launch, Side, Source, source_of
 from .. import chunks
 from . import backend
+from .products import multiplies, multiply, outer
 
 name = "triton"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -194,29 +195,6 @@ class _Product:
             return
         x = x.view(x.shape[0], self.blocks, self.heads, -1).permute(2, 0, 1, 3)
         multiply(x.reshape(self.heads, x.shape[1], -1), self.w, self.result, self.wide)
-
-
-def multiply(x: Tensor, w: Tensor, out: Tensor, wide: torch.dtype) -> None:
-    product = torch.mm if x.dim() == 2 else torch.bmm
-    if x.dtype == wide:
-        product(x, w, out=out)
-    else:
-        product(x, w, wide, out=out)
-
-
-@functools.cache
-def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch multiplies half types here and gives the sums as they are, in float32."""
-    for shape in ((16, 16), (1, 16, 16)):
-        x = torch.full(shape, 1.0 + 2.0**-6, dtype=dtype, device=device)
-        out = torch.zeros(shape, device=device)
-        try:
-            multiply(x, x, out, torch.float32)
-        except (RuntimeError, TypeError, NotImplementedError):
-            return False
-        if not bool((out == 16 * (1 + 2.0**-6) ** 2).all()):
-            return False
-    return True
 
 
 def _whole(v: Tensor | None) -> Tensor | None:
@@ -404,17 +382,6 @@ class _BackwardScan(_Scan):
         for t in (range(t0, t1) if self.o.reverse else range(t1 - 1, t0 - 1, -1)) if self.rows else ():
             step(t, t - t0, 0)
         return groups, operands
-
-
-def outer(d: Tensor, x: Tensor, heads: int) -> Tensor:
-    """Σ over time and rows of d xᵀ: [T, B, m·H], [T, B, H] -> [m·H, H/n], within each head."""
-    count, each = d.shape[0] * d.shape[1], x.shape[2] // heads
-    if heads == 1:
-        return d.reshape(count, d.shape[2]).T @ x.reshape(count, x.shape[2])
-    d = d.reshape(count, -1, heads, each).permute(2, 1, 3, 0)
-    blocks = d.shape[1]
-    found = d.reshape(heads, blocks * each, count) @ x.reshape(count, heads, each).transpose(0, 1)
-    return found.view(heads, blocks, each, each).transpose(0, 1).reshape(-1, each)
 
 
 @torch.no_grad()
