@@ -133,9 +133,9 @@ build/harness/$(1)/harness: $$(HARNESS:%.cpp=build/harness/$(1)/%.o)
 	$(2) $(3) $$^ -o $$@ -pthread
 endef
 $(eval $(call flavour,plain,$(CXX),-O3))
-$(eval $(call flavour,asan,$(CXX),-O1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all \
+$(eval $(call flavour,asan,$(CXX),-O1 -DRNNKIT_WITHOUT_PROGRAMS -fsanitize=address$(comma)undefined -fno-sanitize-recover=all \
   -fno-sanitize=null$(comma)object-size$(comma)pointer-overflow))
-$(eval $(call flavour,tsan,$(CXX),-O1 -fsanitize=thread))
+$(eval $(call flavour,tsan,$(CXX),-O1 -DRNNKIT_WITHOUT_PROGRAMS -fsanitize=thread))
 $(eval $(call flavour,aarch64,$(CROSS),-O2 -static))
 
 # The CUDA kernels on the CPU, a fiber for each thread: one library for each row of the table, built from what

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -183,8 +184,11 @@ def choose_by_key(
     name: str,
 ) -> str:
     """The name of the choice, from constants alone: torch.compile takes what it returns for one."""
-    o = CellOptions(reverse, all_states, recompute, heads)
-    return choose(spec_named(key), Asked(hidden, device, dtype, o), name).name
+    asked = Asked(hidden, device, dtype, CellOptions(reverse, all_states, recompute, heads))
+    # To choose may be to try the step and to check its program. What traces or transforms the caller's thread would
+    # see that, down to the switches of grad mode; a thread of its own it does not reach.
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(choose, spec_named(key), asked, name).result().name
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler with the package.

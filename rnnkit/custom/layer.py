@@ -47,8 +47,7 @@ def _run(spec: CellSpec, hidden: int, t: CellInputs, o: CellOptions, backend: st
     plain = _plain_eager(*flat) and not t.x.is_meta
     train = torch.is_grad_enabled() and any_requires_grad(flat)
     if not plain:
-        traced = backend == "auto" and torch.jit.is_tracing()  # to choose is to try the step, which would be traced
-        name = "reference" if traced else choose.choose_by_key(spec.key, hidden, device, dtype, *o, backend)
+        name = choose.choose_by_key(spec.key, hidden, device, dtype, *o, backend)
         return _traced(spec, name, t, o, train)
     chosen = choose.choose(spec, Asked(hidden, device, dtype, o), backend)
     report(spec, hidden, t, o, backend, chosen.name, train)

@@ -19,8 +19,8 @@ from .graph import CONST, ROW, ROW_SUMS, UNIT, Graph, Input
 
 
 class Spot(NamedTuple):
-    """Where a number stands: a place of csrc/cpu/program.h, `parameter` (one of the parameters per unit), or a register:
-    `unit`, `row`, `const`."""
+    """Where a number stands: a place of csrc/cpu/program.h, `parameter` (one of those per unit), or a register: `unit`,
+    `row`, `const`."""
 
     place: str
     index: int
@@ -80,8 +80,8 @@ class Schedule:
     """The spans of a graph, its registers and constants.
 
     inputs: where the leaves stand; folded: sums with a product's result that its end makes; bias: parameters that are
-    added to the blocks of `gx` where they are read; numbers: those of the graph's products in the program; products: the
-    span of each, by that number.
+    added to the blocks of `gx` where they are read; numbers: those of the graph's products in the program; products:
+    the span of each, by that number.
     """
 
     def __init__(

@@ -222,8 +222,18 @@ def _expect_piece(spec: CellSpec, s: Settings, piece: Piece, i: int) -> None:
 
 
 def _expect_alike(spec: CellSpec, x: Tensor, pieces: Sequence[Piece], states: Sequence[Tensor], given: Given) -> None:
-    """One dtype and one device, any dtype under autocast."""
+    """One dtype and one device, any dtype under autocast. Of inputs of the steps, masks may be of bool or integers."""
     dtype, device = x.dtype, x.device
+    every = [v for w_ih, b_ih, b_hh, weights, units, _ in pieces for v in (w_ih, b_ih, b_hh, *weights, *units)]
+    for some in (every, states, *given.values()):
+        for v in some:
+            if v is not None and (v.dtype != dtype or v.device != device):
+                return _say_unlike(spec, x, pieces, states, given)
+    return None
+
+
+def _say_unlike(spec: CellSpec, x: Tensor, pieces: Sequence[Piece], states: Sequence[Tensor], given: Given) -> None:
+    """Raise for the first that does not fit, with its name, if one does not."""
     others: list[tuple[str, Tensor | None]] = []
     for w_ih, b_ih, b_hh, weights, units, _ in pieces:
         others += [("weight_ih", w_ih), ("bias_ih", b_ih), ("bias_hh", b_hh)]
@@ -231,10 +241,8 @@ def _expect_alike(spec: CellSpec, x: Tensor, pieces: Sequence[Piece], states: Se
         others += zip(spec.units, units, strict=True)
     others += [("a state", v) for v in states]
     for name, some in given.items():
-        others += [(name, v) for v in some if v.is_floating_point()]
-        others += [(name, v.to(dtype)) for v in some if not v.is_floating_point()]
-    if any(v is not None and (v.dtype != dtype or v.device != device) for _, v in others):
-        checks.expect_same(x, [name for name, _ in others], [v for _, v in others])
+        others += [(name, v if v.is_floating_point() else v.to(x.dtype)) for v in some]
+    checks.expect_same(x, [name for name, _ in others], [v for _, v in others])
 
 
 def _stacked(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:

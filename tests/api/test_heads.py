@@ -169,6 +169,16 @@ def test_traced_compiled_exported(kind: str) -> None:
         torch.testing.assert_close(flat(run(x)), expected)
 
 
+def test_a_first_call_inside_of_export_leaves_no_trace() -> None:
+    """The step is tried and its program checked then, and none of that stands in the graph, which loads again."""
+    layer, x, file = lstm(heads=2, hidden_size=10), torch.randn(T, B, I), io.BytesIO()
+    program = torch.export.export(layer, (x,))
+    assert not [n for n in program.graph.nodes if str(n.target).startswith("wrap_with")]
+    torch.export.save(program, file)
+    file.seek(0)
+    torch.testing.assert_close(flat(torch.export.load(file).module()(x)), flat(layer(x)))
+
+
 @kinds
 def test_second_derivatives_and_forward_mode(kind: str) -> None:
     layer = make(kind, heads=2, dtype=F64)
@@ -282,8 +292,8 @@ def test_a_step_of_training_with_the_reset_gate_before() -> None:
 # What it refuses.
 
 
-def lstm(**how: Any) -> Any:
-    return rnnkit.LSTM(I, H, **how)
+def lstm(hidden_size: int = H, **how: Any) -> Any:
+    return rnnkit.LSTM(I, hidden_size, **how)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
