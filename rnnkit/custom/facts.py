@@ -219,6 +219,8 @@ def _against(met: Met, name: str) -> list[str]:
 def _facts(program: Any, met: Met) -> ProgramFacts:
     wide = compute_dtype(met.asked.dtype)
     forward, backward = counts(program, met.biases, met.asked.dtype != wide)
-    states, blocks, rows = choose.backend_named("cpu").saved_widths(program, met.asked.o)
+    o, half = met.asked.o, met.asked.dtype != wide
+    states = sum(o.recompute or state in program.needs for state in program.states[not half :])  # y is there anyway
+    blocks, rows = (0, 0) if o.recompute else (len(program.saved), len(program.saved_rows))
     each = (states + blocks) * program.hidden + rows
     return ProgramFacts(forward, backward, states + blocks, rows, met.batch * each * wide.itemsize)

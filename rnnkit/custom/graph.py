@@ -98,6 +98,8 @@ class Product:
 
 @dataclass
 class Graph:
+    """The nodes of a step, arguments first, and its products."""
+
     nodes: list[Node] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     _index: dict[Node, int] = field(default_factory=dict)

@@ -272,9 +272,9 @@ def _backward(p: CellProgram, half: bool) -> tuple[_Words, Schedule]:
     for k, s in enumerate(p.units):
         if _reads(g, levels, s) or p.d_units[k] is not None:
             inputs[Input(s, 0, UNIT)] = w.unit(False, k)
-    for k, n in enumerate(p.d_units):
-        if n is not None:
-            stores.append(Store(n, Spot("d_unit", w.unit(False, k).index), adds=True))
+    for k, d in enumerate(p.d_units):
+        if d is not None:
+            stores.append(Store(d, Spot("d_unit", w.unit(False, k).number), adds=True))
     w.needs = tuple(s in p.needs for s in p.states)
     w.padded = [*range(dgx, dgx + p.gates), *range(dys, first_operand)]
     w.padded += [-1 - (dsteps + k) if kind == ROW else dsteps + k for k, (_, kind, _) in enumerate(p.steps)]
@@ -349,10 +349,10 @@ def _encode(p: CellProgram, w: _Words, schedule: Schedule) -> bytes:
         words += [len(span.products), *span.products, len(span.operands)]
         places = {spot: own + k for k, spot in enumerate(span.operands)}
         for spot, operand in span.operands.items():
-            words += [_PLACE[spot.place], spot.index, spot.block, operand.load, operand.store, operand.also]
+            words += [_PLACE[spot.place], spot.number, spot.block, operand.load, operand.store, operand.also]
         words += [len(span.code)]
         for i in span.code:
-            found = [places.get(s, first.get(s.place, 0) + s.index) for s in (i.to, *i.args)]
+            found = [places.get(s, first.get(s.place, 0) + s.number) for s in (i.to, *i.args)]
             words += [_OP[i.op], *found, *(found[1],) * (4 - len(found)), i.row]
     return struct.pack(f"<{len(words)}q", *(int(v) for v in words))
 

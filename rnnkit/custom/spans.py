@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -23,7 +23,7 @@ class Spot(NamedTuple):
     `row`, `const`."""
 
     place: str
-    index: int
+    number: int
     block: int = 0
 
 
@@ -57,6 +57,8 @@ class Operand:
 
 @dataclass
 class Span:
+    """What lies between two products: those that it begins with, memory, instructions."""
+
     products: list[int] = field(default_factory=list)
     operands: dict[Spot, Operand] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
@@ -257,7 +259,7 @@ class _Emitter:
 
     def _release(self, spot: Spot) -> None:
         if spot.place in REGISTERS:
-            self.free[spot.place].append(spot.index)
+            self.free[spot.place].append(spot.number)
 
     def _add(self, op: str, to: Spot, args: tuple[Spot, ...], row: bool = False) -> None:
         self.span.code.append(Instruction(op, to, args, row))
@@ -275,14 +277,15 @@ class _Emitter:
         elif n in self.s.folded:
             self.where[n] = self._loaded(Spot("product", *self.s.folded[n]))
         elif node.op == "product":
-            number, block = node.data  # type: ignore[misc]
-            self.where[n] = self._loaded(Spot("product", self.s.numbers[number], block))
+            result = cast(tuple[int, int], node.data)
+            self.where[n] = self._loaded(Spot("product", self.s.numbers[result[0]], result[1]))
         elif node.op == "input":
-            spot = self.s.inputs[node.data]  # type: ignore[index]
+            leaf = cast(Input, node.data)
+            spot = self.s.inputs[leaf]
             self.where[n] = spot if spot.place == "parameter" else self._loaded(spot)
-            if node.data in self.s.bias:
+            if leaf in self.s.bias:
                 self.where[n] = self._register("unit")
-                self._add("add", self.where[n], (spot, self.s.bias[node.data]))  # type: ignore[index]
+                self._add("add", self.where[n], (spot, self.s.bias[leaf]))
         else:
             self._compute(n, kind)
 
@@ -314,10 +317,8 @@ class _Emitter:
 
     def _is_read_later(self, spot: Spot, n: int) -> bool:
         """Whether an instruction after that of node n still wants what stands there now."""
-        leaves = [
-            m for m in self.order if self.g.nodes[m].op == "input" and self.s.inputs[self.g.nodes[m].data] == spot
-        ]  # type: ignore[index]
-        return any(self.last.get(m, -1) > n for m in leaves)
+        later = (m for m in self.order if self.g.nodes[m].op == "input" and self.last.get(m, -1) > n)
+        return any(self.s.inputs[cast(Input, self.g.nodes[m].data)] == spot for m in later)
 
     def _target(self, n: int) -> Spot | None:
         """Memory where the result may be written at once."""
