@@ -60,7 +60,7 @@ class Input(NamedTuple):
 
     Forward: `gx` (the projected input with its bias, `gates` blocks), the states before the step, parameters per unit,
     inputs of the step. Backward also: `new_<state>` after the step, `d_<state>` the gradient that has arrived,
-    `saved` (blocks per unit) and `saved_row` (per row), which the forward keeps.
+    `saved` (blocks per unit) and, per row, saved_row, which the forward keeps.
     """
 
     name: str

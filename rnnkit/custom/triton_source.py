@@ -72,6 +72,8 @@ class Side:
 
 @dataclass
 class Source:
+    """The text of a program's kernels, and how they are called."""
+
     text: str
     forward: Side
     backward: Side
@@ -454,7 +456,6 @@ class _Backward(_Text):
             return found
         if x.name == "saved":
             return f"read(saved, at * {len(p.saved) * h} + {x.block * h}, unit, live, F)"
-        assert x.name == "saved_row", x
         return f"read_row(kept, at * {len(p.saved_rows)} + {x.block}, lives, F)"
 
     def masked(self, n: int) -> str:

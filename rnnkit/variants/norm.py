@@ -23,7 +23,7 @@ class LayerNormLSTM(Activated):
         c' = σ(f) c + σ(i) φ(g)
         h' = σ(o) φ(LN(c'; α3, β3))
 
-    α1 is `gain_i` ... `gain_o`, α2 and β are `norm_x_l0.weight` and `.bias` (the paper's β1 + β2 + b, which cannot be
+    α1 is `gain_i` ... `gain_o`, α2 and β are norm_x_l0.weight and `.bias` (the paper's β1 + β2 + b, which cannot be
     told apart), α3 and β3 are `gain_c` and `shift_c`. The paper has no bias within LN: `bias=False`; else b_ih and b_hh
     are added before it. For the other form see `LayerNormSumLSTM`.
 
@@ -80,7 +80,7 @@ class LayerNormSumLSTM(Activated):
         recurrent_activation: σ.
         eps: added to the variance.
 
-    Source: TensorFlow's `contrib.rnn.LayerNormBasicLSTMCell`, after Ba et al., arXiv 1607.06450; it adds 1 to f, which
+    Source: TensorFlow's contrib.rnn.LayerNormBasicLSTMCell, after Ba et al., arXiv 1607.06450; it adds 1 to f, which
     here is `shift_f`'s to learn, and keeps the normalised c as its state, where this keeps c.
     """
 
@@ -124,7 +124,7 @@ class LayerNormGRU(Activated):
         h' = (1 - σ(z)) h + σ(z) n
 
     z lets the new in, as in the paper; in torch's GRU it keeps the old. α1 is `gain_r` and `gain_z`, α4 and β4 are
-    `gain_n` and `shift_n`, the input's are `norm_rz_l0` and `norm_n_l0`. The paper has no bias within LN: `bias=False`.
+    `gain_n` and `shift_n`, the input's are norm_rz_l0 and norm_n_l0. The paper has no bias within LN: `bias=False`.
     For the other form see `LayerNormSumGRU`.
 
     Args:
@@ -220,8 +220,8 @@ class LayerNormSumGRU(Activated):
 class BlockGRU(Activated):
     """DreamerV3's block-diagonal GRU: a hidden layer with RMS norm, then the gates. One block is projected.
 
-        u = silu(RMS(W_ih x + b_ih + W_hh h + b_hh) α)                  its `dynhid0` and `dynhid0norm`
-        r, n, z = W_r u + b_r, W_n u + b_n, W_z u + b_z                 its `dyngru`
+        u = silu(RMS(W_ih x + b_ih + W_hh h + b_hh) α)                  its dynhid0 and dynhid0norm
+        r, n, z = W_r u + b_r, W_n u + b_n, W_z u + b_z                 its dyngru
         n = φ(σ(r) n)
         z = σ(z + update_bias)
         h' = z n + (1 - z) h
@@ -239,7 +239,7 @@ class BlockGRU(Activated):
         eps: added to the mean square.
 
     Source: D. Hafner, J. Pasukonis, J. Ba, T. Lillicrap, "Mastering diverse domains through world models", arXiv
-    2301.04104 (version 2), 2023; github.com/danijar/dreamerv3, dreamerv3/rssm.py, `RSSM._core` at commit e3f0224.
+    2301.04104 (version 2), 2023; github.com/danijar/dreamerv3, dreamerv3/rssm.py, RSSM._core at commit e3f0224.
     """
 
     gates, states = 1, ("h",)
