@@ -21,12 +21,13 @@ namespace rnnkit {
 
 // As torch's functions of these names; comparisons give 1 and 0. muladd a b + c, nmuladd c - a b, copy a,
 // spread a value per row over its units, row_sum and row_max a value per unit to one per row.
-#define RNNKIT_PROGRAM_OPS(X)                                                                           \
-  X(add)                                                                                                \
-  X(sub)                                                                                                \
-  X(mul) X(div) X(pow) X(maximum) X(minimum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(where) X(neg) X(abs) \
-      X(sigmoid) X(tanh) X(relu) X(exp) X(expm1) X(log) X(log1p) X(sqrt) X(rsqrt) X(reciprocal) X(sin)  \
-          X(cos) X(erf) X(round) X(floor) X(copy) X(muladd) X(nmuladd) X(spread) X(row_sum) X(row_max)
+// clang-format off
+#define RNNKIT_PROGRAM_OPS(X)                                                                      \
+  X(add) X(sub) X(mul) X(div) X(pow) X(maximum) X(minimum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(where) \
+  X(neg) X(abs) X(sigmoid) X(tanh) X(relu) X(exp) X(expm1) X(log) X(log1p) X(sqrt) X(rsqrt)             \
+  X(reciprocal) X(sin) X(cos) X(erf) X(round) X(floor) X(copy) X(muladd) X(nmuladd) X(spread)           \
+  X(row_sum) X(row_max)
+// clang-format on
 
 enum class Op : int64_t {
 #define RNNKIT_OP(name) name##_,

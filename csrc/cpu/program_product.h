@@ -10,7 +10,15 @@ class Product {
         heads_(q.heads),
         width_(ceil_div(q.H, L) * L),
         rows_(q.B) {
-    const S* const w = static_cast<const S*>(q.weights[p_.weight]);
+    const int64_t size = p_.blocks * q.H * head_;
+    const A* w = static_cast<const A*>(q.weights[p_.weight]);
+    if (q.dtype == Dtype::bf16 || q.dtype == Dtype::f16) {
+      widened_ = AlignedBuffer<A>(size);
+      with_row(q.dtype, w, [&](auto s) {
+        load_row(static_cast<const decltype(s)*>(q.weights[p_.weight]), size, widened_.data);
+      });
+      w = widened_.data;
+    }
     const bool pack = p_.transposed ? q.T * q.B > few_rows : q.T > 1;
     for (int64_t h = 0; h < heads_; ++h) {
       if (!p_.transposed) {
@@ -58,7 +66,7 @@ class Product {
     for (int64_t h = 0; h < heads_; ++h) {
       const int64_t j0 = h * head_;
       const auto group = [&](int64_t block, const A* from, bool add) {
-        const GemmWeights<S>& w = weights_[n++];
+        const GemmWeights<A>& w = weights_[n++];
         switch (w.gates) {
           case 1:
             return run<1>(scan, thread, t, w, rows, from, lda, j0, block, add);
@@ -84,7 +92,7 @@ class Product {
   static constexpr int64_t max_gates = 4;
 
   template <int gates>
-  void run(TypedProgramScan& scan, const Thread& thread, int64_t t, const GemmWeights<S>& w,
+  void run(TypedProgramScan& scan, const Thread& thread, int64_t t, const GemmWeights<A>& w,
            const std::vector<int32_t>& rows, const A* a, int64_t lda, int64_t j0, int64_t block,
            bool add) const {
     int first, last;
@@ -114,6 +122,7 @@ class Product {
 
   const ProgramProduct p_;
   const int64_t H_, head_, heads_, width_, rows_;
-  std::vector<GemmWeights<S>> weights_;  // for each head and up to four blocks
+  std::vector<GemmWeights<A>> weights_;  // for each head and up to four blocks
+  AlignedBuffer<A> widened_;             // the weight, where it is stored in a half type
   PaddedMatrix<A> results_, operand_, bias_;
 };

@@ -2,9 +2,25 @@
 // for one block of rows after the other. Forward and backward alike: what is done before a step and after it
 // differs. Included once per variant, inside its namespace.
 
-template <class S>
+// A row of numbers of a storage type, which is what A or a half type is.
+template <class Use>
+void with_row(Dtype dtype, const float*, Use use) {
+  if (dtype == Dtype::bf16) {
+    use(Bf16{});
+  } else if (dtype == Dtype::f16) {
+    use(Fp16{});
+  } else {
+    use(float{});
+  }
+}
+template <class Use>
+void with_row(Dtype, const double*, Use use) {
+  use(double{});
+}
+
+// Compiled for each type that is computed in; storage types meet it at loads and stores alone.
+template <class A>
 class TypedProgramScan final : public ProgramScan {
-  using A = opmath_t<S>;
   using V = vector_t<A>;
   static constexpr int L = lanes<A>;
 
@@ -180,9 +196,9 @@ class TypedProgramScan final : public ProgramScan {
     const int64_t at = (t - chunk_->t0) * m.step + b * m.row;
     return {element(m, at), m.row, m.opmath, false};
   }
-  static void* element(const ProgramMemory& m, int64_t at) {
+  void* element(const ProgramMemory& m, int64_t at) const {
     return m.opmath ? static_cast<void*>(static_cast<A*>(m.first) + at)
-                    : static_cast<void*>(static_cast<S*>(m.first) + at);
+                    : static_cast<void*>(static_cast<char*>(m.first) + at * storage_bytes());
   }
   Spot spot(const ProgramOperand& o, const Thread& thread, int64_t t, int64_t b) const {
     const int64_t position = thread.slice.row0 + position_[b];
@@ -270,8 +286,7 @@ class TypedProgramScan final : public ProgramScan {
           to[r] = row_crossings_.row(o.index)[thread.slice.row0 + position_[rows[r]]];
         } else {
           const Spot from = memory_at(o.index, t, rows[r]);
-          to[r] =
-              from.opmath ? *static_cast<const A*>(from.first) : load_one(static_cast<const S*>(from.first));
+          to[r] = from.opmath ? *static_cast<const A*>(from.first) : load_number(from.first);
         }
       }
       return to;
@@ -294,22 +309,33 @@ class TypedProgramScan final : public ProgramScan {
     return to;
   }
 
-  static void gather(const Spot& from, int64_t j, int64_t count, A* to) {
+  void gather(const Spot& from, int64_t j, int64_t count, A* to) const {
     if (from.first == nullptr) {
       std::fill_n(to, count, A(0));
     } else if (from.opmath) {
       load_row(static_cast<const A*>(from.first) + j, count, to);
     } else {
-      load_row(static_cast<const S*>(from.first) + j, count, to);
+      with_row(q_.dtype, static_cast<A*>(nullptr),
+               [&](auto s) { load_row(static_cast<const decltype(s)*>(from.first) + j, count, to); });
     }
   }
-  static void scatter(const A* from, const Spot& to, int64_t j, int64_t count) {
+  void scatter(const A* from, const Spot& to, int64_t j, int64_t count) const {
     if (to.first == nullptr) return;
     if (to.opmath) {
       store_row(from, count, static_cast<A*>(to.first) + j);
     } else {
-      store_row(from, count, static_cast<S*>(to.first) + j);
+      with_row(q_.dtype, static_cast<A*>(nullptr),
+               [&](auto s) { store_row(from, count, static_cast<decltype(s)*>(to.first) + j); });
     }
+  }
+  int64_t storage_bytes() const {
+    return q_.dtype == Dtype::bf16 || q_.dtype == Dtype::f16 ? 2 : int64_t{sizeof(A)};
+  }
+  A load_number(const void* from) const {
+    A v{};
+    with_row(q_.dtype, static_cast<A*>(nullptr),
+             [&](auto s) { v = load_one(static_cast<const decltype(s)*>(from)); });
+    return v;
   }
 
   void keep(const ProgramOperand& o, const A* from, Thread& thread, int64_t t, const int32_t* rows,
@@ -321,8 +347,7 @@ class TypedProgramScan final : public ProgramScan {
       } else if (o.place == Place::memory_row) {
         const Spot to = memory_at(o.index, t, b);
         if (to.first == nullptr) continue;
-        to.opmath ? static_cast<void>(*static_cast<A*>(to.first) = from[r])
-                  : store(static_cast<S*>(to.first), V{} + from[r], 1);
+        scatter(from + r, to, 0, 1);
       } else {
         const A* const row = from + r * shape.width;
         const Spot to = spot(o, thread, t, b);

@@ -47,8 +47,8 @@ void clear(const Thread& thread, int64_t t, int64_t b) const {
     const Spot to = memory_at(m < 0 ? -1 - m : m, t, b);
     if (to.first == nullptr) continue;
     const int64_t at = m < 0 ? 0 : j, count = m < 0 ? 1 : n;  // negative: one number a row
-    to.opmath ? static_cast<void>(std::fill_n(static_cast<A*>(to.first) + at, count, A(0)))
-              : static_cast<void>(std::fill_n(static_cast<S*>(to.first) + at, count, S{}));
+    const int64_t bytes = to.opmath ? int64_t{sizeof(A)} : storage_bytes();
+    std::fill_n(static_cast<char*>(to.first) + at * bytes, count * bytes, char{});
   }
 }
 
@@ -65,12 +65,16 @@ void add_output_grads(const Thread& thread, int64_t t) {
       A* const d = states_[0][s].row(b) + thread.j0;
       if (q_.grads[s] != nullptr) {
         const Strides& strides = q_.grad_strides[s];
-        const S* from = static_cast<const S*>(q_.grads[s]) + t * strides.step + b * strides.row;
-        for (int64_t j = 0; j < n; j += L) {
-          const int valid = static_cast<int>(std::min<int64_t>(L, n - j));
-          const V g = strides.unit ? load(from + thread.j0 + j, valid) : load_one(from) - V{};
-          store(d + j, loadu<V>(d + j) + g, valid);
-        }
+        const char* const row =
+            static_cast<const char*>(q_.grads[s]) + (t * strides.step + b * strides.row) * storage_bytes();
+        with_row(q_.dtype, d, [&](auto storage) {
+          const auto* from = reinterpret_cast<const decltype(storage)*>(row);
+          for (int64_t j = 0; j < n; j += L) {
+            const int valid = static_cast<int>(std::min<int64_t>(L, n - j));
+            const V g = strides.unit ? load(from + thread.j0 + j, valid) : load_one(from) - V{};
+            store(d + j, loadu<V>(d + j) + g, valid);
+          }
+        });
       }
       for (int64_t j = 0; masked_ && !any && j < n; ++j) any = d[j] != A(0);
     }

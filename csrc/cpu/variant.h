@@ -104,9 +104,8 @@ std::unique_ptr<ProgramScan> program(const ProgramProblem& problem) {
 #elif defined(RNNKIT_NATIVE_BF16)
   return other_dtypes().program(problem);
 #else
-  return dispatch(problem.dtype, [&](auto s) -> std::unique_ptr<ProgramScan> {
-    return std::make_unique<TypedProgramScan<decltype(s)>>(problem);
-  });
+  if (problem.dtype == Dtype::f64) return std::make_unique<TypedProgramScan<double>>(problem);
+  return std::make_unique<TypedProgramScan<float>>(problem);
 #endif
 }
 
