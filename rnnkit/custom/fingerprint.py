@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import enum
 import functools
+import operator
 import types
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -58,37 +59,82 @@ def _reads(code: types.CodeType) -> tuple[tuple[bool, tuple[str, ...]], ...]:
     return tuple(found)
 
 
+class _Walk:
+    """What has been met on the way: functions, and where each value was read, so that the next time a look says whether
+    it still stands there."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.read: list[tuple[Any, str, Any]] = []
+        """A function's globals or a closure's cell, the name, the value; or a function, "", and what it is made of."""
+        self.fixed = True
+        """Whether a value that stands where it stood is what it was: not of what has attributes that may change."""
+
+    def unchanged(self) -> bool:
+        for place, name, value in self.read:
+            if type(place) is dict:
+                same = place.get(name, _MISSING) is value
+            elif name:
+                same = _contents(place) is value
+            else:
+                made = place.__code__, place.__defaults__, place.__kwdefaults__
+                same = all(map(operator.is_, made, value))
+            if not same:
+                return False
+        return True
+
+
+_MISSING = object()
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # deleted since
+        return _MISSING
+
+
 def fingerprint(step: Callable[..., Any]) -> Hashable:
     """Equal for a step that would be traced alike."""
-    return _of(step, "step", set())
+    kept = getattr(step, "__dict__", {})  # with the step itself, whose life it shares
+    last = kept.get("_rnnkit_walk")
+    if last is not None and last[0].unchanged():
+        return last[1]  # type: ignore[no-any-return]
+    walk = _Walk()
+    found = _of(step, "step", walk)
+    if walk.fixed and isinstance(step, types.FunctionType):
+        kept["_rnnkit_walk"] = walk, found
+    return found
 
 
 def of_value(value: Any, name: str) -> Hashable:
     """Of an option's value."""
-    return _of(value, name, set())
+    return _of(value, name, _Walk())
 
 
-def _of(value: Any, name: str, seen: set[int]) -> Hashable:
+def _of(value: Any, name: str, walk: _Walk) -> Hashable:
     if value is None or isinstance(
         value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum)
     ):
         return type(value), repr(value) if isinstance(value, (float, complex)) else value
     if isinstance(value, (tuple, frozenset, slice)):
         parts = (value.start, value.stop, value.step) if isinstance(value, slice) else tuple(value)
-        return type(value), tuple(_of(x, name, seen) for x in parts)
+        return type(value), tuple(_of(x, name, walk) for x in parts)
+    if isinstance(value, (functools.partial, types.MethodType, torch.nn.Module, type)):
+        walk.fixed = False
     if isinstance(value, functools.partial):
-        words = tuple((k, _of(v, name, seen)) for k, v in sorted(value.keywords.items()))
-        return "partial", _of(value.func, name, seen), _of(value.args, name, seen), words
+        words = tuple((k, _of(v, name, walk)) for k, v in sorted(value.keywords.items()))
+        return "partial", _of(value.func, name, walk), _of(value.args, name, walk), words
     if isinstance(value, (staticmethod, classmethod)):
-        return _of(value.__func__, name, seen)
+        return _of(value.__func__, name, walk)
     if isinstance(value, types.ModuleType):
         return "module", value.__name__
     if isinstance(value, types.FunctionType):
-        return _of_function(value, seen)
+        return _of_function(value, walk)
     if isinstance(value, type) or _is_known(value):
         return "known", id(value)
     if isinstance(value, types.MethodType):
-        return _of(value.__func__, name, seen), _of(value.__self__, name, seen)
+        return _of(value.__func__, name, walk), _of(value.__self__, name, walk)
     if isinstance(value, torch.nn.Module):
         empty = not any(True for _ in value.parameters()) and not any(True for _ in value.buffers())
         if empty and type(value).__module__.startswith("torch.nn.modules."):
@@ -117,12 +163,13 @@ def _fixed(owner: Any) -> bool:
     return isinstance(owner, (str, bytes, int, float, tuple, frozenset)) or "torch._C" in type(owner).__module__
 
 
-def _of_function(function: types.FunctionType, seen: set[int]) -> Hashable:
+def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
     if _known(function.__module__ or "") and not function.__module__.startswith("rnnkit"):
         return "known", id(function)
-    if id(function) in seen:
+    if id(function) in walk.seen:
         return "again", function.__qualname__
-    seen.add(id(function))
+    walk.seen.add(id(function))
+    walk.read.append((function, "", (function.__code__, function.__defaults__, function.__kwdefaults__)))
     parts: list[Hashable] = [function.__code__]
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     for closed, names in _reads(function.__code__):
@@ -131,18 +178,22 @@ def _of_function(function: types.FunctionType, seen: set[int]) -> Hashable:
             try:
                 value = cells[root].cell_contents
             except ValueError:
+                walk.fixed = False
                 continue  # not yet set: the step raises of itself
-        elif root in function.__globals__:
-            value = function.__globals__[root]
+            walk.read.append((cells[root], root, value))
         else:
-            continue  # Python's own, or nothing of this name, so that the step raises of itself
+            value = function.__globals__.get(root, _MISSING)
+            walk.read.append((function.__globals__, root, value))
+            if value is _MISSING:
+                continue  # Python's own, or nothing of this name, so that the step raises of itself
         if isinstance(value, types.ModuleType) and _known(value.__name__):
             parts.append(value.__name__)
             continue
+        walk.fixed = walk.fixed and len(names) == 1
         value, rest = _follow(value, names[1:])
-        parts.append((dotted, rest, _of(value, dotted, seen)))
+        parts.append((dotted, rest, _of(value, dotted, walk)))
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    parts += [_of(x, f"a default of {function.__name__}", seen) for x in defaults]
+    parts += [_of(x, f"a default of {function.__name__}", walk) for x in defaults]
     return tuple(parts)
 
 

@@ -270,3 +270,32 @@ def test_the_warning_comes_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_once("Cell", "cumsum")
+
+
+def test_the_short_way_to_a_fingerprint_sees_what_the_long_one_sees() -> None:
+    """A global, a closure, a function that is read, its code and its defaults: each changed after a look."""
+    space: dict[str, Any] = {"torch": torch, "factor": 2.0}
+    scale = 1.0
+    exec("def helper(x, by=3.0):\n    return x * by\n", space)
+    exec("def step(gx, h):\n    return torch.tanh(helper(gx) * factor)\n", space)
+    step, helper = space["step"], space["helper"]
+
+    def closed(gx: Tensor, h: Tensor) -> Tensor:
+        return gx * scale
+
+    first = fingerprint(step)
+    assert fingerprint(step) == first
+    space["factor"] = 4.0
+    second = fingerprint(step)
+    assert second != first
+    helper.__defaults__ = (5.0,)
+    third = fingerprint(step)
+    assert third != second
+    helper.__code__ = (lambda x, by: x + by).__code__
+    fourth = fingerprint(step)
+    assert fourth != third
+    space["helper"] = torch.sigmoid
+    assert fingerprint(step) != fourth
+    before = fingerprint(closed)
+    scale = 2.0
+    assert fingerprint(closed) != before
