@@ -13,7 +13,7 @@ class Product {
     const int64_t size = p_.blocks * q.H * head_;
     const A* w = static_cast<const A*>(q.weights[p_.weight]);
     if (q.dtype == Dtype::bf16 || q.dtype == Dtype::f16) {
-      widened_ = AlignedBuffer<A>(size);
+      widened_ = AlignedBuffer<A>(ceil_div(size, L) * L);  // written by whole vectors
       with_row(q.dtype, w, [&](auto s) {
         load_row(static_cast<const decltype(s)*>(q.weights[p_.weight]), size, widened_.data);
       });

@@ -33,7 +33,7 @@ class TypedProgramScan final : public ProgramScan {
             std::max<int64_t>(1, std::min<int64_t>(q.B, block_bytes / (width_ * int64_t{sizeof(A)})))),
         masked_(q.masks.any()) {
     // a value that depends on a whole row, and heads, whose units fill no whole vectors, stay with one thread
-    const bool apart = p_.sums_rows || q.heads > 1;
+    const bool apart = p_.sums_rows || p_.row_crossings > 0 || q.heads > 1;
     int64_t weights = q.H;
     for (const ProgramProduct& product : p_.products) weights += product.blocks * q.H * (q.H / q.heads);
     partition_ =
@@ -345,6 +345,7 @@ class TypedProgramScan final : public ProgramScan {
       if (o.place == Place::crossing_row) {
         row_crossings_.row(o.index)[thread.slice.row0 + position_[b]] = from[r];
       } else if (o.place == Place::memory_row) {
+        if (!writes_rows(thread)) continue;
         const Spot to = memory_at(o.index, t, b);
         if (to.first == nullptr) continue;
         scatter(from + r, to, 0, 1);

@@ -40,10 +40,14 @@ void apply_resets_and_padding(const Thread& thread, int64_t t) {
   }
 }
 
+// Whether a slice writes what a row has once: of slices that share rows the first does.
+static bool writes_rows(const Thread& thread) { return !thread.slice.by_units || thread.slice.index == 0; }
+
 // Zeros in the memories that have none from a program's own instructions at this step.
 void clear(const Thread& thread, int64_t t, int64_t b) const {
   const int64_t j = thread.j0, n = units_of(thread);
   for (int64_t m : *padded_) {
+    if (m < 0 && !writes_rows(thread)) continue;
     const Spot to = memory_at(m < 0 ? -1 - m : m, t, b);
     if (to.first == nullptr) continue;
     const int64_t at = m < 0 ? 0 : j, count = m < 0 ? 1 : n;  // negative: one number a row
@@ -90,7 +94,7 @@ void drop_rows_without_grad(Thread& thread, int64_t t) {
     bool found = false;
     for (int64_t p = 0; p < (thread.slice.by_units ? partition_.slices : 1); ++p)
       found = found || has_grad_[p * q_.B + b] != 0;
-    note_alive(t, b, found);
+    if (writes_rows(thread)) note_alive(t, b, found);
     if (found) {
       valid[kept++] = b;
     } else {
@@ -102,7 +106,7 @@ void drop_rows_without_grad(Thread& thread, int64_t t) {
   if (q_.masks.lengths == nullptr) return;
   for (int64_t b = thread.slice.row0; b < thread.slice.row1; ++b) {
     if (q_.masks.valid(t, b)) continue;
-    note_alive(t, b, false);
+    if (writes_rows(thread)) note_alive(t, b, false);
     clear(thread, t, b);
   }
 }

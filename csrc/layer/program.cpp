@@ -46,7 +46,7 @@ ProgramHeader read_header(const int64_t*& at, const int64_t* end) {
 
 }  // namespace
 
-ProgramLayer::ProgramLayer(std::string_view program, int64_t heads_, bool reverse_,
+ProgramLayer::ProgramLayer(std::string_view program, int64_t heads_, bool reverse_, bool backward,
                            const std::vector<OptionalTensor>& tensors)
     : heads(heads_), reverse(reverse_) {
   RNNKIT_CHECK(program.size() % sizeof(int64_t) == 0, "a program must be whole words, got ", program.size(),
@@ -74,6 +74,66 @@ ProgramLayer::ProgramLayer(std::string_view program, int64_t heads_, bool revers
   take(header.states, states), take(header.states, reset_states), take(header.weights, weights);
   take(header.units, units), take(static_cast<int64_t>(header.row_steps.size()), steps);
   check();
+  check_places(backward);
+}
+
+void ProgramLayer::check_places(bool backward) const {
+  const int64_t n = header.states, step_count = static_cast<int64_t>(header.row_steps.size());
+  std::vector<bool> rows;  // of each memory
+  const auto add = [&](int64_t count, bool row) { rows.insert(rows.end(), count, row); };
+  if (!backward) add(header.gates, false);
+  rows.insert(rows.end(), header.row_steps.begin(), header.row_steps.end());
+  if (!backward) add(n, false);
+  add(header.saved, false), add(header.saved_rows, true);
+  if (!backward && header.keep_first) add(1, false);
+  const int64_t readable = backward ? static_cast<int64_t>(rows.size()) : header.gates + step_count;
+  const int64_t dgx = static_cast<int64_t>(rows.size()) + n, dys = dgx + header.gates + step_count;
+  if (backward) {
+    add(n + header.gates, false);
+    rows.insert(rows.end(), header.row_steps.begin(), header.row_steps.end());
+    add(header.dys + header.operands, false);
+  }
+  const auto require = [](bool fits) { RNNKIT_CHECK(fits, "a program must fit its header"); };
+  const int64_t count = static_cast<int64_t>(rows.size());
+  require(count == code.memories && header.gates <= 62);
+  const auto inside = [&](int64_t first, int64_t blocks, int64_t from, int64_t many) {
+    return first >= from && first + blocks <= from + many;
+  };
+  for (const ProgramProduct& q : code.products) {
+    require(q.transposed == backward && q.blocks == header.weight_blocks[q.weight]);
+    require(q.adds < 0 || inside(q.adds, q.blocks, 0, header.gates));
+    require(q.bias < 0 || q.blocks == header.gates);
+    require(q.memory < 0 || (!is_half(dtype) && (inside(q.memory, q.blocks, dgx, header.gates) ||
+                                                 inside(q.memory, q.blocks, dys, header.dys))));
+  }
+  for (const ProgramSpan& span : code.spans) {
+    for (const ProgramOperand& o : span.operands) {
+      const bool forwards = o.place == Place::state_in || o.place == Place::state_out;
+      const bool backwards =
+          o.place == Place::before || o.place == Place::d_state || o.place == Place::d_unit;
+      require(backward ? !forwards : !backwards);
+      const bool row = o.place == Place::memory_row;
+      if (row || o.place == Place::memory) require(rows[o.index] == row);
+      if (row) require(!o.load || o.index < readable);
+      if (o.place == Place::d_unit) require(o.index < static_cast<int64_t>(header.unit_sources.size()));
+      if (o.place == Place::d_unit) require(!header.unit_sources[o.index].bias);
+      if (o.place == Place::product) require(code.products[o.index].into < 0);
+      if (o.place == Place::operand)
+        require(code.products[o.index].state < 0 && code.products[o.index].memory < 0);
+      require(o.also < 0 || !rows[o.also]);
+    }
+  }
+  for (int64_t m : header.padded) {
+    const int64_t index = m < 0 ? -1 - m : m;
+    require(index < count && rows[index] == (m < 0));
+  }
+  require(header.bias_sources.empty() || !backward);
+  for (const ProgramHeader::WeightGrad& g : header.grads) {
+    require(backward && (g.state >= 0) != (g.memory >= 0) && g.memory < count);
+    require(inside(g.dy, g.blocks, dgx, header.gates) || inside(g.dy, g.blocks, dys, header.dys));
+    require(g.memory < 0 || inside(g.memory, 1, dys + header.dys, header.operands));
+    require(g.state <= 0 || !is_half(dtype));
+  }
 }
 
 void ProgramLayer::check() {
@@ -117,9 +177,6 @@ void ProgramLayer::check() {
   for (const ProgramHeader::Bias& source : header.bias_sources) {
     RNNKIT_CHECK((source.b_ih == 0 || b_ih.has_value()) && (!source.b_hh || b_hh.has_value()),
                  "the biases must be given");
-  }
-  for (int64_t m : header.padded) {
-    RNNKIT_CHECK((m < 0 ? -1 - m : m) < code.memories, "a program must fit its header");
   }
 }
 
@@ -242,7 +299,7 @@ void ProgramForward::run(int64_t t0, int64_t n, const std::vector<ProgramMemory>
 
 std::vector<OptionalTensor> program_forward(std::string_view program, int64_t heads, int64_t reverse,
                                             int64_t keep_states, const std::vector<OptionalTensor>& tensors) {
-  ProgramLayer in(program, heads, reverse != 0, tensors);
+  ProgramLayer in(program, heads, reverse != 0, false, tensors);
   const ScalarType type = in.x.scalar_type(), wide = opmath_type(in.dtype);
   const int64_t T = in.T, B = in.B, H = in.H, K = in.header.saved, R = in.header.saved_rows;
   std::vector<OptionalTensor> after{empty({T, B, H}, type)};

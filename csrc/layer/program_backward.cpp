@@ -66,7 +66,7 @@ class ProgramBackward {
  public:
   ProgramBackward(std::string_view program, std::string_view forward, int64_t heads, bool reverse,
                   std::string_view needs, const std::vector<OptionalTensor>& tensors)
-      : in_(program, heads, reverse, tensors),
+      : in_(program, heads, reverse, true, tensors),
         g_(read(in_, tensors)),
         needs_(needs),
         n_(in_.header.states),
@@ -77,8 +77,14 @@ class ProgramBackward {
         type_(in_.x.scalar_type()),
         wide_(opmath_type(in_.dtype)) {
     RNNKIT_CHECK(needs.size() == in_.inputs, "needs must have a byte for each of ", in_.inputs, " tensors");
-    if ((in_.header.saved && !g_.saved.has_value()) || (in_.header.saved_rows && !g_.saved_rows.has_value()))
-      again_.emplace(forward, heads, reverse, tensors);
+    if ((in_.header.saved && !g_.saved.has_value()) ||
+        (in_.header.saved_rows && !g_.saved_rows.has_value())) {
+      again_.emplace(forward, heads, reverse, false, tensors);
+      const ProgramHeader &made = again_->header, &read = in_.header;
+      RNNKIT_CHECK(made.states == n_ && made.gates == read.gates && made.saved == read.saved &&
+                       made.saved_rows == read.saved_rows && !made.keep_first,
+                   "both programs must be of one cell");
+    }
   }
 
   std::vector<OptionalTensor> run() {
@@ -133,8 +139,10 @@ class ProgramBackward {
       q.grad_strides.push_back(g.has_value() ? Strides{g->stride(0), g->stride(1), H_ == 1 ? 1 : g->stride(2)}
                                              : Strides{});
       q.d_resets.push_back(dr_[s].mutable_data_ptr());
-      q.wants_initial_grads = true;
     }
+    q.wants_initial_grads = false;  // where nobody asks, the last step's product is left out
+    for (size_t k = 6; k < 6 + 2 * static_cast<size_t>(n_); ++k)
+      q.wants_initial_grads = q.wants_initial_grads || wanted(k);
     for (size_t k = 0; k < in_.header.unit_sources.size(); ++k) {
       const ProgramHeader::Unit& u = in_.header.unit_sources[k];
       q.d_units.push_back(u.bias ? nullptr : du_[u.index].mutable_data_ptr());

@@ -12,7 +12,8 @@ namespace rnnkit {
 
 // A layer's tensors, checked, and its program.
 struct ProgramLayer {
-  ProgramLayer(std::string_view program, int64_t heads, bool reverse,
+  // backward: which of both kinds the program shall be.
+  ProgramLayer(std::string_view program, int64_t heads, bool reverse, bool backward,
                const std::vector<OptionalTensor>& tensors);
 
   // What a scan is told of it, but its states. It points into tensors that this holds.
@@ -48,6 +49,9 @@ struct ProgramLayer {
 
  private:
   void check();
+  // That the program reads and writes what is there: each place of its kind, rows where rows stand,
+  // neighbours that lie side by side.
+  void check_places(bool backward) const;
   std::vector<int64_t> words_;
   std::vector<Tensor> held_;
 };

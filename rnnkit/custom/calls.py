@@ -25,9 +25,9 @@ def _words(text: str) -> frozenset[str]:
 
 
 _ASKED = _words(  # of a tensor, what Python may know while tracing
-    "shape size dim ndim ndimension numel nelement dtype device layout is_floating_point is_complex requires_grad "
-    "is_contiguous stride __len__ element_size is_leaf is_cuda is_cpu is_meta is_sparse is_quantized is_nested "
-    "result_type promote_types get_device grad_fn is_tensor is_grad_enabled is_storage __hash__ is_inference"
+    "shape size dim ndim ndimension numel nelement dtype device layout is_floating_point is_complex "
+    "is_contiguous stride __len__ element_size is_cuda is_cpu is_meta is_sparse is_quantized is_nested "
+    "result_type promote_types get_device is_tensor is_storage __hash__"
 )
 
 _MOVES = _words(

@@ -23,7 +23,7 @@ from rnnkit.custom.cut import make_program
 from rnnkit.custom.errors import NotTraced, StepError
 from rnnkit.custom.fingerprint import fingerprint, of_value
 from rnnkit.custom.graph import CellProgram
-from rnnkit.custom.trace import Traced, trace
+from rnnkit.custom.trace import FEW, MANY, Traced, trace
 from rnnkit.custom.trial import AT_EDGES, FAR, Spec, Tried, nearby, points, run_step, try_step
 
 
@@ -35,7 +35,7 @@ class Checked(NamedTuple):
     """What tracing, derivative and check took."""
 
 
-def _trace(spec: Spec, hidden: int, dtype: torch.dtype) -> Traced:
+def _trace(spec: Spec, hidden: int, dtype: torch.dtype, rows: int) -> Traced:
     return trace(
         spec.step,
         hidden=hidden,
@@ -46,16 +46,17 @@ def _trace(spec: Spec, hidden: int, dtype: torch.dtype) -> Traced:
         steps={name: (kind, grad) for name, kind, grad in spec.steps},
         options=spec.options,
         dtype=dtype,
+        rows=rows,
     )
 
 
 def compile_step(spec: Spec, hidden: int, dtype: torch.dtype = torch.float32) -> CellProgram:
     """The program of a cell for one H, not yet checked."""
-    traced, again = (_trace(spec, hidden, dtype) for _ in range(2))
+    traced, again = (_trace(spec, hidden, dtype, rows) for rows in (FEW, MANY))
     if (traced.graph.nodes, traced.graph.products, traced.new) != (again.graph.nodes, again.graph.products, again.new):
         raise NotTraced(
-            "the step computes something else each time it is run (random numbers, a counter): hand in what changes as "
-            "a per_step input"
+            "the step computes something else each time it is run (random numbers, a counter), or for other numbers of "
+            "rows: hand in what changes as a per_step input"
         )
     return make_program(
         spec.name,

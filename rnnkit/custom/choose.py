@@ -119,7 +119,7 @@ def judge(name: str, spec: CellSpec, q: Asked) -> Verdict:
         return Verdict([checked.reason or "its step has no program"], None, checked)
     reasons = backend.unsupported(checked.program, q.device, q.dtype, q.o)
     if not reasons:
-        wrong = kernel_check.mismatch(name, backend, spec, checked.program, q.device, q.dtype)
+        wrong = kernel_check.mismatch(name, backend, spec, checked.program, q.device, q.dtype, q.o.heads)
         reasons = [wrong] if wrong else []
     return Verdict(reasons, checked.program, checked)
 

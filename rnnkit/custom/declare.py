@@ -6,9 +6,11 @@ user's words: the class, the name, what to write instead.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import keyword
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -157,7 +159,10 @@ class Cell:
     _specs: dict[Any, CellSpec]
     _options: dict[str, Any]
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        if sizes:
+            name = type(self).__name__
+            raise TypeError(f"{name} is a cell, not a layer: write rnnkit.Custom({name}, input_size, hidden_size)")
         known = {name: v for name, v in _declared(type(self)) if isinstance(v, Option)}
         for name in options:
             if name not in known:
@@ -234,6 +239,7 @@ class CellSpec:
 
 _RESERVED = {"a", "gx", "gh", "x", "w_ih", "w_hh", "b_ih", "b_hh", "saved", "saved_row"}
 _PARAMETERS = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+_CELL = {"draw", "enter", "project", "step", "gates", "states"}
 _CALL = {"self", "input", "hx", "lengths", "reset", "reset_state", "return_all_states"}
 _by_key: weakref.WeakValueDictionary[str, CellSpec] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
@@ -319,7 +325,7 @@ def _read(cell: Cell, step: Callable[..., Any]) -> CellSpec:
     options = {n: _resolved(name, n, v, declared[n]) for n, v in cell._options.items()}
     spec = CellSpec(
         name=name,
-        key=_new_key(cell),
+        key=_new_key(cell, step),
         cell=cell,
         step=step,
         arguments=arguments,
@@ -353,7 +359,7 @@ def _states(name: str, states: object) -> tuple[str, ...]:
 
 
 def _expect_free(name: str, declared: str, states: tuple[str, ...]) -> None:
-    taken = {*_RESERVED, *_PARAMETERS, *_CALL, *states, *(p + s for s in states for p in ("new_", "d_"))}
+    taken = {*_RESERVED, *_PARAMETERS, *_CELL, *_CALL, *states, *(p + s for s in states for p in ("new_", "d_"))}
     if declared in taken:
         raise ValueError(f"{name}.{declared}: this name has a meaning already; choose another")
 
@@ -400,15 +406,31 @@ def _same(a: object, b: object) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, int | float | str) and a == b)
 
 
-def _new_key(cell: Cell) -> str:
+def _new_key(cell: Cell, step: Callable[..., Any]) -> str:
+    """The class, its options, and a digest of what the step says: a program that was saved finds no other cell."""
     cls = type(cell)
     given = ", ".join(f"{name}={_shown(v)}" for name, v in cell._changed().items())
     key = f"{cls.__module__}.{cls.__qualname__}" + (f"({given})" if given else "")
+    closed = [c.cell_contents for c in step.__closure__ or ()]
+    said = (_words(step), [_words(v) for v in closed], [_words(v) for v in cell._options.values()])
+    said = (*said, getattr(cls, "gates", None), getattr(cls, "states", None))
+    key += "@" + hashlib.sha256(repr(said).encode()).hexdigest()[:12]
     number = 1
     while key in _by_key:
         number += 1
         key = f"{key.partition('#')[0]}#{number}"
     return key
+
+
+def _words(value: Any) -> Any:
+    """Of a function what it says, of anything else its type, and its text where that is the value: the same in every
+    process."""
+    if isinstance(value, types.FunctionType):
+        code = value.__code__
+        constants = [c.co_code.hex() if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+        return code.co_code.hex(), constants, code.co_names, code.co_varnames
+    plain = isinstance(value, bool | int | float | str | None)
+    return type(value).__qualname__, repr(value) if plain else getattr(value, "__qualname__", "")
 
 
 def _shown(value: Any) -> str:

@@ -37,6 +37,8 @@ def _reads(code: types.CodeType) -> tuple[tuple[bool, tuple[str, ...]], ...]:
     chain: list[str] = []
     closed = False
     for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME" and not _known(instruction.argval):
+            raise NotTraced(f"the step imports {instruction.argval}, which could change unseen: import it outside")
         if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
             instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars
         ):
@@ -128,9 +130,13 @@ def _of(value: Any, name: str, walk: _Walk) -> Hashable:
     if isinstance(value, (staticmethod, classmethod)):
         return _of(value.__func__, name, walk)
     if isinstance(value, types.ModuleType):
+        if not _known(value.__name__):
+            raise NotTraced(f"the module {name}, which the step holds as a whole, could change unseen: name its values")
         return "module", value.__name__
     if isinstance(value, types.FunctionType):
         return _of_function(value, walk)
+    if isinstance(value, type) and not _known(value.__module__):
+        return _of_class(value, name, walk)
     if isinstance(value, type) or _is_known(value):
         return "known", id(value)
     if isinstance(value, types.MethodType):
@@ -149,6 +155,30 @@ def _of(value: Any, name: str, walk: _Walk) -> Hashable:
         f"{name} ({type(value).__name__}), which the step reads, could change unseen: use numbers, tuples or "
         "functions, or an option"
     )
+
+
+_MODES = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_default_dtype", "get_num_threads"}
+_AROUND = ("getattr", "globals", "locals", "vars", "eval", "exec", "open", "__import__", "setattr", "input")
+"""Of Python's own functions those that reach values without a name in the step's code."""
+
+
+def _of_class(value: type, name: str, walk: _Walk) -> Hashable:
+    """A class of the user's, by what it and its bases hold."""
+    if id(value) in walk.seen:
+        return "again", value.__qualname__
+    walk.seen.add(id(value))
+    parts: list[Hashable] = [id(value)]
+    for base in value.__mro__:
+        if _known(base.__module__):
+            continue
+        for key, held in sorted(vars(base).items()):
+            if key.startswith("__") or isinstance(held, (types.MemberDescriptorType, types.GetSetDescriptorType)):
+                continue
+            if type(held).__module__ in ("_collections", "collections"):  # a field of a named tuple
+                continue
+            inner = held.fget if isinstance(held, property) else held
+            parts.append((key, _of(inner, f"{name}.{key}", walk)))
+    return tuple(parts)
 
 
 def _is_known(value: Any) -> bool:
@@ -171,6 +201,10 @@ def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
     walk.seen.add(id(function))
     walk.read.append((function, "", (function.__code__, function.__defaults__, function.__kwdefaults__)))
     parts: list[Hashable] = [function.__code__]
+    for key, held in sorted(function.__dict__.items()):
+        if key != "_rnnkit_walk":
+            walk.fixed = False
+            parts.append((key, _of(held, f"{function.__name__}.{key}", walk)))
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     for closed, names in _reads(function.__code__):
         root, dotted = names[0], ".".join(names)
@@ -185,8 +219,15 @@ def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
             value = function.__globals__.get(root, _MISSING)
             walk.read.append((function.__globals__, root, value))
             if value is _MISSING:
+                if root in _AROUND:
+                    raise NotTraced(f"the step calls {root}, past which values could change unseen: name them")
                 continue  # Python's own, or nothing of this name, so that the step raises of itself
         if isinstance(value, types.ModuleType) and _known(value.__name__):
+            if value.__name__ == "numpy" and "random" in names:
+                raise NotTraced(f"the step draws random numbers ({dotted}): draw masks outside, per_step")
+            asked = _MODES.intersection(names)
+            if asked:
+                raise NotTraced(f"the step asks torch for {asked.pop()}, which may be another at the next call")
             parts.append(value.__name__)
             continue
         walk.fixed = walk.fixed and len(names) == 1

@@ -29,22 +29,27 @@ what is drawn is about 1, and terms may cancel."""
 _SIXTH = 1e-7
 """Of torch's own hardsigmoid, whose derivative in float64 holds a sixth of float32."""
 
-_found: dict[tuple[Any, ...], str | None] = {}
+_KEPT = 512
+_found: dict[tuple[Any, ...], tuple[Any, str | None]] = {}  # with the program, so that no other takes its identity
 _lock = threading.RLock()
 
 
-def mismatch(name: str, backend: Any, spec: CellSpec, program: Any, device: str, dtype: torch.dtype) -> str | None:
-    """Where the backend's numbers differ from the step's; None where they do not. Looked at once."""
-    key = (name, id(program), device, dtype)
+def mismatch(
+    name: str, backend: Any, spec: CellSpec, program: Any, device: str, dtype: torch.dtype, heads: int = 1
+) -> str | None:
+    """Where the backend's numbers differ from the step's, or that it raises; None where all is well. Looked at once."""
+    key = (name, id(program), device, dtype, heads)
     with _lock:
         if key not in _found:
+            while len(_found) >= _KEPT:
+                del _found[next(iter(_found))]
             with ThreadPoolExecutor(1) as own:  # which no transform and no mode of the caller's reaches
-                _found[key] = own.submit(_compare, name, backend, spec, program, device, dtype).result()
-            _programs.append(program)  # so that no other takes its identity
-        return _found[key]
-
-
-_programs: list[Any] = []
+                try:
+                    wrong = own.submit(_compare, name, backend, spec, program, device, dtype, heads).result()
+                except Exception as error:  # what the kernel raises is a reason to run another
+                    wrong = f"its kernel on {name} raises {type(error).__name__}: {error}"
+            _found[key] = program, wrong
+        return _found[key][1]
 
 
 @contextlib.contextmanager
@@ -57,10 +62,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _compare(name: str, backend: Any, spec: CellSpec, program: Any, device: str, dtype: torch.dtype) -> str | None:
+def _compare(
+    name: str, backend: Any, spec: CellSpec, program: Any, device: str, dtype: torch.dtype, heads: int
+) -> str | None:
     with _one_thread():
-        o = CellOptions(all_states=True)
-        given = _inputs(spec, program.hidden, device)
+        o = CellOptions(all_states=True, heads=heads)
+        given = _inputs(spec, program.hidden, heads, device)
         t = given.to(dtype)
         needs = _needs(spec, t)
         grads = _gradients(spec, program.hidden, device)
@@ -77,7 +84,7 @@ def _compare(name: str, backend: Any, spec: CellSpec, program: Any, device: str,
     return None
 
 
-def _inputs(spec: CellSpec, hidden: int, device: str) -> CellInputs:
+def _inputs(spec: CellSpec, hidden: int, heads: int, device: str) -> CellInputs:
     """Drawn alike every time; torch's own generator is left alone."""
     random = torch.Generator().manual_seed(2)
 
@@ -91,7 +98,7 @@ def _inputs(spec: CellSpec, hidden: int, device: str) -> CellInputs:
         tuple(draw(_ROWS, hidden).abs() for _ in spec.states),
         draw(rows, _INPUTS, over=_INPUTS),
         *bias,
-        tuple(draw(blocks * hidden, hidden, over=hidden) for _, blocks in spec.weights),
+        tuple(draw(blocks * hidden, hidden // heads, over=hidden // heads) for _, blocks in spec.weights),
         tuple(draw(hidden) for _ in spec.units),
         tuple(draw(_STEPS, _ROWS, *([] if kind == "row" else [hidden])).abs() for _, kind, _ in spec.steps),
         torch.tensor([_STEPS, 1, _STEPS - 1], device=device),

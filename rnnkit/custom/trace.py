@@ -50,15 +50,17 @@ class Value(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
+FEW, MANY = 13, 211
+"""Rows of a trace, and of another, which would show a branch on their number."""
+
+
 class Tracer(TorchFunctionMode):
     """While a step runs under it, what torch is asked becomes nodes of `graph`."""
 
-    def __init__(self, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, dtype: torch.dtype, rows: int) -> None:
         super().__init__()
         self.graph, self.hidden, self.dtype = Graph(), hidden, dtype
-        self.rows = (
-            13 if hidden != 13 else 17
-        )  # a prime, so no multiple of H: a shape says which dimension is the batch
+        self.rows = rows  # a prime, so no multiple of H: a shape says which dimension is the batch
         self.products_of: dict[str, tuple[int, str | None]] = {}  # a weight's blocks and bias
 
     # --- tensors -------------------------------------------------------------------------------------------------
@@ -241,12 +243,14 @@ def trace(
     steps: Mapping[str, tuple[str, bool]] | None = None,
     options: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    rows: int = FEW,
 ) -> Traced:
-    """The graph of a step. `weights`: blocks of each declared one; `steps`: kind and whether a gradient is wanted."""
+    """The graph of a step. `weights`: blocks of each declared one; `steps`: kind and whether a gradient is wanted.
+    `rows`: those of its tensors, a prime."""
     weights, steps, options = dict(weights or {}), steps or {}, options or {}
     if hidden == 1:
         raise NotTraced("hidden_size 1: a value per unit and one per row look the same")
-    t = Tracer(hidden, dtype)
+    t = Tracer(hidden, dtype, rows if rows != hidden else rows + 6)  # 13 and 19, 211 and 217: no multiple of the other
     given: dict[str, Any] = {}
     parameters = inspect.signature(step).parameters
     uses_w_hh = "a" in parameters or "gh" in parameters

@@ -123,7 +123,7 @@ def custom_problem(r: random.Random) -> str:
 
     name = r.choice(("LSTM", "GRUResetBefore", "LayerNormLSTM", "SLSTM", "AUGRU", "IndRNN", "ZoneoutGRU", "BlockGRU"))
     dtype = r.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-    steps, rows, features = r.choice((0, 1, 2, 9, 40)), r.choice((0, 1, 3, 17)), r.choice((1, 3, 17))
+    steps, rows, features = r.choice((1, 2, 9, 40)), r.choice((0, 1, 3, 17)), r.choice((1, 3, 17))
     hidden, heads = r.choice(((2, 1), (7, 1), (16, 1), (31, 1), (66, 3), (130, 2), (600, 1)))
     bias, lengths, reset, recompute, both = (r.random() < 0.5 for _ in range(5))
     what = f"{name} {dtype} T={steps} B={rows} I={features} H={hidden}/{heads} {lengths=} {reset=} {recompute=} {both=}"

@@ -18,6 +18,7 @@ from . import extension
 
 name = "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MOST = 62
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -34,6 +35,13 @@ def unsupported(program: CellProgram | None, device: str, dtype: torch.dtype, o:
         reasons.append(f"runs on the device cpu, got {device}")
     if dtype not in DTYPES:
         reasons.append(f"computes in float32, float64, bfloat16 and float16, got {dtype}")
+    if program is not None:
+        blocks = max((count for _, count in program.weights), default=0)
+        if program.gates > MOST or len(program.states) > MOST or blocks > MOST:
+            reasons.append(
+                f"takes at most {MOST} gates, states and blocks of a weight, got {program.gates} gates, "
+                f"{len(program.states)} states and up to {blocks} blocks"
+            )
     return reasons
 
 
