@@ -35,7 +35,7 @@ class Checked(NamedTuple):
     """What tracing, derivative and check took."""
 
 
-def _trace(spec: Spec, hidden: int, dtype: torch.dtype, rows: int) -> Traced:
+def _trace(spec: Spec, hidden: int, dtype: torch.dtype, rows: int = FEW) -> Traced:
     return trace(
         spec.step,
         hidden=hidden,
@@ -55,8 +55,8 @@ def compile_step(spec: Spec, hidden: int, dtype: torch.dtype = torch.float32) ->
     traced, again = (_trace(spec, hidden, dtype, rows) for rows in (FEW, MANY))
     if (traced.graph.nodes, traced.graph.products, traced.new) != (again.graph.nodes, again.graph.products, again.new):
         raise NotTraced(
-            "the step computes something else each time it is run (random numbers, a counter), or for other numbers of "
-            "rows: hand in what changes as a per_step input"
+            "the step computes something else each time it is run (random numbers, a counter), or for another "
+            "number of rows: hand in what changes as a per_step input"
         )
     return make_program(
         spec.name,

@@ -188,12 +188,22 @@ def test_what_could_change_unseen_is_refused_by_name() -> None:
 
 
 def test_a_step_that_is_another_each_time() -> None:
+    """A number that torch itself changes, and one that is imported inside."""
+
     def step(a: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        torch.set_printoptions(precision=torch._tensor_str.PRINT_OPTS.precision + 1)
+        return (a * torch._tensor_str.PRINT_OPTS.precision,)
+
+    def imported(a: Tensor, h: Tensor) -> tuple[Tensor, ...]:
         import random
 
         return (a * random.random(),)
 
-    assert "something else each time" in _reason(spec_of(step, 1, ("h",)))
+    try:
+        assert "something else each time" in _reason(spec_of(step, 1, ("h",)))
+    finally:
+        torch.set_printoptions(profile="default")
+    assert "imports random" in _reason(spec_of(imported, 1, ("h",)))
 
 
 # --- errors of the step's author -------------------------------------------------------------------------------------
@@ -299,3 +309,62 @@ def test_the_short_way_to_a_fingerprint_sees_what_the_long_one_sees() -> None:
     before = fingerprint(closed)
     scale = 2.0
     assert fingerprint(closed) != before
+
+
+class _Config:
+    scale = 1.0
+
+
+def _scale_of(config: type[_Config]) -> float:
+    return config.scale
+
+
+def _scaled(x: Tensor) -> Tensor:
+    return x * _scaled.scale  # type: ignore[attr-defined]
+
+
+_scaled.scale = 1.0  # type: ignore[attr-defined]
+
+
+def test_what_helpers_and_other_names_reach_is_seen() -> None:
+    """A class that is handed on, one under another name, an attribute of a function: another number, another key."""
+
+    def handed(a: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(a * _scale_of(_Config))
+
+    def named(a: Tensor, h: Tensor) -> Tensor:
+        config = _Config
+        return torch.tanh(a * config.scale)
+
+    def held(a: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(_scaled(a))
+
+    before = [fingerprint(step) for step in (handed, named, held)]
+    try:
+        _Config.scale = _scaled.scale = 2.0  # type: ignore[attr-defined]
+        after = [fingerprint(step) for step in (handed, named, held)]
+    finally:
+        _Config.scale = _scaled.scale = 1.0  # type: ignore[attr-defined]
+    assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_ways_around_a_name_are_refused() -> None:
+    def reached(a: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(a * getattr(_Config, "scale"))  # noqa: B009
+
+    def whole(a: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(a * globals()["_Config"].scale)
+
+    def asked(a: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(a) if torch.is_grad_enabled() else a
+
+    def counted(a: Tensor, h: Tensor) -> Tensor:
+        return a if a.shape[0] > 17 else torch.tanh(a)
+
+    for step, word in (
+        (reached, "getattr"),
+        (whole, "globals"),
+        (asked, "is_grad_enabled"),
+        (counted, "number of rows"),
+    ):
+        assert word in _reason(spec_of(step, 1, ("h",)))
