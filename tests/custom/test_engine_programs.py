@@ -161,15 +161,18 @@ def cases() -> Iterator[Case]:
 
 @pytest.mark.parametrize("case", some(cases(), 5), ids=lambda case: f"{str(case[0])[6:]}-{case[1]}-{case[2]}")
 def test_within_the_budget_of_float64(case: Case) -> None:
-    """At most twice the error of a loop of torch's operators in that dtype, as for the built-in layers."""
+    """At most twice the error of a loop of torch's operators in that dtype, as for the built-in layers. In float64, whose
+    truth rounds as the engine does, also of a loop whose input is off by a rounding: some cells amplify one by chance.
+    """
     dtype, name, how = case
     spec, loop = spec_of(CELLS[name]), torch.float32 if dtype == torch.float64 else dtype
     got, usual, truth = [], [], []
     for seed in range(3):
         t, o = layer_of(spec, seed, HOW[how])
-        got.append(by_engine(spec, t, o, dtype))
-        usual.append(by_step(spec, t, o, loop, dtype))
-        truth.append(by_step(spec, t, o, torch.float64, torch.float64))
+        near = t._replace(x=t.x * (1 + torch.finfo(loop).eps)) if dtype == torch.float64 else t
+        got += [by_engine(spec, t, o, dtype)] * 2
+        usual += [by_step(spec, v, o, loop, dtype) for v in (t, near)]
+        truth += [by_step(spec, t, o, torch.float64, torch.float64)] * 2
     assert complaints(pooled(got), pooled(usual), pooled(truth), dtype) == []
 
 
