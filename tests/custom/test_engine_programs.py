@@ -161,8 +161,10 @@ def cases() -> Iterator[Case]:
 
 @pytest.mark.parametrize("case", some(cases(), 5), ids=lambda case: f"{str(case[0])[6:]}-{case[1]}-{case[2]}")
 def test_within_the_budget_of_float64(case: Case) -> None:
-    """At most twice the error of a loop of torch's operators in that dtype, as for the built-in layers. In float64, whose
-    truth rounds as the engine does, also of a loop whose input is off by a rounding: some cells amplify one by chance.
+    """At most twice the error of a loop of torch's operators in that dtype, as for the built-in layers.
+
+    In float64 the truth rounds as the engine does: there a loop whose input is off by a rounding counts too, for some
+    cells amplify one by chance.
     """
     dtype, name, how = case
     spec, loop = spec_of(CELLS[name]), torch.float32 if dtype == torch.float64 else dtype
