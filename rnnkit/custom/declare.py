@@ -412,8 +412,8 @@ def _new_key(cell: Cell, step: Callable[..., Any]) -> str:
     given = ", ".join(f"{name}={_shown(v)}" for name, v in cell._changed().items())
     key = f"{cls.__module__}.{cls.__qualname__}" + (f"({given})" if given else "")
     closed = [c.cell_contents for c in step.__closure__ or ()]
-    said = (_words(step), [_words(v) for v in closed], [_words(v) for v in cell._options.values()])
-    said = (*said, getattr(cls, "gates", None), getattr(cls, "states", None))
+    shape = getattr(cls, "gates", None), getattr(cls, "states", None)
+    said = _words(step), [_words(v) for v in closed], [_words(v) for v in cell._options.values()], shape
     key += "@" + hashlib.sha256(repr(said).encode()).hexdigest()[:12]
     number = 1
     while key in _by_key:

@@ -101,7 +101,8 @@ def fingerprint(step: Callable[..., Any]) -> Hashable:
     kept = getattr(step, "__dict__", {})  # with the step itself, whose life it shares
     last = kept.get("_rnnkit_walk")
     if last is not None and last[0].unchanged():
-        return last[1]  # type: ignore[no-any-return]
+        found: Hashable = last[1]
+        return found
     walk = _Walk()
     found = _of(step, "step", walk)
     if walk.fixed and isinstance(step, types.FunctionType):
