@@ -78,6 +78,21 @@ def levels_of(g: Graph, roots: Iterable[int]) -> dict[int, int]:
     return levels
 
 
+def constant_value(g: Graph, n: int, hidden: int) -> float:
+    """Of a node that depends on constants alone."""
+    node = g.nodes[n]
+    if node.op == "const":
+        return float(node.data)  # type: ignore[arg-type]
+    if node.op == "stop":
+        return constant_value(g, node.args[0], hidden)
+    if node.op in ROW_SUMS:
+        return constant_value(g, node.args[0], hidden) * (hidden if node.op == "rowsum" else 1)
+    args = [torch.tensor(constant_value(g, x, hidden), dtype=torch.float64) for x in node.args]
+    if node.op == "where":
+        args[0] = args[0].bool()
+    return float(getattr(torch, node.op)(*args))
+
+
 class Schedule:
     """The spans of a graph, its registers and constants.
 
@@ -172,20 +187,6 @@ class Schedule:
         self.constants.append(value)
         return Spot("const", len(self.constants) - 1)
 
-    def value(self, n: int) -> float:
-        """Of a node that depends on constants alone."""
-        node = self.g.nodes[n]
-        if node.op == "const":
-            return float(node.data)  # type: ignore[arg-type]
-        if node.op == "stop":
-            return self.value(node.args[0])
-        if node.op in ROW_SUMS:
-            return self.value(node.args[0]) * (self.hidden if node.op == "rowsum" else 1)
-        args = [torch.tensor(self.value(x), dtype=torch.float64) for x in node.args]
-        if node.op == "where":
-            args[0] = args[0].bool()
-        return float(getattr(torch, node.op)(*args))
-
     def cross(self, n: int) -> Spot:
         row = self.g.kind(n) == ROW
         table = self.row_crossings if row else self.crossings
@@ -271,7 +272,7 @@ class _Emitter:
     def _node(self, n: int) -> None:
         node, kind = self.g.nodes[n], self.g.kind(n)
         if kind == CONST:
-            self.where[n] = self.s.constant(self.s.value(n))
+            self.where[n] = self.s.constant(constant_value(self.g, n, self.s.hidden))
         elif n in self.crossed:
             self.where[n] = self._loaded(self.s.cross(n))
         elif n in self.s.folded:

@@ -26,10 +26,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from .graph import CONST, ROW, ROW_SUMS, UNIT, CellProgram, Graph, Input
-from .spans import levels_of
+from .spans import constant_value, levels_of
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
@@ -259,7 +257,7 @@ class _Text:
 
     def name(self, n: int) -> str:
         """A value where it is used."""
-        return self._number(self.value(n)) if self.g.kind(n) == CONST else f"v{n}"
+        return self._number(constant_value(self.g, n, self.hidden)) if self.g.kind(n) == CONST else f"v{n}"
 
     def masked(self, n: int) -> str:
         """A value as an operand."""
@@ -268,20 +266,6 @@ class _Text:
     @staticmethod
     def _number(value: float) -> str:
         return f"tl.full((), {value!r}, F)" if math.isfinite(value) else f'tl.full((), float("{value!r}"), F)'
-
-    def value(self, n: int) -> float:
-        """Of a node that depends on constants alone."""
-        node = self.g.nodes[n]
-        if node.op == "const":
-            return float(node.data)  # type: ignore[arg-type]
-        if node.op in ROW_SUMS:
-            return self.value(node.args[0]) * (self.hidden if node.op == "rowsum" else 1)
-        if node.op == "stop":
-            return self.value(node.args[0])
-        args = [torch.tensor(self.value(x), dtype=torch.float64) for x in node.args]
-        if node.op == "where":
-            args[0] = args[0].bool()
-        return float(getattr(torch, node.op)(*args))
 
     def _value(self, n: int) -> str:
         """How a value is loaded or computed."""
@@ -311,7 +295,7 @@ class _Text:
         if node.op == "reciprocal":
             return f"1.0 / {a[0]}"
         if node.op == "pow":
-            return self._power(a[0], self.value(node.args[1]))
+            return self._power(a[0], constant_value(self.g, node.args[1], self.hidden))
         return f"{CALLED[node.op]}({', '.join(a)})"
 
     def _result(self, n: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import rnnkit
+from rnnkit.custom import check
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "custom-cells.md"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="a wheel carries no docs")
@@ -85,7 +86,6 @@ def test_it_is_raised(words: str) -> None:
 
 @pytest.mark.parametrize("words", WARNED)
 def test_it_is_warned_of_and_the_reference_runs(words: str) -> None:
-    check = pytest.importorskip("rnnkit.custom.check")
     layer = rnnkit.Custom(WARNED[words](), 2, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

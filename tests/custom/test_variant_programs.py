@@ -9,9 +9,8 @@ from more_cells import MORE
 from variant_cells import ORACLES
 
 import rnnkit
+from rnnkit.custom import check
 from rnnkit.custom.declare import ACTIVATIONS, spec_of
-
-check = pytest.importorskip("rnnkit.custom.check")
 
 
 @pytest.mark.parametrize("hidden", [5, 64])

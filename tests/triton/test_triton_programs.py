@@ -108,7 +108,7 @@ def test_a_constant_is_written_as_a_number() -> None:
     graph = program.forward.copy()
     graph.nodes = [Node("const", (), "os.abort()") if n.op == "input" else n for n in graph.nodes]
     with pytest.raises(ValueError, match="could not convert string to float"):
-        triton_source._Text(program, graph, (), (), ()).value(0)
+        triton_source.constant_value(graph, 0, program.hidden)
 
 
 # Compilation.
