@@ -50,6 +50,8 @@ class Product {
   A* result(int64_t block, int64_t position) const { return results_.row(block * rows_ + position); }
   A* operand(int64_t block, int64_t b) const { return operand_.row(b) + (p_.transposed ? block * H_ : 0); }
   int64_t operand_stride() const { return operand_.stride; }
+  // Whether a row of units has whole vectors of its own; else those of the next block follow it.
+  bool operand_padded() const { return !p_.transposed || p_.blocks == 1; }
 
   // The results of the slice's rows and units at step t.
   void multiply(TypedProgramScan& scan, const Thread& thread, int64_t t) const {

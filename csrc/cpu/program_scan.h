@@ -216,8 +216,7 @@ class TypedProgramScan final : public ProgramScan {
         return {crossings_[o.index].row(position), width_, true, true};
       case Place::operand: {
         const Product& product = products_[o.index];
-        return {product.operand(o.block, b), product.operand_stride(), true,
-                product.operand_stride() == width_};
+        return {product.operand(o.block, b), product.operand_stride(), true, product.operand_padded()};
       }
       case Place::d_unit:
         return {d_units_[o.index].row(b), width_, true, true};

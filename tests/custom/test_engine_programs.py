@@ -244,6 +244,16 @@ def test_gates_of_80_and_units_that_fill_no_vector() -> None:
         torch.testing.assert_close(got["y"].double(), right["y"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_that_share_a_vector(dtype: torch.dtype) -> None:
+    """All blocks of a product's operand in one vector, of every width that an engine has."""
+    for name, hidden in itertools.product(("LSTM", "MGU", "LayerNormGRU"), (2, 4, 8)):
+        spec, loop = spec_of(CELLS[name]), torch.float32 if dtype == torch.float64 else dtype
+        t, o = layer_of(spec, 5, {"hidden": hidden, "reset": True})
+        got, truth = by_engine(spec, t, o, dtype), by_step(spec, t, o, torch.float64, torch.float64)
+        assert complaints(pooled([got]), pooled([by_step(spec, t, o, loop, dtype)]), pooled([truth]), dtype) == []
+
+
 def replaced(t: CellInputs, x: Tensor) -> CellInputs:
     return t._replace(x=x, w_ih=torch.ones_like(t.w_ih) / t.x.shape[2])  # type: ignore[arg-type]
 
