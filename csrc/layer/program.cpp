@@ -140,8 +140,10 @@ void ProgramLayer::check() {
   dtype = dtype_of(x);
   const ScalarType type = x.scalar_type();
   RNNKIT_CHECK(x.dim() == 3, "x must be [T, B, I], got ", shown(x.sizes()));
-  RNNKIT_CHECK(states[0].has_value() && states[0]->dim() == 2, "a state must be [B, H]");
-  T = x.size(0), B = x.size(1), I = x.size(2), H = states[0]->size(1), G = header.gates;
+  T = x.size(0), B = x.size(1), I = x.size(2), G = header.gates;
+  RNNKIT_CHECK(G >= 1, "a cell must have gates");
+  RNNKIT_CHECK(!w_ih.has_value() || w_ih->dim() == 2, "w_ih must be [G·H, I]");
+  H = (w_ih.has_value() ? w_ih->size(0) : I) / G;
   RNNKIT_CHECK(heads >= 1 && H % heads == 0, "H = ", H, " must be a multiple of heads = ", heads);
   RNNKIT_CHECK(B < (int64_t{1} << 31), "B must be below 2^31, got ", B);
   rnnkit::check(x, "x", type, {T, B, w_ih.has_value() ? I : G * H});
@@ -150,10 +152,7 @@ void ProgramLayer::check() {
   expect(b_hh, "b_hh", type, {G * H});
   expect(lengths, "lengths", ScalarType::Long, {B});
   expect(reset, "reset", ScalarType::Bool, {T, B});
-  for (OptionalTensor& v : states) {
-    RNNKIT_CHECK(v.has_value(), "every state must be given");
-    expect(v, "a state", type, {B, H});
-  }
+  for (OptionalTensor& v : states) expect(v, "a state", type, {B, H});
   for (OptionalTensor& v : reset_states) expect(v, "a state at a reset", type, {B, H});
   for (size_t k = 0; k < weights.size(); ++k) {
     RNNKIT_CHECK(weights[k].has_value(), "every weight must be given");
@@ -201,10 +200,10 @@ ProgramProblem ProgramLayer::problem() {
     Tensor sum = zeros({G * H}, opmath_type(dtype));
     const auto add = [&](auto one, const OptionalTensor& bias, int64_t blocks) {
       using A = decltype(one);
-      const Tensor from = opmath(bias);
-      for (int64_t j = 0; j < G * H; ++j) {
-        if (blocks >> (j / H) & 1)
-          static_cast<A*>(sum.mutable_data_ptr())[j] += static_cast<const A*>(from.const_data_ptr())[j];
+      A* const to = static_cast<A*>(sum.mutable_data_ptr());
+      const A* const from = static_cast<const A*>(opmath(bias).const_data_ptr());
+      for (int64_t k = 0; k < G; ++k) {
+        for (int64_t j = k * H; (blocks >> k & 1) && j < (k + 1) * H; ++j) to[j] += from[j];
       }
     };
     const auto add_both = [&](auto one) {
@@ -280,7 +279,7 @@ ProgramForward::ProgramForward(ProgramLayer& in, int64_t most)
     : in_(in), projection_(std::make_unique<ProgramProjection>(in, most)) {
   ProgramProblem q = in.problem();
   for (int64_t s = 0; s < in.header.states; ++s) {
-    states.push_back(empty({in.B, in.H}, opmath_type(in.dtype)));
+    states.push_back(empty({1, in.B, in.H}, opmath_type(in.dtype)));
     q.states.push_back(states.back().mutable_data_ptr());
   }
   scan_ = engine().program(q);
@@ -327,10 +326,9 @@ std::vector<OptionalTensor> program_forward(std::string_view program, int64_t he
     for (const Tensor& v : scan.states) last.push_back(is_half(in.dtype) ? torch::stable::to(v, type) : v);
   } else {
     for (const OptionalTensor& v : in.states) {
-      last.push_back(empty({B, H}, type));
-      const auto bytes = v->numel() * static_cast<int64_t>(v->element_size());
-      std::copy_n(static_cast<const char*>(v->const_data_ptr()), bytes,
-                  static_cast<char*>(last.back()->mutable_data_ptr()));
+      const Tensor wide_state = empty({1, B, H}, wide);
+      in.copy_state(v, wide_state);
+      last.push_back(is_half(in.dtype) ? torch::stable::to(wide_state, type) : wide_state);
     }
   }
   std::vector<OptionalTensor> out{after[0]};

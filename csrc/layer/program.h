@@ -46,11 +46,11 @@ struct ProgramHeader {
 };
 
 // tensors: x [T, B, I], or [T, B, G H] projected already where w_ih is missing; w_ih, b_ih, b_hh, lengths,
-// reset; the states before [B, H]; those at a reset or none of them; the weights, the parameters per unit,
-// the inputs of each step ([T, B, H] or [T, B], in any strides but the last).
+// reset; the states before [B, H], none for zeros; those at a reset or none of them; the weights, the
+// parameters per unit, the inputs of each step ([T, B, H] or [T, B], in any strides but the last).
 //
-// Gives y, the states after the last step, all states but the first after each step (in the compute type) or
-// none, the first in that type or none, what is saved per unit [K, T, B, H] and per row [K, T, B].
+// Gives y, the states after the last step [1, B, H], all states but the first after each step (in the compute
+// type) or none, the first in that type or none, what is saved per unit [K, T, B, H] and per row [K, T, B].
 std::vector<OptionalTensor> program_forward(std::string_view program, int64_t heads, int64_t reverse,
                                             int64_t keep_states, const std::vector<OptionalTensor>& tensors);
 

@@ -44,7 +44,7 @@ Given read(const ProgramLayer& in, const std::vector<OptionalTensor>& tensors) {
     if (gy->stride(2) != 1 && gy->stride(2) != 0) gy = torch::stable::contiguous(*gy);
   }
   g.every.push_back(gy);
-  for (int64_t s = 0; s < n; ++s) g.last.push_back(take(type, {B, H}, "the gradient of a state"));
+  for (int64_t s = 0; s < n; ++s) g.last.push_back(take(type, {1, B, H}, "the gradient of a state"));
   for (int64_t s = 1; s < n; ++s) g.every.push_back(take(type, {T, B, H}, "the gradient of a state"));
   for (int64_t s = 0; s < n; ++s)
     RNNKIT_CHECK(!in.header.needs[s] || g.after[s].has_value(), "state ", s, " must be given");
@@ -132,7 +132,7 @@ class ProgramBackward {
     q.backward = true;
     for (int64_t s = 0; s < n_; ++s) {
       q.states.push_back(dh_[s].mutable_data_ptr());
-      q.first.push_back(in_.opmath(in_.states[s]).const_data_ptr());
+      q.first.push_back(in_.states[s].has_value() ? in_.opmath(in_.states[s]).const_data_ptr() : nullptr);
       q.after.push_back(after(s, 0));
       const OptionalTensor& g = g_.every[s];
       q.grads.push_back(pointer(g));
@@ -251,7 +251,7 @@ class ProgramBackward {
         } else if (masks.resets_before(t, b, in_.reverse)) {
           rows[r] = reset == nullptr ? nullptr : at(reset, b * H_, bytes);
         } else if (t == start) {
-          rows[r] = at(first, b * H_, bytes);
+          rows[r] = first == nullptr ? nullptr : at(first, b * H_, bytes);
         } else {
           rows[r] = at(after, ((in_.reverse ? t + 1 : t - 1) * B_ + b) * H_, bytes);
         }

@@ -41,6 +41,8 @@ class CellBackend(Protocol):
     """What runs a layer. `plan` is a CellProgram, of the reference a CellSpec."""
 
     name: str
+    takes_none_states: bool
+    """Whether states may be None, for zeros."""
 
     def unsupported(self, program: Any, device: str, dtype: torch.dtype, o: CellOptions) -> list[str]:
         """Reasons against a layer; `program` None asks what can be said before the step has been looked at."""

@@ -13,7 +13,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -224,6 +224,8 @@ class CellSpec:
     draws: bool
     enters: bool
     projects: bool
+    met: dict[tuple[int, torch.dtype], Any] = field(default_factory=dict, repr=False)
+    """What was found last of a hidden size and dtype: rnnkit/custom/check.py."""
 
     @property
     def recurrent(self) -> bool:

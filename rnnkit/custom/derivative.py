@@ -48,7 +48,7 @@ def vjp(
         before = scan.scan(spec, t, o)[2]
     gy = None if grads.y is None else grads.y.to(wide)
     g_all = [None if g is None else g.to(wide) for g in grads.all]
-    carried = [torch.zeros_like(v) if g is None else g.to(wide) for v, g in zip(t.states, grads.last, strict=True)]
+    carried = [torch.zeros_like(v) if g is None else g[0].to(wide) for v, g in zip(t.states, grads.last, strict=True)]
 
     grad_of = functools.partial(_live, again=again)
     weights = [grad_of(dense(w, o.heads)) for w in t.weights]

@@ -11,7 +11,7 @@ import enum
 import functools
 import operator
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -113,6 +113,16 @@ def fingerprint(step: Callable[..., Any]) -> Hashable:
 def of_value(value: Any, name: str) -> Hashable:
     """Of an option's value."""
     return _of(value, name, _Walk())
+
+
+def walks(step: Callable[..., Any], options: Mapping[str, Any]) -> tuple[_Walk, ...] | None:
+    """While all of these are `unchanged()`, the step and its options have the fingerprints that they have now; None
+    where only another fingerprint could tell."""
+    found = []
+    for name, value in (("step", step), *options.items()):
+        found.append(_Walk())
+        _of(value, name, found[-1])
+    return tuple(found) if all(walk.fixed for walk in found) else None
 
 
 def _of(value: Any, name: str, walk: _Walk) -> Hashable:

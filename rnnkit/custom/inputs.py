@@ -28,8 +28,8 @@ class CellInputs(NamedTuple):
 
     x: Tensor
     """[T, B, I], or gx [T, B, G·H] where w_ih is None."""
-    states: tuple[Tensor, ...]
-    """[B, H] each, before the first step."""
+    states: tuple[Tensor | None, ...]
+    """[B, H] each, before the first step; None is zeros, for backends that take it (`takes_none_states`)."""
     w_ih: Tensor | None
     """[G·H, I]"""
     b_ih: Tensor | None
@@ -73,7 +73,7 @@ class CellInputs(NamedTuple):
 
         return CellInputs(
             self.x.to(dtype),
-            each(self.states),
+            tuple([cast(v) for v in self.states]),
             cast(self.w_ih),
             cast(self.b_ih),
             cast(self.b_hh),
@@ -84,6 +84,14 @@ class CellInputs(NamedTuple):
             self.reset,
             each(self.reset_states),
         )
+
+
+    def with_zero_states(self, hidden: int) -> CellInputs:
+        """Where states are None, zeros instead."""
+        if all(v is not None for v in self.states):
+            return self
+        zeros = self.x.new_zeros((self.x.shape[1], hidden))
+        return self._replace(states=tuple([zeros if v is None else v for v in self.states]))
 
 
 def parts(spec: CellSpec, flat: Sequence[V]) -> tuple:
@@ -102,7 +110,7 @@ def unflat(spec: CellSpec, flat: Sequence[Tensor | None]) -> CellInputs:
 
 
 class CellOutputs(NamedTuple):
-    """y [T, B, H]; each state after the last step [B, H]; with all_states those after every step [T, B, H], of all but
+    """y [T, B, H]; each state after the last step [1, B, H]; with all_states those after every step [T, B, H], of all but
     the first state, which y is. Where it stands for gradients, any may be None."""
 
     y: Tensor

@@ -140,7 +140,7 @@ def _gradients(spec: CellSpec, hidden: int, device: str) -> CellOutputs:
         return torch.randn(shape, generator=random).to(device)
 
     every = [draw(_STEPS, _ROWS, hidden) for _ in range(n)]
-    return CellOutputs(every[0], tuple(draw(_ROWS, hidden) for _ in range(n)), tuple(every[1:]))
+    return CellOutputs(every[0], tuple(draw(1, _ROWS, hidden) for _ in range(n)), tuple(every[1:]))
 
 
 def _cast(v: CellOutputs, dtype: torch.dtype) -> CellOutputs:

@@ -47,22 +47,25 @@ def _run(spec: CellSpec, hidden: int, t: CellInputs, o: CellOptions, backend: st
     plain = _plain_eager(*flat) and not t.x.is_meta
     train = torch.is_grad_enabled() and any_requires_grad(flat)
     if not plain:
+        t = t.with_zero_states(hidden)
         name = choose.choose_by_key(spec.key, hidden, device, dtype, *o, backend)
         return _traced(spec, name, t, o, train)
     chosen = choose.choose(spec, Asked(hidden, device, dtype, o), backend)
     report(spec, hidden, t, o, backend, chosen.name, train)
-    return _direct(spec, chosen, t, o, train)
+    return _direct(spec, hidden, chosen, t, o, train)
 
 
-def _direct(spec: CellSpec, chosen: Choice, t: CellInputs, o: CellOptions, train: bool) -> CellOutputs:
+def _direct(spec: CellSpec, hidden: int, chosen: Choice, t: CellInputs, o: CellOptions, train: bool) -> CellOutputs:
     """The backend itself on plain tensors, below an autograd function when a gradient is wanted."""
+    if not chosen.backend.takes_none_states:
+        t = t.with_zero_states(hidden)
     if not train:
         if recording():
             return _as_row(spec, chosen, t, o)
         return chosen.backend.forward(chosen.plan, t, o, False)[0]
     if chosen.name == "reference" and t.lengths is None and t.reset is None:
         return _formulas(spec, t, o)
-    found = named(CellFunction, spec.name).apply((spec, chosen, o), *t.flat())
+    found = named(CellFunction, spec.name).apply((spec, hidden, chosen, o), *t.flat())
     return outputs_of(spec, o, found)
 
 
@@ -98,8 +101,8 @@ class CellFunction(torch.autograd.Function):
     """A backend's forward and backward as one node of torch's graph. Takes `CellInputs.flat()`."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[CellSpec, Choice, CellOptions], *flat: Tensor | None) -> tuple[Tensor, ...]:
-        spec, chosen, o = ctx.how = how
+    def forward(ctx: Any, how: tuple[CellSpec, int, Choice, CellOptions], *flat: Tensor | None) -> tuple[Tensor, ...]:
+        spec, _, chosen, o = ctx.how = how
         (y, last, every), saved = chosen.backend.forward(chosen.plan, unflat(spec, flat), o, True)
         ctx.version_guard = None
         save_for_backward(ctx, flat, y, saved, guard=True)
@@ -109,7 +112,7 @@ class CellFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of `how` (none) and of the tensors, from those of the outputs."""
-        spec, chosen, o = ctx.how
+        spec, hidden, chosen, o = ctx.how
         kept = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
         needs = list(ctx.needs_input_grad[1:])
         if all(g is None for g in grads):
@@ -118,7 +121,7 @@ class CellFunction(torch.autograd.Function):
         given = outputs_of(spec, o, grads)  # type: ignore[arg-type]
         with no_autocast(t.x.device.type):
             if is_differentiated(grads):
-                return (None, *derivative.differentiable_backward(spec, t, o, given, needs))
+                return (None, *derivative.differentiable_backward(spec, t.with_zero_states(hidden), o, given, needs))
             if was_changed(ctx):  # make y again
                 (y, _, _), saved = chosen.backend.forward(chosen.plan, t, o, True)
             return (None, *chosen.backend.backward(chosen.plan, t, o, y, saved, given, needs))

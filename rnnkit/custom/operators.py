@@ -101,7 +101,7 @@ def _fake_forward(cell: str, backend: str, *rest: Any) -> list[Tensor]:
     t = unflat(spec, _spread(there, tensors))
     state = t.states[0].shape
     every = [t.x.new_empty((t.x.shape[0], *state)) for _ in spec.states[1:] if o.all_states]
-    found = [t.x.new_empty((t.x.shape[0], *state)), *(t.x.new_empty(state) for _ in spec.states), *every]
+    found = [t.x.new_empty((t.x.shape[0], *state)), *(t.x.new_empty((1, *state)) for _ in spec.states), *every]
     if _keeps(backend, train):
         chosen = _choice(spec, backend, t, o)
         found += [t.x.new_empty(size, dtype=dtype) for size, dtype in chosen.backend.saved_shapes(chosen.plan, t, o)]  # type: ignore[attr-defined]

@@ -102,8 +102,6 @@ def complete(
 ) -> tuple[Tensor, ...]:
     """The inputs of layer and direction k in the spec's order, [T, B, H] or [T, B], in x's dtype: what the call gave,
     and what the cell draws."""
-    if not spec.steps:
-        return ()
     steps, rows = x.shape[:2]
     drawn: Mapping[str, Tensor] = {}
     if len(given) < len(spec.steps):

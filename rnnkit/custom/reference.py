@@ -14,6 +14,7 @@ from .inputs import CellInputs, CellOptions, CellOutputs
 from .scan import outputs_in, scan, stack
 
 name = "reference"
+takes_none_states = False
 
 
 def unsupported(*_: object) -> list[str]:

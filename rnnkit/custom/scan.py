@@ -135,7 +135,7 @@ def stack(values: Sequence[Tensor], like: Tensor) -> Tensor:
 def outputs_in(t: CellInputs, o: CellOptions, after: list[list[Tensor]], last: list[Tensor]) -> CellOutputs:
     dtype = t.x.dtype
     y, *others = [stack(v, t.states[0]).to(dtype) for v in after[: None if o.all_states else 1]]
-    return CellOutputs(y, tuple([v.to(dtype) for v in last]), tuple(others))
+    return CellOutputs(y, tuple([torch.stack([v]).to(dtype) for v in last]), tuple(others))
 
 
 def outputs(spec: CellSpec, t: CellInputs, o: CellOptions) -> CellOutputs:

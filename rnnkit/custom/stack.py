@@ -21,6 +21,9 @@ from .inputs import CellInputs, CellOptions, CellOutputs
 from .per_step import Given, complete, per_step
 
 
+_NONE = (None,)
+
+
 class Piece(NamedTuple):
     """What a layer has in one direction, as `CellInputs` names it."""
 
@@ -73,13 +76,11 @@ def run(
     lengths = _lengths(layout, s.batch_first, lengths)
     if reset is not None:
         reset = checks.reset_of(layout.reset_mask(reset), layout.steps, layout.rows, x.device)
-    given = per_step(spec, layout, values, count, s.hidden)
+    given = per_step(spec, layout, values, count, s.hidden) if values or spec.steps else {}
     for k, piece in enumerate(pieces):  # before the first random number is drawn
         _expect_piece(spec, s, piece, k)
-    states = [v for some in (first, again) if some is not None for v in some]
-    _expect_alike(spec, x, pieces, states, given)
+    _expect_alike(spec, x, pieces, [*(first or ()), *(again or ())], given)
 
-    zeros = x.new_zeros((layout.rows, s.hidden)) if first is None else x
     call = _Call(cell, spec, s, training, lengths, reset, return_all_states, given)
     last: list[tuple[Tensor, ...]] = []
     every: list[tuple[Tensor, ...]] = []
@@ -87,7 +88,7 @@ def run(
         ys = []
         for d in range(s.directions):
             i = k * s.directions + d
-            start = (zeros,) * len(spec.states) if first is None else tuple([v[i] for v in first])
+            start = _NONE * len(spec.states) if first is None else tuple([v[i] for v in first])
             cut = () if again is None else tuple([v[i] for v in again])
             found = _direction(call, pieces[i], i, d == 1, x, start, cut)
             ys.append(found.y)
@@ -97,7 +98,7 @@ def run(
         x = ys[0] if s.directions == 1 else torch.cat(ys, -1)
         if s.dropout and training and k < s.layers - 1:
             x = layout.dropout(x, s.dropout)
-    finals = [layout.states_to_caller(v) for v in _stacked(last)]
+    finals = [layout.states_to_caller(v[0] if count == 1 else torch.cat(v)) for v in zip(*last, strict=True)]
     result = layout.output(x), _some(finals)
     if not return_all_states:
         return result
@@ -118,11 +119,11 @@ class _Call(NamedTuple):
 
 
 def _direction(
-    call: _Call, piece: Piece, i: int, reverse: bool, x: Tensor, start: tuple[Tensor, ...], cut: tuple[Tensor, ...]
+    call: _Call, piece: Piece, i: int, reverse: bool, x: Tensor, start: tuple[Tensor | None, ...], cut: tuple[Tensor, ...]
 ) -> CellOutputs:
     """Layer and direction number i: what the cell makes of its input, then the layer."""
     cell, spec, s, training, lengths, reset, all_states, given = call
-    steps = complete(cell, spec, given, i, training, x, s.hidden)
+    steps = complete(cell, spec, given, i, training, x, s.hidden) if spec.steps else ()
     w_ih: Tensor | None = piece.w_ih
     b_ih = piece.b_ih
     if spec.enters:
@@ -247,9 +248,6 @@ def _say_unlike(spec: CellSpec, x: Tensor, pieces: Sequence[Piece], states: Sequ
 
 def _stacked(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
     """Of every layer and direction, state by state."""
-    untracked = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    if untracked and len(parts) == 1:  # a view would refuse detach_() elsewhere
-        return [v[None] for v in parts[0]]
     return [torch.stack(some) for some in zip(*parts, strict=True)]
 
 

@@ -39,6 +39,8 @@ class Spec(Protocol):
 
     @property
     def options(self) -> Mapping[str, Any]: ...
+    @property
+    def met(self) -> dict[tuple[int, torch.dtype], Any]: ...
 
 
 _EDGES = (0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 1e-3, -1e-3, 2.0)

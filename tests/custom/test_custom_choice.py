@@ -33,7 +33,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, reasons: list[str]) -> list[str]:
     """The reference in the place of `cpu`; what it was asked."""
     asked: list[str] = []
     fake: Any = ModuleType("fake")
-    fake.name = "cpu"
+    fake.name, fake.takes_none_states = "cpu", False
 
     def unsupported(program: Any, *_: Any) -> list[str]:
         asked.append("before" if program is None else "program")

@@ -24,6 +24,7 @@ class StepSpec:
     weights: tuple[tuple[str, int], ...] = ()
     steps: tuple[tuple[str, str, bool], ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    met: dict[tuple[int, torch.dtype], Any] = field(default_factory=dict, compare=False)
 
 
 CELLS: dict[str, StepSpec] = {}

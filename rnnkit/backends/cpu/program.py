@@ -17,6 +17,7 @@ from ...custom.program import B_HH, B_IH, ProgramKey, backward_words, forward_wo
 from . import extension
 
 name = "cpu"
+takes_none_states = True
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST = 62
 _HALF = (torch.bfloat16, torch.float16)

@@ -30,6 +30,7 @@ from . import backend
 from .products import multiplies, multiply, outer
 
 name = "triton"
+takes_none_states = False
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_UNITS = 4096
 TILE = 256
@@ -322,7 +323,7 @@ def forward(
         scan.enter(_entering(scan, [None] * len(after), steps - 1 if o.reverse else 0) if steps else t.states)
         for t0, t1 in parts:
             scan.range(_project(scan, t0, t1), after, saved, t0, t1)
-        last = tuple([v.to(dtype) for v in scan.states])
+        last = tuple([torch.stack([v]).to(dtype) for v in scan.states])
         others = tuple([v.to(dtype) for v in after[1:] if v is not None]) if o.all_states else ()
     states = [v for v, wanted in zip(after, kept, strict=True) if wanted and v is not None]
     return CellOutputs(y, last, others), (*states, *(v for v in saved if v is not None)) if train else ()
@@ -343,7 +344,7 @@ class _BackwardScan(_Scan):
         arriving = [grads.y, *(grads.all or [None] * (len(p.states) - 1))]
         last = [None if g is None else g.to(self.wide) for g in grads.last or [None] * len(p.states)]
         self.d = [
-            self.zeros(self.rows, h) if g is None else g.clone(memory_format=torch.contiguous_format) for g in last
+            self.zeros(self.rows, h) if g is None else g[0].clone(memory_format=torch.contiguous_format) for g in last
         ]
         self.d_reset = [self.zeros(self.rows, h) if t.reset is not None else None for _ in p.states]
         self.d_units = self.zeros(self.rows, len(p.units) * h)
