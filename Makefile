@@ -36,8 +36,9 @@ test: .venv/installed ## the tests, without the slow ones (test-all has them)
 test-all: .venv/installed ## every test, the long matrices too
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
+# PART="--part 1/3": a third of it.
 test-long: .venv/installed ## what test leaves to test-all
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m long
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m long $(PART)
 
 # Where the extension is not built: what a layer is and computes, by the reference.
 test-reference: .venv/installed ## numbers, lengths, resets, states and errors, without the extension

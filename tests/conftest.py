@@ -9,6 +9,7 @@ hundred.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 
 os.environ["RNNKIT_FILL_NEW_MEMORY"] = "1"  # read when the extension first makes a tensor
@@ -22,6 +23,20 @@ from hypothesis import settings
 
 settings.register_profile("rnnkit", derandomize=True, deadline=None, database=None, print_blob=False)
 settings.load_profile("rnnkit")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", metavar="K/N", help="one of N parts of the tests, by a digest of a name")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = map(int, config.getoption("--part").split("/"))
+    if parts > 1:
+        every: list[list[pytest.Item]] = [[] for _ in range(parts)]
+        for item in items:
+            every[zlib.crc32(item.nodeid.encode()) % parts].append(item)
+        items[:] = every.pop(part - 1)
+        config.hook.pytest_deselected(items=[item for other in every for item in other])
 
 
 @pytest.fixture(autouse=True)

@@ -28,8 +28,8 @@ class CellInputs(NamedTuple):
 
     x: Tensor
     """[T, B, I], or gx [T, B, G·H] where w_ih is None."""
-    states: tuple[Tensor | None, ...]
-    """[B, H] each, before the first step; None is zeros, for backends that take it (`takes_none_states`)."""
+    states: tuple[Tensor, ...]
+    """[B, H] each, before the first step; or None, which is zeros, for backends that take it (`takes_none_states`)."""
     w_ih: Tensor | None
     """[G·H, I]"""
     b_ih: Tensor | None
@@ -73,7 +73,7 @@ class CellInputs(NamedTuple):
 
         return CellInputs(
             self.x.to(dtype),
-            tuple([cast(v) for v in self.states]),
+            tuple([cast(v) for v in self.states]),  # type: ignore[misc]
             cast(self.w_ih),
             cast(self.b_ih),
             cast(self.b_hh),
@@ -84,7 +84,6 @@ class CellInputs(NamedTuple):
             self.reset,
             each(self.reset_states),
         )
-
 
     def with_zero_states(self, hidden: int) -> CellInputs:
         """Where states are None, zeros instead."""
@@ -110,8 +109,8 @@ def unflat(spec: CellSpec, flat: Sequence[Tensor | None]) -> CellInputs:
 
 
 class CellOutputs(NamedTuple):
-    """y [T, B, H]; each state after the last step [1, B, H]; with all_states those after every step [T, B, H], of all but
-    the first state, which y is. Where it stands for gradients, any may be None."""
+    """y [T, B, H]; each state after the last step [1, B, H]; with all_states those after every step [T, B, H], of all
+    but the first state, which y is. Where it stands for gradients, any may be None."""
 
     y: Tensor
     last: tuple[Tensor, ...]

@@ -20,8 +20,7 @@ from .declare import Cell, CellSpec
 from .inputs import CellInputs, CellOptions, CellOutputs
 from .per_step import Given, complete, per_step
 
-
-_NONE = (None,)
+_NONE: tuple[Any] = (None,)
 
 
 class Piece(NamedTuple):
@@ -119,7 +118,13 @@ class _Call(NamedTuple):
 
 
 def _direction(
-    call: _Call, piece: Piece, i: int, reverse: bool, x: Tensor, start: tuple[Tensor | None, ...], cut: tuple[Tensor, ...]
+    call: _Call,
+    piece: Piece,
+    i: int,
+    reverse: bool,
+    x: Tensor,
+    start: tuple[Tensor, ...],
+    cut: tuple[Tensor, ...],
 ) -> CellOutputs:
     """Layer and direction number i: what the cell makes of its input, then the layer."""
     cell, spec, s, training, lengths, reset, all_states, given = call

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import some
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.fx.experimental import _config as shapes
@@ -145,7 +146,7 @@ def test_training_through_compile_follows_eager() -> None:
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["no_grad", "train"])
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("make", some(LAYERS.values(), 3), ids=LAYERS)
 def test_at_most_two_compilations(make: Callable[[], nn.Module], train: bool) -> None:
     """Lengths of changing values, resets, and a changing T."""
     module = make()
@@ -178,7 +179,7 @@ def test_a_single_step_has_a_graph_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["no_grad", "train"])
-@pytest.mark.parametrize("order", [(4, 6, 9, 1), (1, 4, 6, 9), (4, 1, 6, 9)], ids=str)
+@pytest.mark.parametrize("order", some([(4, 6, 9, 1), (1, 4, 6, 9), (4, 1, 6, 9)], 3), ids=str)
 def test_graphs_of_four_lengths_with_a_single_step_among_them(order: tuple[int, ...], train: bool) -> None:
     """torch.compile settles at the graph's inputs what a size is, before a layer sees them: the first is a constant,
     the second makes it a symbol of 2 or more, and 1 is a constant of its own. So by itself three graphs, but two where

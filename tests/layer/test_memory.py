@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support import some
 from torch import nn
 
 import rnnkit
@@ -65,7 +66,7 @@ print(kib("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which Linux has")
-@pytest.mark.parametrize("shape", [("RNN", 4, 50), ("GRU", 1, 1), ("GRU", 1, 4), ("GRU", 4, 50)], ids=str)
+@pytest.mark.parametrize("shape", some([("GRU", 4, 50), ("GRU", 1, 4), ("RNN", 4, 50), ("GRU", 1, 1)], 2), ids=str)
 def test_wide_layers_with_their_packed_weights(shape: tuple[str, int, int]) -> None:
     """H = 1024 and few rows: the weights are most of the memory, and packing them must not double it."""
 

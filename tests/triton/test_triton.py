@@ -40,7 +40,7 @@ def interpreted(*arguments: str, **given: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("which", ["budget", "not budget"])
+@pytest.mark.parametrize("which", ["budget", pytest.param("not budget", marks=pytest.mark.long)])
 def test_kernels_in_the_interpreter(which: str) -> None:
     interpreted(str(TESTS / "triton" / "interpreted" / "test_kernels.py"), "-k", which, "-m", "not long")
 
@@ -58,6 +58,7 @@ def test_inside_torch_in_the_interpreter() -> None:
 
 
 @needs_triton
+@pytest.mark.long
 def test_recompute_in_the_interpreter() -> None:
     # a relu RNN has no gates to make again; in bfloat16 one rounding moves its kink
     chosen = "triton and held or half_types and ranges3 and bfloat16 and not relu"
@@ -80,7 +81,7 @@ def test_what_gpu_check_asks_in_the_interpreter() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("regime", ["", "step"])
+@pytest.mark.parametrize("regime", ["", pytest.param("step", marks=pytest.mark.long)])
 def test_no_steps_no_rows_and_chunks_in_the_interpreter(regime: str) -> None:
     chosen = "triton and (chunks or no_steps or left_out)"
     interpreted(
