@@ -19,6 +19,7 @@ from ..cells import compute_dtype
 from . import scan
 from .declare import CellSpec
 from .inputs import CellInputs, CellOptions, CellOutputs, unflat
+from .trial import tiled
 
 _STEPS, _ROWS, _INPUTS = 3, 3, 4
 _LARGE = 1 << 20
@@ -98,7 +99,7 @@ def _inputs(spec: CellSpec, hidden: int, heads: int, device: str) -> CellInputs:
         tuple(draw(_ROWS, hidden).abs() for _ in spec.states),
         draw(rows, _INPUTS, over=_INPUTS),
         *bias,
-        tuple(draw(blocks * hidden, hidden // heads, over=hidden // heads) for _, blocks in spec.weights),
+        tuple(tiled(draw, blocks * hidden, hidden // heads) for _, blocks in spec.weights),
         tuple(draw(hidden) for _ in spec.units),
         tuple(draw(_STEPS, _ROWS, *([] if kind == "row" else [hidden])).abs() for _, kind, _ in spec.steps),
         torch.tensor([_STEPS, 1, _STEPS - 1], device=device),
@@ -156,7 +157,9 @@ def _by_reference(spec: CellSpec, t: CellInputs, o: CellOptions, grads: CellOutp
     g = _cast(grads, t.x.dtype)
     wanted = [v for v, need in zip(flat, needs, strict=True) if v is not None and need]
     pairs = [(v, d) for v, d in zip(outputs, (g.y, *g.last, *g.all), strict=True) if v.requires_grad]
-    found = torch.autograd.grad([v for v, _ in pairs], wanted, [d for _, d in pairs], allow_unused=True)
+    # one number to differentiate: with gradients handed in, torch imports sympy, a second of the first call
+    total = sum((v * d).sum() for v, d in pairs)
+    found = torch.autograd.grad(total, wanted, allow_unused=True) if pairs else [None] * len(wanted)
     gradients = [torch.zeros_like(v) if d is None else d for v, d in zip(wanted, found, strict=True)]
     return [v.detach() for v in outputs] + gradients
 

@@ -53,6 +53,13 @@ AT_EDGES = 2
 """Which of `points` is at edges."""
 
 
+def tiled(normal: Callable[..., Tensor], rows: int, columns: int) -> Tensor:
+    """A weight of about 1/√columns, of copies of a block of at most 512 x 512: drawing all of it would take longest."""
+    near = normal(min(rows, 512), min(columns, 512)) / columns**0.5
+    down, across = -(-rows // near.shape[0]), -(-columns // near.shape[1])
+    return near if down == across == 1 else near.repeat(down, across)[:rows, :columns].contiguous()
+
+
 def points(spec: Spec, hidden: int, dtype: torch.dtype = torch.float64) -> Iterator[dict[str, Tensor]]:
     """Inputs of one step to try a cell at, by name: near, at the edges (with equals), far out. The same ones always,
     and torch's generator is left alone."""
@@ -68,11 +75,7 @@ def points(spec: Spec, hidden: int, dtype: torch.dtype = torch.float64) -> Itera
 
         return draw
 
-    weights = {}
-    for name, blocks in spec.weights:
-        near = normal(min(blocks * hidden, 512), min(hidden, 512)) / hidden**0.5
-        wide = near.repeat(-(-blocks * hidden // near.shape[0]), -(-hidden // near.shape[1]))
-        weights[name] = wide[: blocks * hidden, :hidden].contiguous().to(dtype)
+    weights = {name: tiled(normal, blocks * hidden, hidden).to(dtype) for name, blocks in spec.weights}
 
     kinds: tuple[tuple[int, Callable[..., Tensor]], ...] = (
         (5, normal),
