@@ -66,13 +66,16 @@ ProgramLayer::ProgramLayer(std::string_view program, int64_t heads_, bool revers
   auto next = tensors.begin();
   RNNKIT_CHECK(next->has_value(), "x must be given");
   x = **next++;
-  w_ih = *next++, b_ih = *next++, b_hh = *next++, lengths = *next++, reset = *next++;
   const auto take = [&](int64_t n, std::vector<OptionalTensor>& into) {
     into.assign(next, next + n);
     next += n;
   };
-  take(header.states, states), take(header.states, reset_states), take(header.weights, weights);
-  take(header.units, units), take(static_cast<int64_t>(header.row_steps.size()), steps);
+  take(header.states, states);
+  w_ih = *next++, b_ih = *next++, b_hh = *next++;
+  take(header.weights, weights), take(header.units, units);
+  take(static_cast<int64_t>(header.row_steps.size()), steps);
+  lengths = *next++, reset = *next++;
+  take(header.states, reset_states);
   check();
   check_places(backward);
 }

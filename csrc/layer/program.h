@@ -45,9 +45,10 @@ struct ProgramHeader {
   std::vector<int64_t> padded;  // see ProgramScan::run
 };
 
-// tensors: x [T, B, I], or [T, B, G H] projected already where w_ih is missing; w_ih, b_ih, b_hh, lengths,
-// reset; the states before [B, H], none for zeros; those at a reset or none of them; the weights, the
-// parameters per unit, the inputs of each step ([T, B, H] or [T, B], in any strides but the last).
+// tensors, in the order of CellInputs: x [T, B, I], or [T, B, G H] projected already where w_ih is missing;
+// the states before [B, H], none for zeros; w_ih, b_ih, b_hh; the weights, the parameters per unit, the
+// inputs of each step ([T, B, H] or [T, B], in any strides but the last); lengths, reset; the states at a
+// reset or none.
 //
 // Gives y, the states after the last step [1, B, H], all states but the first after each step (in the compute
 // type) or none, the first in that type or none, what is saved per unit [K, T, B, H] and per row [K, T, B].

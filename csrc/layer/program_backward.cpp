@@ -95,13 +95,16 @@ class ProgramBackward {
 
  private:
   bool wanted(size_t k) const { return needs_[k] != 0; }
-  size_t weight_at(size_t k) const { return 6 + 2 * static_cast<size_t>(n_) + k; }
+  // Where the forward's tensors stand: x first, then the states.
+  size_t projection_at(size_t k) const { return 1 + static_cast<size_t>(n_) + k; }  // w_ih, b_ih, b_hh
+  size_t weight_at(size_t k) const { return projection_at(3) + k; }
   size_t unit_at(size_t k) const { return weight_at(in_.weights.size()) + k; }
   size_t step_at(size_t k) const { return unit_at(in_.units.size()) + k; }
+  size_t reset_at(size_t k) const { return step_at(in_.steps.size()) + 2 + k; }  // behind lengths and reset
 
   void allocate() {
     if (wanted(0)) dx_ = zeros_where(T_ == 0 || B_ == 0 || H_ == 0, {T_, B_, in_.x.size(2)}, type_);
-    if (in_.w_ih.has_value() && wanted(1)) dw_ih_ = zeros({width_, in_.I}, wide_);
+    if (in_.w_ih.has_value() && wanted(projection_at(0))) dw_ih_ = zeros({width_, in_.I}, wide_);
     if (in_.b_ih.has_value()) db_ih_ = zeros({width_}, wide_);
     if (in_.b_hh.has_value()) db_hh_ = zeros({width_}, wide_);
     for (size_t k = 0; k < in_.weights.size(); ++k)
@@ -141,8 +144,8 @@ class ProgramBackward {
       q.d_resets.push_back(dr_[s].mutable_data_ptr());
     }
     q.wants_initial_grads = false;  // where nobody asks, the last step's product is left out
-    for (size_t k = 6; k < 6 + 2 * static_cast<size_t>(n_); ++k)
-      q.wants_initial_grads = q.wants_initial_grads || wanted(k);
+    for (size_t s = 0; s < static_cast<size_t>(n_); ++s)
+      q.wants_initial_grads = q.wants_initial_grads || wanted(1 + s) || wanted(reset_at(s));
     for (size_t k = 0; k < in_.header.unit_sources.size(); ++k) {
       const ProgramHeader::Unit& u = in_.header.unit_sources[k];
       q.d_units.push_back(u.bias ? nullptr : du_[u.index].mutable_data_ptr());
@@ -353,15 +356,15 @@ class ProgramBackward {
       if (wanted(k) && v.has_value()) out[k] = narrow(*v);
     };
     if (wanted(0)) out[0] = dx_;
-    give(1, dw_ih_), give(2, db_ih_);
-    if (bias_is_db_ih_ && wanted(3)) {
+    give(projection_at(0), dw_ih_), give(projection_at(1), db_ih_);
+    if (bias_is_db_ih_ && wanted(projection_at(2))) {
       const Tensor copy = empty({width_}, wide_);
       std::copy_n(static_cast<const char*>(db_ih_->const_data_ptr()), width_ * opmath_bytes(in_.dtype),
                   static_cast<char*>(copy.mutable_data_ptr()));
       db_hh_ = copy;
     }
-    give(3, db_hh_);
-    for (size_t s = 0; s < static_cast<size_t>(n_); ++s) give(6 + s, dh_[s]), give(6 + n_ + s, dr_[s]);
+    give(projection_at(2), db_hh_);
+    for (size_t s = 0; s < static_cast<size_t>(n_); ++s) give(1 + s, dh_[s]), give(reset_at(s), dr_[s]);
     for (size_t k = 0; k < dw_.size(); ++k) give(weight_at(k), dw_[k]);
     for (size_t k = 0; k < du_.size(); ++k) give(unit_at(k), du_[k]);
     for (size_t k = 0; k < dsteps_.size(); ++k) {

@@ -68,9 +68,7 @@ def saved_shapes(p: CellProgram, t: CellInputs, o: CellOptions) -> list[tuple[tu
 
 
 def _tensors(p: CellProgram, t: CellInputs) -> tuple[Tensor | None, ...]:
-    again = t.reset_states or (None,) * len(p.states)
-    front = (t.x, t.w_ih, t.b_ih, t.b_hh, t.lengths, t.reset)
-    return (*front, *t.states, *again, *t.weights, *t.units, *t.steps)
+    return t.flat() if t.reset_states else (*t.flat(), *(None,) * len(p.states))
 
 
 def _biases(t: CellInputs) -> int:
@@ -103,30 +101,18 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients in the flat order of `t`, None where they are not needed."""
-    n = len(p.states)
     kept = iter(saved)
     first = next(kept) if _keeps_first(p, t.x.dtype, o) else None
     states = [next(kept) if wanted else None for wanted in _kept(p, o)]
     blocks = [None if o.recompute or not some else next(kept) for some in (p.saved, p.saved_rows)]
     key = ProgramKey(p)
-    every = grads.all or (None,) * (n - 1)
-    a, b, c = 1 + n, 1 + n + 3, len(needs) - n * bool(t.reset_states)
-    resets = needs[c:] if t.reset_states else (False,) * n
-    ordered = [needs[0], *needs[a:b], False, False, *needs[1:a], *resets, *needs[b : c - 2]]
+    tensors, every = _tensors(p, t), grads.all or (None,) * (len(p.states) - 1)
     found = extension.native.program_backward(  # type: ignore[union-attr]
         backward_words(key, t.x.dtype in _HALF),
         forward_words(key, True, _biases(t)),
         o.heads,
         int(o.reverse),
-        bytes(ordered),
-        (*_tensors(p, t), y, first, *states, *blocks, grads.y, *grads.last, *every),
+        bytes(needs).ljust(len(tensors), b"\0"),
+        (*tensors, y, first, *states, *blocks, grads.y, *grads.last, *every),
     )
-    x, weights, states_, again, rest = (
-        found[0],
-        found[1:4],
-        found[6 : 6 + n],
-        found[6 + n : 6 + 2 * n],
-        found[6 + 2 * n :],
-    )
-    given = [x, *states_, *weights, *rest, None, None, *(again if t.reset_states else ())]
-    return [g if need else None for g, need in zip(given, needs, strict=True)]
+    return list(found[: len(needs)])
