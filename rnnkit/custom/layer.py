@@ -65,7 +65,7 @@ def _direct(spec: CellSpec, hidden: int, chosen: Choice, t: CellInputs, o: CellO
         return chosen.backend.forward(chosen.plan, t, o, False)[0]
     if chosen.name == "reference" and t.lengths is None and t.reset is None:
         return _formulas(spec, t, o)
-    found = named(CellFunction, spec.name).apply((spec, hidden, chosen, o), *t.flat())
+    found = named(CellFunction, spec.name).apply((spec, hidden, chosen, o), t, *t.flat())
     return outputs_of(spec, o, found)
 
 
@@ -98,12 +98,14 @@ def _traced(spec: CellSpec, backend: str, t: CellInputs, o: CellOptions, train: 
 
 
 class CellFunction(torch.autograd.Function):
-    """A backend's forward and backward as one node of torch's graph. Takes `CellInputs.flat()`."""
+    """A backend's forward and backward as one node of torch's graph. Takes `CellInputs`, then the same flat."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[CellSpec, int, Choice, CellOptions], *flat: Tensor | None) -> tuple[Tensor, ...]:
-        spec, _, chosen, o = ctx.how = how
-        (y, last, every), saved = chosen.backend.forward(chosen.plan, unflat(spec, flat), o, True)
+    def forward(
+        ctx: Any, how: tuple[CellSpec, int, Choice, CellOptions], t: CellInputs, *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        _, _, chosen, o = ctx.how = how
+        (y, last, every), saved = chosen.backend.forward(chosen.plan, t, o, True)
         ctx.version_guard = None
         save_for_backward(ctx, flat, y, saved, guard=True)
         ctx.set_materialize_grads(False)
@@ -111,17 +113,18 @@ class CellFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of `how` (none) and of the tensors, from those of the outputs."""
+        """Gradients of the tensors, from those of the outputs."""
         spec, hidden, chosen, o = ctx.how
         kept = ctx.saved_tensors  # once: hooks such as checkpoint's unpack at each access
-        needs = list(ctx.needs_input_grad[1:])
+        needs = list(ctx.needs_input_grad[2:])
         if all(g is None for g in grads):
-            return (None,) * (1 + len(needs))
+            return (None,) * (2 + len(needs))
         t, y, saved = unflat(spec, kept[: len(needs)]), kept[len(needs)], kept[len(needs) + 1 :]
         given = outputs_of(spec, o, grads)  # type: ignore[arg-type]
         with no_autocast(t.x.device.type):
             if is_differentiated(grads):
-                return (None, *derivative.differentiable_backward(spec, t.with_zero_states(hidden), o, given, needs))
+                live = t.with_zero_states(hidden)
+                return (None, None, *derivative.differentiable_backward(spec, live, o, given, needs))
             if was_changed(ctx):  # make y again
                 (y, _, _), saved = chosen.backend.forward(chosen.plan, t, o, True)
-            return (None, *chosen.backend.backward(chosen.plan, t, o, y, saved, given, needs))
+            return (None, None, *chosen.backend.backward(chosen.plan, t, o, y, saved, given, needs))
