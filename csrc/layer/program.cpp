@@ -1,6 +1,9 @@
 // A layer of a cell that a user wrote: its tensors are looked at, x is projected in chunks of time and
 // scanned.
 
+#include <string>
+#include <unordered_map>
+
 #include "program_layer.h"
 
 namespace rnnkit {
@@ -44,22 +47,44 @@ ProgramHeader read_header(const int64_t*& at, const int64_t* end) {
   return h;
 }
 
-}  // namespace
-
-ProgramLayer::ProgramLayer(std::string_view program, int64_t heads_, bool reverse_, bool backward,
-                           const std::vector<OptionalTensor>& tensors)
-    : heads(heads_), reverse(reverse_) {
+ReadProgram read_program(std::string_view program) {
   RNNKIT_CHECK(program.size() % sizeof(int64_t) == 0, "a program must be whole words, got ", program.size(),
                " bytes");
-  words_.resize(program.size() / sizeof(int64_t));
-  std::copy_n(program.data(), program.size(), reinterpret_cast<char*>(words_.data()));
-  const int64_t *from = words_.data(), *end = from + words_.size();
-  header = read_header(from, end);
-  code = Program::read(from, static_cast<size_t>(end - from));
+  std::vector<int64_t> words(program.size() / sizeof(int64_t));
+  std::copy_n(program.data(), program.size(), reinterpret_cast<char*>(words.data()));
+  const int64_t *from = words.data(), *end = from + words.size();
+  ReadProgram read;
+  ProgramHeader& header = read.header = read_header(from, end);
+  const Program& code = read.code = Program::read(from, static_cast<size_t>(end - from));
   RNNKIT_CHECK(code.states == header.states && code.weights == header.weights &&
                    code.units == static_cast<int64_t>(header.unit_sources.size()) &&
                    code.biases == static_cast<int64_t>(header.bias_sources.size()),
                "a program must fit its header");
+  return read;
+}
+
+// Read once by a thread: to read the words takes longer than some steps of a small layer.
+std::shared_ptr<const ReadProgram> known_program(std::string_view program) {
+  constexpr size_t most = 256;
+  thread_local std::unordered_map<std::string, std::shared_ptr<const ReadProgram>> known;
+  std::string words(program);
+  const auto found = known.find(words);
+  if (found != known.end()) return found->second;
+  auto read = std::make_shared<const ReadProgram>(read_program(program));
+  if (known.size() >= most) known.clear();
+  known.emplace(std::move(words), read);
+  return read;
+}
+
+}  // namespace
+
+ProgramLayer::ProgramLayer(std::string_view program, int64_t heads_, bool reverse_, bool backward,
+                           const std::vector<OptionalTensor>& tensors)
+    : read_(known_program(program)),
+      header(read_->header),
+      code(read_->code),
+      heads(heads_),
+      reverse(reverse_) {
   const size_t count = 6 + 2 * header.states + header.weights + header.units + header.row_steps.size();
   RNNKIT_CHECK(tensors.size() >= count, "there must be ", count, " tensors, got ", tensors.size());
   inputs = count;

@@ -10,8 +10,16 @@
 
 namespace rnnkit {
 
+struct ReadProgram {
+  ProgramHeader header;
+  Program code;
+};
+
 // A layer's tensors, checked, and its program.
-struct ProgramLayer {
+class ProgramLayer {
+  std::shared_ptr<const ReadProgram> read_;
+
+ public:
   // backward: which of both kinds the program shall be.
   ProgramLayer(std::string_view program, int64_t heads, bool reverse, bool backward,
                const std::vector<OptionalTensor>& tensors);
@@ -36,8 +44,8 @@ struct ProgramLayer {
   }
   Tensor opmath(const OptionalTensor& v);
 
-  ProgramHeader header;
-  Program code;
+  const ProgramHeader& header;
+  const Program& code;
   int64_t heads;
   bool reverse;
   size_t inputs;  // tensors of the forward
@@ -52,7 +60,6 @@ struct ProgramLayer {
   // That the program reads and writes what is there: each place of its kind, rows where rows stand,
   // neighbours that lie side by side.
   void check_places(bool backward) const;
-  std::vector<int64_t> words_;
   std::vector<Tensor> held_;
 };
 
