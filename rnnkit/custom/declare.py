@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import undeclared
+
 Init = Callable[[Tensor], Any] | float | None
 """A function of torch.nn.init's kind, which fills a tensor in place, or a number; None: uniform as torch's layers."""
 
@@ -390,13 +392,7 @@ def _arguments(
         if argument.name not in known:
             if isinstance(declared.get(argument.name), Module):
                 raise TypeError(f"{name}.step names {argument.name}, a module; only `project` is handed modules")
-            way = f"rnnkit.option({argument.default!r})" if argument.default is not argument.empty else (
-                "rnnkit.per_unit(), rnnkit.weight(blocks), rnnkit.per_step() or rnnkit.option(default)"
-            )  # fmt: skip
-            raise TypeError(
-                f"{name}.step names {argument.name!r}, which is neither a, gx, gh nor a state ({', '.join(states)}), "
-                f"and is not declared: write {argument.name} = {way} in the class"
-            )
+            raise TypeError(undeclared(name, argument, states))
     if "a" not in found and "gx" not in found:
         raise TypeError(f"{name}.step must name a (= gx + gh) or gx, or it never sees the input")
     for n, v in declared.items():

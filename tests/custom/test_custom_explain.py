@@ -68,7 +68,15 @@ def test_a_custom_layer_is_explained() -> None:
     assert set(found.reasons) == {"triton", "reference", "torch", "cuda"} and all(found.reasons.values())
     assert "auto asks cpu first" in found.reasons["reference"][0]
     text = str(rnnkit.explain(rnnkit.Custom(PeepholeLSTM, 5, 7), X))
-    for words in ("→ cpu", "PeepholeLSTM T=3 B=2 I=5 H=7 float32 on cpu", "1 product", "2 barriers", "bytes a step", "passed in", "that of the kernel in"):
+    for words in (
+        "→ cpu",
+        "PeepholeLSTM T=3 B=2 I=5 H=7 float32 on cpu",
+        "1 product",
+        "2 barriers",
+        "bytes a step",
+        "passed in",
+        "that of the kernel in",
+    ):
         assert words in text
     by_reference = only(rnnkit.Custom(PeepholeLSTM, 5, 7, backend="reference"), X)
     assert by_reference.kernel_check_seconds == 0 and by_reference.check_seconds == found.check_seconds
