@@ -32,7 +32,7 @@ settings.load_profile("rnnkit")
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say of which seed steps were drawn, where some were."""
     ran = [r for some in ("passed", "failed") for r in terminalreporter.stats.get(some, [])]
-    if any("test_custom_drawn_steps.py" in r.nodeid for r in ran):
+    if any(r.nodeid.partition("::")[0].endswith("test_custom_drawn_steps.py") for r in ran):
         terminalreporter.write_line(f"steps were drawn with RNNKIT_DRAWN_SEED={os.environ['RNNKIT_DRAWN_SEED']}")
 
 
