@@ -2,8 +2,8 @@
 
 Hypothesis draws a thousand, from a seed that is another in each run, and makes one that fails as small as it can be.
 The seed stands in the error and at the end of the run; RNNKIT_DRAWN_SEED draws the same ones again, RNNKIT_DRAWN more
-of them. That is safe: what is drawn is well-conditioned, so that the budget holds whatever the seed. Fifty runs of a
-thousand had no failure.
+of them. That is safe: arguments are held where functions are finite, so the budget holds whatever the seed. Forty runs
+of a thousand had no failure.
 """
 
 from __future__ import annotations
