@@ -58,8 +58,24 @@ def nearest(x):
 
 @triton.jit
 def power(x, exponent):
-    """NaN of a negative number. Whole exponents are multiplied out by the generator."""
+    """NaN of a negative number."""
     return tl.exp(exponent * tl.log(x))
+
+
+@triton.jit
+def even_power(x, exponent):
+    return power(tl.abs(x), exponent)
+
+
+@triton.jit
+def odd_power(x, exponent):
+    size = power(tl.abs(x), exponent)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def square(x):
+    return x * x
 
 
 @triton.jit

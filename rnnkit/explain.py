@@ -86,7 +86,7 @@ class Explanation:
         """{"layers": [{"name", "layer", "problem", "asked", "backend", "reasons", ...}, ...], "note"}, as in `Choice`.
 
         `reasons` is {backend: [...]} of those that were not chosen. A custom layer, as in `CustomChoice`, also has
-        "program", "refused" and "check_seconds".
+        "program", "refused", "check_seconds" and "kernel_check_seconds".
         """
         return {"layers": [choice.to_dict() for choice in self.choices], "note": NOTE}
 

@@ -1,5 +1,8 @@
 """What holds for every test: memory that nobody wrote is poison, one thread, fixed seeds, rnnkit's own times.
 
+One seed is another in each run, that of the steps which `test_custom_drawn_steps.py` draws. It is printed at the end,
+and RNNKIT_DRAWN_SEED repeats it.
+
 With deterministic algorithms on, torch itself fills what `empty`, `new_empty` and `empty_like` return, NaN for
 floating dtypes and the largest value for integers. The extension, which asks torch below that, does so by a variable
 of the environment. A kernel that forgets an element, or reads one too early, gives NaN in every run and not one in a
@@ -9,12 +12,14 @@ hundred.
 from __future__ import annotations
 
 import os
+import random
 import zlib
 from collections.abc import Iterator
 
 os.environ["RNNKIT_FILL_NEW_MEMORY"] = "1"  # read when the extension first makes a tensor
 os.environ["RNNKIT_CPU_THREADS"] = "64"  # work is split among as many threads as a test asks for, on any machine
 os.environ["RNNKIT_TUNED"] = "0"  # no table that `python -m rnnkit tune` made of this machine
+os.environ.setdefault("RNNKIT_DRAWN_SEED", str(random.SystemRandom().randrange(10**6)))  # workers have it from here
 
 import pytest
 import torch
@@ -37,6 +42,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             every[zlib.crc32(item.nodeid.encode()) % parts].append(item)
         items[:] = every.pop(part - 1)
         config.hook.pytest_deselected(items=[item for other in every for item in other])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say of which seed steps were drawn, where some were."""
+    ran = [r for some in ("passed", "failed") for r in terminalreporter.stats.get(some, [])]
+    if any(r.nodeid.partition("::")[0].endswith("test_custom_drawn_steps.py") for r in ran):
+        terminalreporter.write_line(f"steps were drawn with RNNKIT_DRAWN_SEED={os.environ['RNNKIT_DRAWN_SEED']}")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rnnkit.custom import functions as f
-from rnnkit.custom.errors import NotTraced, StepError
+from rnnkit.custom.errors import NO_GRAD, NotTraced, StepError
 from rnnkit.custom.functions import primitive
 from rnnkit.custom.over_rows import DTYPE, ROWS, own_dtype
 from rnnkit.custom.term import Term
@@ -357,6 +357,8 @@ def call(t: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     name = _ALIASES.get(name, name)
     if name in _ASKED:
         return func(*args, **kwargs)
+    if name == "_set_grad_enabled":
+        raise NotTraced(NO_GRAD)
     if name.startswith("__i") and name not in ("__iter__", "__invert__", "__index__", "__int__"):
         raise NotTraced(f"{name}, which changes a tensor in place: write x = x + y, not x += y")
     if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -86,6 +86,9 @@ def check_program(spec: Spec, program: CellProgram, dtype: torch.dtype = torch.f
         shape = given[spec.states[0]].shape
         d_new = [torch.randn(shape, generator=random, dtype=torch.float64) for _ in spec.states]
         tried = try_step(spec, given, names, d_new, wide)
+        different = None if number else _rows_that_matter(spec, given, tried.new, wide)
+        if different:
+            return different
         with torch.no_grad():
             kept = evaluate.forward(program, given)
             have = evaluate.backward(program, given, kept, d_new, names)
@@ -112,6 +115,23 @@ def check_program(spec: Spec, program: CellProgram, dtype: torch.dtype = torch.f
     return None
 
 
+def _rows_that_matter(spec: Spec, given: Mapping[str, Tensor], new: Sequence[Tensor], wide: bool) -> str | None:
+    """What differs where the first row, or two, of a batch are the whole batch. A trace takes one row for no batch."""
+    own = {"gx", *spec.states, *(name for name, _, _ in spec.steps)}
+    for rows, words in ((1, "one row"), (2, "two rows")):
+        few = {name: x[:rows] if name in own else x for name, x in given.items()}
+        try:
+            with torch.no_grad():
+                alone = run_step(spec, few, wide)
+        except Exception as e:  # which the reference raises where such a batch comes
+            return f"for {words} the step raises {type(e).__name__}: {e}; {_ALIKE}"
+        for name, mine, other in zip(spec.states, alone, new, strict=True):
+            if bool(_wrong(mine, other[:rows], 0.0).any()):
+                return f"for {words} the step gives another state {name} than for more; {_ALIKE}"
+    return None
+
+
+_ALIKE = "the number of rows must not matter to a step"
 _SIDES = ((1e-13, 3e-14, 1e-14), (-1e-13, -3e-14, -1e-14))
 """How far around a point the step is tried where it and its program differ: both may be ill-conditioned there. At edges
 the better side counts: beyond a bound a derivative is another one, but on one side of it is as at the bound itself."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import keyword
+import numbers
 import threading
 import types
 import weakref
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .errors import undeclared
 
 Init = Callable[[Tensor], Any] | float | None
 """A function of torch.nn.init's kind, which fills a tensor in place, or a number; None: uniform as torch's layers."""
@@ -156,7 +159,8 @@ class Cell:
     gates: int
     states: tuple[str, ...]
     step: Callable[..., Any]
-    _specs: dict[Any, CellSpec]
+    _specs: weakref.WeakValueDictionary[Any, CellSpec]
+    _kept: dict[CellSpec, None]
     _options: dict[str, Any]
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
@@ -243,7 +247,11 @@ _RESERVED = {"a", "gx", "gh", "x", "w_ih", "w_hh", "b_ih", "b_hh", "saved", "sav
 _PARAMETERS = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
 _CELL = {"draw", "enter", "project", "step", "gates", "states"}
 _CALL = {"self", "input", "hx", "lengths", "reset", "reset_state", "return_all_states"}
+_KEPT = 512
+"""Specs that a class keeps alive. Options may be made anew at each call, a lambda say, and older ones then go as soon
+as no layer has them."""
 _by_key: weakref.WeakValueDictionary[str, CellSpec] = weakref.WeakValueDictionary()
+_in_programs: set[CellSpec] = set()
 _lock = threading.Lock()
 
 
@@ -265,19 +273,28 @@ def spec_of(cell: object) -> CellSpec:
     """The cell's specification; the same object for the same class with the same options."""
     cell = cell_of(cell)
     step = _step_of(type(cell))
-    key = (step, *((name, type(v), v) for name, v in sorted(cell._options.items())))
+    key = (step, *((name, _told(v)) for name, v in sorted(cell._options.items())))
     try:
         hash(key)
     except TypeError:  # a list, say: known by itself alone
         key = (step, id(cell))
     with _lock:
-        found = type(cell).__dict__.get("_specs")
+        cls = type(cell)
+        if "_specs" not in cls.__dict__:
+            cls._specs, cls._kept = weakref.WeakValueDictionary(), {}  # which live as long as the class
+        found = cls._specs.get(key)
         if found is None:
-            found = type(cell)._specs = {}  # lives as long as the class
-        if key not in found:
-            spec = _read(cell, step)
-            found[key] = _by_key[spec.key] = spec
-        return found[key]
+            found = _read(cell, step)
+            cls._specs[key] = _by_key[found.key] = found
+            while len(cls._kept) >= _KEPT:
+                del cls._kept[next(iter(cls._kept))]
+            cls._kept[found] = None
+        return found
+
+
+def keep_for_programs(spec: CellSpec) -> None:
+    """Its key goes into a compiled or exported program, which may outlive every layer."""
+    _in_programs.add(spec)
 
 
 def spec_named(key: str) -> CellSpec:
@@ -377,13 +394,7 @@ def _arguments(
         if argument.name not in known:
             if isinstance(declared.get(argument.name), Module):
                 raise TypeError(f"{name}.step names {argument.name}, a module; only `project` is handed modules")
-            way = f"rnnkit.option({argument.default!r})" if argument.default is not argument.empty else (
-                "rnnkit.per_unit(), rnnkit.weight(blocks), rnnkit.per_step() or rnnkit.option(default)"
-            )  # fmt: skip
-            raise TypeError(
-                f"{name}.step names {argument.name!r}, which is neither a, gx, gh nor a state ({', '.join(states)}), "
-                f"and is not declared: write {argument.name} = {way} in the class"
-            )
+            raise TypeError(undeclared(name, argument, states))
     if "a" not in found and "gx" not in found:
         raise TypeError(f"{name}.step must name a (= gx + gh) or gx, or it never sees the input")
     for n, v in declared.items():
@@ -404,8 +415,17 @@ def _resolved(cell: str, name: str, value: Any, declared: Declared) -> Any:
     return value
 
 
+def _told(value: Any) -> Any:
+    """Equal only for what is the same to a step: -0.0 is not 0.0, and 1 neither 1.0 nor True, inside of a tuple too."""
+    if isinstance(value, numbers.Number):
+        return type(value), repr(value)
+    if isinstance(value, tuple):
+        return type(value), *map(_told, value)
+    return type(value), frozenset(map(_told, value)) if isinstance(value, frozenset) else value
+
+
 def _same(a: object, b: object) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, int | float | str) and a == b)
+    return a is b or (isinstance(a, int | float | str) and isinstance(b, int | float | str) and _told(a) == _told(b))
 
 
 def _new_key(cell: Cell, step: Callable[..., Any]) -> str:
@@ -431,7 +451,10 @@ def _words(value: Any) -> Any:
         code = value.__code__
         constants = [c.co_code.hex() if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
         return code.co_code.hex(), constants, code.co_names, code.co_varnames
-    plain = isinstance(value, bool | int | float | str | None)
+    if isinstance(value, tuple | frozenset):
+        words = [_words(v) for v in value]
+        return type(value).__qualname__, sorted(words, key=repr) if isinstance(value, frozenset) else words
+    plain = isinstance(value, numbers.Number | str | bytes | None)
     return type(value).__qualname__, repr(value) if plain else getattr(value, "__qualname__", "")
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..cells import compute_dtype
-from . import check, choose
+from . import check, choose, kernel_check
 from .choose import Asked
 from .declare import CellSpec
 from .inputs import CellInputs, CellOptions
@@ -113,6 +113,9 @@ class CustomChoice:
     """Why the step has no program: which operation, what to write instead."""
     check_seconds: float
     """What tracing, derivative and self-check took, once for this cell, H and type."""
+    kernel_check_seconds: float
+    """What it took to hold the kernel of `backend` against the step, once for the same and the number of heads; 0.0 of
+    the reference."""
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, the dtype by its name; `problem` has the sizes, as for the built-in layers."""
@@ -147,12 +150,13 @@ class CustomChoice:
             return [*found, f"    {'step':<10} has no program: {self.refused}"]
         kept = f"{_many(p.saved_blocks, 'block')} of H and {_many(p.saved_row_values, 'number')} per row"
         again = ", made again by recompute=True" if self.recompute else ""
+        kernel = f", that of the kernel in {self.kernel_check_seconds:.2f} s" if self.kernel_check_seconds else ""
         return [
             *found,
             f"    {'program':<10} forward {_said(p.forward)}",
             f"    {'':<10} backward {_said(p.backward)}",
             f"    {'saved':<10} beside the output {kept}: {p.saved_bytes} bytes a step in training{again}",
-            f"    {'self-check':<10} passed in {self.check_seconds:.2f} s, once for this cell, H and type",
+            f"    {'self-check':<10} passed in {self.check_seconds:.2f} s{kernel}, once for this cell, H and type",
         ]
 
 
@@ -177,9 +181,9 @@ def _many(count: int, of: str) -> str:
 
 
 def _said(c: Counts) -> str:
-    """ "23 instructions in 2 spans, 1 product, 0 sums over a row"."""
-    sums = f"{_many(c.row_sums, 'sum')} over a row"
-    return f"{_many(c.instructions, 'instruction')} in {_many(c.spans, 'span')}, {_many(c.products, 'product')}, {sums}"
+    """ "23 instructions, 1 product, 0 sums over a row, 2 barriers"."""
+    sums, barriers = f"{_many(c.row_sums, 'sum')} over a row", _many(c.barriers, "barrier")
+    return f"{_many(c.instructions, 'instruction')}, {_many(c.products, 'product')}, {sums}, {barriers}"
 
 
 def choice_of(met: Met, name: str, layer: int) -> CustomChoice:
@@ -208,6 +212,9 @@ def choice_of(met: Met, name: str, layer: int) -> CustomChoice:
         program=None if checked.program is None else _facts(checked.program, met),
         refused=checked.reason,
         check_seconds=checked.seconds,
+        kernel_check_seconds=kernel_check.seconds(
+            met.backend, checked.program, asked.device, asked.dtype, asked.o.heads
+        ),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkit.custom.errors import NotTraced
+from rnnkit.custom.errors import NO_GRAD, NotTraced
 
 _ROOTS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 _KNOWN_MODULES = ("torch", "math", "operator", "builtins", "typing", "functools", "collections", "numpy", "rnnkit")
@@ -162,6 +162,8 @@ def _of(value: Any, name: str, walk: _Walk) -> Hashable:
             f"the tensor {name} comes from outside the step: declare it (per_unit, weight, per_step) and take it as an "
             "argument"
         )
+    if type(value).__module__ == "torch.autograd.grad_mode":  # above a function that the step calls
+        raise NotTraced(NO_GRAD)
     raise NotTraced(
         f"{name} ({type(value).__name__}), which the step reads, could change unseen: use numbers, tuples or "
         "functions, or an option"
@@ -236,6 +238,8 @@ def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
         if isinstance(value, types.ModuleType) and _known(value.__name__):
             if value.__name__ == "numpy" and "random" in names:
                 raise NotTraced(f"the step draws random numbers ({dotted}): draw masks outside, per_step")
+            if "inference_mode" in names:
+                raise NotTraced(NO_GRAD)
             asked = _MODES.intersection(names)
             if asked:
                 raise NotTraced(f"the step asks torch for {asked.pop()}, which may be another at the next call")

@@ -1,16 +1,18 @@
 """A kernel held against the user's own step, in the kernel's dtype: the second half of the self-check.
 
 `check` holds a program against autograd in float64; here the backend that is to run it is tried on a short layer, with
-values and gradients. The measure is the reference in float64, the budget what the reference loses in the same dtype.
+values and gradients: as it is mostly used, and once more with the ways turned that a layer can turn. The measure is the
+reference in float64, the budget what the reference loses in the same dtype.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +32,32 @@ what is drawn is about 1, and terms may cancel."""
 _SIXTH = 1e-7
 """Of torch's own hardsigmoid, whose derivative in float64 holds a sixth of float32."""
 
+
+class _Ways(NamedTuple):
+    """How a layer is run."""
+
+    words: str
+    biases: bool
+    o: CellOptions
+
+
+_WAYS = (
+    _Ways("", True, CellOptions(all_states=True)),
+    _Ways(" in reverse, with recompute and without biases", False, CellOptions(True, True, True)),
+)
+
+
+class Held(NamedTuple):
+    """What was found of a kernel."""
+
+    program: Any
+    """Kept, so that no other takes its identity."""
+    wrong: str | None
+    seconds: float
+
+
 _KEPT = 512
-_found: dict[tuple[Any, ...], tuple[Any, str | None]] = {}  # with the program, so that no other takes its identity
+_found: dict[tuple[Any, ...], Held] = {}
 _lock = threading.RLock()
 
 
@@ -44,13 +70,20 @@ def mismatch(
         if key not in _found:
             while len(_found) >= _KEPT:
                 del _found[next(iter(_found))]
+            start = time.perf_counter()
             with ThreadPoolExecutor(1) as own:  # which no transform and no mode of the caller's reaches
                 try:
                     wrong = own.submit(_compare, name, backend, spec, program, device, dtype, heads).result()
                 except Exception as error:  # what the kernel raises is a reason to run another
                     wrong = f"its kernel on {name} raises {type(error).__name__}: {error}"
-            _found[key] = program, wrong
-        return _found[key][1]
+            _found[key] = Held(program, wrong, time.perf_counter() - start)
+        return _found[key].wrong
+
+
+def seconds(name: str, program: Any, device: str, dtype: torch.dtype, heads: int = 1) -> float:
+    """What `mismatch` took, the first time; 0.0 where no kernel was tried."""
+    held = _found.get((name, id(program), device, dtype, heads))
+    return 0.0 if held is None else held.seconds
 
 
 @contextlib.contextmanager
@@ -67,25 +100,33 @@ def _compare(
     name: str, backend: Any, spec: CellSpec, program: Any, device: str, dtype: torch.dtype, heads: int
 ) -> str | None:
     with _one_thread():
-        o = CellOptions(all_states=True, heads=heads)
-        given = _inputs(spec, program.hidden, heads, device)
-        t = given.to(dtype)
-        needs = _needs(spec, t)
-        grads = _gradients(spec, program.hidden, device)
-        exact = _by_reference(spec, t.to(torch.float64), o, grads, needs)
-        usual = _by_reference(spec, t.to(compute_dtype(dtype)), o, grads, needs)
-        outputs, saved = backend.forward(program, t, o, True)
-        found = backend.backward(program, t, o, outputs.y, saved, _cast(grads, dtype), needs)
-        got = [outputs.y, *outputs.last, *outputs.all, *(g for g in found if g is not None)]
-        for what, v, right, other in zip(_names(spec, needs), got, exact, usual, strict=True):
-            error, allowed = _distance(v, right), _LOSS * _distance(other.to(dtype), right)
-            allowed += max(_ROUNDINGS * torch.finfo(dtype).eps, _SIXTH) * max(1.0, _size(right))
-            if not error <= allowed:
-                return f"its kernel on {name} gives {what} off by {error:.1e}, where {allowed:.1e} is rounding"
+        for words, biases, o in _WAYS:
+            o = o._replace(heads=heads)
+            given = _inputs(spec, program.hidden, heads, device, biases)
+            wrong = _difference(backend, spec, program, given.to(dtype), o)
+            if wrong:
+                return f"its kernel on {name}{words} gives {wrong}"
     return None
 
 
-def _inputs(spec: CellSpec, hidden: int, heads: int, device: str) -> CellInputs:
+def _difference(backend: Any, spec: CellSpec, program: Any, t: CellInputs, o: CellOptions) -> str | None:
+    """The first of outputs and gradients that is off."""
+    dtype, needs = t.x.dtype, _needs(spec, t)
+    grads = _gradients(spec, program.hidden, t.x.device.type)
+    exact = _by_reference(spec, t.to(torch.float64), o, grads, needs)
+    usual = _by_reference(spec, t.to(compute_dtype(dtype)), o, grads, needs)
+    outputs, saved = backend.forward(program, t, o, True)
+    found = backend.backward(program, t, o, outputs.y, saved, _cast(grads, dtype), needs)
+    got = [outputs.y, *outputs.last, *outputs.all, *(g for g in found if g is not None)]
+    for what, v, right, other in zip(_names(spec, needs), got, exact, usual, strict=True):
+        error, allowed = _distance(v, right), _LOSS * _distance(other.to(dtype), right)
+        allowed += max(_ROUNDINGS * torch.finfo(dtype).eps, _SIXTH) * max(1.0, _size(right))
+        if not error <= allowed:
+            return f"{what} off by {error:.1e}, where {allowed:.1e} is rounding"
+    return None
+
+
+def _inputs(spec: CellSpec, hidden: int, heads: int, device: str, biases: bool) -> CellInputs:
     """Drawn alike every time; torch's own generator is left alone."""
     random = torch.Generator().manual_seed(2)
 
@@ -93,7 +134,7 @@ def _inputs(spec: CellSpec, hidden: int, heads: int, device: str) -> CellInputs:
         return (torch.randn(shape, generator=random) / over**0.5).to(device)
 
     rows = spec.gates * hidden
-    bias = (draw(rows), draw(rows) if spec.recurrent else None)
+    bias = (draw(rows) if biases else None, draw(rows) if biases and spec.recurrent else None)
     return CellInputs(
         draw(_STEPS, _ROWS, _INPUTS),
         tuple(draw(_ROWS, hidden).abs() for _ in spec.states),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..autocast import no_autocast
 from .choose import Asked, Choice, backend_named, choose
-from .declare import CellSpec, spec_named
+from .declare import CellSpec, keep_for_programs, spec_named
 from .derivative import differentiable_backward
 from .inputs import CellInputs, CellOptions, CellOutputs, count_outputs, outputs_of, unflat
 
@@ -98,6 +98,7 @@ _LIBRARY.impl("custom_backward", _backward, "CompositeExplicitAutograd")
 def _fake_forward(cell: str, backend: str, *rest: Any) -> list[Tensor]:
     *options, train, there, tensors = rest
     spec, o = spec_named(cell), CellOptions(*options)
+    keep_for_programs(spec)  # whoever asks for shapes alone makes one
     t = unflat(spec, _spread(there, tensors))
     state = t.states[0].shape
     every = [t.x.new_empty((t.x.shape[0], *state)) for _ in spec.states[1:] if o.all_states]

@@ -15,7 +15,8 @@ from .check import points, run_step
 from .declare import CellSpec
 from .errors import StepError
 
-_passed: set[tuple[CellSpec, int, torch.dtype]] = set()
+_KEPT = 512
+_passed: dict[tuple[CellSpec, int, torch.dtype], None] = {}
 
 
 def probe(spec: CellSpec, hidden: int, dtype: torch.dtype) -> None:
@@ -25,7 +26,9 @@ def probe(spec: CellSpec, hidden: int, dtype: torch.dtype) -> None:
         return
     with ThreadPoolExecutor(1) as own:  # which no transform and no mode of the caller's reaches
         own.submit(_try, spec, hidden, dtype).result()
-    _passed.add(key)
+    if len(_passed) >= _KEPT:
+        _passed.clear()
+    _passed[key] = None
 
 
 _TRIES = 3

@@ -361,12 +361,12 @@ class Counts(NamedTuple):
     """One step of a program in numbers."""
 
     instructions: int
-    spans: int
-    """Stretches of instructions between products."""
     products: int
     """With a weight of the recurrence, whatever its blocks."""
     row_sums: int
     """Sums and maxima over the units of a row."""
+    barriers: int
+    """Where the threads of the engine wait for one another: as a step begins, and behind each span."""
 
 
 def counts(p: CellProgram, biases: int, half: bool = False) -> tuple[Counts, Counts]:
@@ -376,7 +376,8 @@ def counts(p: CellProgram, biases: int, half: bool = False) -> tuple[Counts, Cou
 
 def _counted(w: _Words, schedule: Schedule) -> Counts:
     code = [i.op for span in schedule.spans for i in span.code]
-    return Counts(len(code), len(schedule.spans), len(w.products), sum(op in ("row_sum", "row_max") for op in code))
+    sums = sum(op in ("row_sum", "row_max") for op in code)
+    return Counts(len(code), len(w.products), sums, 1 + len(schedule.spans))
 
 
 class ProgramKey:

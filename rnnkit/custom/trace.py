@@ -271,10 +271,6 @@ def trace(
         given["gh"] = gh
         given["a"] = t.pointwise(lambda x, y: x + y, gx, gh)
     given["gx"] = gx
-    missing = [name for name in parameters if name not in given]
-    if missing:
-        known = ", ".join(["a", "gh", *given] if "a" not in given else given)
-        raise StepError(f"step takes {', '.join(missing)}, which the cell does not declare; it may take {known}")
     try:
         with t:
             out = step(**{name: given[name] for name in parameters})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rnnkit.custom.errors import StepError
+from rnnkit.custom.errors import StepError, undeclared
 from rnnkit.custom.graph import ROW
 from rnnkit.custom.trace import results
 
@@ -127,12 +127,9 @@ def run_step(spec: Spec, given: Mapping[str, Tensor], wide: bool = False) -> tup
         named["gh"] = torch.nn.functional.linear(given[spec.states[0]], given["w_hh"], given["b_hh"])
         named["a"] = given["gx"] + named["gh"]
     parameters = inspect.signature(spec.step).parameters
-    missing = [name for name in parameters if name not in named]
-    if missing:
-        raise StepError(
-            f"step takes {', '.join(missing)}, which the cell does not declare; it may take a, gx, gh, "
-            f"{', '.join(n for n in named if n not in ('a', 'gx', 'gh', 'b_hh', 'w_hh'))}"
-        )
+    for argument in parameters.values():
+        if argument.name not in named:
+            raise StepError(undeclared(spec.name, argument, spec.states))
     taken = {name: named[name] for name in parameters}
     before = {name: x._version for name, x in taken.items() if isinstance(x, Tensor)}
     with _Wide() if wide else contextlib.nullcontext():

@@ -41,8 +41,9 @@ import triton
 import triton.language as tl
 
 from rnnkit.kernels.pointwise import (
-    busy, carry, expm1, give_back, is_cut, length_of, log1p, maximum, minimum, nearest, power, previous, read,
-    read_product, read_row, read_units, relu, row_max, row_sum, rows, rsqrt, sigmoid, tanh, write, write_row,
+    busy, carry, even_power, expm1, give_back, is_cut, length_of, log1p, maximum, minimum, nearest, odd_power, power,
+    previous, read, read_product, read_row, read_units, relu, row_max, row_sum, rows, rsqrt, sigmoid, square, tanh,
+    write, write_row,
 )
 '''
 SIZES = ("t", "j", "more", "total", "reverse", "B")
@@ -108,6 +109,17 @@ def source_of(p: CellProgram) -> Source:
 
 def _or_zero(g: Graph, n: int | None) -> int:
     return g.const(0.0) if n is None else n
+
+
+_MULTIPLIED = 64
+"""The largest whole exponent of which the power is made of squares: each of them doubles the error."""
+
+
+def _multiplied(x: str, exponent: int) -> str:
+    if exponent == 1:
+        return x
+    half = f"square({_multiplied(x, exponent // 2)})"
+    return f"{half} * {x}" if exponent % 2 else half
 
 
 class _Text:
@@ -305,11 +317,12 @@ class _Text:
         return int(data[0]), int(data[1])
 
     def _power(self, x: str, exponent: float) -> str:
-        whole = exponent == int(exponent) and 1 <= abs(exponent) <= 16 if math.isfinite(exponent) else False
-        if not whole:
+        if not math.isfinite(exponent) or exponent != int(exponent):
             return f"power({x}, {self._number(exponent)})"
-        text = "(" + " * ".join([x] * int(abs(exponent))) + ")"
-        return text if exponent > 0 else f"1.0 / {text}"
+        if abs(exponent) > _MULTIPLIED:
+            return f"{'odd' if exponent % 2 else 'even'}_power({x}, {self._number(exponent)})"
+        text = _multiplied(x, int(abs(exponent)))
+        return text if exponent > 0 else f"1.0 / ({text})"
 
     def shared_leaf(self, x: Input) -> str | None:
         """Leaves of forward and backward alike."""

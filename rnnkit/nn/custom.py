@@ -89,7 +89,7 @@ class Custom(nn.Module):
         for k in range(num_layers):
             for suffix in ("", "_reverse")[: 1 + bidirectional]:
                 self._add(k, f"_l{k}{suffix}", device, dtype)
-        self.reset_parameters()
+        self._draw_parameters()  # modules come as their makers left them
 
     def _add(self, k: int, suffix: str, device: Any, dtype: torch.dtype | None) -> None:
         """The parameters of one layer and direction."""
@@ -114,7 +114,14 @@ class Custom(nn.Module):
         self._module_names.append({name: name + suffix for name in spec.modules})
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew: as the cell declares, else uniform in ±1/√H as torch's layers."""
+        """Draw the parameters anew: as the cell declares, else uniform in ±1/√H as torch's layers. Its modules do so
+        by their own `reset_parameters`; where one has none, those in it by theirs."""
+        self._draw_parameters()
+        for made in self.children():
+            _reset(made)
+
+    def _draw_parameters(self) -> None:
+        """Those of the layer itself."""
         bound = 1 / math.sqrt(self.hidden_size)
         for name, v in self._parameters.items():
             if v is not None:
@@ -198,6 +205,15 @@ class Custom(nn.Module):
             return_all_states,
             per_step,
         )
+
+
+def _reset(module: nn.Module) -> None:
+    again = getattr(module, "reset_parameters", None)
+    if callable(again):
+        again()
+        return
+    for child in module.children():
+        _reset(child)
 
 
 def _fill(v: Tensor, how: Init, bound: float) -> None:

@@ -100,7 +100,7 @@ class GRUDInputs(nn.Module):
         Args:
             x: [T, B, I], values; what is not observed may be anything, NaN too.
             observed: [T, B, I] bool.
-            gaps: [T, B, I], the time since each variable was seen; `time_gaps` makes them.
+            gaps: [T, B, I], the time since each variable was seen; `time_gaps` makes them, of the same reset.
             reset: [T, B] bool; where a sequence begins in mid-row, what was seen before it is forgotten.
 
         Returns:
@@ -119,31 +119,42 @@ class GRUDInputs(nn.Module):
         return torch.cat([inputs, seen.to(x.dtype)], -1), torch.exp(-torch.relu(self.hidden(gaps)))
 
 
-def time_gaps(times: Tensor, observed: Tensor, batch_first: bool = False) -> Tensor:
+def time_gaps(times: Tensor, observed: Tensor, batch_first: bool = False, *, reset: Tensor | None = None) -> Tensor:
     """The time since each variable was last seen before a step, 0 at the first; since the first, if it never was.
 
     Args:
         times: [T, B], when each step is; [B, T] with batch_first.
         observed: [T, B, I] bool.
         batch_first: as in the layer.
+        reset: [T, B] bool; where a sequence begins in mid-row, its first step has gaps of 0, and what was seen before
+            counts no more.
 
     Returns:
         gaps [T, B, I].
     """
+    if reset is not None and reset.shape != observed.shape[:2]:
+        lead = f"{'[B, T]' if batch_first else '[T, B]'} = {list(observed.shape[:2])}"
+        raise ValueError(f"reset must be {lead}, as observed is, got {list(reset.shape)}")
     time = 1 if batch_first else 0
     last = _last_seen(observed.bool(), None, time)
     before = last.narrow(time, 0, max(last.shape[time] - 1, 0))  # an observation at the step itself closes no gap
     before = torch.cat([before.new_full(observed.narrow(time, 0, min(1, last.shape[time])).shape, 0), before], time)
+    before = before.clamp(min=0) if reset is None else before.maximum(_begun(reset.bool().unsqueeze(-1), time))
     each = times.unsqueeze(-1).expand(observed.shape)
-    return each - each.gather(time, before.clamp(min=0))
+    return each - each.gather(time, before)
+
+
+def _steps(like: Tensor, time: int) -> Tensor:
+    """The number of each step, in dimension `time`."""
+    return torch.arange(like.shape[time], device=like.device).view([-1 if d == time else 1 for d in range(like.dim())])
+
+
+def _begun(reset: Tensor, time: int) -> Tensor:
+    """The step at which the sequence began that each step is in."""
+    return torch.where(reset, _steps(reset, time), 0).cummax(time).values
 
 
 def _last_seen(seen: Tensor, reset: Tensor | None, time: int) -> Tensor:
     """The step at which each variable was last seen, this one included; -1 where it never was, since the reset."""
-    shape = [-1 if d == time else 1 for d in range(seen.dim())]
-    step = torch.arange(seen.shape[time], device=seen.device).view(shape)
-    last = torch.where(seen, step, -1).cummax(time).values
-    if reset is None:
-        return last
-    start = torch.where(reset, step, 0).cummax(time).values
-    return torch.where(last >= start, last, -1)
+    last = torch.where(seen, _steps(seen, time), -1).cummax(time).values
+    return last if reset is None else torch.where(last >= _begun(reset, time), last, -1)

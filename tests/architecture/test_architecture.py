@@ -29,6 +29,7 @@ FLOORS: list[tuple[str, ...]] = [
         "rnnkit.backends.spec",
         "rnnkit.backends.cpu.extension",
         "rnnkit.backends.cuda.configs",
+        "rnnkit.custom.errors",
     ),
     ("rnnkit.backends.triton.configs", "rnnkit.backends.processor", "rnnkit.custom.graph", "rnnkit.custom.declare"),
     ("rnnkit.custom.inputs", "rnnkit.custom.spans"),

@@ -230,7 +230,9 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "shape": (lambda a, h, c: (a, c[:, :1]), StepError, r"step returned \[B, 1\] for the state c, which is \[B, 8\]"),
     "truths": (lambda a, h, c: (a, c > 0), StepError, r"step returned torch.bool for the state c"),
     "number": (lambda a, h, c: (a, 1.0), StepError, r"step returned float for the state c"),
-    "undeclared": (lambda a, h, c, k: (a, c), StepError, r"step takes k, which the cell does not declare; it may take"),
+    "undeclared": (
+        lambda a, h, c, k: (a, c), StepError,
+        r"\.step names 'k', which is neither a, gx, gh nor a state \(h, c\), and is not declared: write k ="),
     "in place": (_in_place, StepError, r"step changes its argument c in place: write a new value, as c = c \+ "),
     "part in place": (_in_place_of_a_part, StepError, r"step changes its argument a in place"),
     "own": (_raises, KeyError, r"own words"),
@@ -368,3 +370,33 @@ def test_ways_around_a_name_are_refused() -> None:
         (counted, "number of rows"),
     ):
         assert word in _reason(spec_of(step, 1, ("h",)))
+
+
+@torch.no_grad()
+def _decorated(a: Tensor) -> Tensor:
+    return torch.sigmoid(a)
+
+
+def _in_no_grad(a: Tensor, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = torch.sigmoid(a)
+    return z * a
+
+
+def _in_inference_mode(a: Tensor, h: Tensor) -> Tensor:
+    with torch.inference_mode():
+        z = torch.sigmoid(a)
+    return z * a
+
+
+def _with_grad_set(a: Tensor, h: Tensor) -> Tensor:
+    with torch.set_grad_enabled(False):
+        z = torch.sigmoid(a)
+    return z * a
+
+
+@pytest.mark.parametrize("step", [_in_no_grad, _in_inference_mode, _with_grad_set, lambda a, h: _decorated(a) * a])
+def test_no_grad_in_a_step_is_told_to_detach(step: Any) -> None:
+    reason = _reason(spec_of(step, 1, ("h",)))
+    assert "torch.no_grad() and its like inside the step: write .detach() on the value instead" in reason
+    assert "enabled" not in reason and "ctx_factory" not in reason

@@ -1,14 +1,20 @@
 """Steps drawn from the whole list of operators: each program against autograd of its step, in float64.
 
-Hypothesis draws them from a seed and prints how to draw a failing one again, made as small as it can be.
+Hypothesis draws a thousand, from a seed that is another in each run, and makes one that fails as small as it can be.
+The seed stands in the error and at the end of the run; RNNKIT_DRAWN_SEED draws the same ones again, RNNKIT_DRAWN more
+of them. That is safe: arguments are held where functions are finite, so the budget holds whatever the seed. Forty runs
+of a thousand had no failure.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from custom_cells import StepSpec, distance, inputs_of
@@ -20,6 +26,8 @@ from rnnkit.custom import check
 from rnnkit.custom.graph import POINTWISE, ROW_SUMS
 
 HIDDEN, ROWS = 3, 4
+SEED = int(os.environ["RNNKIT_DRAWN_SEED"])  # tests/conftest.py draws it
+AGAIN = f"RNNKIT_DRAWN_SEED={SEED} draws it again"
 
 # Arguments are held where the function is finite: what is drawn is the derivative, not overflow.
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -147,7 +155,7 @@ def edges(given_: dict[str, Tensor], number: int) -> dict[str, Tensor]:
     return out
 
 
-@seed(int(os.environ.get("RNNKIT_DRAWN_SEED", "18")))
+@seed(SEED)
 @settings(
     max_examples=int(os.environ.get("RNNKIT_DRAWN", "1000")),
     deadline=None,
@@ -162,13 +170,35 @@ def test_drawn_steps_are_their_programs(ops: list[tuple[str, int, int, int]], nu
     inputs = inputs_of(spec, HIDDEN, ROWS, number)
     for given_ in (inputs, edges(inputs, number)):
         error, where = distance(spec, program, given_, number)
-        assert error < 1e-10, where
+        assert error < 1e-10, f"{where} is off by {error:.1e}; {AGAIN}"
 
 
-@seed(int(os.environ.get("RNNKIT_DRAWN_SEED", "18")))
+@seed(SEED)
 @settings(max_examples=100, deadline=None, database=None, print_blob=True)
 @given(DRAWS)
 def test_the_check_raises_no_false_alarm(ops: list[tuple[str, int, int, int]]) -> None:
     """Its points lie far out and at edges, where many a step is ill-conditioned."""
     spec = drawn(ops)
-    assert check.check_program(spec, check.compile_step(spec, HIDDEN)) is None
+    assert check.check_program(spec, check.compile_step(spec, HIDDEN)) is None, AGAIN
+
+
+def test_a_failure_says_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "distance", lambda *_: (1.0, "state h"))
+    with pytest.raises(AssertionError, match=rf"state h is off by 1.0e\+00; RNNKIT_DRAWN_SEED={SEED} draws it again"):
+        test_drawn_steps_are_their_programs.hypothesis.inner_test([("add", 1, 2, 3)], 0)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("ran", "says"), [("passed", True), ("failed", True), ("skipped", False)])
+def test_a_run_says_the_seed_at_its_end(ran: str, says: bool, pytestconfig: pytest.Config) -> None:
+    here = Path(__file__)
+    (conftest,) = [
+        p
+        for p in pytestconfig.pluginmanager.get_plugins()
+        if getattr(p, "__file__", "") == str(here.parents[1] / "conftest.py")
+    ]
+    lines: list[str] = []
+    reporter = SimpleNamespace(
+        stats={ran: [SimpleNamespace(nodeid=f"tests/custom/{here.name}::test")]}, write_line=lines.append
+    )
+    conftest.pytest_terminal_summary(reporter)
+    assert lines == [f"steps were drawn with RNNKIT_DRAWN_SEED={SEED}"] * says

@@ -50,7 +50,7 @@ def test_a_step_in_numbers() -> None:
     program = program_of(spec_of(Mean), 7).program
     assert program is not None
     forward, backward = counts(program, 0)
-    assert (forward.products, forward.row_sums, forward.spans) == (1, 1, 1) and 3 <= forward.instructions <= 7
+    assert (forward.products, forward.row_sums, forward.barriers) == (1, 1, 2) and 3 <= forward.instructions <= 7
     assert (backward.products, backward.row_sums) == (1, 1), "of the gradient's sum, and to the state before"
     more, _ = counts(program_of(spec_of(LayerNormLSTM), 7).program, 0)  # type: ignore[arg-type]
     assert more.instructions > forward.instructions and more.row_sums > 1
@@ -64,11 +64,23 @@ def test_a_custom_layer_is_explained() -> None:
     assert found.program is not None and found.program.forward.products == 1
     assert found.program.saved_bytes == 2 * 4 * (7 * found.program.saved_blocks + found.program.saved_row_values)
     assert 0 < found.check_seconds == program_of(spec_of(PeepholeLSTM), 7).seconds
+    assert found.kernel_check_seconds > 0
     assert set(found.reasons) == {"triton", "reference", "torch", "cuda"} and all(found.reasons.values())
     assert "auto asks cpu first" in found.reasons["reference"][0]
     text = str(rnnkit.explain(rnnkit.Custom(PeepholeLSTM, 5, 7), X))
-    for words in ("→ cpu", "PeepholeLSTM T=3 B=2 I=5 H=7 float32 on cpu", "1 product", "bytes a step", "passed in"):
+    for words in (
+        "→ cpu",
+        "PeepholeLSTM T=3 B=2 I=5 H=7 float32 on cpu",
+        "1 product",
+        "2 barriers",
+        "bytes a step",
+        "passed in",
+        "that of the kernel in",
+    ):
         assert words in text
+    by_reference = only(rnnkit.Custom(PeepholeLSTM, 5, 7, backend="reference"), X)
+    assert by_reference.kernel_check_seconds == 0 and by_reference.check_seconds == found.check_seconds
+    assert "of the kernel" not in "\n".join(by_reference.lines())
     assert f"backward {found.program.backward.instructions} instructions" in text
     fewer = only(rnnkit.Custom(PeepholeLSTM, 5, 7, recompute=True), X).program
     assert fewer is not None and fewer.saved_blocks < found.program.saved_blocks

@@ -265,3 +265,63 @@ def test_no_rows() -> None:
     layer = rnnkit.Custom(LSTM, 3, 5, backend="reference")
     y, (h, c) = layer(torch.randn(4, 0, 3), lengths=torch.zeros(0, dtype=torch.long))
     assert y.shape == (4, 0, 5) and h.shape == c.shape == (1, 0, 5)
+
+
+class Projected(rnnkit.Cell):
+    gates, states = 1, ("h",)
+    norm = rnnkit.module(lambda gates, hidden: nn.Sequential(nn.Linear(gates * hidden, gates * hidden), nn.Tanh()))
+    other = rnnkit.module(lambda gates, hidden: nn.LayerNorm(gates * hidden))
+
+    def project(self, gx, lengths, training, norm, other):  # type: ignore[no-untyped-def]
+        return other(norm(gx))
+
+    @staticmethod
+    def step(a, h):  # type: ignore[no-untyped-def]
+        return torch.tanh(a)
+
+
+def test_modules_are_reset_with_the_layer() -> None:
+    layer = rnnkit.Custom(Projected, 3, 4, num_layers=2)
+    before = {name: v.detach().clone() for name, v in layer.named_parameters()}
+    with torch.no_grad():
+        layer.other_l1.weight.fill_(7)
+    layer.reset_parameters()
+    assert not torch.equal(layer.norm_l0[0].weight, before["norm_l0.0.weight"])
+    assert not torch.equal(layer.norm_l1[0].bias, before["norm_l1.0.bias"])
+    assert not torch.equal(layer.weight_ih_l0, before["weight_ih_l0"])
+    assert layer.other_l1.weight.eq(1).all()
+
+
+def test_a_module_with_a_reset_of_its_own_resets_what_is_in_it() -> None:
+    class Zeros(nn.Module):
+        def __init__(self, hidden: int) -> None:
+            super().__init__()
+            self.inner = nn.Linear(hidden, hidden)
+            self.reset_parameters()
+
+        def reset_parameters(self) -> None:
+            nn.init.zeros_(self.inner.weight)
+
+    class Mine(Projected):
+        norm = rnnkit.module(lambda gates, hidden: Zeros(hidden))
+
+    layer = rnnkit.Custom(Mine, 3, 4)
+    with torch.no_grad():
+        layer.norm_l0.inner.weight.fill_(3)
+    layer.reset_parameters()
+    assert not layer.norm_l0.inner.weight.any()
+
+
+def test_a_layer_draws_no_more_for_its_modules() -> None:
+    """What a maker has set stands when the layer is made."""
+
+    class Set(Projected):
+        norm = rnnkit.module(lambda gates, hidden: nn.Linear(hidden, hidden).requires_grad_(False).apply(zero))
+
+    def zero(m: nn.Module) -> None:
+        m.weight.fill_(0)  # type: ignore[operator,union-attr]
+
+    layer = rnnkit.Custom(Set, 3, 4)
+    assert not layer.norm_l0.weight.any()
+    layer.reset_parameters()
+    assert layer.norm_l0.weight.any()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from custom_layers import GRU, LSTM, Everything
 from torch import nn
 
 import rnnkit
+from rnnkit.custom import choose, declare, probe
 from rnnkit.custom.declare import spec_named, spec_of
 
 
@@ -92,6 +95,82 @@ def test_mistakes_are_named(what: str) -> None:
         rnnkit.Custom(make(), 3, 4)
     for word in words:
         assert word in str(caught.value)
+
+
+class Scaled(rnnkit.Cell):
+    gates, states = 1, ("h",)
+    size = rnnkit.option(1.0)
+
+    @staticmethod
+    def step(a, size):  # type: ignore[no-untyped-def]
+        return a * (size if isinstance(size, int | float) else 1.0)
+
+
+ALIKE: list[tuple[Any, Any]] = [
+    (0.0, -0.0),
+    (1, 1.0),
+    (1, True),
+    ((1,), (1.0,)),
+    ((1,), (True,)),
+    (((0.0,), 2), ((-0.0,), 2)),
+    (frozenset({1}), frozenset({1.0})),
+    (0j, complex(-0.0, 0.0)),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), ALIKE, ids=str)
+def test_options_that_python_calls_equal_are_distinct(one: Any, other: Any) -> None:
+    """A step may trace differently with the two; and a saved program finds neither in the other's place."""
+    assert one == other
+    a, b = spec_of(Scaled(size=one)), spec_of(Scaled(size=other))
+    assert a is not b and repr(a.options) != repr(b.options)
+    assert a.key.partition("#")[0] != b.key.partition("#")[0]
+    assert spec_of(Scaled(size=one)) is a and spec_of(Scaled(size=other)) is b
+    assert pickle.loads(pickle.dumps(b)) is b
+
+
+def test_an_option_shows_where_it_differs() -> None:
+    class Zero(Scaled):
+        size = rnnkit.option(0.0)
+
+    assert repr(Zero(size=-0.0)) == "Zero(size=-0.0)" and repr(Zero(size=0.0)) == "Zero()"
+    nan = float("nan")
+    assert spec_of(Zero(size=nan)) is spec_of(Zero(size=float("nan")))
+
+
+def test_options_made_anew_do_not_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer has, or a compiled program names, is found whatever came since; the rest is forgotten."""
+
+    class Mine(Scaled):
+        @staticmethod
+        def step(a, size):  # type: ignore[no-untyped-def]
+            return size(a)
+
+    monkeypatch.setattr(declare, "_KEPT", 4)
+    monkeypatch.setattr(probe, "_KEPT", 4)
+    x = torch.randn(2, 3, 2)
+    held, named = rnnkit.Custom(Mine(size=lambda a: a + 1), 2, 4), rnnkit.Custom(Mine(size=lambda a: a + 2), 2, 4)
+    key, wanted = named._spec.key, named(x)[0].detach()
+    torch.compile(named, backend="eager", fullgraph=True)(x)
+    specs = []
+    for k in range(20):
+        layer = rnnkit.Custom(Mine(size=lambda a, k=k: a * k), 2, 4, backend="reference")
+        probe.probe(layer._spec, 4, torch.float32)
+        specs.append(weakref.ref(layer._spec))
+    del layer
+    flat = named._pieces()[0]
+    del named
+    choose._chosen.clear()
+    torch.compiler.reset()
+    gc.collect()
+    assert sum(spec() is not None for spec in specs) <= 8
+    assert spec_of(held.cell) is held._spec and spec_named(held._spec.key) is held._spec
+    again = pickle.loads(pickle.dumps(rnnkit.Custom(Scaled(size=3.0), 2, 4)))
+    assert again._spec is spec_of(Scaled(size=3.0))
+    there = [True, True, True, True, True, True, False, False]
+    given = [x, torch.zeros(3, 4), flat.w_ih, flat.b_ih, flat.b_hh, *flat.weights]
+    found = torch.ops.rnnkit.custom_forward(key, "cpu", False, False, False, 1, False, there, given)
+    assert torch.equal(found[0], wanted)
 
 
 def test_options_are_fixed_and_shown() -> None:

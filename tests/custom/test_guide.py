@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -13,11 +14,14 @@ import pytest
 import torch
 
 import rnnkit
+from rnnkit.backends.cpu import program as cpu
 from rnnkit.custom import check
+from rnnkit.custom.inputs import CellOptions
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "custom-cells.md"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="a wheel carries no docs")
-OUTSIDE, LIST = torch.ones(4), [1.0]
+OUTSIDE, LIST, COUNT = torch.ones(4), [1.0], 0
+LINEAR = torch.nn.Linear(4, 4)
 
 
 def cell(step: Callable[..., Any], states: Any = ("h",), **declared: Any) -> type[rnnkit.Cell]:
@@ -38,6 +42,21 @@ def in_place(a, h):
 
 def branch(a, h):
     return a if (a > -1e9).all() else h
+
+
+def no_grad(a):
+    with torch.no_grad():
+        return torch.tanh(a)
+
+
+def counts(a):
+    global COUNT
+    COUNT += 1
+    return a
+
+
+def alone(a, h):
+    return a if a.shape[0] > 1 else h
 
 
 RAISED: dict[str, Callable[[], Any]] = {
@@ -62,7 +81,16 @@ WARNED: dict[str, Callable[[], Any]] = {
     "a power whose exponent is no number": lambda: cell(lambda a, h: torch.exp(a) ** h),
     "a change of dtype": lambda: cell(lambda a: a.bfloat16().to(a.dtype)),
     "for which no kernel is made": lambda: cell(lambda a: a.cumsum(-1)),
+    "torch.no_grad() and its like inside the step": lambda: cell(no_grad),
+    "changes the variable": lambda: cell(counts),
+    "holds state": lambda: cell(lambda a: LINEAR(a)),
+    "hidden_size 1": lambda: cell(lambda a: torch.tanh(a)),
+    "the number of rows must not matter": lambda: cell(alone),
+    "takes at most 62 gates, states and blocks of a weight": lambda: cell(
+        lambda a, h, w: a + torch.nn.functional.linear(h, w).chunk(63, -1)[0], w=rnnkit.weight(63)
+    ),
 }
+HIDDEN = {"hidden_size 1": 1}
 
 
 def told() -> tuple[list[str], list[str]]:
@@ -86,10 +114,22 @@ def test_it_is_raised(words: str) -> None:
 
 @pytest.mark.parametrize("words", WARNED)
 def test_it_is_warned_of_and_the_reference_runs(words: str) -> None:
-    layer = rnnkit.Custom(WARNED[words](), 2, 4)
+    hidden = HIDDEN.get(words, 4)
+    layer = rnnkit.Custom(WARNED[words](), 2, hidden)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         y, _ = layer(torch.zeros(2, 3, 2))
     assert y.isfinite().all()
-    found = check.program_of(layer._spec, 4)
-    assert found.program is None and words in found.reason
+    found = check.program_of(layer._spec, hidden)
+    reason = found.reason
+    if found.program is not None:  # but no backend takes it
+        reason = cpu.unsupported(found.program, "cpu", torch.float32, CellOptions())[-1]
+    assert reason is not None and words in reason
+
+
+def test_a_lambda_is_not_pickled() -> None:
+    assert "The error of `pickle` names a lambda" in PAGE.read_text(encoding="utf-8")
+    option = cell(lambda a, act: act(a), act=rnnkit.option("tanh"))
+    layer = rnnkit.Custom(option(act=lambda v: v), 2, 4)
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError), match="lambda"):
+        pickle.dumps(layer.cell._options["act"])

@@ -116,6 +116,50 @@ def test_the_inputs_of_grud_are_the_papers(batch_first: bool) -> None:
         value, seen, found])), made.weight_x.detach().requires_grad_())  # fmt: skip
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_reset_begins_the_gaps_anew(batch_first: bool) -> None:
+    """By a loop over each sequence alone: the time since its first step, or since a variable was seen in it."""
+    torch.manual_seed(4)
+    steps, rows, width = 9, 3, 4
+    times, observed = torch.rand(steps, rows).cumsum(0), torch.rand(steps, rows, width) < 0.4
+    reset = torch.rand(steps, rows) < 0.3
+    reset[0, 0] = reset[5, 0] = reset[6, 0] = True
+    reset[:, 2] = False
+    wanted = torch.zeros(steps, rows, width)
+    for b in range(rows):
+        for d in range(width):
+            since = times[0, b]
+            for t in range(steps):
+                if reset[t, b]:
+                    since = times[t, b]
+                wanted[t, b, d] = times[t, b] - since
+                if observed[t, b, d]:
+                    since = times[t, b]
+    given = [v.transpose(0, 1) if batch_first else v for v in (times, observed, reset, wanted)]
+    found = variants.time_gaps(*given[:2], batch_first, reset=given[2])
+    torch.testing.assert_close(found, given[3])
+    assert not torch.equal(found, variants.time_gaps(*given[:2], batch_first))
+    none = torch.zeros_like(given[2])
+    assert torch.equal(
+        variants.time_gaps(*given[:2], batch_first, reset=none), variants.time_gaps(*given[:2], batch_first)
+    )
+
+
+def test_grud_with_resets_is_its_sequences_apart() -> None:
+    """Two sequences in one row give what they give in two."""
+    torch.manual_seed(5)
+    made, layer = variants.GRUDInputs(3, 8), rnnkit.Custom(variants.GRUD, 6, 8)
+    x, observed, times = torch.randn(7, 1, 3), torch.rand(7, 1, 3) < 0.5, torch.rand(7, 1).cumsum(0)
+    reset = torch.zeros(7, 1, dtype=torch.bool)
+    reset[4] = True
+    gaps = variants.time_gaps(times, observed, reset=reset)
+    features, decay = made(x, observed, gaps, reset)
+    y, _ = layer(features, decay=decay, reset=reset)
+    for part in (slice(0, 4), slice(4, 7)):
+        features, decay = made(x[part], observed[part], variants.time_gaps(times[part], observed[part]))
+        torch.testing.assert_close(layer(features, decay=decay)[0], y[part])
+
+
 def test_grud_with_gaps_trains() -> None:
     torch.manual_seed(0)
     made, layer = variants.GRUDInputs(3, 8), rnnkit.Custom(variants.GRUD, 6, 8)
@@ -129,6 +173,10 @@ def test_what_does_not_fit_grud_is_said() -> None:
     x = torch.zeros(4, 2, 3)
     with pytest.raises(ValueError, match=r"gaps must have the shape of x, \[4, 2, 3\], got \[4, 2, 1\]"):
         variants.GRUDInputs(3, 8)(x, x.bool(), x[..., :1])
+    with pytest.raises(ValueError, match=r"reset must be \[T, B\] = \[4, 2\], as observed is, got \[2, 4\]"):
+        variants.time_gaps(x[..., 0], x.bool(), reset=x[..., 0].T.bool())
+    with pytest.raises(ValueError, match=r"reset must be \[B, T\] = \[4, 2\], as observed is, got \[4, 2, 3\]"):
+        variants.time_gaps(x[..., 0], x.bool(), batch_first=True, reset=x.bool())
     with pytest.raises(ValueError, match=r"mean must be \[I\] = \[3\]"):
         variants.GRUDInputs(3, 8, mean=torch.zeros(2))
     with pytest.raises(TypeError, match="GRUD needs decay at every call"):

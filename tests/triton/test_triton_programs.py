@@ -6,6 +6,8 @@ Their numbers are tested in tests/triton/interpreted/test_generated.py.
 from __future__ import annotations
 
 import ast
+import gc
+import linecache
 import os
 import subprocess
 import sys
@@ -53,6 +55,29 @@ def test_more_kernels_in_the_interpreter() -> None:
 
 def sample(name: str) -> Any:
     return program_of(spec_of(CELLS[name]), 24)
+
+
+@needs_triton
+def test_the_text_goes_with_its_functions() -> None:
+    """Triton and a traceback find it by its file's name as long as there is a kernel of it. Triton itself remembers the
+    last function of each name."""
+    text = triton_source.source_of(sample("LSTM")).text
+
+    def lines() -> set[str]:
+        gc.collect()
+        return {name for name in linecache.cache if name.startswith("<rnnkit cell")}
+
+    before = lines()
+    found = triton.functions_of(text)
+    (path,) = lines() - before
+    assert "def forward_" in "".join(linecache.getlines(path))
+    kernel = next(v for k, v in found.items() if k.startswith("forward_"))
+    del found
+    for _ in range(5):
+        triton.functions_of(text)
+    assert path in lines()
+    del kernel
+    assert len(lines() - before) == 1 and path not in lines()
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import linecache
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -80,11 +81,17 @@ def kernels_of(key: ProgramKey) -> Kernels:
     return Kernels(source, functions_of(source.text))
 
 
+class _Life:
+    """Of generated functions: it is among their globals."""
+
+
 def functions_of(text: str) -> dict[str, Any]:
-    """What the generated text defines. Triton reads a kernel's source by its file's name, which is one made up here."""
-    path = f"<rnnkit cell {next(_numbers)}>"
+    """What the generated text defines. Triton reads a kernel's source by its file's name, which is one made up here,
+    and stands in `linecache` for as long as the functions live."""
+    path, life = f"<rnnkit cell {next(_numbers)}>", _Life()
     linecache.cache[path] = (len(text), None, text.splitlines(True), path)
-    found: dict[str, Any] = {"__name__": "rnnkit.kernels.generated"}
+    weakref.finalize(life, linecache.cache.pop, path, None).atexit = False
+    found: dict[str, Any] = {"__name__": "rnnkit.kernels.generated", "_life": life}
     exec(compile(text, path, "exec"), found)
     return found
 

@@ -142,6 +142,28 @@ def test_no_steps_no_rows(how: dict[str, Any]) -> None:
     assert all(torch.equal(got[name].double(), right[name]) for name in got if got[name].numel())
 
 
+@pytest.mark.parametrize("exponent", [1.5, 5, 16, 17, 63, 64, 65, 100, -3, -18, -64, -67])
+def test_powers_of_what_may_be_negative(exponent: float) -> None:
+    """Of whole exponents; of others the base is not negative."""
+
+    class Power(rnnkit.Cell):
+        gates, states = 1, ("h",)
+
+        @staticmethod
+        def step(a: Tensor, h: Tensor) -> Tensor:
+            size = 0.9 + 0.2 * torch.sigmoid(a + h)
+            return torch.tanh((torch.where(a > 0, size, -size) if exponent == int(exponent) else size) ** exponent)
+
+    spec = spec_of(Power)
+    t, o = layer_of(spec, 5, SMALL)
+    found, right = by_triton(spec, t, o, torch.float64), by_step(spec, t, o, torch.float64, torch.float64)
+    for key, v in right.items():
+        assert v.isfinite().all()
+        torch.testing.assert_close(found[key], v, rtol=1e-11, atol=1e-11)
+    assert exponent == int(exponent) or (right["y"] > 0).all()
+    assert exponent % 2 == 0 or exponent == 1.5 or (right["y"] < 0).any()
+
+
 def test_several_tiles() -> None:
     """Programs of one row each."""
     assert triton.tile(130)[:2] == (1, 256)
