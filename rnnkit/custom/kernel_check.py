@@ -199,7 +199,7 @@ def _by_reference(spec: CellSpec, t: CellInputs, o: CellOptions, grads: CellOutp
     wanted = [v for v, need in zip(flat, needs, strict=True) if v is not None and need]
     pairs = [(v, d) for v, d in zip(outputs, (g.y, *g.last, *g.all), strict=True) if v.requires_grad]
     # one number to differentiate: with gradients handed in, torch imports sympy, a second of the first call
-    total = sum((v * d).sum() for v, d in pairs)
+    total: Any = sum((v * d).sum() for v, d in pairs)
     found = torch.autograd.grad(total, wanted, allow_unused=True) if pairs else [None] * len(wanted)
     gradients = [torch.zeros_like(v) if d is None else d for v, d in zip(wanted, found, strict=True)]
     return [v.detach() for v in outputs] + gradients
