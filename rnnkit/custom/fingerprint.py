@@ -240,6 +240,8 @@ def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
                 raise NotTraced(f"the step draws random numbers ({dotted}): draw masks outside, per_step")
             if "inference_mode" in names:
                 raise NotTraced(NO_GRAD)
+            if "autocast" in names or "amp" in names:
+                raise NotTraced(f"{dotted} inside the step: put torch.autocast around the call of the layer instead")
             asked = _MODES.intersection(names)
             if asked:
                 raise NotTraced(f"the step asks torch for {asked.pop()}, which may be another at the next call")

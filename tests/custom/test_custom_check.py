@@ -395,6 +395,15 @@ def _with_grad_set(a: Tensor, h: Tensor) -> Tensor:
     return z * a
 
 
+def test_autocast_belongs_around_the_layer() -> None:
+    def step(a: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (torch.tanh(a),)
+
+    reason = _reason(spec_of(step, 1, ("h",)))
+    assert reason == "torch.autocast inside the step: put torch.autocast around the call of the layer instead"
+
+
 @pytest.mark.parametrize("step", [_in_no_grad, _in_inference_mode, _with_grad_set, lambda a, h: _decorated(a) * a])
 def test_no_grad_in_a_step_is_told_to_detach(step: Any) -> None:
     reason = _reason(spec_of(step, 1, ("h",)))
