@@ -101,10 +101,10 @@ def _compare(
 ) -> str | None:
     with _one_thread():
         given = _inputs(spec, program.hidden, heads, device).to(dtype)
-        kinds = [given, given.to(torch.float64), given.to(compute_dtype(dtype))]
+        kinds = (given, given.to(torch.float64), given.to(compute_dtype(dtype)))
         for words, biases, o in _WAYS:
-            some = [t if biases else t._replace(b_ih=None, b_hh=None) for t in kinds]
-            wrong = _difference(backend, spec, program, *some, o._replace(heads=heads))
+            t, exactly, usually = kinds if biases else [t._replace(b_ih=None, b_hh=None) for t in kinds]
+            wrong = _difference(backend, spec, program, t, exactly, usually, o._replace(heads=heads))
             if wrong:
                 return f"its kernel on {name}{words} gives {wrong}"
     return None
