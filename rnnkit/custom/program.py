@@ -278,7 +278,18 @@ def _backward(p: CellProgram, half: bool) -> tuple[_Words, Schedule]:
     w.needs = tuple(s in p.needs for s in p.states)
     w.padded = [*range(dgx, dgx + p.gates), *range(dys, first_operand)]
     w.padded += [-1 - (dsteps + k) if kind == ROW else dsteps + k for k, (_, kind, _) in enumerate(p.steps)]
+    stores = [_copied(g, inputs, store) for store in stores]
     return w, Schedule(g, p.hidden, inputs, stores, {}, {}, numbers, at)
+
+
+def _copied(g: Graph, inputs: dict[Input, Spot], store: Store) -> Store:
+    """A state's gradient that goes elsewhere as it arrived is copied, for a store is no read: another would overwrite
+    it first."""
+    node = g.nodes[store.node]
+    spot = inputs[node.data] if node.op == "input" else store.spot  # type: ignore[index]
+    if spot.place != "d_state" or spot == store.spot:
+        return store
+    return store._replace(node=g.make("stop", (store.node,)))
 
 
 def _state_gradients(
@@ -309,6 +320,7 @@ def _state_gradients(
             if (
                 g.nodes[product].op != "product"
                 or product in others
+                or (product != root and product in p.d_states)
                 or len(readers.get(product, [])) > (product != root)
             ):
                 continue

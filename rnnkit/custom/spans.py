@@ -67,6 +67,9 @@ class Span:
 ROW_PLACES = ("row", "memory_row", "crossing_row")
 REGISTERS = ("unit", "row")
 _CHEAP = ("add", "sub", "mul", "neg")
+_TO_THE_BIT = ("lt", "le", "gt", "ge", "eq", "ne", "rowmax")
+"""What a backward asks again of values that it makes again: they must be those of the forward to the last bit, or the
+largest of a row is found nowhere. So nothing that they are made of is fused, in neither direction."""
 
 
 def levels_of(g: Graph, roots: Iterable[int]) -> dict[int, int]:
@@ -119,6 +122,7 @@ class Schedule:
         self.row_crossings: dict[int, int] = {}
         self.most = {"unit": 0, "row": 0}
         self.levels = levels_of(g, [s.node for s in stores])
+        self.exact = g.reach([x for n in self.levels if g.nodes[n].op in _TO_THE_BIT for x in g.nodes[n].args])
         self.spans = self._spans(stores, products)
 
     # Which values a span makes.
@@ -225,7 +229,7 @@ class _Emitter:
             for x in self.args[n]:
                 uses[x] = uses.get(x, 0) + 1
         for n in self.order:
-            if self.ops[n] not in ("add", "sub") or not self.args[n]:
+            if self.ops[n] not in ("add", "sub") or not self.args[n] or n in self.s.exact:
                 continue
             a, b = self.args[n]
             for factor, other in ((b, a), (a, b)) if self.ops[n] == "add" else ((b, a),):

@@ -53,9 +53,13 @@ AT_EDGES = 2
 """Which of `points` is at edges."""
 
 
+_TILE = 509
+
+
 def tiled(normal: Callable[..., Tensor], rows: int, columns: int) -> Tensor:
-    """A weight of about 1/√columns, of copies of a block of at most 512 x 512: drawing all of it would take longest."""
-    near = normal(min(rows, 512), min(columns, 512)) / columns**0.5
+    """A weight of about 1/√columns, of copies of a block of at most 509 x 509: drawing all of it would take longest. Of
+    a prime size, so that blocks of H rows differ, whatever H is but that."""
+    near = normal(min(rows, _TILE), min(columns, _TILE)) / columns**0.5
     down, across = -(-rows // near.shape[0]), -(-columns // near.shape[1])
     return near if down == across == 1 else near.repeat(down, across)[:rows, :columns].contiguous()
 

@@ -109,6 +109,8 @@ class GRUDInputs(nn.Module):
         for name, v in (("observed", observed), ("gaps", gaps)):
             if v.shape != x.shape:
                 raise ValueError(f"{name} must have the shape of x, {list(x.shape)}, got {list(v.shape)}")
+        if reset is not None:
+            reset = _reset_of(reset, observed, self.batch_first)
         time = 1 if self.batch_first else 0
         seen = observed.bool()
         x = x.masked_fill(~seen, 0)
@@ -132,16 +134,23 @@ def time_gaps(times: Tensor, observed: Tensor, batch_first: bool = False, *, res
     Returns:
         gaps [T, B, I].
     """
-    if reset is not None and reset.shape != observed.shape[:2]:
-        lead = f"{'[B, T]' if batch_first else '[T, B]'} = {list(observed.shape[:2])}"
-        raise ValueError(f"reset must be {lead}, as observed is, got {list(reset.shape)}")
+    if reset is not None:
+        reset = _reset_of(reset, observed, batch_first)
     time = 1 if batch_first else 0
     last = _last_seen(observed.bool(), None, time)
     before = last.narrow(time, 0, max(last.shape[time] - 1, 0))  # an observation at the step itself closes no gap
     before = torch.cat([before.new_full(observed.narrow(time, 0, min(1, last.shape[time])).shape, 0), before], time)
-    before = before.clamp(min=0) if reset is None else before.maximum(_begun(reset.bool().unsqueeze(-1), time))
+    before = before.clamp(min=0) if reset is None else before.maximum(_begun(reset.unsqueeze(-1), time))
     each = times.unsqueeze(-1).expand(observed.shape)
     return each - each.gather(time, before)
+
+
+def _reset_of(reset: Tensor, observed: Tensor, batch_first: bool) -> Tensor:
+    """As bool, its shape checked."""
+    if reset.shape != observed.shape[:2]:
+        lead = f"{'[B, T]' if batch_first else '[T, B]'} = {list(observed.shape[:2])}"
+        raise ValueError(f"reset must be {lead}, as observed is, got {list(reset.shape)}")
+    return reset.bool()
 
 
 def _steps(like: Tensor, time: int) -> Tensor:

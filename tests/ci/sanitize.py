@@ -147,9 +147,11 @@ def custom_problem(r: random.Random) -> str:
     }
     hx = tuple((torch.rand(directions, rows, hidden) + 1).to(dtype).requires_grad_() for _ in spec.states)
     torch.set_num_threads(r.choice((1, 2, 3)))
+    if r.random() < 0.3:
+        hx = ()
     y, states = layer(
         x,
-        hx if len(hx) > 1 else hx[0],
+        None if not hx else hx if len(hx) > 1 else hx[0],
         lengths=torch.tensor([r.randint(0, steps) for _ in range(rows)], dtype=torch.int64) if lengths else None,
         reset=torch.rand(steps, rows) < 0.4 if reset else None,
         return_all_states=False,

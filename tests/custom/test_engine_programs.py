@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import Values, complaints, pooled, some
 from torch import Tensor
+from torch.nn import functional as F
 
 import rnnkit
 from rnnkit import variants
@@ -244,14 +245,94 @@ def test_gates_of_80_and_units_that_fill_no_vector() -> None:
         torch.testing.assert_close(got["y"].double(), right["y"], rtol=1e-5, atol=1e-6)
 
 
+def assert_within_budget(spec: CellSpec, how: dict[str, Any], dtype: torch.dtype) -> None:
+    loop = torch.float32 if dtype == torch.float64 else dtype
+    t, o = layer_of(spec, 5, how)
+    near = t._replace(x=t.x * (1 + torch.finfo(loop).eps)) if dtype == torch.float64 else t  # as above
+    usual = [by_step(spec, v, o, loop, dtype) for v in (t, near)]
+    truth = [by_step(spec, t, o, torch.float64, torch.float64)] * 2
+    assert complaints(pooled([by_engine(spec, t, o, dtype)] * 2), pooled(usual), pooled(truth), dtype) == []
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gates_that_share_a_vector(dtype: torch.dtype) -> None:
     """All blocks of a product's operand in one vector, of every width that an engine has."""
     for name, hidden in itertools.product(("LSTM", "MGU", "LayerNormGRU"), (2, 4, 8)):
-        spec, loop = spec_of(CELLS[name]), torch.float32 if dtype == torch.float64 else dtype
-        t, o = layer_of(spec, 5, {"hidden": hidden, "reset": True})
-        got, truth = by_engine(spec, t, o, dtype), by_step(spec, t, o, torch.float64, torch.float64)
-        assert complaints(pooled([got]), pooled([by_step(spec, t, o, loop, dtype)]), pooled([truth]), dtype) == []
+        assert_within_budget(spec_of(CELLS[name]), {"hidden": hidden, "reset": True}, dtype)
+
+
+class Delay(rnnkit.Cell):
+    """A state is what another was: its gradient goes on as it arrives."""
+
+    gates, states = 1, ("h", "p", "q")
+    u = rnnkit.per_unit()
+
+    @staticmethod
+    def step(a: Tensor, h: Tensor, p: Tensor, q: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        return torch.tanh(a + u * q), h, p
+
+
+class Exchanged(rnnkit.Cell):
+    gates, states = 1, ("h", "c")
+
+    @staticmethod
+    def step(gx: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        return c, torch.tanh(gx + h)
+
+
+class SharedProduct(rnnkit.Cell):
+    """A product's result is part of two states, so that it may be written into neither's gradient."""
+
+    gates, states = 1, ("h", "c")
+    w = rnnkit.weight(1)
+
+    @staticmethod
+    def step(gx: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        v = F.linear(h + c, w)
+        return F.layer_norm(v + h, h.shape[-1:]), gx + v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", [Delay, Exchanged, SharedProduct])
+def test_gradients_that_go_elsewhere_as_they_arrive(cell: type[rnnkit.Cell], dtype: torch.dtype) -> None:
+    for how in ({"hidden": 21}, {"hidden": 16, "reset": True, "lengths": True}, {"hidden": 8, "reverse": True}):
+        assert_within_budget(spec_of(cell), how, dtype)
+
+
+class Largest(rnnkit.Cell):
+    """The backward makes the row again and looks for its largest value."""
+
+    gates, states = 1, ("h",)
+
+    @staticmethod
+    def step(a: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh((torch.tanh(a) - F.gelu(h)).amax(-1, keepdim=True)) + 0.05 * h
+
+
+class WinnerTakesAll(rnnkit.Cell):
+    gates, states = 1, ("h",)
+
+    @staticmethod
+    def step(a: Tensor, h: Tensor) -> Tensor:
+        s = torch.tanh(a) - F.silu(h)
+        return torch.where(s >= s.amax(-1, keepdim=True), torch.tanh(a), 0.1 * torch.tanh(a) + 0.05 * h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cell", [Largest, WinnerTakesAll])
+def test_what_is_made_again_is_the_same_to_the_bit(cell: type[rnnkit.Cell], dtype: torch.dtype) -> None:
+    for hidden in (4, 8, 16, 32, 64, 96):
+        assert_within_budget(spec_of(cell), {"hidden": hidden, "steps": 6, "rows": 8}, dtype)
+
+
+def test_a_negative_bit_is_resolved() -> None:
+    """torch marks the imaginary part of a conjugate instead of changing its sign in memory."""
+    spec = spec_of(variants.LSTM)
+    t, o = layer_of(spec, 6, {})
+    marked = torch.complex(torch.zeros_like(t.x), -t.x).conj().imag
+    assert marked.is_neg() and torch.equal(marked, t.x)
+    right = by_engine(spec, t, o, torch.float64)
+    assert same_bits(by_engine(spec, t._replace(x=marked), o, torch.float64), right) == []
 
 
 def replaced(t: CellInputs, x: Tensor) -> CellInputs:

@@ -5,7 +5,8 @@ csrc/layer/program.h says what the two functions take and give; rnnkit/custom/pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,13 +76,22 @@ def _biases(t: CellInputs) -> int:
     return B_IH * (t.b_ih is not None) + B_HH * (t.b_hh is not None)
 
 
+def _native(function: Callable[..., list[Any]], *words: Any, tensors: tuple[Tensor | None, ...]) -> list[Any]:
+    """One of the extension's functions. The memory of a tensor with torch's negative bit does not hold its values."""
+    try:
+        return function(*words, tensors)
+    except extension.NotPlain:
+        return function(*words, tuple(None if v is None else v.resolve_neg() for v in tensors))
+
+
 def forward(p: CellProgram, t: CellInputs, o: CellOptions, train: bool) -> tuple[CellOutputs, tuple[Tensor, ...]]:
     """The outputs, and with `train` what `backward` wants: states, saved, saved_rows, as far as there are any."""
     kept = _kept(p, o) if train else [False] * (len(p.states) - 1)
     mask = sum(1 << k for k, wanted in enumerate(kept, 1) if wanted or o.all_states)
     first = train and _keeps_first(p, t.x.dtype, o)
     words = forward_words(ProgramKey(p), train and not o.recompute, _biases(t), first)
-    found = extension.native.program_forward(words, o.heads, int(o.reverse), mask, _tensors(p, t))  # type: ignore[union-attr]
+    run = extension.native.program_forward  # type: ignore[union-attr]
+    found = _native(run, words, o.heads, int(o.reverse), mask, tensors=_tensors(p, t))
     n = len(p.states)
     y, last, states, others = found[0], tuple(found[1 : n + 1]), found[n + 1 : 2 * n], found[2 * n :]
     every = tuple(v.to(t.x.dtype) for v in states) if o.all_states else ()
@@ -107,12 +117,13 @@ def backward(
     blocks = [None if o.recompute or not some else next(kept) for some in (p.saved, p.saved_rows)]
     key = ProgramKey(p)
     tensors, every = _tensors(p, t), grads.all or (None,) * (len(p.states) - 1)
-    found = extension.native.program_backward(  # type: ignore[union-attr]
+    found = _native(
+        extension.native.program_backward,  # type: ignore[union-attr]
         backward_words(key, t.x.dtype in _HALF),
         forward_words(key, True, _biases(t)),
         o.heads,
         int(o.reverse),
         bytes(needs).ljust(len(tensors), b"\0"),
-        (*tensors, y, first, *states, *blocks, grads.y, *grads.last, *every),
+        tensors=(*tensors, y, first, *states, *blocks, grads.y, *grads.last, *every),
     )
     return list(found[: len(needs)])
