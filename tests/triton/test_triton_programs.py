@@ -162,7 +162,7 @@ def report(name: str, chip: str, hidden: int, dtype: torch.dtype) -> list[tuple[
 
     lines = []
     for kernel_name, (kernel, arguments, warps) in kernels_of(name, hidden, dtype).items():
-        target, asked = make_backend(triton_usage._target(chip)), {"num_warps": warps}
+        target, asked = make_backend(triton_usage._target(chip)), {"num_warps": warps, **triton.OPTIONS}
         bind = create_function_from_signature(kernel.signature, kernel.params, target)
         bound, special, _ = bind(**arguments, **asked)
         _, types, constants, known = kernel._pack_args(target, asked, bound, special, asked)

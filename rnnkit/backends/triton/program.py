@@ -103,9 +103,13 @@ def tile(hidden: int) -> tuple[int, int, int]:
     return rows, units, max(1, min(MOST_WARPS, rows * units // (_LANES * A_THREAD)))
 
 
+OPTIONS = {"enable_fp_fusion": False}
+"""What a backward makes again must be the forward's to the last bit: it looks for a row's largest value by equality."""
+
+
 def start(kernel: Any, grid: tuple[int], warps: int, arguments: dict[str, Any]) -> None:
     """Never waits."""
-    kernel[grid](**arguments, num_warps=warps)
+    kernel[grid](**arguments, num_warps=warps, **OPTIONS)
 
 
 Start = Callable[[Any, tuple[int], int, dict[str, Any]], None]
