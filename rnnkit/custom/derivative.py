@@ -68,12 +68,14 @@ def vjp(
         varying = [gx[k], *before[k], *(v[k] for v in given)]
         if guarded:
             dead = functools.reduce(torch.logical_and, [(g == 0).all(-1, keepdim=True) for g in received])
-            varying = [v.masked_fill(dead, 0) for v in varying]
+            nobody = dead.all()
+            varying = [_of_the_living(v, dead, nobody) for v in varying]
         varying = [grad_of(v) for v in varying]
         found = _step_vjp(step, varying, count, fixed, len(weights), t.b_hh is not None, received, again)
         d_varying, d_fixed = found[: len(varying)], found[len(varying) :]
         if guarded:
             d_varying = [g.masked_fill(dead, 0) for g in d_varying]
+            d_fixed = [g.masked_fill(nobody, 0) for g in d_fixed]
         d_gx[k] = d_varying[0]
         for values, g in zip(d_given, d_varying[1 + count :], strict=True):
             values[k] = g
@@ -104,6 +106,13 @@ def vjp(
         None if g is None or v is None or not need else g.to(v.dtype)
         for g, v, need in zip(every, own.flat(), needs, strict=True)
     ]
+
+
+def _of_the_living(v: Tensor, dead: Tensor, nobody: Tensor) -> Tensor:
+    """v [B, m], in dead rows the values of the first that lives, where derivatives are finite if they are at all; zeros
+    where nobody does."""
+    alive = v.index_select(0, (~dead).flatten().byte().argmax(0, keepdim=True))
+    return torch.where(dead, alive.masked_fill(nobody, 0), v)
 
 
 def _live(v: Tensor, *, again: bool) -> Tensor:

@@ -80,10 +80,18 @@ def guard(t: CellInputs, reverse: bool) -> tuple[Tensor | None, Tensor | None]:
 
 def prepared(spec: CellSpec, t: CellInputs, valid: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     """gx [T, B, G·H] and inputs of the steps [T, B, H] or [T, B, 1], with nothing of padding in them."""
-    x = t.x if valid is None else t.x.masked_fill(~valid, 0)
+    x = _without_padding(t.x, valid)
     gx = x if t.w_ih is None else F.linear(x, t.w_ih, t.b_ih)
     given = [v if kind == "unit" else v.unsqueeze(-1) for (_, kind, _), v in zip(spec.steps, t.steps, strict=True)]
-    return gx, given if valid is None else [v.masked_fill(~valid, 0) for v in given]
+    return gx, [_without_padding(v, valid) for v in given]
+
+
+def _without_padding(v: Tensor, valid: Tensor | None) -> Tensor:
+    """In its place what the row's step 0 has, or 1 in a row without steps. A step runs on it too, and one that divides
+    by an input would have NaN in its derivatives at zero."""
+    if valid is None or not len(v):
+        return v
+    return torch.where(valid, v, torch.where(valid[:1], v[:1], 1))
 
 
 def order(steps: int, reverse: bool) -> range:

@@ -325,3 +325,39 @@ def test_a_layer_draws_no_more_for_its_modules() -> None:
     assert not layer.norm_l0.weight.any()
     layer.reset_parameters()
     assert layer.norm_l0.weight.any()
+
+
+class Rate(rnnkit.Cell):
+    """Singular where its input is zero."""
+
+    gates, states = 1, ("h",)
+    dt = rnnkit.per_step("row")
+
+    @staticmethod
+    def step(a: Tensor, h: Tensor, dt: Tensor) -> Tensor:
+        return torch.tanh(a / dt) + h * torch.exp(-dt)
+
+
+class Direction(rnnkit.Cell):
+    """Singular where the row is zero."""
+
+    gates, states = 1, ("h",)
+
+    @staticmethod
+    def step(a: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(a / a.norm(dim=-1, keepdim=True)) + 0.5 * h
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", [Rate, Direction])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_step_that_is_singular_at_zero(cell: type[rnnkit.Cell], backend: str, bidirectional: bool) -> None:
+    """Where a row has ended nothing divides by zero: gradients are those of the rows by themselves."""
+    layer = rnnkit.Custom(cell, 3, 4, bias=cell is Rate, dtype=F64, backend=backend, bidirectional=bidirectional)
+    x, dt, lengths = torch.randn(5, 3, 3, dtype=F64), torch.rand(5, 3, dtype=F64) + 0.1, (5, 3, 0)
+    given = {"dt": dt} if cell is Rate else {}
+    y, _ = layer(x, lengths=torch.tensor(lengths), **given)
+    got = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+    alone = [layer(x[:n, b : b + 1], **{k: v[:n, b : b + 1] for k, v in given.items()})[0] for b, n in ((0, 5), (1, 3))]
+    total = sum((v.square().sum() for v in alone), torch.zeros((), dtype=F64))
+    same(got, torch.autograd.grad(total, list(layer.parameters())))
