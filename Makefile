@@ -58,6 +58,7 @@ variants: .venv/installed ## parity, lengths and resets on the instruction sets 
 	  echo "RNNKIT_CPU_ISA=$$isa"; \
 	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/api/test_lengths.py tests/api/test_resets.py tests/api/test_states.py -k cpu; \
 	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/api/test_parity.py -k 'cells or wide_and_long'; \
+	  RNNKIT_CPU_ISA=$$isa $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not long' tests/custom/test_engine_programs.py; \
 	done
 
 # By the processor's own instruction set, then held to AVX2 where that is less: a run each, and a folder in bench-out/.
