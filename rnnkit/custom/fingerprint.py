@@ -6,6 +6,7 @@ change unseen (lists, dicts, tensors, objects) is refused by name.
 
 from __future__ import annotations
 
+import builtins
 import dis
 import enum
 import functools
@@ -22,6 +23,13 @@ from rnnkit.custom.errors import NO_GRAD, NotTraced
 _ROOTS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 _KNOWN_MODULES = ("torch", "math", "operator", "builtins", "typing", "functools", "collections", "numpy", "rnnkit")
 """Their own variables are not read: what they hold is taken for fixed."""
+_MODES = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_default_dtype", "get_num_threads"}
+_AROUND = ("getattr", "globals", "locals", "vars", "eval", "exec", "open", "__import__", "setattr", "input")
+"""Of Python's own functions those that reach values without a name in the step's code."""
+_WAYS = (*(getattr(builtins, name) for name in _AROUND), operator.attrgetter, operator.methodcaller)
+_INSIDES = {"__globals__", "__builtins__", "__dict__", "f_globals", "f_locals"}
+_AUTOCAST = "put torch.autocast around the call of the layer instead"
+_PAST = "past which values could change unseen: name them"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -39,6 +47,8 @@ def _reads(code: types.CodeType) -> tuple[tuple[bool, tuple[str, ...]], ...]:
     for instruction in dis.get_instructions(code):
         if instruction.opname == "IMPORT_NAME" and not _known(instruction.argval):
             raise NotTraced(f"the step imports {instruction.argval}, which could change unseen: import it outside")
+        if instruction.opname in (*_ROOTS, "LOAD_ATTR", "LOAD_METHOD") and instruction.argval in _INSIDES:
+            raise NotTraced(f"the step reads {instruction.argval}, {_PAST}")
         if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
             instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars
         ):
@@ -144,6 +154,7 @@ def _of(value: Any, name: str, walk: _Walk) -> Hashable:
         if not _known(value.__name__):
             raise NotTraced(f"the module {name}, which the step holds as a whole, could change unseen: name its values")
         return "module", value.__name__
+    _expect_fixed(value, name)
     if isinstance(value, types.FunctionType):
         return _of_function(value, walk)
     if isinstance(value, type) and not _known(value.__module__):
@@ -164,15 +175,12 @@ def _of(value: Any, name: str, walk: _Walk) -> Hashable:
         )
     if type(value).__module__ == "torch.autograd.grad_mode":  # above a function that the step calls
         raise NotTraced(NO_GRAD)
+    if isinstance(value, torch.autocast):
+        raise NotTraced(f"torch.autocast inside the step: {_AUTOCAST}")
     raise NotTraced(
         f"{name} ({type(value).__name__}), which the step reads, could change unseen: use numbers, tuples or "
         "functions, or an option"
     )
-
-
-_MODES = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_default_dtype", "get_num_threads"}
-_AROUND = ("getattr", "globals", "locals", "vars", "eval", "exec", "open", "__import__", "setattr", "input")
-"""Of Python's own functions those that reach values without a name in the step's code."""
 
 
 def _of_class(value: type, name: str, walk: _Walk) -> Hashable:
@@ -194,6 +202,28 @@ def _of_class(value: type, name: str, walk: _Walk) -> Hashable:
     return tuple(parts)
 
 
+def _expect_fixed(value: Any, name: str) -> None:
+    """Refuses what is known and yet not fixed, whatever it is called in the step."""
+    if isinstance(value, types.ModuleType):
+        if value.__name__.startswith("numpy.random"):
+            raise NotTraced(f"the step draws random numbers ({name}): draw masks outside, per_step")
+        module, own = value.__name__, ""
+    elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        module, own = value.__module__ or "", value.__name__
+    else:
+        return
+    if any(value is way for way in _WAYS):
+        raise NotTraced(f"the step calls {name}, {_PAST}")
+    if not module.startswith("torch"):
+        return
+    if own == "inference_mode":
+        raise NotTraced(NO_GRAD)
+    if own in _MODES:
+        raise NotTraced(f"the step asks torch for {own}, which may be another at the next call")
+    if "autocast" in own or "amp" in module.split("."):
+        raise NotTraced(f"{name} inside the step: {_AUTOCAST}")
+
+
 def _is_known(value: Any) -> bool:
     """A function of torch or Python that is fixed: written in C, or torch's own."""
     if isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)):
@@ -206,8 +236,18 @@ def _fixed(owner: Any) -> bool:
     return isinstance(owner, (str, bytes, int, float, tuple, frozenset)) or "torch._C" in type(owner).__module__
 
 
+def _is_torchs(function: types.FunctionType) -> bool:
+    """Written by torch or Python. `functools.wraps` gives a helper of the user's another's __module__, and a decorator
+    of torch's may hold such a helper."""
+    written = function.__globals__.get("__name__") or ""
+    if not (_known(written) and _known(function.__module__ or "")) or written.split(".")[0] == "rnnkit":
+        return False
+    held = [_contents(cell) for cell in function.__closure__ or ()]
+    return all(_is_torchs(value) for value in held if isinstance(value, types.FunctionType) and value is not function)
+
+
 def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
-    if _known(function.__module__ or "") and not function.__module__.startswith("rnnkit"):
+    if _is_torchs(function):
         return "known", id(function)
     if id(function) in walk.seen:
         return "again", function.__qualname__
@@ -233,19 +273,14 @@ def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
             walk.read.append((function.__globals__, root, value))
             if value is _MISSING:
                 if root in _AROUND:
-                    raise NotTraced(f"the step calls {root}, past which values could change unseen: name them")
+                    raise NotTraced(f"the step calls {root}, {_PAST}")
                 continue  # Python's own, or nothing of this name, so that the step raises of itself
         if isinstance(value, types.ModuleType) and _known(value.__name__):
-            if value.__name__ == "numpy" and "random" in names:
-                raise NotTraced(f"the step draws random numbers ({dotted}): draw masks outside, per_step")
-            if "inference_mode" in names:
-                raise NotTraced(NO_GRAD)
-            if "autocast" in names or "amp" in names:
-                raise NotTraced(f"{dotted} inside the step: put torch.autocast around the call of the layer instead")
-            asked = _MODES.intersection(names)
-            if asked:
-                raise NotTraced(f"the step asks torch for {asked.pop()}, which may be another at the next call")
+            _expect_fixed(value, dotted)
             parts.append(value.__name__)
+            for name in names[1:]:
+                value = getattr(value, name, None)
+                _expect_fixed(value, dotted)
             continue
         walk.fixed = walk.fixed and len(names) == 1
         value, rest = _follow(value, names[1:])

@@ -5,6 +5,7 @@ Planted: a wrong derivative, a detach that is lost, a cast that is dropped, a st
 
 from __future__ import annotations
 
+import builtins
 import functools
 import warnings
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from custom_cells import CELLS, StepSpec, spec_of
-from torch import Tensor
+from torch import Tensor, autocast, inference_mode, is_grad_enabled
 
 from rnnkit.custom import calls, check, cut, rules
 from rnnkit.custom.check import program_of, warn_once
@@ -370,6 +371,38 @@ def test_ways_around_a_name_are_refused() -> None:
         (counted, "number of rows"),
     ):
         assert word in _reason(spec_of(step, 1, ("h",)))
+
+
+@functools.wraps(F.relu)
+def _as_relu(x: Tensor) -> Tensor:
+    return x * SCALE
+
+
+def test_a_helper_that_bears_the_name_of_torchs_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = torch.enable_grad()(_as_relu)  # torch's own function, which holds the user's
+    assert quiet.__module__ == _as_relu.__module__ == "torch.nn.functional"
+    before = of_value(_as_relu, "f"), of_value(F.relu, "f")
+    with pytest.raises(NotTraced, match="detach"):
+        of_value(quiet, "f")
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    after = of_value(_as_relu, "f"), of_value(F.relu, "f")
+    assert before[0] != after[0] and before[1] == after[1]
+
+
+def test_what_is_not_fixed_is_refused_under_any_name() -> None:
+    around = builtins.globals
+    words = {
+        "builtins.globals": lambda a, h: a * builtins.globals()["SCALE"],
+        "around": lambda a, h: a * around()["SCALE"],
+        "__globals__": lambda a, h: a * helper.__globals__["SCALE"],
+        "asks torch for is_grad_enabled": lambda a, h: a if is_grad_enabled() else torch.tanh(a),
+        "^autocast inside the step: put torch.autocast around": lambda a, h: [a for _ in [autocast("cpu")]][0],
+        "^torch.autocast inside the step: put": autocast("cpu", dtype=torch.bfloat16)(lambda a, h: a),
+        "detach": lambda a, h: [a for _ in [inference_mode()]][0],
+    }
+    for word, step in words.items():
+        with pytest.raises(NotTraced, match=word):
+            fingerprint(step)
 
 
 @torch.no_grad()
