@@ -145,6 +145,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """What a string stands for as an option."""
 
 
+class _Specs:
+    """What a class was read as, by its options. It lives as long as the class. A copy of it is empty: cloudpickle puts
+    a class of a notebook's into a layer's pickle, with all that hangs on it."""
+
+    def __init__(self) -> None:
+        self.found: weakref.WeakValueDictionary[Any, CellSpec] = weakref.WeakValueDictionary()
+        self.kept: dict[CellSpec, None] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Specs, ()
+
+
 class Cell:
     """A recurrent cell of one's own: subclass it, and make a layer of it with `rnnkit.Custom`.
 
@@ -159,8 +171,7 @@ class Cell:
     gates: int
     states: tuple[str, ...]
     step: Callable[..., Any]
-    _specs: weakref.WeakValueDictionary[Any, CellSpec]
-    _kept: dict[CellSpec, None]
+    _specs: _Specs
     _options: dict[str, Any]
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
@@ -281,14 +292,15 @@ def spec_of(cell: object) -> CellSpec:
     with _lock:
         cls = type(cell)
         if "_specs" not in cls.__dict__:
-            cls._specs, cls._kept = weakref.WeakValueDictionary(), {}  # which live as long as the class
-        found = cls._specs.get(key)
+            cls._specs = _Specs()
+        specs = cls._specs
+        found = specs.found.get(key)
         if found is None:
             found = _read(cell, step)
-            cls._specs[key] = _by_key[found.key] = found
-            while len(cls._kept) >= _KEPT:
-                del cls._kept[next(iter(cls._kept))]
-            cls._kept[found] = None
+            specs.found[key] = _by_key[found.key] = found
+            while len(specs.kept) >= _KEPT:
+                del specs.kept[next(iter(specs.kept))]
+            specs.kept[found] = None
         return found
 
 

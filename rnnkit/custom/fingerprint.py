@@ -26,7 +26,7 @@ _KNOWN_MODULES = ("torch", "math", "operator", "builtins", "typing", "functools"
 _MODES = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_default_dtype", "get_num_threads"}
 _AROUND = ("getattr", "globals", "locals", "vars", "eval", "exec", "open", "__import__", "setattr", "input")
 """Of Python's own functions those that reach values without a name in the step's code."""
-_WAYS = (*(getattr(builtins, name) for name in _AROUND), operator.attrgetter, operator.methodcaller)
+_WAYS = {id(way) for way in (*(getattr(builtins, n) for n in _AROUND), operator.attrgetter, operator.methodcaller)}
 _INSIDES = {"__globals__", "__builtins__", "__dict__", "f_globals", "f_locals"}
 _AUTOCAST = "put torch.autocast around the call of the layer instead"
 _PAST = "past which values could change unseen: name them"
@@ -73,14 +73,19 @@ def _reads(code: types.CodeType) -> tuple[tuple[bool, tuple[str, ...]], ...]:
 
 class _Walk:
     """What has been met on the way: functions, and where each value was read, so that the next time a look says whether
-    it still stands there."""
+    it still stands there. It hangs on the step; a copy of it is empty, for cloudpickle copies the step so."""
 
     def __init__(self) -> None:
+        self.step: Callable[..., Any] | None = None
+        self.found: Hashable = None
         self.seen: set[int] = set()
         self.read: list[tuple[Any, str, Any]] = []
         """A function's globals or a closure's cell, the name, the value; or a function, "", and what it is made of."""
-        self.fixed = True
-        """Whether a value that stands where it stood is what it was: not of what has attributes that may change."""
+        self.loose = False
+        """Whether a value that stands where it stood may be another than it was: its attributes may have changed."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Walk, ()
 
     def unchanged(self) -> bool:
         for place, name, value in self.read:
@@ -106,18 +111,23 @@ def _contents(cell: types.CellType) -> Any:
         return _MISSING
 
 
+def _walked(step: Callable[..., Any]) -> _Walk:
+    """With the step itself, whose life it shares, is kept what was found last."""
+    kept = getattr(step, "__dict__", {})
+    last: _Walk | None = kept.get("_rnnkit_walk")
+    if last is not None and last.step is step and last.unchanged():  # functools.wraps copies it to other functions
+        return last
+    walk = _Walk()
+    walk.found = _of(step, "step", walk)
+    if not walk.loose and isinstance(step, types.FunctionType):
+        walk.step = step
+        kept["_rnnkit_walk"] = walk
+    return walk
+
+
 def fingerprint(step: Callable[..., Any]) -> Hashable:
     """Equal for a step that would be traced alike."""
-    kept = getattr(step, "__dict__", {})  # with the step itself, whose life it shares
-    last = kept.get("_rnnkit_walk")
-    if last is not None and last[0].unchanged():
-        found: Hashable = last[1]
-        return found
-    walk = _Walk()
-    found = _of(step, "step", walk)
-    if walk.fixed and isinstance(step, types.FunctionType):
-        kept["_rnnkit_walk"] = walk, found
-    return found
+    return _walked(step).found
 
 
 def of_value(value: Any, name: str) -> Hashable:
@@ -125,14 +135,15 @@ def of_value(value: Any, name: str) -> Hashable:
     return _of(value, name, _Walk())
 
 
-def walks(step: Callable[..., Any], options: Mapping[str, Any]) -> tuple[_Walk, ...] | None:
-    """While all of these are `unchanged()`, the step and its options have the fingerprints that they have now; None
-    where only another fingerprint could tell."""
-    found = []
-    for name, value in (("step", step), *options.items()):
-        found.append(_Walk())
-        _of(value, name, found[-1])
-    return tuple(found) if all(walk.fixed for walk in found) else None
+def fingerprints(step: Callable[..., Any], options: Mapping[str, Any]) -> tuple[Hashable, tuple[_Walk, ...] | None]:
+    """Of a step and its options; and what says by `unchanged()` that they have it still, or None where only another
+    fingerprint could tell."""
+    walks = [_walked(step)]
+    for name, value in sorted(options.items()):
+        walk = _Walk()
+        walk.found = name, _of(value, name, walk)
+        walks.append(walk)
+    return tuple(walk.found for walk in walks), None if any(walk.loose for walk in walks) else tuple(walks)
 
 
 def _of(value: Any, name: str, walk: _Walk) -> Hashable:
@@ -144,7 +155,7 @@ def _of(value: Any, name: str, walk: _Walk) -> Hashable:
         parts = (value.start, value.stop, value.step) if isinstance(value, slice) else tuple(value)
         return type(value), tuple(_of(x, name, walk) for x in parts)
     if isinstance(value, (functools.partial, types.MethodType, torch.nn.Module, type)):
-        walk.fixed = False
+        walk.loose = True
     if isinstance(value, functools.partial):
         words = tuple((k, _of(v, name, walk)) for k, v in sorted(value.keywords.items()))
         return "partial", _of(value.func, name, walk), _of(value.args, name, walk), words
@@ -212,7 +223,7 @@ def _expect_fixed(value: Any, name: str) -> None:
         module, own = value.__module__ or "", value.__name__
     else:
         return
-    if any(value is way for way in _WAYS):
+    if id(value) in _WAYS:
         raise NotTraced(f"the step calls {name}, {_PAST}")
     if not module.startswith("torch"):
         return
@@ -222,6 +233,16 @@ def _expect_fixed(value: Any, name: str) -> None:
         raise NotTraced(f"the step asks torch for {own}, which may be another at the next call")
     if "autocast" in own or "amp" in module.split("."):
         raise NotTraced(f"{name} inside the step: {_AUTOCAST}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _expect_fixed_in(module: types.ModuleType, names: tuple[str, ...]) -> None:
+    """Of all on the way from a known module, which the step calls names[0]."""
+    value: Any = module
+    _expect_fixed(value, ".".join(names))
+    for name in names[1:]:
+        value = getattr(value, name, None)
+        _expect_fixed(value, ".".join(names))
 
 
 def _is_known(value: Any) -> bool:
@@ -252,20 +273,21 @@ def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
     if id(function) in walk.seen:
         return "again", function.__qualname__
     walk.seen.add(id(function))
-    walk.read.append((function, "", (function.__code__, function.__defaults__, function.__kwdefaults__)))
-    parts: list[Hashable] = [function.__code__]
+    code, given, named = made = function.__code__, function.__defaults__, function.__kwdefaults__
+    walk.read.append((function, "", made))
+    parts: list[Hashable] = [code]
     for key, held in sorted(function.__dict__.items()):
         if key != "_rnnkit_walk":
-            walk.fixed = False
+            walk.loose = True
             parts.append((key, _of(held, f"{function.__name__}.{key}", walk)))
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    for closed, names in _reads(function.__code__):
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    for closed, names in _reads(code):
         root, dotted = names[0], ".".join(names)
         if closed:
             try:
                 value = cells[root].cell_contents
             except ValueError:
-                walk.fixed = False
+                walk.loose = True
                 continue  # not yet set: the step raises of itself
             walk.read.append((cells[root], root, value))
         else:
@@ -276,16 +298,13 @@ def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
                     raise NotTraced(f"the step calls {root}, {_PAST}")
                 continue  # Python's own, or nothing of this name, so that the step raises of itself
         if isinstance(value, types.ModuleType) and _known(value.__name__):
-            _expect_fixed(value, dotted)
+            _expect_fixed_in(value, names)
             parts.append(value.__name__)
-            for name in names[1:]:
-                value = getattr(value, name, None)
-                _expect_fixed(value, dotted)
             continue
-        walk.fixed = walk.fixed and len(names) == 1
+        walk.loose = walk.loose or len(names) > 1
         value, rest = _follow(value, names[1:])
         parts.append((dotted, rest, _of(value, dotted, walk)))
-    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    defaults = (*(given or ()), *(named or {}).values())
     parts += [_of(x, f"a default of {function.__name__}", walk) for x in defaults]
     return tuple(parts)
 

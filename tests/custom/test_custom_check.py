@@ -18,6 +18,7 @@ from custom_cells import CELLS, StepSpec, spec_of
 from torch import Tensor, autocast, inference_mode, is_grad_enabled
 
 from rnnkit.custom import calls, check, cut, rules
+from rnnkit.custom import fingerprint as fp
 from rnnkit.custom.check import program_of, warn_once
 from rnnkit.custom.errors import NotTraced, StepError
 from rnnkit.custom.fingerprint import fingerprint, of_value
@@ -314,6 +315,17 @@ def test_the_short_way_to_a_fingerprint_sees_what_the_long_one_sees() -> None:
     assert fingerprint(closed) != before
 
 
+def test_a_wrapper_has_a_fingerprint_of_its_own() -> None:
+    """`functools.wraps` copies what hangs on the function."""
+    key = fingerprint(uses_global)
+
+    @functools.wraps(uses_global)
+    def other(a: Tensor, h: Tensor) -> Tensor:
+        return torch.sigmoid(a)
+
+    assert fingerprint(other) != key
+
+
 class _Config:
     scale = 1.0
 
@@ -349,6 +361,53 @@ def test_what_helpers_and_other_names_reach_is_seen() -> None:
     finally:
         _Config.scale = _scaled.scale = 1.0  # type: ignore[attr-defined]
     assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_a_number_that_changes_while_a_program_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another thread would change it: the program that is kept is that of what stands there after it."""
+    make, spec, made = check._alone, spec_of(uses_global, 1, ("h",)), []
+
+    def changing(*args: Any) -> check.Checked:
+        made.append(make(*args))
+        monkeypatch.setitem(globals(), "SCALE", 3.0)
+        return made[-1]
+
+    monkeypatch.setattr(check, "_alone", changing)
+    found = program_of(spec, HIDDEN)
+    assert len(made) == 2 and found is made[1] and program_of(spec, HIDDEN) is found
+    monkeypatch.setattr(check, "_alone", make)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    first = program_of(spec, HIDDEN).program
+    assert first is not None and found.program is not None and first.forward.nodes != found.program.forward.nodes
+    check._cache.clear()
+    spec.met.clear()
+
+    def restless(*args: Any) -> check.Checked:
+        monkeypatch.setitem(globals(), "SCALE", SCALE + 1.0)
+        return make(*args)
+
+    monkeypatch.setattr(check, "_alone", restless)
+    assert "changed while" in _reason(spec)
+
+
+def test_what_was_met_does_not_gather() -> None:
+    spec = spec_of(uses_global, 1, ("h",))
+    for hidden in range(2, 22):
+        program_of(spec, hidden)
+    assert 0 < len(spec.met) <= check._MET
+    assert program_of(spec, 21) is program_of(spec, 21)
+
+
+def test_a_step_that_reads_attributes_is_walked_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(lambda a, h: a * Settings.scale, 1, ("h",))
+    found, walked, of = program_of(spec, HIDDEN), [], fp._of_function
+
+    def counted(*args: Any) -> Any:
+        walked.append(args)
+        return of(*args)
+
+    monkeypatch.setattr(fp, "_of_function", counted)
+    assert program_of(spec, HIDDEN) is found and len(walked) == 1
 
 
 def test_ways_around_a_name_are_refused() -> None:
@@ -396,9 +455,9 @@ def test_what_is_not_fixed_is_refused_under_any_name() -> None:
         "around": lambda a, h: a * around()["SCALE"],
         "__globals__": lambda a, h: a * helper.__globals__["SCALE"],
         "asks torch for is_grad_enabled": lambda a, h: a if is_grad_enabled() else torch.tanh(a),
-        "^autocast inside the step: put torch.autocast around": lambda a, h: [a for _ in [autocast("cpu")]][0],
+        "^autocast inside the step: put torch.autocast around": lambda a, h: (autocast("cpu"), a)[1],
         "^torch.autocast inside the step: put": autocast("cpu", dtype=torch.bfloat16)(lambda a, h: a),
-        "detach": lambda a, h: [a for _ in [inference_mode()]][0],
+        "detach": lambda a, h: (inference_mode(), a)[1],
     }
     for word, step in words.items():
         with pytest.raises(NotTraced, match=word):

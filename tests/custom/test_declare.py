@@ -173,6 +173,17 @@ def test_options_made_anew_do_not_gather(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(found[0], wanted)
 
 
+def test_what_hangs_on_a_class_and_its_step_can_be_pickled() -> None:
+    """As cloudpickle does with a class and a function of a notebook: by what their __dict__ holds."""
+    rnnkit.Custom(Scaled, 2, 4)(torch.zeros(2, 1, 2))
+    hung = [v for k, v in vars(Scaled).items() if k.startswith("_") and not k.startswith("__")]
+    hung += vars(Scaled.step).values()
+    assert len(hung) == 2
+    for one in hung:
+        again = pickle.loads(pickle.dumps(one))
+        assert type(again) is type(one) and not any(vars(again).values())
+
+
 def test_options_are_fixed_and_shown() -> None:
     mine = Everything(act="relu")
     assert mine.act == "relu" and repr(mine) == "Everything(act='relu')" and repr(Everything()) == "Everything()"
