@@ -33,19 +33,19 @@ _PAST = "past which values could change unseen: name them"
 
 
 @functools.lru_cache(maxsize=1024)
-def _known(module: str) -> bool:
+def known(module: str) -> bool:
     return module.split(".")[0] in _KNOWN_MODULES
 
 
 @functools.lru_cache(maxsize=1024)
-def _reads(code: types.CodeType) -> tuple[tuple[bool, tuple[str, ...]], ...]:
+def reads(code: types.CodeType) -> tuple[tuple[bool, tuple[str, ...]], ...]:
     """Names that a function takes from outside: whether from its closure, and the name with the attributes behind it,
     as (False, ("config", "scale")) for config.scale."""
     found: dict[tuple[bool, tuple[str, ...]], None] = {}
     chain: list[str] = []
     closed = False
     for instruction in dis.get_instructions(code):
-        if instruction.opname == "IMPORT_NAME" and not _known(instruction.argval):
+        if instruction.opname == "IMPORT_NAME" and not known(instruction.argval):
             raise NotTraced(f"the step imports {instruction.argval}, which could change unseen: import it outside")
         if instruction.opname in (*_ROOTS, "LOAD_ATTR", "LOAD_METHOD") and instruction.argval in _INSIDES:
             raise NotTraced(f"the step reads {instruction.argval}, {_PAST}")
@@ -65,7 +65,7 @@ def _reads(code: types.CodeType) -> tuple[tuple[bool, tuple[str, ...]], ...]:
             chain, closed = [instruction.argval], "DEREF" in instruction.opname
     for constant in code.co_consts:  # functions written inside
         if isinstance(constant, types.CodeType):
-            for is_closed, names in _reads(constant):
+            for is_closed, names in reads(constant):
                 if not is_closed or names[0] in code.co_freevars:
                     found[is_closed, names] = None
     return tuple(found)
@@ -90,9 +90,9 @@ class _Walk:
     def unchanged(self) -> bool:
         for place, name, value in self.read:
             if type(place) is dict:
-                same = place.get(name, _MISSING) is value
+                same = place.get(name, MISSING) is value
             elif name:
-                same = _contents(place) is value
+                same = contents(place) is value
             else:
                 made = place.__code__, place.__defaults__, place.__kwdefaults__
                 same = all(map(operator.is_, made, value))
@@ -101,27 +101,29 @@ class _Walk:
         return True
 
 
-_MISSING = object()
+MISSING = object()
+WALK = "_rnnkit_walk"
+"""Where a step's own `__dict__` has what was found last."""
 
 
-def _contents(cell: types.CellType) -> Any:
+def contents(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # deleted since
-        return _MISSING
+        return MISSING
 
 
 def _walked(step: Callable[..., Any]) -> _Walk:
     """With the step itself, whose life it shares, is kept what was found last."""
     kept = getattr(step, "__dict__", {})
-    last: _Walk | None = kept.get("_rnnkit_walk")
+    last: _Walk | None = kept.get(WALK)
     if last is not None and last.step is step and last.unchanged():  # functools.wraps copies it to other functions
         return last
     walk = _Walk()
     walk.found = _of(step, "step", walk)
     if not walk.loose and isinstance(step, types.FunctionType):
         walk.step = step
-        kept["_rnnkit_walk"] = walk
+        kept[WALK] = walk
     return walk
 
 
@@ -162,13 +164,13 @@ def _of(value: Any, name: str, walk: _Walk) -> Hashable:
     if isinstance(value, (staticmethod, classmethod)):
         return _of(value.__func__, name, walk)
     if isinstance(value, types.ModuleType):
-        if not _known(value.__name__):
+        if not known(value.__name__):
             raise NotTraced(f"the module {name}, which the step holds as a whole, could change unseen: name its values")
         return "module", value.__name__
     _expect_fixed(value, name)
     if isinstance(value, types.FunctionType):
         return _of_function(value, walk)
-    if isinstance(value, type) and not _known(value.__module__):
+    if isinstance(value, type) and not known(value.__module__):
         return _of_class(value, name, walk)
     if isinstance(value, type) or _is_known(value):
         return "known", id(value)
@@ -201,7 +203,7 @@ def _of_class(value: type, name: str, walk: _Walk) -> Hashable:
     walk.seen.add(id(value))
     parts: list[Hashable] = [id(value)]
     for base in value.__mro__:
-        if _known(base.__module__):
+        if known(base.__module__):
             continue
         for key, held in sorted(vars(base).items()):
             if key.startswith("__") or isinstance(held, (types.MemberDescriptorType, types.GetSetDescriptorType)):
@@ -257,18 +259,18 @@ def _fixed(owner: Any) -> bool:
     return isinstance(owner, (str, bytes, int, float, tuple, frozenset)) or "torch._C" in type(owner).__module__
 
 
-def _is_torchs(function: types.FunctionType) -> bool:
+def is_torchs(function: types.FunctionType) -> bool:
     """Written by torch or Python. `functools.wraps` gives a helper of the user's another's __module__, and a decorator
     of torch's may hold such a helper."""
     written = function.__globals__.get("__name__") or ""
-    if not (_known(written) and _known(function.__module__ or "")) or written.split(".")[0] == "rnnkit":
+    if not (known(written) and known(function.__module__ or "")) or written.split(".")[0] == "rnnkit":
         return False
-    held = [_contents(cell) for cell in function.__closure__ or ()]
-    return all(_is_torchs(value) for value in held if isinstance(value, types.FunctionType) and value is not function)
+    held = [contents(cell) for cell in function.__closure__ or ()]
+    return all(is_torchs(value) for value in held if isinstance(value, types.FunctionType) and value is not function)
 
 
 def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
-    if _is_torchs(function):
+    if is_torchs(function):
         return "known", id(function)
     if id(function) in walk.seen:
         return "again", function.__qualname__
@@ -277,11 +279,11 @@ def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
     walk.read.append((function, "", made))
     parts: list[Hashable] = [code]
     for key, held in sorted(function.__dict__.items()):
-        if key != "_rnnkit_walk":
+        if key != WALK:
             walk.loose = True
             parts.append((key, _of(held, f"{function.__name__}.{key}", walk)))
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    for closed, names in _reads(code):
+    for closed, names in reads(code):
         root, dotted = names[0], ".".join(names)
         if closed:
             try:
@@ -291,28 +293,28 @@ def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
                 continue  # not yet set: the step raises of itself
             walk.read.append((cells[root], root, value))
         else:
-            value = function.__globals__.get(root, _MISSING)
+            value = function.__globals__.get(root, MISSING)
             walk.read.append((function.__globals__, root, value))
-            if value is _MISSING:
+            if value is MISSING:
                 if root in _AROUND:
                     raise NotTraced(f"the step calls {root}, {_PAST}")
                 continue  # Python's own, or nothing of this name, so that the step raises of itself
-        if isinstance(value, types.ModuleType) and _known(value.__name__):
+        if isinstance(value, types.ModuleType) and known(value.__name__):
             _expect_fixed_in(value, names)
             parts.append(value.__name__)
             continue
         walk.loose = walk.loose or len(names) > 1
-        value, rest = _follow(value, names[1:])
+        value, rest = follow(value, names[1:])
         parts.append((dotted, rest, _of(value, dotted, walk)))
     defaults = (*(given or ()), *(named or {}).values())
     parts += [_of(x, f"a default of {function.__name__}", walk) for x in defaults]
     return tuple(parts)
 
 
-def _follow(value: Any, names: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+def follow(value: Any, names: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
     """Attributes of modules, classes and objects, down to what is itself a value; a method of a value is left."""
     for k, name in enumerate(names):
-        if isinstance(value, types.ModuleType) and _known(value.__name__):
+        if isinstance(value, types.ModuleType) and known(value.__name__):
             return value, names[k:]
         if isinstance(value, (Tensor, int, float, str, tuple, types.FunctionType)) and not hasattr(value, "_fields"):
             return value, names[k:]

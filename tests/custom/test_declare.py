@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -127,6 +130,66 @@ def test_options_that_python_calls_equal_are_distinct(one: Any, other: Any) -> N
     assert a.key.partition("#")[0] != b.key.partition("#")[0]
     assert spec_of(Scaled(size=one)) is a and spec_of(Scaled(size=other)) is b
     assert pickle.loads(pickle.dumps(b)) is b
+
+
+SAID = """
+import enum, functools
+import torch, torch.nn.functional as F
+import rnnkit
+class Kind(enum.Enum):
+    A, B = 1, 2
+class Config:
+    kind = Kind.A
+    def scaled(self, x): return x * {k}
+def helper(x, by=FACTOR, *, words=frozenset("one two three four five".split())):
+    return x * by if x in ("one", "two") or x in {{"three", "four"}} else again
+def again(x): return helper(x)
+def closed(k): return lambda x: x * k
+def nested(x): return (lambda y: (lambda z: z * {k})(y))(x)
+class C(rnnkit.Cell):
+    gates, states = 1, ("h",)
+    f = rnnkit.option(None)
+    @staticmethod
+    def step(a, h, f): return f(a)
+f = {f}
+key = rnnkit.Custom(C(f=f), 2, 4)._spec.key.partition("@")[2].partition("#")[0]
+"""
+SAYS = {
+    "a closure": "closed({k})",
+    "code in code": "nested",
+    "a default": "lambda x, k={k}: x * k",
+    "a default by name": "lambda x, *, k={k}: x * k",
+    "a helper's default": "lambda x: again(x)",
+    "a global": "lambda x: x * FACTOR",
+    "a class": "lambda x: Config().scaled(x)",
+    "a method": "Config().scaled",
+    "a list": "[{k}, Kind.B]",
+    "bound": "functools.partial(F.elu, alpha={k})",
+    "a module": "torch.nn.LeakyReLU({k})",
+    "all": "lambda x: (helper(x), Config.kind, torch.tanh(F.relu(x)), closed(Kind)(nested(x)))",
+}
+
+
+def _said(f: str, k: float) -> str:
+    space: dict[str, Any] = {"FACTOR": k, "__name__": "said"}
+    exec(SAID.format(f=f.format(k=k), k=k), space)
+    key: str = space["key"]
+    return key
+
+
+@pytest.mark.parametrize("what", SAYS)
+def test_cells_that_compute_differently_have_other_keys(what: str) -> None:
+    assert _said(SAYS[what], 2.0) == _said(SAYS[what], 2.0) != _said(SAYS[what], 3.0)
+
+
+def test_a_key_is_the_same_in_every_process() -> None:
+    source = SAID.format(f=SAYS["all"], k=2.0)
+    run = f"space = {{'FACTOR': 2.0, '__name__': 'said'}}\nexec({source!r}, space)\nprint(space['key'])"
+    for seed in "1", "2":
+        found = subprocess.run(
+            [sys.executable, "-c", run], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        assert found.stdout.strip() == _said(SAYS["all"], 2.0), found.stderr
 
 
 def test_an_option_shows_where_it_differs() -> None:
