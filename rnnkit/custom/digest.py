@@ -57,7 +57,8 @@ def _words(value: Any, seen: dict[int, int]) -> Any:
     own = isinstance(value, types.FunctionType) and not is_torchs(value)
     own = own or (isinstance(value, type) and not known(value.__module__))
     if not own and not isinstance(value, list | dict):
-        return kind, getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
+        names = (getattr(value, k, None) for k in ("__module__", "__qualname__"))
+        return kind, [name for name in names if isinstance(name, str)]
     if id(value) in seen:
         return "again", seen[id(value)]
     seen[id(value)] = len(seen)

@@ -227,7 +227,7 @@ def _expect_fixed(value: Any, name: str) -> None:
         return
     if id(value) in _WAYS:
         raise NotTraced(f"the step calls {name}, {_PAST}")
-    if not module.startswith("torch"):
+    if module.split(".")[0] != "torch":
         return
     if own == "inference_mode":
         raise NotTraced(NO_GRAD)
@@ -259,14 +259,16 @@ def _fixed(owner: Any) -> bool:
     return isinstance(owner, (str, bytes, int, float, tuple, frozenset)) or "torch._C" in type(owner).__module__
 
 
-def is_torchs(function: types.FunctionType) -> bool:
+def is_torchs(function: types.FunctionType, above: tuple[Any, ...] = ()) -> bool:
     """Written by torch or Python. `functools.wraps` gives a helper of the user's another's __module__, and a decorator
     of torch's may hold such a helper."""
     written = function.__globals__.get("__name__") or ""
     if not (known(written) and known(function.__module__ or "")) or written.split(".")[0] == "rnnkit":
         return False
+    above = (*above, function)
     held = [contents(cell) for cell in function.__closure__ or ()]
-    return all(is_torchs(value) for value in held if isinstance(value, types.FunctionType) and value is not function)
+    own = [value for value in held if isinstance(value, types.FunctionType) and value not in above]
+    return all(is_torchs(value, above) for value in own)
 
 
 def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
@@ -305,6 +307,8 @@ def _of_function(function: types.FunctionType, walk: _Walk) -> Hashable:
             continue
         walk.loose = walk.loose or len(names) > 1
         value, rest = follow(value, names[1:])
+        if rest and isinstance(value, types.ModuleType):  # a known one, through one of the user's
+            _expect_fixed_in(value, (".".join(names[: -len(rest)]), *rest))
         parts.append((dotted, rest, _of(value, dotted, walk)))
     defaults = (*(given or ()), *(named or {}).values())
     parts += [_of(x, f"a default of {function.__name__}", walk) for x in defaults]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import types
 from typing import Any
 
 import pytest
@@ -307,8 +308,10 @@ def test_a_helper_that_bears_the_name_of_torchs_is_read(monkeypatch: pytest.Monk
 
 
 def test_what_is_not_fixed_is_refused_under_any_name() -> None:
-    around = builtins.globals
+    around, tools = builtins.globals, types.ModuleType("tools")
+    tools.torch = torch  # type: ignore[attr-defined]
     words = {
+        "asks torch for get_num_threads": lambda a, h: a * tools.torch.get_num_threads(),
         "builtins.globals": lambda a, h: a * builtins.globals()["SCALE"],
         "around": lambda a, h: a * around()["SCALE"],
         "__globals__": lambda a, h: a * helper.__globals__["SCALE"],
