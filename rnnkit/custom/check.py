@@ -21,7 +21,7 @@ from torch import Tensor
 from rnnkit.custom import evaluate
 from rnnkit.custom.cut import make_program
 from rnnkit.custom.errors import NotTraced, StepError
-from rnnkit.custom.fingerprint import fingerprint, of_value, walks
+from rnnkit.custom.fingerprint import fingerprints
 from rnnkit.custom.graph import CellProgram
 from rnnkit.custom.trace import FEW, MANY, Traced, trace
 from rnnkit.custom.trial import AT_EDGES, FAR, Spec, Tried, nearby, points, run_step, try_step
@@ -196,6 +196,9 @@ def _alone(spec: Spec, hidden: int, dtype: torch.dtype) -> Checked:
 _cache: dict[Hashable, Checked] = {}
 _lock = threading.Lock()
 _KEPT = 512
+_MET = 16
+"""Sizes and dtypes of which a cell remembers what it met last."""
+_TRIES = 3
 
 
 def program_of(spec: Spec, hidden: int, dtype: torch.dtype = torch.float32) -> Checked:
@@ -208,26 +211,42 @@ def program_of(spec: Spec, hidden: int, dtype: torch.dtype = torch.float32) -> C
     if met is not None and met[0] is _cache and all([walk.unchanged() for walk in met[1]]):
         last: Checked = met[2]
         return last
-    try:
-        options = tuple((name, of_value(value, name)) for name, value in sorted(spec.options.items()))
-        declared = (spec.name, spec.gates, spec.states, spec.units, spec.weights, spec.steps)
-        key = (fingerprint(spec.step), options, declared, hidden, dtype)
-    except NotTraced as e:
-        return Checked(None, str(e), 0.0)
+    declared = (spec.name, spec.gates, spec.states, spec.units, spec.weights, spec.steps)
+    for _ in range(_TRIES):
+        try:
+            read, unchanged = fingerprints(spec.step, spec.options)
+            found, kept = _kept_or_made((read, declared, hidden, dtype), spec, hidden, dtype)
+        except NotTraced as e:
+            return Checked(None, str(e), 0.0)
+        if kept:
+            if unchanged is not None:
+                if len(spec.met) >= _MET:
+                    spec.met.clear()
+                spec.met[hidden, dtype] = _cache, unchanged, found
+            return found
+    if found.reason is not None:
+        return found
+    return Checked(None, "what the step reads changed while its program was made: hand it in as a per_step input", 0.0)
+
+
+def _kept_or_made(key: tuple[Hashable, ...], spec: Spec, hidden: int, dtype: torch.dtype) -> tuple[Checked, bool]:
+    """And whether it is kept: not where what the step reads changed meanwhile, for nobody knows then which of it the
+    program holds."""
     found = _cache.get(key)
-    if found is None:
-        with _lock:
-            found = _cache.get(key)
-            if found is None:
-                with ThreadPoolExecutor(1) as own:
-                    found = own.submit(_alone, spec, hidden, dtype).result()
-                while len(_cache) >= _KEPT:
-                    del _cache[next(iter(_cache))]
-                _cache[key] = found
-    unchanged = walks(spec.step, spec.options)
-    if unchanged is not None:
-        spec.met[hidden, dtype] = _cache, unchanged, found
-    return found
+    if found is not None:
+        return found, True
+    with _lock:
+        found = _cache.get(key)
+        if found is not None:
+            return found, True
+        with ThreadPoolExecutor(1) as own:
+            found = own.submit(_alone, spec, hidden, dtype).result()
+        if fingerprints(spec.step, spec.options)[0] != key[0]:
+            return found, False
+        while len(_cache) >= _KEPT:
+            del _cache[next(iter(_cache))]
+        _cache[key] = found
+        return found, True
 
 
 _warned: set[tuple[str, str]] = set()

@@ -6,12 +6,10 @@ user's words: the class, the name, what to write instead.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import keyword
 import numbers
 import threading
-import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .digest import digest
 from .errors import undeclared
 
 Init = Callable[[Tensor], Any] | float | None
@@ -145,6 +144,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """What a string stands for as an option."""
 
 
+class _Specs:
+    """What a class was read as, by its options. It lives as long as the class. A copy of it is empty: cloudpickle puts
+    a class of a notebook's into a layer's pickle, with all that hangs on it."""
+
+    def __init__(self) -> None:
+        self.found: weakref.WeakValueDictionary[Any, CellSpec] = weakref.WeakValueDictionary()
+        self.kept: dict[CellSpec, None] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Specs, ()
+
+
 class Cell:
     """A recurrent cell of one's own: subclass it, and make a layer of it with `rnnkit.Custom`.
 
@@ -159,8 +170,7 @@ class Cell:
     gates: int
     states: tuple[str, ...]
     step: Callable[..., Any]
-    _specs: weakref.WeakValueDictionary[Any, CellSpec]
-    _kept: dict[CellSpec, None]
+    _specs: _Specs
     _options: dict[str, Any]
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
@@ -281,14 +291,15 @@ def spec_of(cell: object) -> CellSpec:
     with _lock:
         cls = type(cell)
         if "_specs" not in cls.__dict__:
-            cls._specs, cls._kept = weakref.WeakValueDictionary(), {}  # which live as long as the class
-        found = cls._specs.get(key)
+            cls._specs = _Specs()
+        specs = cls._specs
+        found = specs.found.get(key)
         if found is None:
             found = _read(cell, step)
-            cls._specs[key] = _by_key[found.key] = found
-            while len(cls._kept) >= _KEPT:
-                del cls._kept[next(iter(cls._kept))]
-            cls._kept[found] = None
+            specs.found[key] = _by_key[found.key] = found
+            while len(specs.kept) >= _KEPT:
+                del specs.kept[next(iter(specs.kept))]
+            specs.kept[found] = None
         return found
 
 
@@ -429,33 +440,17 @@ def _same(a: object, b: object) -> bool:
 
 
 def _new_key(cell: Cell, step: Callable[..., Any]) -> str:
-    """The class, its options, and a digest of what the step says: a program that was saved finds no other cell."""
+    """The class, its options, and a digest of what the step says and reads: a saved program finds no other cell."""
     cls = type(cell)
     given = ", ".join(f"{name}={_shown(v)}" for name, v in cell._changed().items())
     key = f"{cls.__module__}.{cls.__qualname__}" + (f"({given})" if given else "")
-    closed = [c.cell_contents for c in step.__closure__ or ()]
     shape = getattr(cls, "gates", None), getattr(cls, "states", None)
-    said = _words(step), [_words(v) for v in closed], [_words(v) for v in cell._options.values()], shape
-    key += "@" + hashlib.sha256(repr(said).encode()).hexdigest()[:12]
+    key += "@" + digest(step, cell._options, shape)
     number = 1
     while key in _by_key:
         number += 1
         key = f"{key.partition('#')[0]}#{number}"
     return key
-
-
-def _words(value: Any) -> Any:
-    """Of a function what it says, of anything else its type, and its text where that is the value: the same in every
-    process."""
-    if isinstance(value, types.FunctionType):
-        code = value.__code__
-        constants = [c.co_code.hex() if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-        return code.co_code.hex(), constants, code.co_names, code.co_varnames
-    if isinstance(value, tuple | frozenset):
-        words = [_words(v) for v in value]
-        return type(value).__qualname__, sorted(words, key=repr) if isinstance(value, frozenset) else words
-    plain = isinstance(value, numbers.Number | str | bytes | None)
-    return type(value).__qualname__, repr(value) if plain else getattr(value, "__qualname__", "")
 
 
 def _shown(value: Any) -> str:

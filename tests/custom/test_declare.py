@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -129,6 +132,66 @@ def test_options_that_python_calls_equal_are_distinct(one: Any, other: Any) -> N
     assert pickle.loads(pickle.dumps(b)) is b
 
 
+SAID = """
+import enum, functools
+import torch, torch.nn.functional as F
+import rnnkit
+class Kind(enum.Enum):
+    A, B = 1, 2
+class Config:
+    kind = Kind.A
+    def scaled(self, x): return x * {k}
+def helper(x, by=FACTOR, *, words=frozenset("one two three four five".split())):
+    return x * by if x in ("one", "two") or x in {{"three", "four"}} else again
+def again(x): return helper(x)
+def closed(k): return lambda x: x * k
+def nested(x): return (lambda y: (lambda z: z * {k})(y))(x)
+class C(rnnkit.Cell):
+    gates, states = 1, ("h",)
+    f = rnnkit.option(None)
+    @staticmethod
+    def step(a, h, f): return f(a)
+f = {f}
+key = rnnkit.Custom(C(f=f), 2, 4)._spec.key.partition("@")[2].partition("#")[0]
+"""
+SAYS = {
+    "a closure": "closed({k})",
+    "code in code": "nested",
+    "a default": "lambda x, k={k}: x * k",
+    "a default by name": "lambda x, *, k={k}: x * k",
+    "a helper's default": "lambda x: again(x)",
+    "a global": "lambda x: x * FACTOR",
+    "a class": "lambda x: Config().scaled(x)",
+    "a method": "Config().scaled",
+    "a list": "[{k}, Kind.B]",
+    "bound": "functools.partial(F.elu, alpha={k})",
+    "a module": "torch.nn.LeakyReLU({k})",
+    "all": "lambda x: (helper(x), Config.kind, torch.tanh(F.relu(x)), closed(Kind)(nested(x)))",
+}
+
+
+def _said(f: str, k: float) -> str:
+    space: dict[str, Any] = {"FACTOR": k, "__name__": "said"}
+    exec(SAID.format(f=f.format(k=k), k=k), space)
+    key: str = space["key"]
+    return key
+
+
+@pytest.mark.parametrize("what", SAYS)
+def test_cells_that_compute_differently_have_other_keys(what: str) -> None:
+    assert _said(SAYS[what], 2.0) == _said(SAYS[what], 2.0) != _said(SAYS[what], 3.0)
+
+
+def test_a_key_is_the_same_in_every_process() -> None:
+    source = SAID.format(f=SAYS["all"], k=2.0)
+    run = f"space = {{'FACTOR': 2.0, '__name__': 'said'}}\nexec({source!r}, space)\nprint(space['key'])"
+    for seed in "1", "2":
+        found = subprocess.run(
+            [sys.executable, "-c", run], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        assert found.stdout.strip() == _said(SAYS["all"], 2.0), found.stderr
+
+
 def test_an_option_shows_where_it_differs() -> None:
     class Zero(Scaled):
         size = rnnkit.option(0.0)
@@ -171,6 +234,17 @@ def test_options_made_anew_do_not_gather(monkeypatch: pytest.MonkeyPatch) -> Non
     given = [x, torch.zeros(3, 4), flat.w_ih, flat.b_ih, flat.b_hh, *flat.weights]
     found = torch.ops.rnnkit.custom_forward(key, "cpu", False, False, False, 1, False, there, given)
     assert torch.equal(found[0], wanted)
+
+
+def test_what_hangs_on_a_class_and_its_step_can_be_pickled() -> None:
+    """As cloudpickle does with a class and a function of a notebook: by what their __dict__ holds."""
+    rnnkit.Custom(Scaled, 2, 4)(torch.zeros(2, 1, 2))
+    hung = [v for k, v in vars(Scaled).items() if k.startswith("_") and not k.startswith("__")]
+    hung += vars(Scaled.step).values()
+    assert len(hung) == 2
+    for one in hung:
+        again = pickle.loads(pickle.dumps(one))
+        assert type(again) is type(one) and not any(vars(again).values())
 
 
 def test_options_are_fixed_and_shown() -> None:
